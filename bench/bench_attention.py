@@ -1,0 +1,244 @@
+"""trajectory_attention on the two MEM1 trajectories, and what its mask costs to build.
+
+Peers: SDPA with the dense bool mask (the same function), compiled FlexAttention (the same function, CPU
+forward only), plain eager attention, and SDPA causal, which computes another function and stands there as a
+scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from measure import Contender, Result
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from mem1_core.ops import trajectory_attention
+from mem1_core.reference import trajectory_attention as reference_attention
+from mem1_core.testing import (
+    MEM1_TRAJECTORIES,
+    assert_accurate,
+    attention_inputs,
+    eager_attention,
+    mem1_segments,
+    random_evict,
+    visible_rows,
+)
+from mem1_core.trajectory import Segment, TrajectoryMask
+
+OURS, DENSE, FLEX, EAGER, CAUSAL = (
+    "trajectory_attention", "SDPA dense mask", "FlexAttention", "eager dense mask", "SDPA causal",
+)  # fmt: skip
+FLEX_BLOCK = 128
+MIB = 2**20
+
+
+def block_mask(mask: TrajectoryMask) -> BlockMask:
+    """FlexAttention's block mask straight from our tile plan: O(N + live tiles), where create_block_mask
+    visits every pair.
+
+    Flex wants, per query tile, the number and the padded list of the key tiles that need the mask, and of
+    those that do not: exactly the plan's two CSR lists.
+    """
+    plan = mask.tile_plan(FLEX_BLOCK, FLEX_BLOCK)
+    batch, tokens = mask.evict.shape
+    tiles = -(-tokens // FLEX_BLOCK)
+
+    def padded(offsets: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
+        counts = offsets.diff()
+        slots = torch.arange(tiles)
+        taken = slots < counts[:, None]
+        lists = torch.zeros(batch * tiles, tiles, dtype=torch.int32)
+        lists[taken] = members
+        return counts.int().view(batch, 1, tiles), lists.view(batch, 1, tiles, tiles)
+
+    evict = mask.evict
+    return BlockMask.from_kv_blocks(
+        *padded(plan.partial_offsets, plan.partial_tiles),
+        *padded(plan.full_offsets, plan.full_tiles),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=lambda b, h, i, j: (j <= i) & (i < evict[b, j]),
+        seq_lengths=(tokens, tokens),
+    )
+
+
+def held_bytes(mask: TrajectoryMask | BlockMask) -> int:
+    """What a mask keeps in memory between calls."""
+    parts = (mask.evict, *mask.plan) if isinstance(mask, TrajectoryMask) else mask.as_tuple()
+    return sum(x.nbytes for x in parts if isinstance(x, Tensor))
+
+
+def shortened(segments: list[Segment]) -> list[Segment]:
+    return [Segment(s.kind, s.turn, 1 + s.length // 12) for s in segments]
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("tokens", MEM1_TRAJECTORIES)
+def test_attention(bench, tokens: int, dtype: torch.dtype, direction: str) -> None:
+    segments, heads, kv_heads, dim = MEM1_TRAJECTORIES[tokens], 12, 2, 128
+    if not bench.measuring:
+        segments, heads, kv_heads, dim = shortened(segments), 4, 2, 32
+    mask = TrajectoryMask.from_turns(segments)
+    n = mask.evict.shape[1]
+    backward = direction == "forward+backward"
+    q, k, v = attention_inputs(1, n, heads, kv_heads, dim, dtype=dtype, requires_grad=backward)
+    # The peers get the layout they like best, heads before tokens, already contiguous.
+    peer_inputs = [x.detach().transpose(1, 2).contiguous().requires_grad_(backward) for x in (q, k, v)]
+    grad = torch.randn(1, n, heads, dim, generator=torch.Generator().manual_seed(7)).to(dtype)
+
+    # A sample of the query rows is checked against fp64: all of them would need an N x N matrix per head in
+    # fp64. The gradients are checked for a loss on those rows alone, for which dk and dv are exact on every
+    # key.
+    rows = torch.randperm(n, generator=torch.Generator().manual_seed(3))[:128].sort().values
+    visible = visible_rows(mask.evict, rows)
+
+    def sampled(dtype: torch.dtype) -> list[Tensor]:
+        inputs = [x.detach().to(dtype) for x in (q[:, rows], k, v)]
+        if not backward:
+            return [eager_attention(*inputs, visible)]
+        inputs = [x.requires_grad_() for x in inputs]
+        out = eager_attention(*inputs, visible)
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad[:, rows].to(dtype))]
+
+    exact, eager = sampled(torch.float64), sampled(dtype)
+
+    def check_ours(results: list[Tensor]) -> None:
+        assert_accurate(results[0][:, rows], eager[0], exact[0], name="out")
+        if backward:
+            sparse = torch.zeros_like(grad)
+            sparse[:, rows] = grad[:, rows]
+            dq, dk, dv = torch.autograd.grad(trajectory_attention(q, k, v, mask), (q, k, v), sparse)
+            others = torch.ones(n, dtype=torch.bool)
+            others[rows] = False
+            assert not dq[:, others].any(), "dq: rows without a gradient of the output got one"
+            for name, got, plain, want in zip(
+                ("dq", "dk", "dv"), (dq[:, rows], dk, dv), eager[1:], exact[1:], strict=True
+            ):
+                assert_accurate(got, plain, want, name=name)
+
+    def check_peer(results: list[Tensor]) -> None:
+        assert_accurate(results[0].transpose(1, 2)[:, rows], eager[0], exact[0], factor=4, name="peer's out")
+
+    def runs(
+        function: Callable[[], Tensor], inputs: list[Tensor], grad: Tensor
+    ) -> Callable[[], list[Tensor]]:
+        def run() -> list[Tensor]:
+            out = function()
+            return [out, *torch.autograd.grad(out, inputs, grad)] if backward else [out]
+
+        return run
+
+    def peer(function: Callable[..., Tensor], **options: object) -> Callable[[], list[Tensor]]:
+        return runs(
+            lambda: function(*peer_inputs, enable_gqa=True, **options), peer_inputs, grad.transpose(1, 2)
+        )
+
+    contenders = [
+        Contender(
+            OURS,
+            runs(lambda: trajectory_attention(q, k, v, mask), [q, k, v], grad),
+            check_ours,
+            held_bytes(mask),
+        )
+    ]
+    affordable = n < 4_000  # a dense forward+backward at N 11,852 takes most of a minute
+    if affordable or not backward:
+        dense = mask.dense()[:, None]
+        contenders.append(
+            Contender(DENSE, peer(scaled_dot_product_attention, attn_mask=dense), check_peer, dense.nbytes)
+        )
+        causal = peer(scaled_dot_product_attention, is_causal=True)
+        contenders.append(Contender(CAUSAL, causal, note="another function: a scale only"))
+    if not backward:  # FlexAttention has no backward on CPU
+        blocks = block_mask(mask)
+        flex = (
+            torch.compile(flex_attention, dynamic=False, fullgraph=True)
+            if bench.measuring
+            else flex_attention
+        )
+        contenders.append(
+            Contender(FLEX, peer(flex, block_mask=blocks), check_peer, held_bytes(blocks) + mask.evict.nbytes)
+        )
+    if affordable:
+        plain = runs(lambda: reference_attention(q, k, v, mask), [q, k, v], grad)
+        contenders.append(
+            Contender(EAGER, plain, lambda r: check_peer([r[0].transpose(1, 2)]), note="reference.py")
+        )
+
+    flops = (14 if backward else 4) * mask.visible_pairs() * heads * dim
+    title = (
+        f"{direction}, {str(dtype).removeprefix('torch.')}, N {n:,}, Hq {heads}, Hkv {kv_heads}, D {dim}, "
+        f"{mask.visible_pairs() / (n * (n + 1) / 2):.1%} of the causal pairs visible, "
+    )
+    results: dict[str, Result] = bench.compare(title, contenders, flops=flops, dtype=dtype)
+    bf16 = dtype == torch.bfloat16
+    if tokens == 11_852 and not backward:
+        bench.goal_speedup(results, OURS, DENSE, 4 if bf16 else 6)
+        if not bf16:
+            bench.goal_speedup(results, OURS, FLEX, 1.5)
+    if tokens == 3_396 and backward:
+        bench.goal_speedup(results, OURS, DENSE, 4 if bf16 else 3)
+
+
+@pytest.mark.parametrize("table", ["MEM1 turns", "random"])
+def test_mask_construction(bench, table: str) -> None:
+    """128k tokens: from the evict table to the plan for both directions."""
+    n = 131_072 if bench.measuring else 1_000
+    if table == "random":
+        evict = random_evict(n)
+    else:
+        turns = n // 500
+        evict = TrajectoryMask.from_turns(mem1_segments(turns, prompt=n - turns * 500)).evict
+    assert evict.shape[-1] == n
+    built = TrajectoryMask.from_evict(evict)
+
+    def check(mask: TrajectoryMask) -> None:
+        assert mask.evict.shape == (1, n)
+        assert mask.plan.live_tiles > 0
+
+    contenders = [Contender("TrajectoryMask.from_evict", lambda: TrajectoryMask.from_evict(evict), check)]
+    plan = built.plan
+    title = (
+        f"mask and plan, {table}, N {n:,}, {plan.block_q} x {plan.block_k} tiles, "
+        f"{plan.live_ratio:.2%} of them live, {held_bytes(built) / MIB:.2f} MiB in all"
+    )
+    results = bench.compare(title, contenders, budget_s=1)
+    if bench.measuring:
+        bench.goal(
+            f"mask and plan, {table}", results[contenders[0].name].median * 1e3, 20, at_most=True, unit=" ms"
+        )
+
+
+def test_mask_construction_against_flex(bench) -> None:
+    """The mask of the long MEM1 trajectory: ours from the turns, FlexAttention's from our plan, and its own
+    way."""
+    segments = MEM1_TRAJECTORIES[11_852]
+    if not bench.measuring:
+        segments = shortened(segments)
+    mask = TrajectoryMask.from_turns(segments)
+    n, evict = mask.evict.shape[1], mask.evict[0]
+
+    def visit_every_pair() -> BlockMask:
+        return create_block_mask(
+            lambda b, h, i, j: (j <= i) & (i < evict[j]), 1, None, n, n, device="cpu", BLOCK_SIZE=FLEX_BLOCK
+        )
+
+    def check_flex(blocks: BlockMask) -> None:
+        assert torch.equal(blocks.to_dense(), live_tiles), "live tiles differ"
+
+    # What every pair says, tile by tile.
+    tiles = -(-n // FLEX_BLOCK)
+    padded = torch.nn.functional.pad(mask.dense(), (0, tiles * FLEX_BLOCK - n) * 2)
+    live_tiles = padded.view(1, 1, tiles, FLEX_BLOCK, tiles, FLEX_BLOCK).any(dim=5).any(dim=3).int()
+    contenders = [
+        Contender("TrajectoryMask.from_turns", lambda: TrajectoryMask.from_turns(segments)),
+        Contender(
+            "BlockMask from our plan", lambda: block_mask(TrajectoryMask.from_turns(segments)), check_flex
+        ),
+        Contender("create_block_mask", visit_every_pair, check_flex),
+    ]
+    bench.compare(f"mask for one call, N {n:,}", contenders, budget_s=1, min_rounds=1)

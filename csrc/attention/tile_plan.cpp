@@ -1,0 +1,59 @@
+// Validation and dispatch of mem1_tile_plan_*.
+#include "attention/tile_plan.h"
+
+#include "common/check.h"
+
+namespace mem1::tile_plan {
+namespace {
+
+mem1_status validate(const mem1_tile_plan_params* p, bool lists, mem1_error* error) {
+  MEM1_CHECK(p != nullptr, error, "params: wanted a mem1_tile_plan_params, got NULL");
+  MEM1_CHECK(p->struct_size == sizeof(mem1_tile_plan_params), error,
+             "struct_size: wanted %zu (mem1 %s), got %zu: rebuild against this version's mem1.h",
+             sizeof(mem1_tile_plan_params), mem1_version(), p->struct_size);
+  MEM1_CHECK(p->device == MEM1_CPU || p->device == MEM1_CUDA, error, "device: wanted MEM1_CPU or MEM1_CUDA, got %d",
+             static_cast<int>(p->device));
+  MEM1_CHECK(p->batch >= 0, error, "batch: wanted >= 0, got %d", p->batch);
+  MEM1_CHECK(p->length >= 0 && p->length <= (1 << 30), error, "length: wanted 0 to 2^30, got %d", p->length);
+  MEM1_CHECK(p->block_q >= 1 && p->block_q <= (1 << 20), error, "block_q: wanted 1 to 2^20, got %d", p->block_q);
+  MEM1_CHECK(p->block_k >= 1 && p->block_k <= (1 << 20), error, "block_k: wanted 1 to 2^20, got %d", p->block_k);
+  MEM1_CHECK(p->full_offsets != nullptr, error, "full_offsets: wanted a pointer, got NULL");
+  MEM1_CHECK(p->partial_offsets != nullptr, error, "partial_offsets: wanted a pointer, got NULL");
+  if (p->batch > 0 && p->length > 0) {
+    MEM1_CHECK(lists || p->evict != nullptr, error, "evict: wanted a pointer, got NULL");
+    MEM1_CHECK(p->key_ranges != nullptr, error, "key_ranges: wanted a pointer, got NULL");
+  }
+  return MEM1_OK;
+}
+
+#if !defined(MEM1_WITH_CUDA)
+mem1_status not_compiled(mem1_error* error) {
+  return fail(error, MEM1_NOT_COMPILED, "device: MEM1_CUDA, but this build of mem1_core has no CUDA code%s",
+              " (nvcc was not found, or MEM1_CUDA=OFF)");
+}
+#endif
+
+}  // namespace
+
+#if !defined(MEM1_WITH_CUDA)
+mem1_status ranges_cuda(const mem1_tile_plan_params&, void*, mem1_error* error) { return not_compiled(error); }
+mem1_status lists_cuda(const mem1_tile_plan_params&, void*, mem1_error* error) { return not_compiled(error); }
+#endif
+
+}  // namespace mem1::tile_plan
+
+mem1_status mem1_tile_plan_ranges(const mem1_tile_plan_params* params, void* cuda_stream, mem1_error* error) {
+  const mem1_status status = mem1::tile_plan::validate(params, false, error);
+  if (status != MEM1_OK) return status;
+  if (params->device == MEM1_CUDA) return mem1::tile_plan::ranges_cuda(*params, cuda_stream, error);
+  mem1::tile_plan::ranges_cpu(*params);
+  return MEM1_OK;
+}
+
+mem1_status mem1_tile_plan_lists(const mem1_tile_plan_params* params, void* cuda_stream, mem1_error* error) {
+  const mem1_status status = mem1::tile_plan::validate(params, true, error);
+  if (status != MEM1_OK) return status;
+  if (params->device == MEM1_CUDA) return mem1::tile_plan::lists_cuda(*params, cuda_stream, error);
+  mem1::tile_plan::lists_cpu(*params);
+  return MEM1_OK;
+}

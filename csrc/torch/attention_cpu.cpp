@@ -1,0 +1,252 @@
+// The forward. Scores are kept transposed, keys down and queries across, so that the softmax reduces down vector lanes,
+// no operand is transposed inside the loop, and a key's visible queries are one contiguous range of columns per head:
+//   S^T [run, columns] = K [run, dim] Q^T [dim, columns]        O^T [dim, columns] += V^T [dim, run] P^T [run, columns]
+#include "torch/attention_cpu.h"
+
+#include "torch/ops.h"
+
+namespace mem1::cpu {
+
+std::vector<Run> live_runs(const Shape& shape, const Plan& plan, int64_t batch, int64_t query_tile) {
+  const int64_t mask_batch = plan.evict.size(0) == 1 ? 0 : batch, row = mask_batch * shape.query_tiles + query_tile;
+  const int32_t* evict = plan.evict.const_data_ptr<int32_t>() + mask_batch * plan.evict.stride(0);
+  const int32_t *full_at = plan.full_offsets.const_data_ptr<int32_t>() + row,
+                *partial_at = plan.partial_offsets.const_data_ptr<int32_t>() + row;
+  const int32_t *full = plan.full_tiles.const_data_ptr<int32_t>() + full_at[0],
+                *full_end = plan.full_tiles.const_data_ptr<int32_t>() + full_at[1],
+                *partial = plan.partial_tiles.const_data_ptr<int32_t>() + partial_at[0],
+                *partial_end = plan.partial_tiles.const_data_ptr<int32_t>() + partial_at[1];
+  const int64_t first_query = query_tile * plan.block_q,
+                last_query = std::min(first_query + plan.block_q, shape.length) - 1;
+  const int64_t tiles_per_chunk = kChunk / plan.block_k;
+
+  std::vector<Run> runs;
+  while (full != full_end || partial != partial_end) {
+    const bool is_partial = full == full_end || (partial != partial_end && *partial < *full);
+    const int64_t tile = is_partial ? *partial++ : *full++;
+    const int64_t begin = tile * plan.block_k, end = begin + plan.block_k;
+    // The stream's last tile may hold padding, which only the mask removes.
+    const uint64_t masked = is_partial || end > shape.length;
+    const int64_t bit = tile % tiles_per_chunk;
+    if (!runs.empty() && runs.back().end == begin && bit != 0) {
+      runs.back().end = end;
+      runs.back().masked |= masked << bit;
+    } else {
+      runs.push_back({begin, end, masked << bit});
+    }
+  }
+
+  const auto dead = [&](int64_t from) {
+    const int64_t to = std::min(from + kGranularity, shape.length);
+    for (int64_t j = from; j < to; ++j) {
+      if (j <= last_query && evict[j] > first_query) return false;
+    }
+    return true;
+  };
+  size_t kept = 0;
+  for (Run run : runs) {
+    while (run.begin < run.end && dead(run.begin)) run.begin += kGranularity;
+    while (run.begin < run.end && dead(run.end - kGranularity)) run.end -= kGranularity;
+    if (run.begin < run.end) runs[kept++] = run;
+  }
+  runs.resize(kept);
+  return runs;
+}
+
+std::vector<int64_t> balanced_ranges(const Shape& shape, const Plan& plan) {
+  const int32_t *full = plan.full_offsets.const_data_ptr<int32_t>(),
+                *partial = plan.partial_offsets.const_data_ptr<int32_t>();
+  std::vector<int64_t> work(shape.tasks + 1, 0);
+  for (int64_t n = 0; n < shape.tasks; ++n) {
+    const Task task(shape, plan, n);
+    const int64_t row = (plan.evict.size(0) == 1 ? 0 : task.batch) * shape.query_tiles + task.query_tile;
+    work[n + 1] = work[n] + full[row + 1] - full[row] + partial[row + 1] - partial[row];
+  }
+  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), shape.tasks));
+  std::vector<int64_t> ranges(threads + 1);
+  for (int64_t t = 0; t <= threads; ++t) {
+    ranges[t] = std::lower_bound(work.begin(), work.end(), work.back() * t / threads) - work.begin();
+  }
+  ranges[threads] = shape.tasks;
+  return ranges;
+}
+
+template <typename In, typename T>
+PackedKeys pack_keys(const Shape& shape, const at::Tensor& k, const at::Tensor& v, bool backward) {
+  const auto options = k.options().dtype(c10::CppTypeToScalarType<T>::value);
+  const std::vector<int64_t> rows_size{shape.pairs, shape.padded_length, shape.padded_dim};
+  PackedKeys packed;
+  packed.k_rows = at::empty(rows_size, options);
+  packed.v_rows = at::empty(rows_size, options);
+  // The forward multiplies by K and V^T, the backward by K, V and K^T.
+  at::Tensor chunks = at::empty(rows_size, options);
+  (backward ? packed.k_chunks : packed.v_chunks) = chunks;
+  packed.poison = at::zeros({shape.pairs, shape.padded_length}, k.options().dtype(at::kByte));
+
+  T *k_rows = packed.k_rows.template data_ptr<T>(), *v_rows = packed.v_rows.template data_ptr<T>(),
+    *chunk_data = chunks.template data_ptr<T>();
+  uint8_t* poison = packed.poison.template data_ptr<uint8_t>();
+  const auto k_in = const_view_of<In>(k), v_in = const_view_of<In>(v);
+  const int64_t dim = shape.padded_dim, chunks_per_pair = shape.padded_length / kChunk;
+  at::parallel_for(0, shape.pairs * chunks_per_pair, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t pair = n / chunks_per_pair, first = n % chunks_per_pair * kChunk;
+      T *k_out = k_rows + n * kChunk * dim, *v_out = v_rows + n * kChunk * dim;
+      const auto pack = [&](View<const In> in, int64_t r, T* out) {
+        if (first + r < shape.length) {
+          const In* row = in.row(pair / shape.kv_heads, first + r, pair % shape.kv_heads);
+          if (pack_row(row, shape.dim, dim, out)) return;
+          poison[n * kChunk + r] = 1;
+        }
+        std::fill(out, out + dim, T(0));
+      };
+      for (int64_t r = 0; r < kChunk; ++r) {
+        pack(k_in, r, k_out + r * dim);
+        pack(v_in, r, v_out + r * dim);
+      }
+      transpose(backward ? k_out : v_out, kChunk, dim, dim, chunk_data + n * kChunk * dim, kChunk);
+    }
+  });
+  return packed;
+}
+
+template <typename S>
+void mask_scores(const Shape& shape, const Plan& plan, const Task& task, const Run& run, const uint8_t* poison,
+                 S* scores) {
+  const int32_t* evict =
+      plan.evict.const_data_ptr<int32_t>() + (plan.evict.size(0) == 1 ? 0 : task.batch) * plan.evict.stride(0);
+  constexpr S kInvisible = -std::numeric_limits<S>::infinity(), kPoison = std::numeric_limits<S>::quiet_NaN();
+  for (int64_t j = run.begin; j < run.end; ++j) {
+    const bool masked = run.masked >> (j % kChunk / plan.block_k) & 1;
+    if (!masked && !poison[j]) continue;
+    // Query columns [low, high) of each head see key j.
+    const int64_t last = j < shape.length ? evict[j] : 0;
+    const int64_t high = std::clamp<int64_t>(last - task.first_query, 0, plan.block_q);
+    const int64_t low = std::clamp<int64_t>(j - task.first_query, 0, high);
+    if (low == 0 && high == plan.block_q && !poison[j]) continue;
+    S* row = scores + (j - run.begin) * shape.columns;
+    for (int64_t h = 0; h < shape.task_heads; ++h, row += plan.block_q) {
+      std::fill(row, row + low, kInvisible);
+      if (poison[j]) std::fill(row + low, row + high, kPoison);
+      std::fill(row + high, row + plan.block_q, kInvisible);
+    }
+  }
+}
+
+template PackedKeys pack_keys<float, float>(const Shape&, const at::Tensor&, const at::Tensor&, bool);
+template PackedKeys pack_keys<double, double>(const Shape&, const at::Tensor&, const at::Tensor&, bool);
+template PackedKeys pack_keys<at::BFloat16, float>(const Shape&, const at::Tensor&, const at::Tensor&, bool);
+template PackedKeys pack_keys<at::BFloat16, at::BFloat16>(const Shape&, const at::Tensor&, const at::Tensor&, bool);
+template void mask_scores(const Shape&, const Plan&, const Task&, const Run&, const uint8_t*, float*);
+template void mask_scores(const Shape&, const Plan&, const Task&, const Run&, const uint8_t*, double*);
+
+namespace {
+
+// What one thread needs for a task, allocated once.
+template <typename T>
+struct Workspace {
+  using S = typename Sum<T>::type;
+  std::vector<T> rows, queries, probabilities;
+  std::vector<S> scores, out, out_rows, running_max, safe_max, new_max, factor, sum;
+  explicit Workspace(const Shape& shape)
+      : rows(shape.columns * shape.padded_dim),
+        queries(shape.columns * shape.padded_dim),
+        probabilities(std::is_same_v<T, S> ? 0 : kChunk * shape.columns),
+        scores(kChunk * shape.columns),
+        out(shape.columns * shape.padded_dim),
+        out_rows(shape.columns * shape.padded_dim),
+        running_max(shape.columns),
+        safe_max(shape.columns),
+        new_max(shape.columns),
+        factor(shape.columns),
+        sum(shape.columns) {}
+};
+
+// The online softmax over the live runs of one task: leaves O^T (not yet divided) in w.out, its sums and maxima beside it.
+template <typename T>
+void attend(const Shape& shape, const Plan& plan, const Task& task, const PackedKeys& keys, double scale,
+            Workspace<T>& w) {
+  using S = typename Sum<T>::type;
+  constexpr S kNone = -std::numeric_limits<S>::infinity();
+  const int64_t columns = shape.columns, dim = shape.padded_dim, offset = task.pair * shape.padded_length * dim;
+  const T *k_rows = keys.k_rows.const_data_ptr<T>() + offset, *v_chunks = keys.v_chunks.const_data_ptr<T>() + offset;
+  const S scale2 = static_cast<S>(scale * kLog2E);
+  T* p = reinterpret_cast<T*>(w.scores.data());
+  if constexpr (!std::is_same_v<T, S>) p = w.probabilities.data();
+
+  std::fill(w.running_max.begin(), w.running_max.end(), kNone);
+  std::fill(w.sum.begin(), w.sum.end(), S(0));
+  std::fill(w.out.begin(), w.out.end(), S(0));
+  for (const Run& run : live_runs(shape, plan, task.batch, task.query_tile)) {
+    const int64_t rows = run.end - run.begin;
+    gemm<T>(rows, columns, dim, k_rows + run.begin * dim, dim, w.queries.data(), columns, w.scores.data(), columns,
+            false);
+    mask_scores(shape, plan, task, run, keys.poison_of(task.pair), w.scores.data());
+
+    w.new_max = w.running_max;
+    column_max(w.scores.data(), rows, columns, scale2, w.new_max.data());
+    bool rescale = false;
+    for (int64_t c = 0; c < columns; ++c) {
+      w.safe_max[c] = w.new_max[c] == kNone ? S(0) : w.new_max[c];  // a column that has seen nothing yet: exp2(-inf - 0)
+      w.factor[c] = w.running_max[c] == kNone ? S(0) : std::exp2(w.running_max[c] - w.safe_max[c]);
+      rescale |= w.factor[c] != S(1);
+      w.sum[c] *= w.factor[c];
+    }
+    if (rescale) scale_columns(w.out.data(), dim, columns, w.factor.data());
+    w.running_max.swap(w.new_max);
+    exponentials(w.scores.data(), rows, columns, scale2, w.safe_max.data(), w.sum.data(), p);
+    const T* v_run = v_chunks + run.begin / kChunk * kChunk * dim + run.begin % kChunk;
+    gemm<T>(dim, columns, rows, v_run, kChunk, p, columns, w.out.data(), columns, true);
+  }
+}
+
+template <typename In, typename T>
+void forward(const Plan& plan, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, double scale,
+             at::Tensor& out, at::Tensor& lse) {
+  using S = typename Sum<T>::type;
+  const Shape shape(q, k, plan);
+  const PackedKeys keys = pack_keys<In, T>(shape, k, v, false);
+  const auto q_in = const_view_of<In>(q);
+  const auto out_view = view_of<In>(out);
+  S* lse_data = lse.data_ptr<S>();
+
+  for_each_share(balanced_ranges(shape, plan), [&](int64_t, int64_t begin, int64_t end) {
+    Workspace<T> w(shape);
+    for (int64_t n = begin; n < end; ++n) {
+      const Task task(shape, plan, n);
+      pack_queries<In, T>(shape, plan, task, q_in, w.rows.data());
+      transposed_operand(w.rows.data(), shape.columns, shape.padded_dim, w.queries.data());
+      attend<T>(shape, plan, task, keys, scale, w);
+
+      transpose(w.out.data(), shape.padded_dim, shape.columns, shape.columns, w.out_rows.data(), shape.padded_dim);
+      for (int64_t c = 0; c < shape.columns; ++c) {
+        const int64_t i = task.first_query + c % plan.block_q, head = task.first_head + c / plan.block_q;
+        if (i >= shape.length) continue;
+        const bool empty = w.sum[c] == S(0);
+        const S inverse = empty ? S(0) : S(1) / w.sum[c];
+        In* row = out_view.row(task.batch, i, head);
+        for (int64_t d = 0; d < shape.dim; ++d) {
+          row[d] = static_cast<In>(w.out_rows[c * shape.padded_dim + d] * inverse);
+        }
+        lse_data[(task.batch * shape.query_heads + head) * shape.length + i] =
+            empty ? -std::numeric_limits<S>::infinity() : (w.running_max[c] + std::log2(w.sum[c])) * S(kLn2);
+      }
+    }
+    gemm_done<T>();
+  });
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> trajectory_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                                        const Plan& plan, double scale) {
+  at::Tensor out = at::empty(q.sizes(), q.options());
+  at::Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)},
+                             q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+  if (q.numel() == 0) return {out, lse.fill_(-std::numeric_limits<double>::infinity())};
+  dispatch(q.scalar_type(),
+           [&](auto in, auto t) { forward<decltype(in), decltype(t)>(plan, q, k, v, scale, out, lse); });
+  return {out, lse};
+}
+
+}  // namespace mem1::cpu

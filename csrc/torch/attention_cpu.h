@@ -1,0 +1,136 @@
+// Trajectory attention on the CPU: what attention_cpu.cpp (the forward), attention_backward_cpu.cpp and the pieces they
+// share have in common. Work is cut into tasks of one query tile for the heads of one KV group; a task walks its live keys
+// in runs of up to kChunk and never sees a dead tile.
+#pragma once
+
+#include "torch/gemm_cpu.h"
+#include "torch/pack_cpu.h"
+#include "torch/softmax_cpu.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <limits>
+#include <vector>
+
+namespace mem1::cpu {
+
+constexpr int64_t kChunk = 256;      // longest run of keys; transposed keys are stored in chunks of this many
+constexpr int64_t kGranularity = 16; // runs start and end at multiples of this, so few product shapes exist
+constexpr int64_t kMaxHeads = 8;     // heads of a KV group in one task: keeps its tiles in the second-level cache
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+struct Plan {
+  at::Tensor evict, full_offsets, full_tiles, partial_offsets, partial_tiles;
+  int64_t block_q, block_k;
+};
+
+inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Sizes. A "pair" is one (batch, KV head); "columns" are the queries of a task: heads of the group times block_q.
+struct Shape {
+  int64_t batch, length, query_heads, kv_heads, dim;
+  int64_t group, task_heads, columns, padded_length, padded_dim, query_tiles, pairs, tasks;
+
+  Shape(const at::Tensor& q, const at::Tensor& k, const Plan& plan)
+      : batch(q.size(0)), length(q.size(1)), query_heads(q.size(2)), kv_heads(k.size(2)), dim(q.size(3)) {
+    group = query_heads / kv_heads;
+    task_heads = std::min(group, kMaxHeads);
+    while (group % task_heads != 0) --task_heads;
+    columns = task_heads * plan.block_q;
+    padded_length = round_up(length, kChunk);
+    padded_dim = round_up(dim, 16);
+    query_tiles = (length + plan.block_q - 1) / plan.block_q;
+    pairs = batch * kv_heads;
+    tasks = pairs * (group / task_heads) * query_tiles;
+  }
+};
+
+// Task number -> what it works on. Tasks of one pair are neighbours.
+struct Task {
+  int64_t pair, batch, kv_head, first_head, query_tile, first_query;
+  Task(const Shape& shape, const Plan& plan, int64_t number) {
+    query_tile = number % shape.query_tiles;
+    const int64_t rest = number / shape.query_tiles, splits = shape.group / shape.task_heads;
+    pair = rest / splits;
+    batch = pair / shape.kv_heads;
+    kv_head = pair % shape.kv_heads;
+    first_head = kv_head * shape.group + rest % splits * shape.task_heads;
+    first_query = query_tile * plan.block_q;
+  }
+};
+
+// Keys [begin, end) of one chunk; bit t of `masked` says that the t-th tile of the chunk needs the mask.
+struct Run {
+  int64_t begin, end;
+  uint64_t masked;
+};
+
+// Live keys of a query tile, ascending; trimmed at both ends to what a query of the tile can see.
+std::vector<Run> live_runs(const Shape& shape, const Plan& plan, int64_t batch, int64_t query_tile);
+
+// Cuts the tasks into contiguous ranges of about equal work, one per thread: [threads + 1] boundaries.
+std::vector<int64_t> balanced_ranges(const Shape& shape, const Plan& plan);
+
+// Keys and values of all pairs as left operands: rows [pairs, padded_length, padded_dim], and transposed in chunks
+// [pairs, padded_length / kChunk, padded_dim, kChunk]. A row with a NaN or an infinity is zero here and marked in `poison`
+// [pairs, padded_length]: products then stay finite for the queries that do not see it, and mask_scores turns it into a
+// NaN for those that do.
+struct PackedKeys {
+  at::Tensor k_rows, k_chunks, v_rows, v_chunks, poison;
+  const uint8_t* poison_of(int64_t pair) const { return poison.const_data_ptr<uint8_t>() + pair * poison.size(1); }
+};
+template <typename In, typename T>
+PackedKeys pack_keys(const Shape& shape, const at::Tensor& k, const at::Tensor& v, bool backward);
+
+// Sets the scores [run, columns] of invisible pairs to -inf.
+template <typename S>
+void mask_scores(const Shape& shape, const Plan& plan, const Task& task, const Run& run, const uint8_t* poison,
+                 S* scores);
+
+template <typename T>
+View<T> view_of(const at::Tensor& t) {
+  return {t.data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
+}
+template <typename T>
+View<const T> const_view_of(const at::Tensor& t) {
+  return {t.const_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// The queries of a task (or rows shaped like them) as dense rows [columns, padded_dim]; zero past the stream's end.
+template <typename In, typename T>
+void pack_queries(const Shape& shape, const Plan& plan, const Task& task, View<const In> in, T* rows) {
+  for (int64_t c = 0; c < shape.columns; ++c) {
+    const int64_t i = task.first_query + c % plan.block_q;
+    T* out = rows + c * shape.padded_dim;
+    if (i < shape.length) {
+      pack_row(in.row(task.batch, i, task.first_head + c / plan.block_q), shape.dim, shape.padded_dim, out);
+    } else {
+      std::fill(out, out + shape.padded_dim, T(0));
+    }
+  }
+}
+
+// Runs `body(thread, first task, one past the last)` on every thread with its share of the tasks.
+template <typename Body>
+void for_each_share(const std::vector<int64_t>& ranges, const Body& body) {
+  const auto threads = static_cast<int64_t>(ranges.size()) - 1;
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) body(t, ranges[t], ranges[t + 1]);
+  });
+}
+
+// Calls function(In{}, T{}) with the input's element type and the type its products run in.
+template <typename Function>
+auto dispatch(at::ScalarType dtype, const Function& function) {
+  switch (dtype) {
+    case at::kFloat:
+      return function(float{}, float{});
+    case at::kDouble:
+      return function(double{}, double{});
+    default:
+      return has_bfloat16_products() ? function(at::BFloat16{}, at::BFloat16{}) : function(at::BFloat16{}, float{});
+  }
+}
+
+}  // namespace mem1::cpu

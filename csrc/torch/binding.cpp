@@ -1,0 +1,112 @@
+// The ops of torch.ops.mem1_core and the module mem1_core._C. Arguments are validated here, once.
+#include "torch/attention_cpu.h"
+#include "torch/ops.h"
+
+#include "mem1/mem1.h"
+
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+namespace mem1 {
+namespace {
+
+using at::Tensor;
+
+cpu::Plan checked_plan(const Tensor& q, const Tensor& evict, const Tensor& full_offsets, const Tensor& full_tiles,
+                       const Tensor& partial_offsets, const Tensor& partial_tiles, int64_t block_q, int64_t block_k) {
+  TORCH_CHECK_VALUE(block_q > 0 && block_q % cpu::kColumns == 0, "block_q: wanted a multiple of ", cpu::kColumns,
+                    ", got ", block_q);
+  TORCH_CHECK_VALUE(block_k >= cpu::kGranularity && cpu::kChunk % block_k == 0, "block_k: wanted 16, 32, 64, 128 or ",
+                    "256, got ", block_k);
+  TORCH_CHECK_VALUE(evict.dim() == 2 && evict.size(1) == q.size(1) && (evict.size(0) == 1 || evict.size(0) == q.size(0)),
+                    "mask: wanted evict of shape [", q.size(0), " or 1, ", q.size(1), "], got ", evict.sizes());
+  const int64_t rows = evict.size(0) * ((evict.size(1) + block_q - 1) / block_q);
+  for (const Tensor* t : {&evict, &full_offsets, &full_tiles, &partial_offsets, &partial_tiles}) {
+    TORCH_CHECK_TYPE(t->scalar_type() == at::kInt && t->is_contiguous() && t->device() == q.device(),
+                     "mask: wanted contiguous int32 tensors on ", q.device(), ", got ", t->scalar_type(), " on ",
+                     t->device());
+  }
+  TORCH_CHECK_VALUE(full_offsets.numel() == rows + 1 && partial_offsets.numel() == rows + 1,
+                    "mask: wanted plan offsets of ", rows + 1, " elements, got ", full_offsets.numel(), " and ",
+                    partial_offsets.numel());
+  return {evict, full_offsets, full_tiles, partial_offsets, partial_tiles, block_q, block_k};
+}
+
+void check_input(const char* name, const Tensor& t, const Tensor& q) {
+  TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble || t.scalar_type() == at::kBFloat16,
+                   name, ": wanted float32, bfloat16 or float64 on the CPU, got ", t.scalar_type());
+  TORCH_CHECK_TYPE(t.scalar_type() == q.scalar_type(), name, ": wanted the dtype of q, ", q.scalar_type(), ", got ",
+                   t.scalar_type());
+  TORCH_CHECK_VALUE(t.dim() == 4, name, ": wanted [batch, length, heads, dim], got ", t.dim(), " dimensions");
+  TORCH_CHECK_VALUE(t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(3) == q.size(3), name,
+                    ": wanted batch, length and dim of q, ", q.sizes(), ", got ", t.sizes());
+  TORCH_CHECK_VALUE(t.stride(3) == 1 || t.size(3) <= 1, name, ": wanted a contiguous last dimension, got stride ",
+                    t.stride(3));
+}
+
+void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
+  check_input("q", q, q);
+  check_input("k", k, q);
+  check_input("v", v, q);
+  TORCH_CHECK_VALUE(k.size(2) == v.size(2), "v: wanted the heads of k, ", k.size(2), ", got ", v.size(2));
+  TORCH_CHECK_VALUE(k.size(2) > 0 && q.size(2) % k.size(2) == 0, "q: wanted a multiple of the ", k.size(2),
+                    " heads of k, got ", q.size(2));
+}
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& evict,
+                                     const Tensor&, const Tensor& full_offsets, const Tensor& full_tiles,
+                                     const Tensor& partial_offsets, const Tensor& partial_tiles, int64_t block_q,
+                                     int64_t block_k, double scale) {
+  check_inputs(q, k, v);
+  const auto plan =
+      checked_plan(q, evict, full_offsets, full_tiles, partial_offsets, partial_tiles, block_q, block_k);
+  return cpu::trajectory_attention(q, k, v, plan, scale);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out, const std::optional<Tensor>& d_lse,
+                                                      const Tensor& q, const Tensor& k, const Tensor& v,
+                                                      const Tensor& out, const Tensor& lse, const Tensor& evict,
+                                                      const Tensor&, const Tensor& full_offsets,
+                                                      const Tensor& full_tiles, const Tensor& partial_offsets,
+                                                      const Tensor& partial_tiles, int64_t block_q, int64_t block_k,
+                                                      double scale) {
+  check_inputs(q, k, v);
+  check_input("d_out", d_out, q);
+  check_input("out", out, q);
+  TORCH_CHECK_VALUE(d_out.sizes() == q.sizes() && out.sizes() == q.sizes(), "d_out, out: wanted the shape of q, ",
+                    q.sizes(), ", got ", d_out.sizes(), " and ", out.sizes());
+  const auto plan =
+      checked_plan(q, evict, full_offsets, full_tiles, partial_offsets, partial_tiles, block_q, block_k);
+  // An expanded gradient (of a sum, say) has stride 0 everywhere; the kernel reads rows.
+  const Tensor d_lse_dense = d_lse.has_value() ? d_lse->contiguous() : Tensor();
+  return cpu::trajectory_attention_backward(d_out, d_lse_dense, q, k, v, out, lse.contiguous(), plan, scale);
+}
+
+}  // namespace
+}  // namespace mem1
+
+TORCH_LIBRARY(mem1_core, m) {
+  m.def(
+      "tile_plan(Tensor evict, int block_q, int block_k) -> "
+      "(Tensor key_ranges, Tensor full_offsets, Tensor full_tiles, Tensor partial_offsets, Tensor partial_tiles)");
+  m.def(
+      "trajectory_attention(Tensor q, Tensor k, Tensor v, Tensor evict, Tensor key_ranges, Tensor full_offsets, "
+      "Tensor full_tiles, Tensor partial_offsets, Tensor partial_tiles, int block_q, int block_k, float scale) -> "
+      "(Tensor out, Tensor lse)");
+  m.def(
+      "trajectory_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor evict, Tensor key_ranges, Tensor full_offsets, Tensor full_tiles, Tensor partial_offsets, "
+      "Tensor partial_tiles, int block_q, int block_k, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
+}
+
+TORCH_LIBRARY_IMPL(mem1_core, CPU, m) {
+  m.impl("tile_plan", &mem1::tile_plan);
+  m.impl("trajectory_attention", &mem1::attention);
+  m.impl("trajectory_attention_backward", &mem1::attention_backward);
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled part of mem1_core. Importing it registers torch.ops.mem1_core.";
+  m.def("version", &mem1_version, "Version of the C library.");
+  m.def("cuda_architectures", &mem1_cuda_architectures, "Architectures with compiled CUDA code, '' if none.");
+}

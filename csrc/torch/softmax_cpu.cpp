@@ -1,0 +1,180 @@
+#include "torch/softmax_cpu.h"
+
+#include <bit>
+#include <cmath>
+
+// One body, compiled for several instruction sets and chosen when the library loads. The body's callees must be inlined
+// into it to be compiled for the same set.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define MEM1_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define MEM1_CLONES
+#endif
+#define MEM1_INLINE inline __attribute__((always_inline))
+
+namespace mem1::cpu {
+namespace {
+
+// 2^x for x <= 0, relative error below 2e-7 (see tests); 0 below -126, NaN for NaN. x = n + f with |f| <= 1/2: a polynomial
+// for 2^f (coefficients: least squares on Chebyshev nodes), times 2^n put together from its bits.
+MEM1_INLINE float exp2_of(float x) {
+  x = x < -127.0f ? -127.0f : x;
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
+  const float shifted = x + kRound;
+  const float f = x - (shifted - kRound);
+  float y = 1.5353362e-4f;
+  y = y * f + 1.3398874e-3f;
+  y = y * f + 9.6184373e-3f;
+  y = y * f + 5.5503324e-2f;
+  y = y * f + 2.4022648e-1f;
+  y = y * f + 6.9314720e-1f;
+  y = y * f + 1.0f;
+  const uint32_t exponent = std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(kRound) + 127u;
+  return y * std::bit_cast<float>(exponent << 23);
+}
+
+MEM1_INLINE double exp2_of(double x) { return std::exp2(x); }
+
+MEM1_INLINE uint32_t bfloat16_bits(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+template <typename T>
+MEM1_INLINE void column_max_body(const T* s, int64_t rows, int64_t columns, T scale, T* running_max) {
+  for (int64_t c0 = 0; c0 < columns; c0 += kColumns) {
+    T best[kColumns];
+    for (int64_t c = 0; c < kColumns; ++c) best[c] = running_max[c0 + c];
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* row = s + r * columns + c0;
+#pragma omp simd
+      for (int64_t c = 0; c < kColumns; ++c) {
+        const T x = scale * row[c];
+        best[c] = x > best[c] ? x : best[c];
+      }
+    }
+    for (int64_t c = 0; c < kColumns; ++c) running_max[c0 + c] = best[c];
+  }
+}
+
+template <typename T>
+MEM1_INLINE void exponentials_body(const T* s, int64_t rows, int64_t columns, T scale, const T* max, T* sum, T* p) {
+  for (int64_t c0 = 0; c0 < columns; c0 += kColumns) {
+    T total[kColumns] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* in = s + r * columns + c0;
+      T* out = p + r * columns + c0;
+#pragma omp simd
+      for (int64_t c = 0; c < kColumns; ++c) {
+        const T e = exp2_of(scale * in[c] - max[c0 + c]);
+        total[c] += e;
+        out[c] = e;
+      }
+    }
+    for (int64_t c = 0; c < kColumns; ++c) sum[c0 + c] += total[c];
+  }
+}
+
+template <typename T>
+MEM1_INLINE void gradients_body(const T* s, const T* dp, int64_t rows, int64_t columns, T scale, const T* lse,
+                                const T* delta, T* p, T* ds) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = r * columns;
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c) {
+      const T e = exp2_of(scale * s[at + c] - lse[c]);
+      const T d = e * (dp[at + c] - delta[c]);
+      p[at + c] = e;
+      ds[at + c] = d;
+    }
+  }
+}
+
+}  // namespace
+
+MEM1_CLONES void column_max(const float* s, int64_t rows, int64_t columns, float scale, float* running_max) {
+  column_max_body(s, rows, columns, scale, running_max);
+}
+
+void column_max(const double* s, int64_t rows, int64_t columns, double scale, double* running_max) {
+  column_max_body(s, rows, columns, scale, running_max);
+}
+
+MEM1_CLONES void exponentials(const float* s, int64_t rows, int64_t columns, float scale, const float* max, float* sum,
+                              float* p) {
+  exponentials_body(s, rows, columns, scale, max, sum, p);
+}
+
+void exponentials(const double* s, int64_t rows, int64_t columns, double scale, const double* max, double* sum,
+                  double* p) {
+  exponentials_body(s, rows, columns, scale, max, sum, p);
+}
+
+MEM1_CLONES void exponentials(const float* s, int64_t rows, int64_t columns, float scale, const float* max, float* sum,
+                              at::BFloat16* p) {
+  auto* pairs = reinterpret_cast<uint32_t*>(p);
+  for (int64_t c0 = 0; c0 < columns; c0 += kColumns) {
+    float total[kColumns] = {};
+    for (int64_t r = 0; r < rows; r += 2) {
+      const float* first = s + r * columns + c0;
+      const float* second = first + columns;
+      uint32_t* out = pairs + r / 2 * columns + c0;
+#pragma omp simd
+      for (int64_t c = 0; c < kColumns; ++c) {
+        const float a = exp2_of(scale * first[c] - max[c0 + c]);
+        const float b = exp2_of(scale * second[c] - max[c0 + c]);
+        total[c] += a + b;
+        out[c] = bfloat16_bits(a) | bfloat16_bits(b) << 16;
+      }
+    }
+    for (int64_t c = 0; c < kColumns; ++c) sum[c0 + c] += total[c];
+  }
+}
+
+MEM1_CLONES void gradients(const float* s, const float* dp, int64_t rows, int64_t columns, float scale,
+                           const float* lse, const float* delta, float* p, float* ds, float*) {
+  gradients_body(s, dp, rows, columns, scale, lse, delta, p, ds);
+}
+
+void gradients(const double* s, const double* dp, int64_t rows, int64_t columns, double scale, const double* lse,
+               const double* delta, double* p, double* ds, double*) {
+  gradients_body(s, dp, rows, columns, scale, lse, delta, p, ds);
+}
+
+MEM1_CLONES void gradients(const float* s, const float* dp, int64_t rows, int64_t columns, float scale,
+                           const float* lse, const float* delta, at::BFloat16* p, at::BFloat16* ds,
+                           at::BFloat16* ds_pairs) {
+  auto* p_bits = reinterpret_cast<uint16_t*>(p);
+  auto* ds_bits = reinterpret_cast<uint16_t*>(ds);
+  auto* pairs = reinterpret_cast<uint32_t*>(ds_pairs);
+  for (int64_t r = 0; r < rows; r += 2) {
+    const int64_t at = r * columns, next = at + columns, pair = r / 2 * columns;
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c) {
+      const float e0 = exp2_of(scale * s[at + c] - lse[c]);
+      const float e1 = exp2_of(scale * s[next + c] - lse[c]);
+      const uint32_t d0 = bfloat16_bits(e0 * (dp[at + c] - delta[c]));
+      const uint32_t d1 = bfloat16_bits(e1 * (dp[next + c] - delta[c]));
+      p_bits[at + c] = static_cast<uint16_t>(bfloat16_bits(e0));
+      p_bits[next + c] = static_cast<uint16_t>(bfloat16_bits(e1));
+      ds_bits[at + c] = static_cast<uint16_t>(d0);
+      ds_bits[next + c] = static_cast<uint16_t>(d1);
+      pairs[pair + c] = d0 | d1 << 16;
+    }
+  }
+}
+
+MEM1_CLONES void scale_columns(float* data, int64_t rows, int64_t columns, const float* factor) {
+  for (int64_t r = 0; r < rows; ++r) {
+#pragma omp simd
+    for (int64_t c = 0; c < columns; ++c) data[r * columns + c] *= factor[c];
+  }
+}
+
+void scale_columns(double* data, int64_t rows, int64_t columns, const double* factor) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; ++c) data[r * columns + c] *= factor[c];
+  }
+}
+
+}  // namespace mem1::cpu

@@ -1,0 +1,50 @@
+#include "torch/ops.h"
+
+#include "mem1/mem1.h"
+
+#include <ATen/Functions.h>
+#include <ATen/core/Tensor.h>
+
+namespace mem1 {
+namespace {
+
+void check(mem1_status status, const mem1_error& error) { TORCH_CHECK_VALUE(status == MEM1_OK, error.message); }
+
+}  // namespace
+
+TilePlanTensors tile_plan(const at::Tensor& evict, int64_t block_q, int64_t block_k) {
+  TORCH_CHECK_TYPE(evict.scalar_type() == at::kInt, "evict: wanted int32, got ", evict.scalar_type());
+  TORCH_CHECK_VALUE(evict.dim() == 2, "evict: wanted [batch, length], got ", evict.dim(), " dimensions");
+  TORCH_CHECK_VALUE(block_q > 0 && block_k > 0, "block_q, block_k: wanted positive, got ", block_q, ", ", block_k);
+  TORCH_CHECK_VALUE(evict.size(1) <= (1 << 30) && evict.size(0) <= (1 << 30), "evict: wanted at most 2^30 in each ",
+                    "dimension, got ", evict.sizes());
+  const at::Tensor table = evict.contiguous();
+  const int64_t batch = table.size(0), length = table.size(1);
+  const int64_t rows = batch * ((length + block_q - 1) / block_q);
+  at::Tensor key_ranges = at::empty({batch, (length + block_k - 1) / block_k, 4}, table.options());
+  at::Tensor full_offsets = at::empty({rows + 1}, table.options()), partial_offsets = at::empty_like(full_offsets);
+
+  mem1_error error{};
+  mem1_tile_plan_params params{};
+  params.struct_size = sizeof(params);
+  params.device = MEM1_CPU;
+  params.batch = static_cast<int32_t>(batch);
+  params.length = static_cast<int32_t>(length);
+  params.block_q = static_cast<int32_t>(block_q);
+  params.block_k = static_cast<int32_t>(block_k);
+  params.evict = table.const_data_ptr<int32_t>();
+  params.evict_stride_batch = length;
+  params.key_ranges = key_ranges.data_ptr<int32_t>();
+  params.full_offsets = full_offsets.data_ptr<int32_t>();
+  params.partial_offsets = partial_offsets.data_ptr<int32_t>();
+  check(mem1_tile_plan_ranges(&params, nullptr, &error), error);
+
+  at::Tensor full_tiles = at::empty({params.full_offsets[rows]}, table.options());
+  at::Tensor partial_tiles = at::empty({params.partial_offsets[rows]}, table.options());
+  params.full_tiles = full_tiles.data_ptr<int32_t>();
+  params.partial_tiles = partial_tiles.data_ptr<int32_t>();
+  check(mem1_tile_plan_lists(&params, nullptr, &error), error);
+  return {key_ranges, full_offsets, full_tiles, partial_offsets, partial_tiles};
+}
+
+}  // namespace mem1

@@ -1,0 +1,153 @@
+"""A trajectory laid out for one training forward: which tokens, at which positions, where the labels are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from mem1_core.trajectory import (
+    Prune,
+    Regime,
+    Segment,
+    TrajectoryMask,
+    check_segments,
+    evict_from_turns,
+    policy_tokens,
+)
+
+
+@dataclass(frozen=True, eq=False)  # tensors have no single truth value to compare by
+class TrajectoryLayout:
+    """A stream of `N` rows for one forward, and how its logits map to the policy's tokens.
+
+    ```
+    hidden = trunk(tokens[layout.source][None], layout.position_ids[None], layout.mask)[0]         # [N, H]
+    logprob, entropy = linear_logprob(hidden[layout.logit_rows], weight, tokens[layout.targets])  # [M]
+    per_trajectory = layout.per_trajectory(logprob)                                               # [length]
+    ```
+    where `tokens` are the trajectories' own tokens, concatenated. The three regimes (see `from_turns`) differ
+    in nothing but the contents of these tensors. For what is kept per token of the trajectories (advantages,
+    sampled log-probs), `torch.cat(per_trajectory)[layout.targets]` is the way in.
+    """
+
+    mask: TrajectoryMask  # [1, N]
+    source: Tensor  # int64 [N]: row n holds token source[n] of the concatenated trajectories
+    position_ids: Tensor  # int64 [N]
+    logit_rows: Tensor  # int64 [M]: the row whose logits predict ...
+    targets: Tensor  # int64 [M]: ... this token (likewise); one per policy token, ascending
+    lengths: tuple[int, ...]  # tokens of each trajectory
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """bool [N], the rows that carry a label."""
+        return torch.zeros_like(self.source, dtype=torch.bool).index_fill_(0, self.logit_rows, True)
+
+    @classmethod
+    def from_turns(
+        cls, segments: Iterable[Segment], *, regime: Regime = "carry", prune: Prune = "action"
+    ) -> TrajectoryLayout:
+        """The layout of one trajectory.
+
+        - `"carry"`: one copy, positions 0 .. N-1, the mask is `evict`. Exact for a rollout that prunes its
+          cache in place.
+        - `"reencode"`: exact for a rollout that re-encodes the pruned context. Each prune event starts a
+          block: copies of the survivors, then the new tokens up to the next event. A block sees the prompt
+          and itself; its positions restart at the prompt's length; a token is trained where it is new.
+        - `"paper"`: the layout of `"carry"`, to be used with a rollout that re-encodes. Approximate, as
+          published.
+
+        Raises ValueError for an unknown regime, for segments out of order, or when the policy's first token
+        has no predecessor to predict it (no prompt).
+        """
+        if regime not in get_args(Regime):
+            raise ValueError(f"regime: wanted one of {get_args(Regime)}, got {regime!r}")
+        segments = check_segments(segments)
+        evict = evict_from_turns(segments, prune)
+        targets = policy_tokens(segments).nonzero()[:, 0]
+        if targets.numel() and int(targets[0]) == 0:
+            raise ValueError(
+                "segments: wanted a prompt of at least one token to predict the first action from, got none"
+            )
+        if regime == "reencode":
+            return _reencode(segments, evict, targets)
+        tokens = torch.arange(evict.shape[0])
+        return cls(
+            TrajectoryMask(evict[None], segments), tokens, tokens, targets - 1, targets, (evict.shape[0],)
+        )
+
+    @classmethod
+    def packed(cls, layouts: Sequence[TrajectoryLayout]) -> TrajectoryLayout:
+        """Many layouts behind one another in one stream; their trajectories concatenate in the same order."""
+        none = torch.empty(0, dtype=torch.int64)
+        source, positions, rows, targets = [none], [none], [none], [none]
+        row = token = 0
+        for layout in layouts:
+            source.append(layout.source.cpu() + token)
+            positions.append(layout.position_ids.cpu())
+            rows.append(layout.logit_rows.cpu() + row)
+            targets.append(layout.targets.cpu() + token)
+            row += layout.source.shape[0]
+            token += sum(layout.lengths)
+        mask = TrajectoryMask.packed([layout.mask for layout in layouts])
+        a, b, c, d = (torch.cat(parts).to(mask.device) for parts in (source, positions, rows, targets))
+        return cls(mask, a, b, c, d, tuple(n for layout in layouts for n in layout.lengths))
+
+    def to(self, device: torch.device | str) -> TrajectoryLayout:
+        return TrajectoryLayout(
+            self.mask.to(device),
+            self.source.to(device),
+            self.position_ids.to(device),
+            self.logit_rows.to(device),
+            self.targets.to(device),
+            self.lengths,
+        )
+
+    def per_trajectory(self, values: Tensor) -> list[Tensor]:
+        """`values` [M] as one tensor [length] per trajectory, 0 where no policy token. Differentiable."""
+        if values.shape != self.targets.shape:
+            wanted = f"one per policy token, shape {list(self.targets.shape)}"
+            raise ValueError(f"values: wanted {wanted}, got {list(values.shape)}")
+        everything = values.new_zeros(sum(self.lengths)).index_copy(0, self.targets, values)
+        return list(everything.split(self.lengths))
+
+
+def _reencode(segments: tuple[Segment, ...], evict: Tensor, targets: Tensor) -> TrajectoryLayout:
+    total = evict.shape[0]
+    prompt = segments[0].length if segments and segments[0].kind == "prompt" else 0
+    events = [event for event in evict.unique().tolist() if event < total]
+    source, positions, ends = [torch.arange(prompt)], [torch.arange(prompt)], []
+    home = torch.arange(total)  # the row in which each token is new
+    rows, context = prompt, torch.empty(0, dtype=torch.int64)
+    for begin, end in zip([prompt, *events], [*events, total], strict=True):
+        survivors = context[evict[context] > begin]
+        context = torch.cat([survivors, torch.arange(begin, end)])
+        home[begin:end] = torch.arange(rows + survivors.shape[0], rows + context.shape[0])
+        rows += context.shape[0]
+        source.append(context)
+        positions.append(torch.arange(prompt, prompt + context.shape[0]))
+        ends.append(rows)
+    sizes = torch.tensor(ends).diff(prepend=torch.tensor([prompt]))
+    lifetimes = torch.tensor([rows, *ends]).repeat_interleave(torch.cat([torch.tensor([prompt]), sizes]))
+    stream = torch.cat(source)
+    mask = TrajectoryMask(lifetimes[None].to(torch.int32), _runs(segments, stream))
+    # The row before: an action survives its own prune, so only the first block starts with a new token, and
+    # what comes before that is the prompt.
+    return TrajectoryLayout(mask, stream, torch.cat(positions), home[targets] - 1, targets, (total,))
+
+
+def _runs(segments: tuple[Segment, ...], source: Tensor) -> list[Segment]:
+    """The segments of the stream, copies included, for the picture."""
+    if source.numel() == 0:
+        return []
+    lengths = torch.tensor([segment.length for segment in segments])
+    owner = torch.arange(len(segments)).repeat_interleave(lengths)[source]
+    # A jump within one segment is a new run too: a segment cut by a prune, copied to the next block.
+    breaks = (owner.diff() != 0) | (source.diff() != 1)
+    bounds = [0, *(breaks.nonzero()[:, 0] + 1).tolist(), source.shape[0]]
+    return [
+        segments[int(owner[a])]._replace(length=b - a) for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+    ]

@@ -1,0 +1,298 @@
+"""Every op in plain PyTorch, each under 30 lines: the specification that the fast ones are tested against.
+
+Nothing here is fast or sparing with memory. Inputs below fp64 are computed in fp32. Shapes, defaults and
+meaning are those of `mem1_core.ops`; arguments are not checked.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mem1_core.trajectory import TrajectoryMask
+
+Positions = Literal["keep", "compact"]
+KLEstimator = Literal["k1", "k2", "k3"]
+Aggregation = Literal["token-mean", "sequence-mean", "sum"]
+
+_LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8: past that a ratio carries no information, only overflow
+
+
+def trajectory_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: TrajectoryMask,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention where query `i` sees key `j` iff `j <= i < evict[j]`.
+
+    q [B, N, Hq, D], k and v [B, N, Hkv, D] -> out [B, N, Hq, D] in q's dtype; query head `h` reads the key
+    head `h // (Hq // Hkv)`. `scale` is `D ** -0.5` by default. With `return_lse` also the natural logarithm
+    of each row's softmax denominator, fp32 (fp64 for fp64) [B, Hq, N]. A row that sees nothing has out 0
+    and lse -inf; NaN or inf in a key makes NaN of the rows that see it, in a value of that channel of those
+    rows; no others notice.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    visible = mask.dense()[:, None]  # [B, 1, N, N]
+    query = _wide(q).transpose(1, 2)
+    key, value = (_wide(x).repeat_interleave(q.shape[2] // k.shape[2], dim=2).transpose(1, 2) for x in (k, v))
+    # 0 * NaN is NaN: what is not finite enters the products as 0 and is put back for those who see it.
+    bad_key = visible & ~key.isfinite().all(-1)[:, :, None]
+    bad_value = visible.to(value.dtype) @ (~value.isfinite()).to(value.dtype) > 0
+    key, value = (x.nan_to_num(0.0, 0.0, 0.0) for x in (key, value))
+    score = (query @ key.mT * scale).masked_fill(~visible, -torch.inf).masked_fill(bad_key, torch.nan)
+    prob = score.softmax(-1).masked_fill(~visible, 0.0)
+    out = (prob @ value).masked_fill(bad_value, torch.nan).transpose(1, 2).to(q.dtype)
+    return (out, score.logsumexp(-1)) if return_lse else out
+
+
+def prune_kv_cache_(
+    kv: Tensor,
+    keep: Tensor,
+    lengths: Tensor,
+    *,
+    positions: Positions = "keep",
+    inv_freq: Tensor | None = None,
+) -> Tensor:
+    """Remove entries from a KV cache in place and close the gaps; returns the new lengths, [B] as `lengths`.
+
+    kv [L, 2, B, S, Hkv, D] (layer, key or value, ...), keep bool [B, S], lengths int [B]: the entries in
+    use, what `keep` says beyond them does not count. Survivors move to the front in their order; slots from
+    the new length on hold whatever. `positions="keep"`: keys stay as they were encoded. `"compact"`: every
+    entry was encoded at the position of its slot and is rotated to that of its new one, `inv_freq` [D / 2]
+    being RoPE's angular frequencies (rotate-half).
+    """
+    slots = torch.arange(kv.shape[3], device=kv.device)
+    alive = keep & (slots < lengths[:, None])
+    order = alive.to(torch.int8).argsort(dim=1, descending=True, stable=True)  # survivors first, in order
+    moved = kv.gather(3, order[None, None, :, :, None, None].expand_as(kv))
+    if positions == "compact":
+        moved[:, 0] = _rotate(moved[:, 0], slots - order, inv_freq)
+    kv.copy_(moved)
+    return alive.sum(1).to(lengths.dtype)
+
+
+def prune_paged_kv_cache_(
+    kv: Tensor,
+    keep: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    *,
+    positions: Positions = "keep",
+    inv_freq: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same for a paged cache: pages without a survivor are dropped unmoved, what is left closes the gaps.
+
+    kv [L, 2, pages, page, Hkv, D]; block_table int [B, P]: the page of each `page` tokens of a sequence, -1
+    unused; keep bool [B, P * page]; lengths int [B]. `kv` and `block_table` change in place. Returns the
+    new lengths [B] and freed bool [pages], the pages that no sequence uses any more. A page shared by
+    several sequences must be kept whole, with all before it.
+    """
+    page = kv.shape[3]
+    before, after = torch.zeros(2, kv.shape[2], dtype=torch.bool, device=kv.device)
+    new_lengths = torch.zeros_like(lengths)
+    for b, length in enumerate(lengths.tolist()):
+        table = block_table[b, : -(-length // page)].long()
+        alive = keep[b, :length].nonzero()[:, 0]  # positions in the sequence
+        table_left = table[(alive // page).unique()]
+        moved = kv[:, :, table[alive // page], alive % page]  # [L, 2, survivors, Hkv, D]
+        target = torch.arange(len(alive), device=kv.device)
+        if positions == "compact":
+            moved[:, 0] = _rotate(moved[:, 0], target - alive, inv_freq)
+        kv[:, :, table_left[target // page], target % page] = moved
+        used = -(-len(alive) // page)
+        block_table[b] = -1
+        block_table[b, :used] = table_left[:used].to(block_table.dtype)
+        before[table], after[table_left[:used]] = True, True
+        new_lengths[b] = len(alive)
+    return new_lengths, before & ~after
+
+
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, target: Tensor, temperature: float | Tensor = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of `target` and entropy under `softmax(hidden @ weight.T / temperature)`.
+
+    hidden [T, H], weight [V, H], target int [T], temperature a number or [T] -> logprob and entropy [T],
+    fp32 (fp64).
+    """
+    heat = torch.as_tensor(temperature, device=hidden.device).reshape(-1, 1)
+    logits = _wide(hidden) @ _wide(weight).T / heat
+    logprob = logits.log_softmax(-1)
+    entropy = -(logprob.exp() * logprob).sum(-1)
+    return logprob.gather(1, target.long()[:, None])[:, 0], entropy
+
+
+def fused_linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    loss_mask: Tensor,
+    *,
+    ref_logprob: Tensor | None = None,
+    sampler_logprob: Tensor | None = None,
+    sequence: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    sampler_cap: float = 2.0,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
+    entropy_coef: float = 0.0,
+    aggregation: Aggregation = "token-mean",
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's policy loss over the rows of `loss_mask`, from the last hidden states; returns (loss, metrics).
+
+    hidden [T, H], weight [V, H], target int [T], loss_mask bool [T], old_logprob and advantage [T].
+    Differentiable in hidden and weight. With r = exp(logprob - old_logprob), A the token's advantage, the
+    loss of a token is
+    ```
+    max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))      Schulman et al. 2017 (PPO)
+        for A < 0 at most -A dual_clip                      Ye et al. 2020 (dual clip; usually 3)
+        times min(exp(old_logprob - sampler_logprob), sampler_cap)   truncated weight of a stale sampler
+    + kl_coef KL(policy | ref_logprob) - entropy_coef entropy        see `kl_estimate`
+    ```
+    Log-ratios are clamped to +-20. Log-probs and entropy are those of `softmax(logits / temperature)`,
+    temperature a number or [T].
+
+    The losses' sum is divided by `normalizer`: by default the number of tokens ("token-mean"), of sequences
+    ("sequence-mean": each first averaged over its own tokens; `sequence` int [T] says which token is whose),
+    or 1 ("sum"). Give the whole batch's when it is split over micro-batches or devices: the parts add up.
+
+    metrics, all detached: over the tokens of this call the means `entropy`, `clip_fraction` (the clipped
+    term was the larger) and, with ref_logprob, `kl`; `ratio_max`; `logprob` [T], 0 where not in the loss.
+    No tokens: loss 0, metrics 0.
+    """
+    rows = loss_mask.nonzero()[:, 0]  # the others never reach the matrix product
+    heat = torch.as_tensor(temperature, device=hidden.device).expand(target.shape)[rows]
+    logprob, entropy = linear_logprob(hidden[rows], weight, target[rows], heat)
+    old, adv = _wide(old_logprob.detach()[rows]), _wide(advantage.detach()[rows])
+    ratio = _ratio(logprob, old)
+    plain, clipped = -adv * ratio, -adv * ratio.clamp(1 - clip_low, 1 + clip_high)
+    policy = torch.maximum(plain, clipped)
+    if dual_clip is not None:
+        policy = torch.where(adv < 0, policy.minimum(-adv * dual_clip), policy)
+    if sampler_logprob is not None:
+        policy = policy * _ratio(old, _wide(sampler_logprob.detach()[rows])).clamp(max=sampler_cap)
+    per_token = policy - entropy_coef * entropy
+    tracked = {"entropy": entropy, "clip_fraction": (clipped > plain).to(ratio.dtype)}
+    if ref_logprob is not None:
+        tracked["kl"] = kl_estimate(logprob, _wide(ref_logprob.detach()[rows]), kl_estimator)
+        per_token = per_token + kl_coef * tracked["kl"]
+    elif kl_coef:
+        raise ValueError(f"ref_logprob: wanted a tensor for kl_coef = {kl_coef}, got None")
+    weights = _token_weights(None if sequence is None else sequence[rows], len(rows), aggregation, normalizer)
+    metrics = {name: value.detach().sum() / max(len(rows), 1) for name, value in tracked.items()}
+    metrics["ratio_max"] = torch.cat([ratio.detach(), ratio.new_zeros(1)]).amax()
+    metrics["logprob"] = logprob.new_zeros(target.shape).index_copy(0, rows, logprob.detach())
+    return (per_token * weights.to(per_token)).sum(), metrics
+
+
+def kl_estimate(logprob: Tensor, ref_logprob: Tensor, estimator: KLEstimator = "k3") -> Tensor:
+    """Per-token estimate of KL(policy | reference) from the policy's samples (Schulman 2020).
+
+    With d = logprob - ref_logprob, clamped to +-20: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d.
+    """
+    d = (logprob - ref_logprob).clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return d.square() / 2
+    if estimator == "k3":
+        return torch.expm1(-d) + d
+    raise ValueError(f"kl_estimator: wanted 'k1', 'k2' or 'k3', got {estimator!r}")
+
+
+def gae(
+    reward: Tensor, value: Tensor, mask: Tensor, gamma: float = 1.0, lam: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation over the policy's tokens; returns (advantage, returns), fp32 (fp64).
+
+    All [B, T]; mask bool, True for the policy's tokens. Environment tokens are not steps: the value and the
+    advantage of the next policy token are carried across them, their reward and value are not read (so a
+    reward belongs on a policy token), and both results are 0 there. Schulman et al. 2016, over the policy
+    tokens t = 0, 1, ...: `delta_t = reward_t + gamma value_{t+1} - value_t`, `advantage_t = delta_t + gamma
+    lam advantage_{t+1}`, `returns = advantage + value`.
+    """
+    reward, value = _wide(reward.detach()), _wide(value.detach())
+    advantage = torch.zeros_like(value)
+    next_value, carried = torch.zeros(2, value.shape[0], dtype=value.dtype, device=value.device)
+    for t in reversed(range(value.shape[1])):
+        delta = reward[:, t] + gamma * next_value - value[:, t]
+        carried = torch.where(mask[:, t], delta + gamma * lam * carried, carried)
+        next_value = torch.where(mask[:, t], value[:, t], next_value)
+        advantage[:, t] = torch.where(mask[:, t], carried, 0.0)
+    return advantage, torch.where(mask, advantage + value, 0.0)
+
+
+def masked_whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
+    """`values` brought to mean 0 (unless not `shift_mean`) and variance 1 over `mask`; 0 elsewhere."""
+    chosen = _wide(values)[mask]
+    mean = chosen.sum() / max(chosen.numel(), 1)
+    variance = (chosen - mean).square().sum() / max(chosen.numel() - 1, 1)
+    chosen = (chosen - mean) * (variance + eps).rsqrt() + (0.0 if shift_mean else mean)
+    return torch.zeros_like(_wide(values)).masked_scatter(mask, chosen)
+
+
+def clipped_value_loss(
+    value: Tensor,
+    old_value: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip: float = 0.5,
+    normalizer: float | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """PPO's value loss `max((value - returns)^2, (clip(value, old_value +- clip) - returns)^2) / 2`.
+
+    All of one shape; the sum over `mask` is divided by `normalizer`, by default the number of its tokens.
+    Returns the loss and the fraction of the tokens where the clipped term was the larger.
+    """
+    value, old, goal = (_wide(x)[mask] for x in (value, old_value.detach(), returns.detach()))
+    plain, clipped = (value - goal).square(), (value.clamp(old - clip, old + clip) - goal).square()
+    count = max(value.numel(), 1)
+    loss = torch.maximum(plain, clipped).sum() / 2 / (count if normalizer is None else normalizer)
+    return loss, (clipped > plain).sum() / count
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _ratio(logprob: Tensor, old: Tensor) -> Tensor:
+    return (logprob - old).clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT).exp()
+
+
+def _rotate(key: Tensor, delta: Tensor, inv_freq: Tensor | None) -> Tensor:
+    """Turn RoPE-encoded keys [.., S, Hkv, D] by `delta` [.., S] positions more; rotate-half convention."""
+    if inv_freq is None:
+        raise ValueError("inv_freq: wanted RoPE's frequencies [D / 2] for positions='compact', got None")
+    angle = delta[..., None, None] * _wide(inv_freq)
+    first, second = _wide(key).chunk(2, dim=-1)
+    turned = (first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin())
+    return torch.cat(turned, dim=-1).to(key.dtype)
+
+
+def _token_weights(
+    sequence: Tensor | None, tokens: int, aggregation: Aggregation, normalizer: float | Tensor | None
+) -> Tensor:
+    """[tokens] (or a scalar for all of them): what each token's loss is multiplied by before the sum."""
+    if aggregation == "sequence-mean":
+        if sequence is None:
+            raise ValueError(
+                "sequence: wanted each token's sequence for aggregation='sequence-mean', got None"
+            )
+        _, owner, sizes = sequence.unique(return_inverse=True, return_counts=True)
+        share, count = 1 / sizes[owner], len(sizes)
+    elif aggregation in ("token-mean", "sum"):
+        share, count = torch.ones(()), tokens if aggregation == "token-mean" else 1
+    else:
+        raise ValueError(f"aggregation: wanted 'token-mean', 'sequence-mean' or 'sum', got {aggregation!r}")
+    return share / (max(count, 1) if normalizer is None else normalizer)

@@ -1,0 +1,150 @@
+"""Every setting of the loop, as frozen dataclasses with the defaults of `mem1 train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from mem1_core.trajectory import Prune, Regime
+
+
+def _require(condition: bool, name: str, wanted: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{name}: wanted {wanted}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A small decoder of the Qwen2 architecture with random weights."""
+
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    kv_heads: int = 2
+    mlp_width: int = 384
+    max_positions: int = 32768
+    rope_theta: float = 10000.0
+    tie_embeddings: bool = True
+    dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", "kv_heads", "mlp_width", "max_positions"):
+            _require(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
+        _require(self.width % self.heads == 0, "width", f"a multiple of heads={self.heads}", self.width)
+        _require(
+            self.heads % self.kv_heads == 0, "heads", f"a multiple of kv_heads={self.kv_heads}", self.heads
+        )
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How trajectories are generated. Lengths are in tokens."""
+
+    slots: int = 32  # trajectories generated side by side
+    regime: Regime = "carry"  # "paper" rolls out as "reencode"
+    prune: Prune = "action"  # "never": the full-context agent
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    greedy: bool = False
+    max_action: int = 192  # tokens of one action, tags included
+    max_info: int = 512  # tokens of environment text in one turn, tags excluded
+    max_turns: int = 40
+    prefill_tokens: int = 16384  # padded tokens of one prefill call
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "max_action", "max_turns", "prefill_tokens"):
+            _require(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
+        for name in ("top_k", "max_info"):
+            _require(getattr(self, name) >= 0, name, "an integer >= 0", getattr(self, name))
+        _require(self.regime in get_args(Regime), "regime", f"one of {get_args(Regime)}", self.regime)
+        _require(self.prune in get_args(Prune), "prune", f"one of {get_args(Prune)}", self.prune)
+        _require(
+            self.temperature > 0,
+            "temperature",
+            "a number > 0 (greedy=True for the arg max)",
+            self.temperature,
+        )
+        _require(0 < self.top_p <= 1, "top_p", "0 < top_p <= 1", self.top_p)
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """Supervised steps on scripted trajectories before PPO."""
+
+    steps: int = 2000  # at most; whichever of steps and seconds comes first
+    seconds: float | None = None
+    batch_tokens: int = 4096
+    learning_rate: float = 2e-3
+    warmup_steps: int = 20
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    auxiliary: float = 0.4  # share of copy and dictionary look-up sequences
+    objectives: tuple[int, int] = (1, 2)  # least and most questions of one episode
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 0, "steps", "an integer >= 0", self.steps)
+        _require(0 <= self.auxiliary <= 1, "auxiliary", "a share in [0, 1]", self.auxiliary)
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Proximal policy optimisation; the defaults are the paper's except the learning rates, made for the
+    small model.
+    """
+
+    gamma: float = 1.0
+    lam: float = 1.0
+    clip: float = 0.2
+    value_clip: float = 0.5
+    kl: float = 0.001
+    kl_in: Literal["reward", "loss"] = (
+        "reward"  # subtract from the reward (clamped >= 0), or k3 added to the loss
+    )
+    entropy: float = 0.001
+    epochs: int = 1
+    minibatch: int = 32  # trajectories of one optimiser step
+    micro_tokens: int = 8192  # tokens of one forward, rounded up to a whole trajectory
+    actor_lr: float = 1e-4
+    critic_lr: float = 1e-3
+    actor_warmup: int = 2  # optimiser steps until the full learning rate
+    critic_warmup: int = 2
+    critic_only: int = 1  # first updates in which only the critic learns
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "minibatch", "micro_tokens"):
+            _require(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
+        _require(self.kl_in in ("reward", "loss"), "kl_in", "'reward' or 'loss'", self.kl_in)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: warm start, then PPO."""
+
+    updates: int = 100  # PPO updates, at most; whichever of updates and seconds comes first
+    seconds: float | None = None
+    batch: int = 64  # trajectories of one update
+    objectives: tuple[int, int] = (1, 2)  # least and most questions of one episode
+    hops: int = 2
+    passage_tokens: int = 0
+    save_every: int = 20  # updates
+    threads: int | None = None  # torch threads; None leaves torch's choice
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    warmstart: WarmStartConfig = field(default_factory=WarmStartConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "hops", "save_every"):
+            _require(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
+        _require(self.updates >= 0, "updates", "an integer >= 0", self.updates)
+        low, high = self.objectives
+        _require(1 <= low <= high, "objectives", "1 <= least <= most", self.objectives)
+
+    def environment(self) -> dict[str, Any]:
+        """Keyword arguments of the training environment."""
+        return {"objectives": self.objectives, "hops": self.hops, "passage_tokens": self.passage_tokens}

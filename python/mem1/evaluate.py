@@ -1,0 +1,188 @@
+"""Evaluation: an agent with constant memory beside one that keeps everything, and the parity of their log-probs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mem1.config import Regime, RolloutConfig
+from mem1.envs.base import Environment
+from mem1.envs.multihop import MultiHopEnv
+from mem1.ppo import pack, recompute_logprobs, split
+from mem1.rollout import play_script, rollout
+from mem1.trajectory import Trajectory
+
+OBJECTIVES = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Means over the episodes of one agent at one number of objectives. Lengths in tokens, time per episode."""
+
+    agent: str
+    objectives: int
+    episodes: int
+    reward: float  # share of objectives answered right
+    exact_match: float  # objectives answered right, as the paper sums them
+    f1: float
+    answered: float  # share of episodes that ended with an answer
+    turns: float
+    tokens: float
+    peak: float  # most tokens live at once
+    peak_without_prompt: float
+    dependency: float  # token pairs
+    seconds: float
+
+
+def summarize(agent: str, objectives: int, trajectories: Sequence[Trajectory], seconds: float) -> Result:
+    """One row of the table; `seconds` is the wall time of all `trajectories` together."""
+    if not trajectories:
+        raise ValueError(f"trajectories: wanted at least one for {agent} at {objectives} objectives, got none")
+    return Result(
+        agent=agent,
+        objectives=objectives,
+        episodes=len(trajectories),
+        reward=fmean(t.reward for t in trajectories),
+        exact_match=fmean(t.score.get("exact_match", 0.0) for t in trajectories),
+        f1=fmean(t.score.get("f1", 0.0) for t in trajectories),
+        answered=fmean(t.finished == "answered" for t in trajectories),
+        turns=fmean(t.turns for t in trajectories),
+        tokens=fmean(t.tokens.numel() for t in trajectories),
+        peak=fmean(t.peak_tokens() for t in trajectories),
+        peak_without_prompt=fmean(t.peak_tokens(prompt=False) for t in trajectories),
+        dependency=fmean(t.dependency_length() for t in trajectories),
+        seconds=seconds / len(trajectories),
+    )
+
+
+def evaluate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RolloutConfig,
+    *,
+    agent: str,
+    objectives: Sequence[int] = OBJECTIVES,
+    episodes: int = 16,
+    seed: int = 1_000_000,
+    make_environment: Callable[[int], Environment] = MultiHopEnv,
+) -> tuple[list[Result], list[Trajectory]]:
+    """Let the policy play `episodes` episodes at each number of objectives.
+
+    `make_environment(n)` builds the world with n objectives; seeds start at `seed`, so that every agent gets the same
+    episodes and training (which counts from 0) never saw them.
+    """
+    results, trajectories = [], []
+    for n in objectives:
+        start = time.perf_counter()
+        seeds = range(seed, seed + episodes)
+        played = list(rollout(model, tokenizer, lambda n=n: make_environment(n), seeds, config))
+        results.append(summarize(agent, n, played, time.perf_counter() - start))
+        trajectories += played
+    return results, trajectories
+
+
+def evaluate_script(
+    tokenizer: PreTrainedTokenizerBase,
+    config: RolloutConfig,
+    *,
+    agent: str,
+    objectives: Sequence[int] = OBJECTIVES,
+    episodes: int = 4,
+    passage_tokens: int = 0,
+    hops: int = 2,
+    seed: int = 1_000_000,
+) -> tuple[list[Result], list[Trajectory]]:
+    """The environment's expert in the place of the policy, without a model: what memory a finished job takes.
+
+    No token is computed, so the rows' seconds say nothing about speed.
+    """
+    results, trajectories = [], []
+    for n in objectives:
+        start = time.perf_counter()
+        played = list(
+            play_script(
+                tokenizer,
+                lambda n=n: MultiHopEnv(n, hops=hops, passage_tokens=passage_tokens),
+                range(seed, seed + episodes),
+                # The expert's notes and turns grow with the task; only what is asked of it may end an episode.
+                replace(config, max_turns=4 * n * hops + 4, max_action=4096, max_info=max(passage_tokens, 512)),
+            )
+        )
+        results.append(summarize(agent, n, played, time.perf_counter() - start))
+        trajectories += played
+    return results, trajectories
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the log-probs that the trainer recomputes are from those that the rollout sampled with."""
+
+    regime: str
+    prune: str
+    dtype: str
+    trajectories: int
+    turns: int  # of the longest trajectory
+    tokens: int  # policy tokens compared
+    max_dlogp: float
+    mean_dlogp: float
+    kl: float  # k3 estimate of KL(rollout | trainer) per token
+
+
+def parity(
+    model: Any,
+    trajectories: Sequence[Trajectory],
+    regime: Regime,
+    temperature: float = 1.0,
+    micro_tokens: int = 16384,
+) -> Parity:
+    """Recompute the log-probs of `trajectories` as a trainer of `regime` does and compare.
+
+    The trajectories must come from this very model, at `temperature`, and from a rollout of the same regime.
+    """
+    chosen = [t for t in trajectories if t.policy_mask.any()]
+    if not chosen:
+        raise ValueError("trajectories: wanted at least one in which the policy wrote a token, got none")
+    weight = model.get_output_embeddings().weight
+    difference = []
+    for group in split(chosen, micro_tokens):
+        part = [chosen[i] for i in group]
+        new = recompute_logprobs(model, pack(part, regime, weight.device), temperature).cpu()
+        difference.append(new - torch.cat([t.logprobs[t.policy_mask] for t in part]))
+    d = torch.cat(difference).double()
+    return Parity(
+        regime=regime,
+        prune=chosen[0].prune,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        trajectories=len(chosen),
+        turns=max(t.turns for t in chosen),
+        tokens=d.numel(),
+        max_dlogp=float(d.abs().max()),
+        mean_dlogp=float(d.abs().mean()),
+        kl=float((d.expm1() - d).mean()),
+    )
+
+
+def table(rows: Sequence[Any], columns: Sequence[str] | None = None) -> str:
+    """Dataclass instances as a Markdown table, one line each; `columns` picks and orders the fields."""
+    if not rows:
+        return "(no rows)"
+    names = list(columns or asdict(rows[0]))
+    cells = [[_cell(getattr(row, name)) for name in names] for row in rows]
+    widths = [max(len(line[i]) for line in [names, *cells]) for i in range(len(names))]
+    rule = "|".join("-" * (width + 2) for width in widths)
+    body = [" | ".join(value.rjust(width) for value, width in zip(line, widths, strict=True)) for line in [names, *cells]]
+    return "\n".join([f"| {body[0]} |", f"|{rule}|", *(f"| {line} |" for line in body[1:])])
+
+
+def _cell(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    if value != 0 and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"

@@ -1,0 +1,93 @@
+"""Drives CMake (CMakeLists.txt has the sources) and nothing else.
+
+Reads two build-time variables: MEM1_CUDA (AUTO, ON, OFF) and MAX_JOBS (compile processes).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+OLDEST_TORCH, TESTED_TORCH = "2.11", "2.13.0"
+
+
+def project_version() -> str:
+    match = re.search(r"project\(mem1_core VERSION (\S+)", (ROOT / "CMakeLists.txt").read_text())
+    if match is None:
+        raise SystemExit("CMakeLists.txt: wanted `project(mem1_core VERSION ...)`, found none")
+    return match.group(1)
+
+
+def python_says(code: str, **environment: str) -> str:
+    """What this interpreter prints with the packages of its environment, outside pip's isolated build environment."""
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
+    run = subprocess.run([sys.executable, "-c", code], env=clean, cwd=sys.prefix, capture_output=True, text=True)
+    return run.stdout.strip() if run.returncode == 0 else ""
+
+
+def find_torch() -> tuple[str, str]:
+    """(version, folder) of the torch to build for: the one of the target environment, else the one installed for the build.
+
+    A C++ extension works only with the torch it was compiled for, so the environment it will run in decides.
+    """
+    code = "import torch, os; print(torch.__version__); print(os.path.dirname(torch.__file__))"
+    answer = python_says(code) or python_says(code, PYTHONPATH=os.pathsep.join(sys.path))
+    version, _, folder = answer.partition("\n")
+    return version, folder
+
+
+TORCH_VERSION, TORCH_DIR = find_torch()
+
+
+def torch_requirement() -> str:
+    """The wheel's own requirement: the minor version it was compiled for."""
+    if not TORCH_VERSION:
+        return f"torch=={TESTED_TORCH}"
+    major, minor = TORCH_VERSION.split(".")[:2]
+    if (int(major), int(minor)) < tuple(int(part) for part in OLDEST_TORCH.split(".")):
+        raise SystemExit(f"torch: wanted >= {OLDEST_TORCH}, got {TORCH_VERSION}")
+    return f"torch=={major}.{minor}.*"
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        if not TORCH_DIR:
+            raise SystemExit(f"torch: wanted >= {OLDEST_TORCH} in this environment, found none; install it first")
+        import pybind11
+
+        build = ROOT / "build" / sysconfig.get_platform() / str(sys.implementation.cache_tag)
+        prefix = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DCMAKE_INSTALL_PREFIX={prefix}",
+            "-DCMAKE_INSTALL_LIBDIR=lib",
+            f"-DMEM1_CUDA={os.environ.get('MEM1_CUDA', 'AUTO')}",
+            f"-DMEM1_TORCH_DIR={TORCH_DIR}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]  # fmt: skip
+        jobs = ["--parallel", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build), *jobs], check=True)
+        subprocess.run(["cmake", "--install", str(build)], check=True)
+
+
+setup(
+    version=project_version(),
+    install_requires=[
+        torch_requirement(),
+        "numpy>=1.26",
+        "transformers>=5.17",
+    ],
+    setup_requires=[] if TORCH_DIR else [f"torch=={TESTED_TORCH}"],
+    ext_modules=[Extension("mem1_core._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,28 @@
+"""What all tests share: the GPU skip and the path of the data."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of the public question sets: MEM1_DATA, by default ../shared/data beside the checkout."""
+    path = Path(os.environ.get("MEM1_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no data: {path} is not a folder (MEM1_DATA names another)")
+    return path

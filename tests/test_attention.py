@@ -1,0 +1,414 @@
+"""trajectory_attention: one body of tests for every backend and device of the machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mem1_core import reference
+from mem1_core.ops import trajectory_attention
+from mem1_core.testing import (
+    EVICT_TABLES,
+    LAYOUTS,
+    adversarial_evict,
+    assert_accurate,
+    attention_backends,
+    attention_inputs,
+    causal_evict,
+    eager_attention,
+    gradients,
+    mem1_segments,
+    poisoned_memory,
+    random_evict,
+)
+from mem1_core.trajectory import TrajectoryMask
+
+BACKENDS = [
+    pytest.param(*pair, id="-".join(pair), marks=[pytest.mark.gpu] if pair[1] == "cuda" else [])
+    for pair in attention_backends()
+]
+every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+NAMES = ("out", "lse", "dq", "dk", "dv")
+
+
+def mask_of(evict: Tensor) -> TrajectoryMask:
+    return TrajectoryMask.from_evict(evict)
+
+
+def results(function: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> list[Tensor]:
+    """out, lse, dq, dk and dv, for a random gradient of both out and lse."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    out, lse = function(q, k, v, *args, return_lse=True, **options)
+    return [out, lse, *gradients([out, lse], [q, k, v])]
+
+
+def eager(
+    q: Tensor, k: Tensor, v: Tensor, mask: TrajectoryMask, scale: float | None, return_lse: bool
+) -> tuple[Tensor, Tensor]:
+    """Every step in the dtype of the inputs: the error that the dtype excuses."""
+    visible = mask.dense()
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    keys = k.repeat_interleave(q.shape[2] // k.shape[2], dim=2)
+    scores = torch.einsum("bihd,bjhd->bhij", q * scale, keys).masked_fill(~visible[:, None], -torch.inf)
+    lse = scores.logsumexp(-1).to(torch.promote_types(q.dtype, torch.float32))
+    return eager_attention(q, k, v, visible, scale), lse
+
+
+def check(
+    inputs: tuple[Tensor, Tensor, Tensor], evict: Tensor, backend: str, scale: float | None = None
+) -> list[Tensor]:
+    """Forward, LSE and all gradients against the fp64 reference; returns what was checked."""
+    mask = mask_of(evict.to(inputs[0].device))
+    got = results(trajectory_attention, *inputs, mask, scale=scale, backend=backend)
+    plain = results(eager, *inputs, mask, scale=scale)
+    wide = [x.double() for x in inputs]
+    exact = results(reference.trajectory_attention, *wide, mask, scale=scale)
+    for name, ours, theirs, want in zip(NAMES, got, plain, exact, strict=True):
+        assert_accurate(ours, theirs, want, name=name)
+    return got
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ------------------------------------------------------------------------------------------- the function
+
+
+@every_backend
+@both_dtypes
+@pytest.mark.parametrize("table", EVICT_TABLES)
+def test_evict_tables(backend: str, device: str, dtype: torch.dtype, table: str) -> None:
+    evict = torch.stack([EVICT_TABLES[table](200, seed) for seed in range(2)])
+    check(attention_inputs(2, 200, 6, 2, 64, dtype=dtype, device=device), evict, backend)
+
+
+@every_backend
+@both_dtypes
+@pytest.mark.parametrize("prune", ["action", "is", "never"])
+def test_mem1_trajectory(backend: str, device: str, dtype: torch.dtype, prune: Any) -> None:
+    segments = mem1_segments(6, prompt=97, internal_state=21, query=9, info=95)
+    evict = TrajectoryMask.from_turns(segments, prune=prune).evict
+    check(attention_inputs(1, evict.shape[1], 4, 2, 32, dtype=dtype, device=device), evict, backend)
+
+
+@every_backend
+@both_dtypes
+@pytest.mark.parametrize("n", [0, 1, 2, 63, 64, 65, 127, 131, 200, 509])
+def test_lengths(backend: str, device: str, dtype: torch.dtype, n: int) -> None:
+    check(attention_inputs(1, n, 2, 1, 32, dtype=dtype, device=device), adversarial_evict(n), backend)
+
+
+@every_backend
+@both_dtypes
+@pytest.mark.parametrize("heads", [(3, 3), (4, 1), (6, 2), (12, 2)], ids=["MHA", "MQA", "GQA3", "GQA6"])
+@pytest.mark.parametrize("dim", [16, 40, 64, 96, 128, 256])
+def test_heads(backend: str, device: str, dtype: torch.dtype, heads: tuple[int, int], dim: int) -> None:
+    check(attention_inputs(1, 131, *heads, dim, dtype=dtype, device=device), random_evict(131), backend)
+
+
+@every_backend
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("shared", [False, True], ids=["own masks", "one mask"])
+def test_batch(backend: str, device: str, batch: int, shared: bool) -> None:
+    rows = 1 if shared else batch
+    evict = torch.empty(rows, 70, dtype=torch.int32)
+    for row in range(rows):
+        evict[row] = adversarial_evict(70, row)
+    check(attention_inputs(batch, 70, 4, 2, 16, device=device), evict, backend)
+
+
+@every_backend
+@both_dtypes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_do_not_matter(backend: str, device: str, dtype: torch.dtype, layout: str) -> None:
+    inputs = attention_inputs(2, 131, 6, 2, 40, dtype=dtype, device=device, layout=layout)
+    got = check(inputs, random_evict(131).expand(2, -1), backend)
+    mask = mask_of(random_evict(131).expand(2, -1).to(device))
+    packed = [x.contiguous() for x in inputs]
+    assert equal(got, results(trajectory_attention, *packed, mask, backend=backend))
+
+
+@every_backend
+def test_broadcast_inputs_and_gradients(backend: str, device: str) -> None:
+    """Strides of 0: keys shared by the batch, and the gradient that `out.sum()` sends back."""
+    q, k, v = attention_inputs(3, 70, 4, 2, 16, device=device)
+    k, v = (x[:1].clone().requires_grad_() for x in (k, v))
+    mask = mask_of(random_evict(70).to(device))
+    got = trajectory_attention(q, k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1), mask, backend=backend)
+    want = reference.trajectory_attention(q, k.expand(3, -1, -1, -1), v.expand(3, -1, -1, -1), mask)
+    torch.testing.assert_close(got, want)
+    for ours, exact in zip(
+        torch.autograd.grad(got.sum(), (k, v)), torch.autograd.grad(want.sum(), (k, v)), strict=True
+    ):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+
+
+@every_backend
+@pytest.mark.parametrize("scale", [0.0, 0.3, -1.0, 40.0])
+def test_scale(backend: str, device: str, scale: float) -> None:
+    """40 makes scores of several hundred: exp overflows unless the row's maximum is taken out first."""
+    check(attention_inputs(1, 131, 2, 1, 32, device=device), random_evict(131), backend, scale)
+
+
+@every_backend
+@both_dtypes
+def test_lse_changes_nothing_else(backend: str, device: str, dtype: torch.dtype) -> None:
+    mask = mask_of(random_evict(131).to(device))
+    q, k, v = attention_inputs(1, 131, 4, 2, 32, dtype=dtype, device=device, requires_grad=True)
+    alone = trajectory_attention(q, k, v, mask, backend=backend)
+    out, lse = trajectory_attention(q, k, v, mask, return_lse=True, backend=backend)
+    assert torch.equal(out, alone)
+    assert lse.shape == (1, 4, 131) and lse.dtype == torch.float32
+    assert equal(list(gradients(alone, [q, k, v])), list(gradients(out, [q, k, v])))
+
+
+@every_backend
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (1, 2)], ids=str)
+def test_gradients_of_some_inputs(backend: str, device: str, wanted: tuple[int, ...]) -> None:
+    mask = mask_of(random_evict(70).to(device))
+    inputs = attention_inputs(1, 70, 4, 2, 16, device=device)
+    every = results(trajectory_attention, *inputs, mask, backend=backend)[2:]
+    for n in wanted:
+        inputs[n].requires_grad_()
+    got = gradients(
+        list(trajectory_attention(*inputs, mask, return_lse=True, backend=backend)),
+        [inputs[n] for n in wanted],
+    )
+    assert equal(list(got), [every[n] for n in wanted])
+
+
+def test_no_graph_without_gradients() -> None:
+    mask = mask_of(random_evict(70))
+    q, k, v = attention_inputs(1, 70, 4, 2, 16, requires_grad=True)
+    with torch.no_grad():
+        assert not trajectory_attention(q, k, v, mask).requires_grad
+    with torch.inference_mode():
+        assert not trajectory_attention(q, k, v, mask).requires_grad
+
+
+@pytest.mark.parametrize(("n", "fast"), [(5, False), (70, True)], ids=["every entry", "across tiles"])
+def test_gradcheck(n: int, fast: bool) -> None:
+    mask = mask_of(random_evict(n, seed=4))
+    inputs = attention_inputs(2, n, 4, 2, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: trajectory_attention(q, k, v, mask, scale=0.4, return_lse=True),
+        inputs,
+        fast_mode=fast,
+    )
+
+
+# ------------------------------------------------------------------------------------- what must not leak
+
+
+@every_backend
+@both_dtypes
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("where", ["k", "v", "kv"])
+@pytest.mark.parametrize("table", ["MEM1 turns", "adversarial"])
+def test_bad_keys_stay_with_those_who_see_them(
+    backend: str, device: str, dtype: torch.dtype, poison: float, where: str, table: str
+) -> None:
+    """A query that does not see a non-finite row is as if the row were finite, bit for bit, whether the row
+    was evicted or comes later; so are gradients that no query which sees it has part in."""
+    if table == "adversarial":
+        evict = adversarial_evict(260)[None]
+        bad = torch.tensor([3, 64, 70, 127, 130, 200])
+    else:
+        segments = mem1_segments(5, prompt=40, internal_state=9, query=5, info=36)
+        evict = TrajectoryMask.from_turns(segments).evict
+        bad = torch.tensor([45, 80, 150, 199])  # of turns 1, 1, 3 and 4
+    mask = mask_of(evict.to(device))
+    n = evict.shape[1]
+    clean = attention_inputs(1, n, 4, 2, 32, dtype=dtype, device=device)
+    dirty = tuple(x.clone() for x in clean)
+    for name, x in zip("kv", dirty[1:], strict=True):
+        if name in where:
+            x[:, bad] = poison
+    want = results(trajectory_attention, *clean, mask, backend=backend)
+    got = results(trajectory_attention, *dirty, mask, backend=backend)
+
+    visible = mask.dense()[0]
+    pure_query = ~visible[:, bad].any(1)
+    pure_key = ~visible[~pure_query].any(0)  # seen by pure queries alone
+    assert pure_query.sum() > n // 8 and pure_key.sum() > 0
+    for name, ours, expected in zip(NAMES, got, want, strict=True):
+        along = {"lse": 2}.get(name, 1)
+        rows = (pure_key if name in ("dk", "dv") else pure_query).nonzero()[:, 0]
+        pairs = ours.index_select(along, rows), expected.index_select(along, rows)
+        torch.testing.assert_close(*pairs, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+    exposed = got[0][:, ~pure_query]
+    assert not exposed.isfinite().any(), "a query that sees a bad row must show it"
+
+
+@every_backend
+@both_dtypes
+def test_uninitialised_memory_is_never_read(backend: str, device: str, dtype: torch.dtype) -> None:
+    mask = mask_of(adversarial_evict(200).to(device))
+    inputs = attention_inputs(2, 200, 4, 2, 40, dtype=dtype, device=device)
+    before = [x.clone() for x in inputs]
+    want = results(trajectory_attention, *inputs, mask, backend=backend)
+    with poisoned_memory():
+        assert torch.empty(3).isnan().all()  # the poison works
+        got = results(trajectory_attention, *inputs, mask, backend=backend)
+    assert equal(got, want)
+    assert equal(list(inputs), before)
+
+
+@every_backend
+@both_dtypes
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_bitwise_repeatable(backend: str, device: str, dtype: torch.dtype, deterministic: bool) -> None:
+    if device == "cuda" and not deterministic:
+        pytest.skip("atomic adds: only deterministic=True promises the same bits on a GPU")
+    mask = mask_of(random_evict(509).to(device))
+    inputs = attention_inputs(1, 509, 6, 2, 32, dtype=dtype, device=device)
+    options = {"deterministic": deterministic, "backend": backend}
+    first = results(trajectory_attention, *inputs, mask, **options)
+    for _ in range(3):
+        assert equal(results(trajectory_attention, *inputs, mask, **options), first)
+
+
+# -------------------------------------------------------------------------------------------- bad inputs
+
+REFUSED = (TypeError, ValueError, RuntimeError, NotImplementedError)
+
+
+# What is wrong: (the argument that the message must name, the arguments that differ from good ones)
+BAD_INPUTS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "q not a tensor": ("q", lambda: {"q": [1.0]}),
+    "q of rank 3": ("q", lambda: {"q": torch.zeros(10, 4, 16)}),
+    "k of rank 3": ("k", lambda: {"k": torch.zeros(10, 2, 16)}),
+    "v of rank 5": ("v", lambda: {"v": torch.zeros(1, 2, 10, 2, 16)}),
+    "k of another dtype": ("k", lambda: {"k": torch.zeros(2, 10, 2, 16, dtype=torch.bfloat16)}),
+    "v of another dtype": ("v", lambda: {"v": torch.zeros(2, 10, 2, 16, dtype=torch.float64)}),
+    "k of another batch": ("k", lambda: {"k": torch.zeros(3, 10, 2, 16)}),
+    "k of another length": ("k", lambda: {"k": torch.zeros(2, 11, 2, 16)}),
+    "v of another length": ("v", lambda: {"v": torch.zeros(2, 9, 2, 16)}),
+    "k of another head size": ("k", lambda: {"k": torch.zeros(2, 10, 2, 8)}),
+    "v of another head size": ("v", lambda: {"v": torch.zeros(2, 10, 2, 8)}),
+    "v of other heads": ("v", lambda: {"v": torch.zeros(2, 10, 1, 16)}),
+    "Hq not a multiple of Hkv": ("k", lambda: dict.fromkeys("kv", torch.zeros(2, 10, 3, 16))),
+    "no key heads": ("k", lambda: dict.fromkeys("kv", torch.zeros(2, 10, 0, 16))),
+    "q strided in D": ("q", lambda: {"q": torch.zeros(2, 10, 4, 32)[..., ::2]}),
+    "k strided in D": ("k", lambda: {"k": torch.zeros(2, 10, 16, 2).transpose(2, 3)}),
+    "v strided in D": ("v", lambda: {"v": torch.zeros(2, 10, 2, 32)[..., ::2]}),
+    "mask too short": ("mask", lambda: {"mask": mask_of(causal_evict(9))}),
+    "mask of another batch": ("mask", lambda: {"mask": mask_of(causal_evict(10).expand(3, -1))}),
+    "mask a tensor": ("mask", lambda: {"mask": causal_evict(10)}),
+    "mask missing": ("mask", lambda: {"mask": None}),
+    "scale not a number": ("scale", lambda: {"scale": "1"}),
+    "backend unknown": ("backend", lambda: {"backend": "fast"}),
+    "backend of another device": ("backend", lambda: {"backend": "cuda"}),
+}
+
+
+@pytest.mark.parametrize("wrong", BAD_INPUTS)
+def test_bad_input(wrong: str) -> None:
+    name, changes = BAD_INPUTS[wrong]
+    q, k, v = attention_inputs(2, 10, 4, 2, 16)
+    good = {"q": q, "k": k, "v": v, "mask": mask_of(causal_evict(10))}
+    trajectory_attention(**good)
+    with pytest.raises(REFUSED, match=rf"\b{name}\b"):
+        trajectory_attention(**good | changes())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int32, torch.complex64], ids=str)
+def test_unsupported_dtype(dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in attention_inputs(1, 10, 4, 2, 16))
+    with pytest.raises(REFUSED, match=rf"\bq\b.*{str(dtype).removeprefix('torch.')}"):
+        trajectory_attention(q, k, v, mask_of(causal_evict(10)))
+
+
+def test_unsupported_device() -> None:
+    mask = mask_of(causal_evict(10))
+    q, k, v = attention_inputs(1, 10, 4, 2, 16)
+    with pytest.raises(REFUSED, match="meta"):
+        trajectory_attention(q.to("meta"), k.to("meta"), v.to("meta"), mask)
+    with pytest.raises(REFUSED, match=r"\bk\b.*meta"):
+        trajectory_attention(q, k.to("meta"), v, mask)
+
+
+# ------------------------------------------------------------------------------------------- torch.compile
+
+
+def test_opcheck() -> None: ...
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile(compiler: str, dynamic: bool) -> None:
+    torch.compiler.reset()
+
+    def block(q: Tensor, k: Tensor, v: Tensor, mask: TrajectoryMask) -> tuple[Tensor, Tensor]:
+        out, lse = trajectory_attention(q.sin(), k, v * 2, mask, return_lse=True)
+        return out.cos(), lse + 1
+
+    compiled = torch.compile(block, backend=compiler, fullgraph=True, dynamic=dynamic)
+    for n in (70, 131):
+        mask = mask_of(random_evict(n))
+        inputs = attention_inputs(2, n, 4, 2, 16, requires_grad=True)
+        got, want = compiled(*inputs, mask), block(*inputs, mask)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(gradients(list(got), inputs), gradients(list(want), inputs))
+
+
+# -------------------------------------------------------------------------------------- memory and install
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures with Linux's /proc")
+def test_memory_is_linear() -> None:
+    """At N 32,768 one bool N x N mask is 1 GiB; both passes together may take 128 MiB over the inputs."""
+    code = """
+import torch
+from mem1_core.ops import trajectory_attention
+from mem1_core.testing import attention_inputs, mem1_segments
+from mem1_core.trajectory import TrajectoryMask
+
+def memory(key):
+    return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith(key)) / 1024
+
+def step(turns):
+    mask = TrajectoryMask.from_turns(mem1_segments(turns, prompt=768))
+    q, k, v = attention_inputs(1, mask.shape[1], 2, 1, 16, requires_grad=True)
+    open("/proc/self/clear_refs", "w").write("5")
+    before = memory("VmRSS")
+    trajectory_attention(q, k, v, mask).sum().backward()
+    return mask.shape[1], memory("VmHWM") - before
+
+step(1)  # what the libraries allocate once
+print(*step(64))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    tokens, growth = done.stdout.split()
+    assert int(tokens) == 32_768
+    assert float(growth) < 128, f"{growth} MiB"
+
+
+def test_imports_from_any_directory(tmp_path: Path) -> None:
+    try:
+        importlib.metadata.version("mem1_core")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("mem1_core is not installed here, only on the path")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    code = "from mem1_core.ops import trajectory_attention; print(trajectory_attention.__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "trajectory_attention\n", done.stderr
