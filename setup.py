@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -57,16 +58,29 @@ def torch_requirement() -> str:
     return f"torch=={major}.{minor}.*"
 
 
+def tool(name: str) -> str:
+    """A build tool: beside this interpreter first (a virtual environment that is not activated), then on PATH."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    found = shutil.which(name, path=path)
+    if found is None:
+        raise SystemExit(f"{name}: wanted on PATH to build mem1_core, found none")
+    return found
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if not TORCH_DIR:
             raise SystemExit(f"torch: wanted >= {OLDEST_TORCH} in this environment, found none; install it first")
         import pybind11
 
-        build = ROOT / "build" / sysconfig.get_platform() / str(sys.implementation.cache_tag)
-        prefix = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        cmake = tool("cmake")
+        # An editable build keeps its folder, so that `make ext` can rebuild in it.
+        tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        build = ROOT / "build" / ("editable" if self.inplace else tag)
+        prefix = ROOT / "mem1_core" if self.inplace else Path(self.get_ext_fullpath(ext.name)).resolve().parent
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
             f"-DCMAKE_INSTALL_PREFIX={prefix}",
             "-DCMAKE_INSTALL_LIBDIR=lib",
             f"-DMEM1_CUDA={os.environ.get('MEM1_CUDA', 'AUTO')}",
@@ -76,8 +90,8 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         jobs = ["--parallel", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build), *jobs], check=True)
-        subprocess.run(["cmake", "--install", str(build)], check=True)
+        subprocess.run([cmake, "--build", str(build), *jobs], check=True)
+        subprocess.run([cmake, "--install", str(build)], check=True)
 
 
 setup(

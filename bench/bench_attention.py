@@ -1,7 +1,7 @@
 """trajectory_attention on the two MEM1 trajectories, and what its mask costs to build.
 
 Peers: SDPA with the dense bool mask (the same function), compiled FlexAttention (the same function, CPU
-forward only), plain eager attention, and SDPA causal, which computes another function and stands there as a
+forward only), plain eager attention where it fits, and SDPA causal, which computes another function and stands there as a
 scale.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from measure import Contender, Result
+from measure import Contender
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -75,106 +75,102 @@ def shortened(segments: list[Segment]) -> list[Segment]:
     return [Segment(s.kind, s.turn, 1 + s.length // 12) for s in segments]
 
 
+class Task:
+    """One table: the inputs of a trajectory at one dtype and direction, and what the answer should be.
+
+    A sample of the query rows is checked against fp64; all of them would need an N x N matrix per head. The gradients
+    are checked for a loss on those rows alone, for which dk and dv are exact on every key.
+    """
+
+    def __init__(
+        self, segments: list[Segment], heads: tuple[int, int, int], dtype: torch.dtype, backward: bool
+    ) -> None:
+        self.mask = TrajectoryMask.from_turns(segments)
+        self.backward = backward
+        n = self.mask.evict.shape[1]
+        self.inputs = attention_inputs(1, n, *heads, dtype=dtype, requires_grad=backward)
+        generator = torch.Generator().manual_seed(7)
+        self.grad = torch.randn(self.inputs[0].shape, generator=generator).to(dtype)
+        self.rows = torch.randperm(n, generator=generator)[:128].sort().values
+        self.exact, self.eager = self._sampled(torch.float64), self._sampled(dtype)
+        # The peers get the layout they like best: heads before tokens, contiguous.
+        self.peer_inputs = [
+            x.detach().transpose(1, 2).contiguous().requires_grad_(backward) for x in self.inputs
+        ]
+
+    def _sampled(self, dtype: torch.dtype) -> list[Tensor]:
+        q, k, v = (x.detach().to(dtype) for x in self.inputs)
+        inputs = [x.requires_grad_(self.backward) for x in (q[:, self.rows], k, v)]
+        out = eager_attention(*inputs, visible_rows(self.mask.evict, self.rows))
+        if not self.backward:
+            return [out]
+        return [out.detach(), *torch.autograd.grad(out, inputs, self.grad[:, self.rows].to(dtype))]
+
+    def ours(self, attention: Callable[..., Tensor]) -> list[Tensor]:
+        out = attention(*self.inputs, self.mask)
+        return [out, *torch.autograd.grad(out, self.inputs, self.grad)] if self.backward else [out]
+
+    def peer(self, attention: Callable[..., Tensor], **options: object) -> list[Tensor]:
+        out = attention(*self.peer_inputs, enable_gqa=True, **options)
+        if not self.backward:
+            return [out]
+        return [out, *torch.autograd.grad(out, self.peer_inputs, self.grad.transpose(1, 2))]
+
+    def check_ours(self, results: list[Tensor]) -> None:
+        assert_accurate(results[0][:, self.rows], self.eager[0], self.exact[0], name="out")
+        if not self.backward:
+            return
+        sparse = torch.zeros_like(self.grad)
+        sparse[:, self.rows] = self.grad[:, self.rows]
+        out = trajectory_attention(*self.inputs, self.mask)
+        dq, dk, dv = torch.autograd.grad(out, self.inputs, sparse)
+        got = dq[:, self.rows], dk, dv
+        for name, *values in zip(("dq", "dk", "dv"), got, self.eager[1:], self.exact[1:], strict=True):
+            assert_accurate(*values, name=name)
+
+    def check_peer(self, results: list[Tensor]) -> None:
+        out = results[0].transpose(1, 2)[:, self.rows]
+        assert_accurate(out, self.eager[0], self.exact[0], factor=4, name="the peer's out")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # small shapes only
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tokens", MEM1_TRAJECTORIES)
 def test_attention(bench, tokens: int, dtype: torch.dtype, direction: str) -> None:
-    segments, heads, kv_heads, dim = MEM1_TRAJECTORIES[tokens], 12, 2, 128
+    segments, heads = MEM1_TRAJECTORIES[tokens], (12, 2, 128)
     if not bench.measuring:
-        segments, heads, kv_heads, dim = shortened(segments), 4, 2, 32
-    mask = TrajectoryMask.from_turns(segments)
-    n = mask.evict.shape[1]
+        segments, heads = shortened(segments), (4, 2, 32)
     backward = direction == "forward+backward"
-    q, k, v = attention_inputs(1, n, heads, kv_heads, dim, dtype=dtype, requires_grad=backward)
-    # The peers get the layout they like best, heads before tokens, already contiguous.
-    peer_inputs = [x.detach().transpose(1, 2).contiguous().requires_grad_(backward) for x in (q, k, v)]
-    grad = torch.randn(1, n, heads, dim, generator=torch.Generator().manual_seed(7)).to(dtype)
+    task = Task(segments, heads, dtype, backward)
+    mask, n = task.mask, task.mask.evict.shape[1]
 
-    # A sample of the query rows is checked against fp64: all of them would need an N x N matrix per head in
-    # fp64. The gradients are checked for a loss on those rows alone, for which dk and dv are exact on every
-    # key.
-    rows = torch.randperm(n, generator=torch.Generator().manual_seed(3))[:128].sort().values
-    visible = visible_rows(mask.evict, rows)
-
-    def sampled(dtype: torch.dtype) -> list[Tensor]:
-        inputs = [x.detach().to(dtype) for x in (q[:, rows], k, v)]
-        if not backward:
-            return [eager_attention(*inputs, visible)]
-        inputs = [x.requires_grad_() for x in inputs]
-        out = eager_attention(*inputs, visible)
-        return [out.detach(), *torch.autograd.grad(out, inputs, grad[:, rows].to(dtype))]
-
-    exact, eager = sampled(torch.float64), sampled(dtype)
-
-    def check_ours(results: list[Tensor]) -> None:
-        assert_accurate(results[0][:, rows], eager[0], exact[0], name="out")
-        if backward:
-            sparse = torch.zeros_like(grad)
-            sparse[:, rows] = grad[:, rows]
-            dq, dk, dv = torch.autograd.grad(trajectory_attention(q, k, v, mask), (q, k, v), sparse)
-            others = torch.ones(n, dtype=torch.bool)
-            others[rows] = False
-            assert not dq[:, others].any(), "dq: rows without a gradient of the output got one"
-            for name, got, plain, want in zip(
-                ("dq", "dk", "dv"), (dq[:, rows], dk, dv), eager[1:], exact[1:], strict=True
-            ):
-                assert_accurate(got, plain, want, name=name)
-
-    def check_peer(results: list[Tensor]) -> None:
-        assert_accurate(results[0].transpose(1, 2)[:, rows], eager[0], exact[0], factor=4, name="peer's out")
-
-    def runs(
-        function: Callable[[], Tensor], inputs: list[Tensor], grad: Tensor
-    ) -> Callable[[], list[Tensor]]:
-        def run() -> list[Tensor]:
-            out = function()
-            return [out, *torch.autograd.grad(out, inputs, grad)] if backward else [out]
-
-        return run
-
-    def peer(function: Callable[..., Tensor], **options: object) -> Callable[[], list[Tensor]]:
-        return runs(
-            lambda: function(*peer_inputs, enable_gqa=True, **options), peer_inputs, grad.transpose(1, 2)
-        )
-
-    contenders = [
-        Contender(
-            OURS,
-            runs(lambda: trajectory_attention(q, k, v, mask), [q, k, v], grad),
-            check_ours,
-            held_bytes(mask),
-        )
-    ]
-    affordable = n < 4_000  # a dense forward+backward at N 11,852 takes most of a minute
+    contenders = [Contender(OURS, lambda: task.ours(trajectory_attention), task.check_ours, held_bytes(mask))]
+    affordable = n < 4_000  # dense forward+backward at N 11,852 takes most of a minute and many GiB
     if affordable or not backward:
-        dense = mask.dense()[:, None]
-        contenders.append(
-            Contender(DENSE, peer(scaled_dot_product_attention, attn_mask=dense), check_peer, dense.nbytes)
-        )
-        causal = peer(scaled_dot_product_attention, is_causal=True)
-        contenders.append(Contender(CAUSAL, causal, note="another function: a scale only"))
+        dense, sdpa = mask.dense()[:, None], scaled_dot_product_attention
+        contenders += [
+            Contender(DENSE, lambda: task.peer(sdpa, attn_mask=dense), task.check_peer, dense.nbytes),
+            Contender(CAUSAL, lambda: task.peer(sdpa, is_causal=True), note="another function: a scale only"),
+        ]
     if not backward:  # FlexAttention has no backward on CPU
-        blocks = block_mask(mask)
-        flex = (
-            torch.compile(flex_attention, dynamic=False, fullgraph=True)
-            if bench.measuring
-            else flex_attention
-        )
-        contenders.append(
-            Contender(FLEX, peer(flex, block_mask=blocks), check_peer, held_bytes(blocks) + mask.evict.nbytes)
-        )
+        blocks, flex = block_mask(mask), flex_attention
+        if bench.measuring:
+            flex = torch.compile(flex, dynamic=False, fullgraph=True)
+        held = held_bytes(blocks) + mask.evict.nbytes
+        contenders.append(Contender(FLEX, lambda: task.peer(flex, block_mask=blocks), task.check_peer, held))
     if affordable:
-        plain = runs(lambda: reference_attention(q, k, v, mask), [q, k, v], grad)
-        contenders.append(
-            Contender(EAGER, plain, lambda r: check_peer([r[0].transpose(1, 2)]), note="reference.py")
-        )
+        contenders.append(Contender(EAGER, lambda: task.ours(reference_attention), note="reference.py"))
 
-    flops = (14 if backward else 4) * mask.visible_pairs() * heads * dim
+    hq, hkv, dim = heads
+    pairs = mask.visible_pairs()
     title = (
-        f"{direction}, {str(dtype).removeprefix('torch.')}, N {n:,}, Hq {heads}, Hkv {kv_heads}, D {dim}, "
-        f"{mask.visible_pairs() / (n * (n + 1) / 2):.1%} of the causal pairs visible, "
+        f"{direction}, {str(dtype).removeprefix('torch.')}, N {n:,}, Hq {hq}, Hkv {hkv}, D {dim}, "
+        f"{pairs / (n * n):.1%} of all pairs visible"
     )
-    results: dict[str, Result] = bench.compare(title, contenders, flops=flops, dtype=dtype)
+    # Two products forward, five backward, 2 FLOPs for each pair, head and channel.
+    flops = (14 if backward else 4) * pairs * hq * dim
+    results = bench.compare(title, contenders, flops=flops, dtype=dtype)
     bf16 = dtype == torch.bfloat16
     if tokens == 11_852 and not backward:
         bench.goal_speedup(results, OURS, DENSE, 4 if bf16 else 6)
@@ -191,7 +187,7 @@ def test_mask_construction(bench, table: str) -> None:
     if table == "random":
         evict = random_evict(n)
     else:
-        turns = n // 500
+        turns = (n - 1) // 500
         evict = TrajectoryMask.from_turns(mem1_segments(turns, prompt=n - turns * 500)).evict
     assert evict.shape[-1] == n
     built = TrajectoryMask.from_evict(evict)

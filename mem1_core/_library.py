@@ -12,7 +12,7 @@ from mem1_core import _C
 ops = torch.ops.mem1_core
 
 version: str = _C.version()
-cuda_architectures: str = _C.cuda_architectures()
+cuda_architectures = _C.cuda_architectures
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:

@@ -93,8 +93,9 @@ class TrajectoryLayout:
             row += layout.source.shape[0]
             token += sum(layout.lengths)
         mask = TrajectoryMask.packed([layout.mask for layout in layouts])
-        a, b, c, d = (torch.cat(parts).to(mask.device) for parts in (source, positions, rows, targets))
-        return cls(mask, a, b, c, d, tuple(n for layout in layouts for n in layout.lengths))
+        lengths = tuple(n for layout in layouts for n in layout.lengths)
+        tensors = torch.cat(source), torch.cat(positions), torch.cat(rows), torch.cat(targets)
+        return cls(mask.to("cpu"), *tensors, lengths).to(mask.device)
 
     def to(self, device: torch.device | str) -> TrajectoryLayout:
         return TrajectoryLayout(

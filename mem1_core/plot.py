@@ -93,7 +93,7 @@ def plot_mask(
 
 
 def _picture(evict: Tensor, colours: Tensor) -> Tensor:
-    """fp32 [P, P, 3], P = min(N, _PIXELS): at each pixel the pair in its middle, so nothing larger is ever made."""
+    """fp32 [P, P, 3] with P = min(N, _PIXELS): each pixel shows the (query, key) pair in its middle."""
     tokens = evict.shape[0]
     pixels = min(tokens, _PIXELS)
     sample = ((torch.arange(pixels) + 0.5) * tokens / max(pixels, 1)).long()

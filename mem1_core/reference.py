@@ -189,11 +189,11 @@ def fused_linear_ppo_loss(
         per_token = per_token + kl_coef * tracked["kl"]
     elif kl_coef:
         raise ValueError(f"ref_logprob: wanted a tensor for kl_coef = {kl_coef}, got None")
-    weights = _token_weights(None if sequence is None else sequence[rows], len(rows), aggregation, normalizer)
+    divisor = _divisor(None if sequence is None else sequence[rows], len(rows), aggregation, normalizer)
     metrics = {name: value.detach().sum() / max(len(rows), 1) for name, value in tracked.items()}
     metrics["ratio_max"] = torch.cat([ratio.detach(), ratio.new_zeros(1)]).amax()
     metrics["logprob"] = logprob.new_zeros(target.shape).index_copy(0, rows, logprob.detach())
-    return (per_token * weights.to(per_token)).sum(), metrics
+    return (per_token / divisor).sum(), metrics
 
 
 def kl_estimate(logprob: Tensor, ref_logprob: Tensor, estimator: KLEstimator = "k3") -> Tensor:
@@ -280,19 +280,16 @@ def _rotate(key: Tensor, delta: Tensor, inv_freq: Tensor | None) -> Tensor:
     return torch.cat(turned, dim=-1).to(key.dtype)
 
 
-def _token_weights(
+def _divisor(
     sequence: Tensor | None, tokens: int, aggregation: Aggregation, normalizer: float | Tensor | None
-) -> Tensor:
-    """[tokens] (or a scalar for all of them): what each token's loss is multiplied by before the sum."""
+) -> float | Tensor:
+    """What the loss of each token is divided by before the sum: [tokens], or one number for all."""
     if aggregation == "sequence-mean":
         if sequence is None:
-            raise ValueError(
-                "sequence: wanted each token's sequence for aggregation='sequence-mean', got None"
-            )
+            raise ValueError(f"sequence: wanted a tensor for aggregation={aggregation!r}, got None")
         _, owner, sizes = sequence.unique(return_inverse=True, return_counts=True)
-        share, count = 1 / sizes[owner], len(sizes)
-    elif aggregation in ("token-mean", "sum"):
-        share, count = torch.ones(()), tokens if aggregation == "token-mean" else 1
-    else:
+        return sizes[owner] * (max(len(sizes), 1) if normalizer is None else normalizer)
+    if aggregation not in ("token-mean", "sum"):
         raise ValueError(f"aggregation: wanted 'token-mean', 'sequence-mean' or 'sum', got {aggregation!r}")
-    return share / (max(count, 1) if normalizer is None else normalizer)
+    count = tokens if aggregation == "token-mean" else 1
+    return max(count, 1) if normalizer is None else normalizer

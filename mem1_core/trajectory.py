@@ -46,9 +46,8 @@ class TilePlan(NamedTuple):
 
     Key tile `k` covers the keys `[k * block_k, min((k + 1) * block_k, N))`, query tiles likewise; there are
     `QT = ceil(N / block_q)` and `KT = ceil(N / block_k)` per row of the batch. A tile is *full* when each
-    of its pairs is visible (no mask needed), *dead* when the plan knows that none is (skipped), else
-    *partial*: it may hold any share of visible pairs. For one key tile, the live query tiles are one
-    contiguous range that starts at the diagonal.
+    of its pairs is visible (no mask needed), *dead* when none is (skipped), else *partial*. For one key
+    tile, the live query tiles are one contiguous range from the diagonal on, and the full ones one inside it.
     """
 
     block_q: int

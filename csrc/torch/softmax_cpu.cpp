@@ -6,7 +6,7 @@
 // One body, compiled for several instruction sets and chosen when the library loads. The body's callees must be inlined
 // into it to be compiled for the same set.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MEM1_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define MEM1_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define MEM1_CLONES
 #endif
@@ -144,22 +144,29 @@ void gradients(const double* s, const double* dp, int64_t rows, int64_t columns,
 MEM1_CLONES void gradients(const float* s, const float* dp, int64_t rows, int64_t columns, float scale,
                            const float* lse, const float* delta, at::BFloat16* p, at::BFloat16* ds,
                            at::BFloat16* ds_pairs) {
-  auto* p_bits = reinterpret_cast<uint16_t*>(p);
-  auto* ds_bits = reinterpret_cast<uint16_t*>(ds);
   auto* pairs = reinterpret_cast<uint32_t*>(ds_pairs);
+  // Rows leave through a block of 32-bit values: a loop that also stores 16-bit ones is not vectorised.
+  uint32_t p_bits[2][kColumns], ds_bits[2][kColumns];
+  const auto store = [columns](const uint32_t(&bits)[2][kColumns], uint16_t* out) {
+    for (int64_t k = 0; k < 2; ++k) {
+      for (int64_t c = 0; c < kColumns; ++c) out[k * columns + c] = static_cast<uint16_t>(bits[k][c]);
+    }
+  };
   for (int64_t r = 0; r < rows; r += 2) {
-    const int64_t at = r * columns, next = at + columns, pair = r / 2 * columns;
+    for (int64_t c0 = 0; c0 < columns; c0 += kColumns) {
+      const int64_t at = r * columns + c0, next = at + columns, pair = r / 2 * columns + c0;
 #pragma omp simd
-    for (int64_t c = 0; c < columns; ++c) {
-      const float e0 = exp2_of(scale * s[at + c] - lse[c]);
-      const float e1 = exp2_of(scale * s[next + c] - lse[c]);
-      const uint32_t d0 = bfloat16_bits(e0 * (dp[at + c] - delta[c]));
-      const uint32_t d1 = bfloat16_bits(e1 * (dp[next + c] - delta[c]));
-      p_bits[at + c] = static_cast<uint16_t>(bfloat16_bits(e0));
-      p_bits[next + c] = static_cast<uint16_t>(bfloat16_bits(e1));
-      ds_bits[at + c] = static_cast<uint16_t>(d0);
-      ds_bits[next + c] = static_cast<uint16_t>(d1);
-      pairs[pair + c] = d0 | d1 << 16;
+      for (int64_t c = 0; c < kColumns; ++c) {
+        const float e0 = exp2_of(scale * s[at + c] - lse[c0 + c]);
+        const float e1 = exp2_of(scale * s[next + c] - lse[c0 + c]);
+        p_bits[0][c] = bfloat16_bits(e0);
+        p_bits[1][c] = bfloat16_bits(e1);
+        ds_bits[0][c] = bfloat16_bits(e0 * (dp[at + c] - delta[c0 + c]));
+        ds_bits[1][c] = bfloat16_bits(e1 * (dp[next + c] - delta[c0 + c]));
+        pairs[pair + c] = ds_bits[0][c] | ds_bits[1][c] << 16;
+      }
+      store(p_bits, reinterpret_cast<uint16_t*>(p) + at);
+      store(ds_bits, reinterpret_cast<uint16_t*>(ds) + at);
     }
   }
 }

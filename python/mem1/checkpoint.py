@@ -28,7 +28,8 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     trainer: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint to the folder `path`, replacing what is there only once all of the new one is on disk.
+    """Write a checkpoint to the folder `path`, replacing what is there only once all of the new one is on
+    disk.
 
     Any Hugging Face tool can load the folder; `trainer` is saved beside it with torch.save.
     """

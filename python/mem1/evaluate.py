@@ -1,4 +1,6 @@
-"""Evaluation: an agent with constant memory beside one that keeps everything, and the parity of their log-probs."""
+"""Evaluation: an agent with constant memory beside one that keeps everything, and the parity of their
+log-probs.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ OBJECTIVES = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class Result:
-    """Means over the episodes of one agent at one number of objectives. Lengths in tokens, time per episode."""
+    """Means over the episodes of one agent at one number of objectives. Lengths in tokens, time per
+    episode.
+    """
 
     agent: str
     objectives: int
@@ -43,7 +47,9 @@ class Result:
 def summarize(agent: str, objectives: int, trajectories: Sequence[Trajectory], seconds: float) -> Result:
     """One row of the table; `seconds` is the wall time of all `trajectories` together."""
     if not trajectories:
-        raise ValueError(f"trajectories: wanted at least one for {agent} at {objectives} objectives, got none")
+        raise ValueError(
+            f"trajectories: wanted at least one for {agent} at {objectives} objectives, got none"
+        )
     return Result(
         agent=agent,
         objectives=objectives,
@@ -74,8 +80,8 @@ def evaluate(
 ) -> tuple[list[Result], list[Trajectory]]:
     """Let the policy play `episodes` episodes at each number of objectives.
 
-    `make_environment(n)` builds the world with n objectives; seeds start at `seed`, so that every agent gets the same
-    episodes and training (which counts from 0) never saw them.
+    `make_environment(n)` builds the world with n objectives; seeds start at `seed`, so that every agent gets
+    the same episodes and training (which counts from 0) never saw them.
     """
     results, trajectories = [], []
     for n in objectives:
@@ -110,8 +116,11 @@ def evaluate_script(
                 tokenizer,
                 lambda n=n: MultiHopEnv(n, hops=hops, passage_tokens=passage_tokens),
                 range(seed, seed + episodes),
-                # The expert's notes and turns grow with the task; only what is asked of it may end an episode.
-                replace(config, max_turns=4 * n * hops + 4, max_action=4096, max_info=max(passage_tokens, 512)),
+                # The expert's notes and turns grow with the task; only what is asked of it may end an
+                # episode.
+                replace(
+                    config, max_turns=4 * n * hops + 4, max_action=4096, max_info=max(passage_tokens, 512)
+                ),
             )
         )
         results.append(summarize(agent, n, played, time.perf_counter() - start))
@@ -176,7 +185,10 @@ def table(rows: Sequence[Any], columns: Sequence[str] | None = None) -> str:
     cells = [[_cell(getattr(row, name)) for name in names] for row in rows]
     widths = [max(len(line[i]) for line in [names, *cells]) for i in range(len(names))]
     rule = "|".join("-" * (width + 2) for width in widths)
-    body = [" | ".join(value.rjust(width) for value, width in zip(line, widths, strict=True)) for line in [names, *cells]]
+    body = [
+        " | ".join(value.rjust(width) for value, width in zip(line, widths, strict=True))
+        for line in [names, *cells]
+    ]
     return "\n".join([f"| {body[0]} |", f"|{rule}|", *(f"| {line} |" for line in body[1:])])
 
 

@@ -1,4 +1,6 @@
-"""The pictures of a run. Needs matplotlib (`pip install mem1_core[plot]`), which only these functions import."""
+"""The pictures of a run. Needs matplotlib (`pip install mem1_core[plot]`), which only these functions
+import.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from mem1.trajectory import Trajectory
 
 
 def plot_peaks(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
-    """Peak tokens against the number of objectives, with the prompt (left) and without (right), a line per agent."""
+    """Peak tokens against the number of objectives, with the prompt (left) and without (right), a line per
+    agent.
+    """
     figure, axes = _figure(1, 2)
     for ax, name, title in zip(
         axes, ("peak", "peak_without_prompt"), ("with the prompt", "without the prompt"), strict=True
@@ -31,14 +35,24 @@ def plot_peaks(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
 
 
 def plot_learning(metrics: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """The learning curve of a `metrics.jsonl`: the loss of the warm start (left), the reward of PPO (right)."""
+    """The learning curve of a `metrics.jsonl`: the loss of the warm start (left), the reward of PPO
+    (right).
+    """
     records: list[dict[str, Any]] = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
     figure, (left, right) = _figure(1, 2)
     for ax, phase, names in ((left, "warmstart", ("loss",)), (right, "ppo", ("reward", "answered"))):
         rows = [record for record in records if record["phase"] == phase]
         for name in names:
-            ax.plot([r["step"] for r in rows], [r[name] for r in rows], label=name, marker="." if len(rows) < 50 else "")
-        ax.set(xlabel="step" if phase == "warmstart" else "update", title="warm start" if phase == "warmstart" else "PPO")
+            ax.plot(
+                [r["step"] for r in rows],
+                [r[name] for r in rows],
+                label=name,
+                marker="." if len(rows) < 50 else "",
+            )
+        ax.set(
+            xlabel="step" if phase == "warmstart" else "update",
+            title="warm start" if phase == "warmstart" else "PPO",
+        )
         ax.grid(alpha=0.3)
         if rows:
             ax.legend()

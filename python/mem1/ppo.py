@@ -1,7 +1,9 @@
-"""Proximal policy optimisation on whole trajectories: actor, critic, KL to a frozen reference, GAE over policy tokens.
+"""Proximal policy optimisation on whole trajectories: actor, critic, KL to a frozen reference, GAE over
+policy tokens.
 
-A batch is packed into streams (`pack`) on which `mem1_core` computes exactly the log-probs the rollout sampled with. All
-per-token quantities below have one entry per policy token, M in a stream; the environment's tokens have none.
+A batch is packed into streams (`pack`) on which `mem1_core` computes exactly the log-probs the rollout
+sampled with. All per-token quantities below have one entry per policy token, M in a stream; the environment's
+tokens have none.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ from mem1_core.reference import (
 
 @dataclass(frozen=True)
 class Stream:
-    """Trajectories packed for one forward: `layout` [N rows, M labels] over the concatenated `tokens` int64."""
+    """Trajectories packed for one forward: `layout` [N rows, M labels] over the concatenated `tokens`
+    int64.
+    """
 
     tokens: Tensor
     layout: TrajectoryLayout
@@ -59,7 +63,9 @@ def pack(trajectories: list[Trajectory], regime: Regime, device: torch.device | 
 
 
 def split(trajectories: list[Trajectory], micro_tokens: int) -> Iterator[list[int]]:
-    """Indices of the trajectories in groups of at most `micro_tokens` tokens; never an empty group, none left out."""
+    """Indices of the trajectories in groups of at most `micro_tokens` tokens; never an empty group, none left
+    out.
+    """
     group: list[int] = []
     tokens = 0
     for i, trajectory in enumerate(trajectories):
@@ -102,7 +108,8 @@ class PPO:
     """The state of a training run: two optimisers and a frozen reference.
 
     actor and reference: causal language models with attention "mem1". critic: module with
-    `forward(input_ids, position_ids, mem1_mask) -> values [B, N]`. `reference` may be None only if `config.kl` is 0.
+    `forward(input_ids, position_ids, mem1_mask) -> values [B, N]`. `reference` may be None only if
+    `config.kl` is 0.
     """
 
     def __init__(
@@ -120,13 +127,19 @@ class PPO:
         self.config, self.regime, self.temperature = config, regime, temperature
         self.device = next(actor.parameters()).device
         self.optimizers = {
-            "actor": torch.optim.AdamW(actor.parameters(), config.actor_lr, betas=(0.9, 0.95), weight_decay=0.0),
-            "critic": torch.optim.AdamW(critic.parameters(), config.critic_lr, betas=(0.9, 0.95), weight_decay=0.0),
+            "actor": torch.optim.AdamW(
+                actor.parameters(), config.actor_lr, betas=(0.9, 0.95), weight_decay=0.0
+            ),
+            "critic": torch.optim.AdamW(
+                critic.parameters(), config.critic_lr, betas=(0.9, 0.95), weight_decay=0.0
+            ),
         }
         self.steps = {"actor": 0, "critic": 0}
         self.updates = 0
 
-    def update(self, trajectories: list[Trajectory], generator: torch.Generator | None = None) -> dict[str, float]:
+    def update(
+        self, trajectories: list[Trajectory], generator: torch.Generator | None = None
+    ) -> dict[str, float]:
         """Learn from one batch; returns metrics. Trajectories in which the policy wrote nothing are left out.
 
         Raises ValueError if none is left. `generator` shuffles the minibatches.
@@ -140,7 +153,9 @@ class PPO:
         for _ in range(self.config.epochs):
             order = torch.randperm(len(batch), generator=generator).tolist()
             for start in range(0, len(order), self.config.minibatch):
-                step = self.step([batch[i] for i in order[start : start + self.config.minibatch]], train_actor)
+                step = self.step(
+                    [batch[i] for i in order[start : start + self.config.minibatch]], train_actor
+                )
                 for name, value in step.items():
                     totals.setdefault(name, []).append(value)
         self.updates += 1
@@ -150,12 +165,18 @@ class PPO:
 
     @torch.no_grad()
     def prepare(self, trajectories: list[Trajectory]) -> tuple[list[Experience], dict[str, float]]:
-        """Old log-probs, reference log-probs, values, rewards and advantages of a batch, with their metrics."""
+        """Old log-probs, reference log-probs, values, rewards and advantages of a batch, with their
+        metrics.
+        """
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for group in split(trajectories, self.config.micro_tokens):
             stream = pack([trajectories[i] for i in group], self.regime, self.device)
             old = recompute_logprobs(self.actor, stream, self.temperature)
-            ref = old if self.reference is None else recompute_logprobs(self.reference, stream, self.temperature)
+            ref = (
+                old
+                if self.reference is None
+                else recompute_logprobs(self.reference, stream, self.temperature)
+            )
             value = self.critic(**stream.inputs())[0, stream.layout.logit_rows].float()
             parts += zip(*(x.split(stream.counts) for x in (old, ref, value)), strict=True)
         old, ref, value = (pad_sequence(list(x), batch_first=True) for x in zip(*parts, strict=True))
@@ -179,7 +200,9 @@ class PPO:
             "kl_reference": float(kl_estimate(old, ref, "k3")[mask].mean()),
             "advantage_mean": float(advantage[mask].mean()),
             "value_mean": float(value[mask].mean()),
-            "explained_variance": float(1 - (returns - value)[mask].var(unbiased=False) / spread.clamp(min=1e-8)),
+            "explained_variance": float(
+                1 - (returns - value)[mask].var(unbiased=False) / spread.clamp(min=1e-8)
+            ),
         }
 
     def step(self, batch: list[Experience], train_actor: bool = True) -> dict[str, float]:
@@ -191,14 +214,18 @@ class PPO:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         total = sum(len(e.old_logprob) for e in batch)
-        sums = dict.fromkeys(("policy_loss", "value_loss", "kl", "entropy", "clip_fraction", "value_clip_fraction"), 0.0)
+        sums = dict.fromkeys(
+            ("policy_loss", "value_loss", "kl", "entropy", "clip_fraction", "value_clip_fraction"), 0.0
+        )
         ratio_max = 0.0
         for group in split([e.trajectory for e in batch], config.micro_tokens):
             part = [batch[i] for i in group]
             stream = pack([e.trajectory for e in part], self.regime, self.device)
             share = sum(stream.counts) / total
             everything = torch.ones_like(stream.targets, dtype=torch.bool)
-            old_value, returns = (torch.cat([getattr(e, name) for e in part]) for name in ("old_value", "returns"))
+            old_value, returns = (
+                torch.cat([getattr(e, name) for e in part]) for name in ("old_value", "returns")
+            )
             value = self.critic(**stream.inputs())[0, stream.layout.logit_rows].float()
             value_loss, clipped = clipped_value_loss(
                 value, old_value, returns, everything, config.value_clip, normalizer=total
@@ -235,7 +262,9 @@ class PPO:
         return result | sums | {"ratio_max": ratio_max}
 
     def _learn(self, which: str, model: nn.Module) -> float:
-        """Clip the gradients and take an optimiser step at the learning rate of the warm-up; returns the norm before."""
+        """Clip the gradients and take an optimiser step at the learning rate of the warm-up; returns the norm
+        before.
+        """
         norm = float(nn.utils.clip_grad_norm_(model.parameters(), self.config.max_grad_norm))
         self.steps[which] += 1
         warmup = max(getattr(self.config, f"{which}_warmup"), 1)
@@ -258,4 +287,3 @@ class PPO:
             optimizer.load_state_dict(state["optimizers"][name])
         self.steps = dict(state["steps"])
         self.updates = state["updates"]
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -87,6 +88,10 @@ class Trajectory:
             "tokens": self.tokens.tolist(),
             "logprobs": self.logprobs.tolist(),
         }
+
+    def to_json(self) -> str:
+        """`to_dict` on one line."""
+        return json.dumps(self.to_dict())
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Trajectory:

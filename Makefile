@@ -1,0 +1,46 @@
+# make demo    roll out, train, evaluate and draw, on the CPU, from a bare checkout
+# make test    all tests this machine can run
+# make lint    ruff, mypy, clang-format
+# make ext     rebuild the compiled part after an edit in csrc/ (seconds)
+#
+# The virtual environment is made once. Without a torch in the Python that makes it, TORCH is installed; on a CPU-only
+# machine with the public index, say TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu".
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+OUT ?= demo
+
+BIN := $(VENV)/bin
+HAS_TORCH := $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo yes)
+
+.PHONY: demo test lint ext clean
+
+demo: $(VENV)/ready
+	$(BIN)/mem1 demo --out $(OUT)
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.c' | xargs $(BIN)/clang-format --dry-run --Werror
+
+ext: $(VENV)/ready
+	$(BIN)/cmake --build build/editable
+	$(BIN)/cmake --install build/editable
+
+$(VENV)/ready: pyproject.toml setup.py CMakeLists.txt
+	$(PYTHON) -m venv $(if $(HAS_TORCH),--system-site-packages) $(VENV)
+	$(if $(HAS_TORCH),,$(BIN)/python -m pip install --quiet $(TORCH))
+	$(BIN)/python -m pip install --quiet "setuptools>=77" "cmake>=3.25" ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install --no-build-isolation --editable ".[test]"
+	touch $@
+
+$(VENV)/lint: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[lint]"
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV) mem1_core/lib mem1_core/include mem1_core/_C*.so *.egg-info

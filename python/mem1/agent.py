@@ -1,0 +1,83 @@
+"""A MEM1 agent as an object: load it, let it work in a world, or give it a question and a tool."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from mem1 import checkpoint
+from mem1.config import RolloutConfig
+from mem1.envs.base import Action, Environment, Observation
+from mem1.rollout import rollout
+from mem1.trajectory import Trajectory
+
+
+class Reply(NamedTuple):
+    """`text` is None if the agent gave no answer; `trajectory.finished` then says why."""
+
+    text: str | None
+    trajectory: Trajectory
+
+
+class MemoryEfficientAgent:
+    """A policy that forgets all but its own notes.
+
+        agent = MemoryEfficientAgent.load("runs/demo/train/last")
+        trajectory = agent.run(MultiHopEnv(objectives=4), seed=7)
+        reply = agent.answer("questions : ada boss teacher .", tool=look_up)
+
+    model: causal language model with attention "mem1" (see `checkpoint.load`); tokenizer: every tag is one
+    token.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, config: RolloutConfig | None = None
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.config = replace(config or RolloutConfig(), slots=1)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], config: RolloutConfig | None = None) -> MemoryEfficientAgent:
+        """The agent in a checkpoint folder of `mem1 train`, or in any folder of the Hugging Face format."""
+        loaded = checkpoint.load(path)
+        return cls(loaded.model, loaded.tokenizer, config)
+
+    def run(self, environment: Environment, seed: int = 0) -> Trajectory:
+        """One episode. The same seed gives the same episode and the same samples."""
+        return next(rollout(self.model, self.tokenizer, lambda: environment, [seed], self.config))
+
+    def answer(self, question: str, tool: Callable[[str], str], seed: int = 0) -> Reply:
+        """Answer a question with a tool that takes the text of a query and returns the text the agent is
+        shown.
+        """
+        world = _ToolWorld(question, tool)
+        trajectory = self.run(world, seed)
+        return Reply(world.answer, trajectory)
+
+
+class _ToolWorld:
+    """A question and a tool as an environment; there is no grade, so the reward is 0."""
+
+    objectives = 1
+
+    def __init__(self, question: str, tool: Callable[[str], str]) -> None:
+        self.question, self.tool = question, tool
+        self.answer: str | None = None
+
+    def reset(self, seed: int) -> str:
+        return self.question
+
+    def step(self, action: Action) -> Observation:
+        if action.kind == "answer":
+            self.answer = action.text
+            return Observation("", 0.0, True)
+        if action.kind == "malformed":
+            return Observation("malformed ; write <query> or <answer>", 0.0, False)
+        return Observation(self.tool(action.text), 0.0, False)
+
+    def score(self) -> dict[str, float]:
+        return {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}

@@ -1,0 +1,270 @@
+"""The command `mem1`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from mem1 import checkpoint
+from mem1.config import PPOConfig, Prune, Regime, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.demo import demo
+from mem1.envs.multihop import MultiHopEnv
+from mem1.evaluate import OBJECTIVES, Result, evaluate, parity, table
+from mem1.rollout import rollout
+from mem1.train import train
+from mem1.trajectory import Trajectory
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. Errors of the user are one line on stderr and status 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ValueError, OSError) as error:
+        print(f"mem1 {options.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = TrainConfig(
+        updates=options.updates,
+        seconds=options.seconds,
+        batch=options.batch,
+        objectives=options.objectives,
+        hops=options.hops,
+        passage_tokens=options.passage_tokens,
+        threads=options.threads,
+        seed=options.seed,
+        rollout=_rollout_config(options),
+        warmstart=WarmStartConfig(seconds=options.warmstart_seconds, steps=options.warmstart_steps),
+        ppo=PPOConfig(actor_lr=options.actor_lr, critic_lr=options.critic_lr, kl=options.kl),
+    )
+    train(config, options.out, init=options.init, resume=options.resume)
+    print(f"checkpoint and metrics are in {options.out}")
+
+
+def _eval(options: argparse.Namespace) -> None:
+    _threads(options)
+    model, tokenizer, _ = checkpoint.load(options.model)
+    config = _rollout_config(options)
+    results: list[Result] = []
+    for agent, prune in (("MEM1", config.prune), ("full context", "never")):
+        rows, trajectories = evaluate(
+            model,
+            tokenizer,
+            replace(config, prune=prune),
+            agent=agent,
+            objectives=options.objectives,
+            episodes=options.episodes,
+            seed=options.seed,
+            make_environment=lambda n: MultiHopEnv(n, options.hops, options.passage_tokens),
+        )
+        results += rows
+        print(f"{agent}: sampled and recomputed log-probs")
+        print(table([parity(model, trajectories, config.regime, config.temperature)]))
+    print(table(results))
+
+
+def _rollout(options: argparse.Namespace) -> None:
+    _threads(options)
+    model, tokenizer, _ = checkpoint.load(options.model)
+    seeds = range(options.seed, options.seed + options.episodes)
+    clock, tokens = time.perf_counter(), 0
+    file = options.out.open("w") if options.out else None
+
+    def environment() -> MultiHopEnv:
+        return MultiHopEnv(options.objectives, options.hops, options.passage_tokens)
+
+    try:
+        for trajectory in rollout(
+            model, tokenizer, environment, seeds, _rollout_config(options), scripted=options.scripted
+        ):
+            tokens += int(trajectory.policy_mask.sum())
+            if file is None:
+                print(transcript(trajectory, tokenizer), end="\n\n")
+            else:
+                file.write(trajectory.to_json() + "\n")
+    finally:
+        if file is not None:
+            file.close()
+    seconds = time.perf_counter() - clock
+    print(
+        f"{options.episodes} episodes, {tokens} policy tokens, {tokens / seconds:.0f} tokens/s",
+        file=sys.stderr,
+    )
+    if options.out:
+        print(f"trajectories are in {options.out}", file=sys.stderr)
+
+
+def transcript(trajectory: Trajectory, tokenizer: object) -> str:
+    """A trajectory for people: one line per segment, then how it went."""
+    lines, start = [], 0
+    for kind, turn, length in trajectory.segments:
+        text = tokenizer.decode(trajectory.tokens[start : start + length])  # type: ignore[attr-defined]
+        lines.append(f"{turn:3d} {kind:>6}  {text}")
+        start += length
+    lines.append(
+        f"seed {trajectory.seed}: {trajectory.finished}, reward {trajectory.reward:.3f}, "
+        f"{start} tokens, at most {trajectory.peak_tokens()} at once"
+    )
+    return "\n".join(lines)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    _threads(options)
+    demo(options.out, quick=options.quick, seed=options.seed)
+
+
+def _threads(options: argparse.Namespace) -> None:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+
+
+def _rollout_config(options: argparse.Namespace) -> RolloutConfig:
+    return RolloutConfig(
+        slots=options.slots,
+        regime=options.regime,
+        prune=options.prune,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        greedy=options.greedy,
+        max_action=options.max_action,
+        max_info=options.max_info,
+        max_turns=options.max_turns,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    shape = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    parser = argparse.ArgumentParser(
+        prog="mem1",
+        description="Train, evaluate and run agents with constant memory (MEM1, arXiv 2506.15841).",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--seed", type=int, default=0, help="first seed of the episodes")
+    common.add_argument("--threads", type=_positive, help="CPU threads (default: torch's choice)")
+    world = argparse.ArgumentParser(add_help=False)
+    world.add_argument("--hops", type=_positive, default=2, help="relations to follow per question")
+    world.add_argument(
+        "--passage-tokens", type=int, default=0, help="length of an answer to a query; 0: bare answer"
+    )
+
+    default = RolloutConfig()
+    sampling = argparse.ArgumentParser(add_help=False)
+    add = sampling.add_argument_group("rollout").add_argument
+    add("--slots", type=_positive, default=default.slots, help="episodes side by side")
+    add(
+        "--regime", choices=get_args(Regime), default=default.regime, help="what a prune does to the KV cache"
+    )
+    add("--prune", choices=get_args(Prune), default=default.prune, help="when the previous turn is dropped")
+    add("--temperature", type=float, default=default.temperature, help="of the sampler")
+    add("--top-p", type=float, default=default.top_p, help="nucleus of the sampler")
+    add("--top-k", type=int, default=default.top_k, help="most likely tokens only; 0: all")
+    add("--greedy", action="store_true", help="always the most likely token")
+    add("--max-action", type=_positive, default=default.max_action, help="tokens of one action")
+    add("--max-info", type=int, default=default.max_info, help="tokens the environment may say in one turn")
+    add("--max-turns", type=_positive, default=default.max_turns, help="turns of one episode")
+
+    config = TrainConfig()
+    command = commands.add_parser(
+        "train", help="warm start, then PPO", parents=[common, world, sampling], **shape
+    )  # type: ignore[arg-type]
+    command.add_argument("--out", type=Path, default=Path("runs/train"), help="folder of the run")
+    command.add_argument("--init", type=Path, help="checkpoint to start PPO from, without a warm start")
+    command.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    command.add_argument(
+        "--objectives", type=_interval, default=config.objectives, help="questions per episode: 2 or 1-4"
+    )
+    command.add_argument("--updates", type=int, default=config.updates, help="PPO updates, at most")
+    command.add_argument("--seconds", type=float, help="time for PPO, at most")
+    command.add_argument("--batch", type=_positive, default=config.batch, help="episodes per update")
+    command.add_argument(
+        "--warmstart-steps", type=int, default=config.warmstart.steps, help="supervised steps, at most"
+    )
+    command.add_argument("--warmstart-seconds", type=float, help="time for the supervised steps, at most")
+    command.add_argument(
+        "--actor-lr", type=float, default=config.ppo.actor_lr, help="learning rate of the policy"
+    )
+    command.add_argument(
+        "--critic-lr", type=float, default=config.ppo.critic_lr, help="learning rate of the critic"
+    )
+    command.add_argument(
+        "--kl", type=float, default=config.ppo.kl, help="weight of the KL to the start of PPO"
+    )
+    command.set_defaults(run=_train)
+
+    command = commands.add_parser(
+        "eval",
+        help="MEM1 against the full-context agent",
+        parents=[common, world, sampling],
+        **shape,  # type: ignore[arg-type]
+    )
+    command.add_argument("model", type=Path, help="checkpoint folder")
+    command.add_argument(
+        "--objectives", type=_positive, nargs="+", default=OBJECTIVES, help="questions per episode"
+    )
+    command.add_argument("--episodes", type=_positive, default=16, help="episodes per number of objectives")
+    command.set_defaults(run=_eval, seed=1_000_000)
+
+    command = commands.add_parser(
+        "rollout",
+        help="let an agent play and print or save what it does",
+        parents=[common, world, sampling],
+        **shape,  # type: ignore[arg-type]
+    )
+    command.add_argument("model", type=Path, help="checkpoint folder")
+    command.add_argument(
+        "--objectives", type=_interval, default=(2, 2), help="questions per episode: 2 or 1-4"
+    )
+    command.add_argument("--episodes", type=_positive, default=4, help="how many")
+    command.add_argument(
+        "--scripted", action="store_true", help="the environment's expert writes, the model reads along"
+    )
+    command.add_argument(
+        "--out", type=Path, help="write trajectories to this .jsonl file instead of the terminal"
+    )
+    command.set_defaults(run=_rollout)
+
+    command = commands.add_parser(
+        "demo",
+        help="train, evaluate and plot in about five minutes",
+        parents=[common],
+        **shape,  # type: ignore[arg-type]
+    )
+    command.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything it makes")
+    command.add_argument(
+        "--quick", action="store_true", help="the same in well under a minute, without learning much"
+    )
+    command.set_defaults(run=_demo)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"wanted an integer >= 1, got {text}")
+    return value
+
+
+def _interval(text: str) -> tuple[int, int]:
+    low, _, high = text.partition("-")
+    try:
+        return int(low), int(high or low)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"wanted a number or an interval such as 1-4, got {text!r}"
+        ) from None

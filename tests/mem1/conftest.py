@@ -1,0 +1,51 @@
+"""A small decoder with random weights that are large enough for errors to show, and with a liking for the tags."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from mem1.tokenizer import TAGS, build_tokenizer
+from mem1_core.integrations.transformers import register
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Qwen2ForCausalLM]:
+    register()
+
+    def make(dtype: torch.dtype = torch.float32, seed: int = 0, **settings: object) -> Qwen2ForCausalLM:
+        torch.manual_seed(seed)
+        shape = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": False,
+            "attn_implementation": "mem1",
+        }
+        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), **(shape | settings)))
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.dim() > 1:
+                    weight.mul_(4)
+            # The first channel is nearly constant, so it works as a bias of the output: more tags, fewer words.
+            model.get_input_embeddings().weight[:, 0] = 2.0
+            head = model.get_output_embeddings().weight
+            head[:, 0] = 0.0
+            for tag in ("</IS>", "<query>", "</query>"):
+                head[tokenizer.convert_tokens_to_ids(tag), 0] = 1.0
+            head[tokenizer.convert_tokens_to_ids("</answer>"), 0] = -4.0
+            assert set(TAGS) <= set(tokenizer.get_vocab())
+        return model.to(dtype).eval()
+
+    return make

@@ -1,0 +1,361 @@
+"""TrajectoryMask: lifetimes from turns, dense form, counts, packing, tile plan, bad input, the picture."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mem1_core.testing import EVICT_TABLES
+from mem1_core.trajectory import (
+    Prune,
+    Segment,
+    TilePlan,
+    TrajectoryMask,
+    dependency_length,
+    evict_from_turns,
+    policy_tokens,
+)
+
+LENGTHS = (0, 1, 63, 64, 65, 127, 200)
+
+# prompt 2 | is 2, query 1, info 2 | is 1, query 1, info 3 | is 2, answer 2
+TURNS = [
+    Segment("prompt", 0, 2),
+    Segment("is", 1, 2),
+    Segment("query", 1, 1),
+    Segment("info", 1, 2),
+    Segment("is", 2, 1),
+    Segment("query", 2, 1),
+    Segment("info", 2, 3),
+    Segment("is", 3, 2),
+    Segment("answer", 3, 2),
+]
+
+
+def spans(tokens: list[int], values: list[int]) -> list[int]:
+    return [value for n, value in zip(tokens, values, strict=True) for _ in range(n)]
+
+
+# ------------------------------------------------------------------------------------------- from turns
+
+
+@pytest.mark.parametrize(
+    ("prune", "expected"),
+    [
+        # The action of turn 2 ends at 9, that of turn 3 at 16 = N.
+        ("action", spans([2, 5, 5, 4], [16, 9, 16, 16])),
+        # `</IS>` of turn 2 is token 7, that of turn 3 token 13.
+        ("is", spans([2, 5, 5, 4], [16, 8, 14, 16])),
+        ("never", [16] * 16),
+    ],
+)
+def test_evict_of_a_known_trajectory(prune: Prune, expected: list[int]) -> None:
+    evict = evict_from_turns(TURNS, prune)
+    assert evict.dtype == torch.int32
+    assert evict.tolist() == expected
+    assert TrajectoryMask.from_turns(TURNS, prune=prune).evict.tolist() == [expected]
+
+
+def test_the_last_token_of_an_action_still_sees_the_previous_turn() -> None:
+    dense = TrajectoryMask.from_turns(TURNS).dense()[0]
+    assert dense[8, 2:7].all(), "the end of turn 2's action sees turn 1"
+    assert not dense[9, 2:7].any(), "the token after it does not"
+    assert dense[9, :2].all() and dense[9, 7:10].all(), "prompt and own turn stay"
+
+
+def test_prune_at_is_falls_back_to_the_end_of_the_action() -> None:
+    for missing in ([], [Segment("is", 2, 0)]):
+        segments = [
+            Segment("prompt", 0, 1), Segment("is", 1, 2), Segment("query", 1, 1), Segment("info", 1, 1),
+            *missing, Segment("query", 2, 3), Segment("info", 2, 2),
+        ]  # fmt: skip
+        assert evict_from_turns(segments, "is").tolist() == [10] + [8] * 4 + [10] * 5
+
+
+def test_a_turn_without_an_action_prunes_nothing() -> None:
+    segments = [
+        Segment("prompt", 0, 1), Segment("query", 1, 2), Segment("info", 2, 2), Segment("query", 3, 2),
+        Segment("info", 3, 1),
+    ]  # fmt: skip
+    assert evict_from_turns(segments).tolist() == [8] + [7] * 4 + [8] * 3
+
+
+def test_edges_of_from_turns() -> None:
+    assert evict_from_turns([]).shape == (0,)
+    assert TrajectoryMask.from_turns([]).shape == (1, 0)
+    assert TrajectoryMask.from_turns([Segment("prompt", 0, 3)]).evict.tolist() == [[3, 3, 3]]
+    assert TrajectoryMask.from_turns([("prompt", 0, 1), ("is", 1, 1)]).shape == (1, 2), "plain tuples do"  # type: ignore[list-item]
+    assert policy_tokens(TURNS).nonzero()[:, 0].tolist() == [2, 3, 4, 7, 8, 12, 13, 14, 15]
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ([("prompt", 0, 1), ("think", 1, 1)], r"segments\[1\]\.kind: wanted one of .* got 'think'"),
+        ([("prompt", 0, -1)], r"segments\[0\]\.length: wanted 0 or more, got -1"),
+        ([("is", 1, 1), ("prompt", 0, 1)], r"segments\[1\]: wanted the prompt first"),
+        ([("prompt", 1, 1)], r"segments\[0\]: wanted the prompt first and with turn 0, .* turn 1"),
+        ([("prompt", 0, 1), ("is", 2, 1)], r"segments\[1\]\.turn: wanted 1, got 2"),
+        ([("is", 1, 1), ("is", 2, 1), ("is", 1, 1)], r"segments\[2\]\.turn: wanted 2 or 3, got 1"),
+        ([("query", 1, 1), ("is", 1, 1)], r"segments\[1\]\.kind: wanted the order .* got 'is' after 'query'"),
+        ([("query", 1, 1), ("answer", 1, 1)], r"got 'answer' after 'query'"),
+        ([("is", 0, 1)], r"segments\[0\]\.turn: wanted 1, got 0"),
+    ],
+)
+def test_segments_out_of_order_are_named(segments: list[Segment], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrajectoryMask.from_turns(segments)
+
+
+def test_bad_arguments_of_from_turns_are_named() -> None:
+    with pytest.raises(ValueError, match="prune: wanted one of .* got 'sometimes'"):
+        TrajectoryMask.from_turns(TURNS, prune="sometimes")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="regime: wanted one of .* got 'copy'"):
+        TrajectoryMask.from_turns(TURNS, regime="copy")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"segments\[0\]: wanted a Segment\(kind, turn, length\), got 'is'"):
+        TrajectoryMask.from_turns(["is"])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match=r"segments\[0\]: wanted int turn and length, got 0 and 1\.5"):
+        TrajectoryMask.from_turns([("prompt", 0, 1.5)])  # type: ignore[list-item]
+
+
+# ------------------------------------------------------------------------------------------- from evict
+
+
+@pytest.mark.parametrize("table", EVICT_TABLES)
+@pytest.mark.parametrize("tokens", (0, 1, 13, 65))
+def test_dense_live_and_counts_against_the_definition(table: str, tokens: int) -> None:
+    evict = torch.stack([EVICT_TABLES[table](tokens, seed) for seed in range(3)])
+    mask = TrajectoryMask.from_evict(evict)
+    rows = [[[j <= i < e[j] for j in range(tokens)] for i in range(tokens)] for e in evict.tolist()]
+    dense = torch.tensor(rows, dtype=torch.bool).reshape(3, tokens, tokens)
+    assert torch.equal(mask.dense(), dense)
+    assert torch.equal(mask.live(), dense.sum(-1, dtype=torch.int32))
+    counted = torch.rand(3, tokens, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert torch.equal(mask.live(counted), (dense & counted[:, None]).sum(-1, dtype=torch.int32))
+    assert mask.visible_pairs() == int(dense.sum())
+    assert mask.peak_tokens().tolist() == [max((sum(row) for row in square), default=0) for square in rows]
+
+
+def test_from_evict_copies_and_normalises() -> None:
+    given = torch.tensor([[2, 0, 3, 0, 3]], dtype=torch.int64)[:, ::2]
+    mask = TrajectoryMask.from_evict(given)
+    given.fill_(0)
+    assert mask.evict.tolist() == [[2, 3, 3]]
+    assert mask.evict.dtype == torch.int32 and mask.evict.is_contiguous()
+    contiguous = torch.tensor([1, 2], dtype=torch.int32)
+    kept = TrajectoryMask.from_evict(contiguous)
+    contiguous.fill_(0)
+    assert kept.evict.tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 0), (0, 5), (3, 0)])
+def test_empty_masks(shape: tuple[int, ...]) -> None:
+    mask = TrajectoryMask.from_evict(torch.empty(shape, dtype=torch.int32))
+    batch, tokens = shape if len(shape) == 2 else (1, 0)
+    assert mask.shape == (batch, tokens)
+    assert mask.dense().shape == (batch, tokens, tokens)
+    assert mask.peak_tokens().tolist() == mask.peak_tokens(prompt=False).tolist() == [0] * batch
+    assert mask.visible_pairs() == mask.plan.tiles == mask.plan.live_tiles == 0
+    assert mask.plan.live_ratio == 0.0
+
+
+@pytest.mark.parametrize(
+    ("evict", "error", "message"),
+    [
+        ([1, 2], TypeError, "evict: wanted an integer tensor .* got list"),
+        (torch.tensor([1.0, 2.0]), TypeError, "evict: wanted an integer tensor, got torch.float32"),
+        (torch.tensor([True]), TypeError, "evict: wanted an integer tensor, got torch.bool"),
+        (torch.tensor(1), ValueError, r"evict: wanted shape \[N\] or \[B, N\], got \[\]"),
+        (torch.ones(1, 1, 1, dtype=torch.int32), ValueError, r"evict: wanted shape .* got \[1, 1, 1\]"),
+        (torch.tensor([3, 1, 3]), ValueError, r"evict\[1\]: wanted .* in \[2, 3\], got 1"),
+        (torch.tensor([3, 3, 4]), ValueError, r"evict\[2\]: wanted .* in \[3, 3\], got 4"),
+        (torch.tensor([[1, 2], [2, -1]]), ValueError, r"evict\[1, 1\]: wanted .* in \[2, 2\], got -1"),
+        (torch.tensor([1, 2**40]), ValueError, rf"evict\[1\]: wanted .* got {2**40}"),
+    ],
+)
+def test_bad_evict_is_named(evict: Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        TrajectoryMask.from_evict(evict)
+
+
+def test_packed_trajectories_do_not_see_each_other() -> None:
+    parts = [
+        TrajectoryMask.from_evict(table(n, 1))
+        for table, n in zip(EVICT_TABLES.values(), LENGTHS, strict=False)
+    ]
+    packed = TrajectoryMask.packed(parts)
+    assert packed.shape == (1, sum(part.shape[1] for part in parts))
+    assert torch.equal(packed.dense()[0], torch.block_diag(*(part.dense()[0].int() for part in parts)).bool())
+    assert int(packed.peak_tokens()) == max(int(part.peak_tokens()) for part in parts)
+    assert TrajectoryMask.packed([]).shape == (1, 0)
+    with pytest.raises(ValueError, match=r"masks\[1\]: wanted a batch of one, got evict of shape \[2, 3\]"):
+        TrajectoryMask.packed([parts[0], TrajectoryMask.from_evict(torch.full((2, 3), 3))])
+
+
+# ------------------------------------------------------------------------------- peak, dependency length
+
+
+def test_peak_tokens_with_and_without_prompt() -> None:
+    # Most are live at the last token of turn 3's action: prompt 2, turn 2's 5, turn 3's 4.
+    mask = TrajectoryMask.from_turns(TURNS)
+    assert mask.peak_tokens().tolist() == [11]
+    assert mask.peak_tokens(prompt=False).tolist() == [9]
+    assert TrajectoryMask.from_turns(TURNS, regime="reencode").peak_tokens(prompt=False).tolist() == [9]
+    assert TrajectoryMask.from_turns(TURNS, prune="never").peak_tokens().tolist() == [16]
+    assert TrajectoryMask.packed([mask, mask]).peak_tokens(prompt=False).tolist() == [9]
+    with pytest.raises(ValueError, match="prompt: wanted True, as this mask was not built from turns"):
+        TrajectoryMask.from_evict(mask.evict).peak_tokens(prompt=False)
+
+
+def test_peak_tokens_do_not_grow_with_turns() -> None:
+    def peak(turns: int, prune: Prune) -> int:
+        segments = [Segment("prompt", 0, 10)]
+        for turn in range(1, turns + 1):
+            segments += [Segment("is", turn, 7), Segment("query", turn, 3), Segment("info", turn, 20)]
+        return int(TrajectoryMask.from_turns(segments, prune=prune).peak_tokens())
+
+    assert peak(3, "action") == peak(30, "action") == 10 + 30 + 10
+    assert peak(3, "is") == peak(30, "is") == 10 + 30 + 7
+    assert peak(30, "never") == 10 + 30 * 30
+
+
+def test_dependency_length_by_hand() -> None:
+    # Context at the begin of each action: prompt; prompt and turn 1; prompt and turn 2.
+    expected = (2 + 3 / 2) * 3 + (7 + 2 / 2) * 2 + (7 + 4 / 2) * 4
+    assert dependency_length(TURNS) == expected
+    assert dependency_length(TURNS, "is") == expected, "the prune within an action comes after it began"
+    assert dependency_length(TURNS, "never") == (2 + 1.5) * 3 + (7 + 1) * 2 + (12 + 2) * 4
+    assert dependency_length([]) == dependency_length([Segment("prompt", 0, 4)]) == 0.0
+
+
+# -------------------------------------------------------------------------------------------- tile plan
+
+
+def tiles(plan: TilePlan, batch: int, query_tiles: int, key_tiles: int) -> tuple[Tensor, Tensor]:
+    """The plan's two views as int [B, QT, KT]: 0 dead, 1 partial, 2 full; by query tile and by key tile."""
+    by_query, by_key = torch.zeros(2, batch, query_tiles, key_tiles, dtype=torch.int64)
+    for offsets, listed, state in (
+        (plan.full_offsets, plan.full_tiles, 2),
+        (plan.partial_offsets, plan.partial_tiles, 1),
+    ):
+        assert offsets.dtype == listed.dtype == torch.int32
+        assert offsets.shape == (batch * query_tiles + 1,)
+        assert offsets[0] == 0 and offsets[-1] == len(listed)
+        for n, (begin, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+            keys = listed[begin:end].tolist()
+            assert keys == sorted(set(keys)), "ascending, each once"
+            by_query[n // query_tiles, n % query_tiles, keys] += state
+    assert plan.key_ranges.dtype == torch.int32 and plan.key_ranges.shape == (batch, key_tiles, 4)
+    for b in range(batch):
+        for key, (begin, full_begin, full_end, end) in enumerate(plan.key_ranges[b].tolist()):
+            assert 0 <= begin <= full_begin <= full_end <= end <= query_tiles
+            by_key[b, begin:end, key] = 1
+            by_key[b, full_begin:full_end, key] = 2
+    return by_query, by_key
+
+
+@pytest.mark.parametrize("table", EVICT_TABLES)
+@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize("blocks", [(64, 64), (16, 64), (64, 32), (7, 13)])
+def test_tile_plan_against_the_dense_mask(table: str, tokens: int, blocks: tuple[int, int]) -> None:
+    block_q, block_k = blocks
+    evict = torch.stack([EVICT_TABLES[table](tokens, seed) for seed in (0, 1)])
+    mask = TrajectoryMask.from_evict(evict)
+    plan, dense = mask.tile_plan(block_q, block_k), mask.dense()
+    query_tiles, key_tiles = math.ceil(tokens / block_q), math.ceil(tokens / block_k)
+    expected = torch.zeros(2, query_tiles, key_tiles, dtype=torch.int64)
+    for q in range(query_tiles):
+        for k in range(key_tiles):
+            tile = dense[:, q * block_q : (q + 1) * block_q, k * block_k : (k + 1) * block_k].flatten(1)
+            expected[:, q, k] = tile.any(1).long() + tile.all(1).long()
+    by_query, by_key = tiles(plan, 2, query_tiles, key_tiles)
+    assert torch.equal(by_query, expected)
+    assert torch.equal(by_key, expected)
+    assert plan.tiles == expected.numel()
+    assert plan.live_tiles == int((expected > 0).sum()) and plan.dead_tiles == int((expected == 0).sum())
+
+
+def test_tile_plans_are_kept() -> None:
+    mask = TrajectoryMask.from_turns(TURNS)
+    assert (mask.plan.block_q, mask.plan.block_k) == (64, 64)
+    assert mask.tile_plan(64, 64) is mask.plan
+    assert mask.tile_plan(4, 8) is mask.tile_plan(4, 8)
+    with pytest.raises(ValueError, match="block_q, block_k: wanted positive sizes, got 0 and 8"):
+        mask.tile_plan(0, 8)
+    assert mask.to("cpu") is mask
+
+
+def test_a_long_trajectory_is_planned_in_milliseconds() -> None:
+    segments = [Segment("prompt", 0, 1_072)]
+    for turn in range(1, 201):
+        segments += [Segment("is", turn, 200), Segment("query", turn, 50), Segment("info", turn, 400)]
+    seconds = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        mask = TrajectoryMask(evict_from_turns(segments)[None])
+        seconds.append(time.perf_counter() - begin)
+    assert mask.shape == (1, 131_072)
+    assert mask.plan.live_ratio < 0.05
+    assert min(seconds) < 0.06, f"the goal is 20 ms, took {min(seconds) * 1e3:.1f} ms"
+
+
+def test_a_mask_is_an_argument_of_a_compiled_function() -> None:
+    def shares(x: Tensor, mask: TrajectoryMask) -> Tensor:
+        starts = mask.plan.key_ranges[..., 0].sum() + mask.plan.full_tiles.shape[0] + mask.plan.block_q
+        return x * mask.evict + starts + mask.shape[1]
+
+    compiled = torch.compile(shares, fullgraph=True, backend="aot_eager")
+    for tokens in (65, 130, 200):
+        mask = TrajectoryMask.from_evict(EVICT_TABLES["random"](tokens, 0))
+        x = torch.rand(1, tokens, requires_grad=True)
+        torch.testing.assert_close(compiled(x, mask), shares(x, mask))
+
+
+# ---------------------------------------------------------------------------------------------- picture
+
+
+def test_plot_writes_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    mask = TrajectoryMask.from_turns(TURNS)
+    figure = mask.plot(tmp_path / "mask.png", title="three turns")
+    assert (tmp_path / "mask.png").stat().st_size > 10_000
+    (axes,) = figure.axes
+    assert (
+        axes.get_title() == "three turns\n16 tokens, at most 11 live at once, 74.3% of causal pairs visible"
+    )
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert legend == ["prompt", "<IS>", "<query>", "<info>", "<answer>", "evicted", "prune event"]
+    (side,) = axes.child_axes
+    assert [text.get_text() for text in side.get_yticklabels()] == ["prompt", "turn 1", "turn 2", "turn 3"]
+    picture = axes.images[0].get_array()
+    assert (picture[0, 1] == 1.0).all(), "above the diagonal is white"
+    assert (
+        len({tuple(picture[i, j]) for i, j in [(15, 0), (15, 12), (15, 8), (15, 9), (15, 15), (15, 2)]}) == 6
+    )
+
+
+def test_plot_of_other_masks(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    batch = TrajectoryMask.from_evict(torch.tensor([[1, 3, 3], [3, 3, 3]]))
+    figure = Figure()
+    assert batch.plot(ax=figure.add_subplot(), row=1) is figure
+    with pytest.raises(ValueError, match="row: wanted one of the 2 rows of the batch, got 2"):
+        batch.plot(row=2)
+    TrajectoryMask.from_turns([]).plot(tmp_path / "empty.svg")
+    assert (tmp_path / "empty.svg").exists()
+    long = TrajectoryMask.from_evict(torch.full((1_000_000,), 1_000_000)).plot()
+    assert max(long.axes[0].images[0].get_array().shape) <= 1024, "never N x N"
+
+
+def test_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.colors", None)
+    with pytest.raises(ImportError, match=r"mem1_core\[plot\]"):
+        TrajectoryMask.from_turns(TURNS).plot()
