@@ -82,20 +82,20 @@ class TrajectoryLayout:
     @classmethod
     def packed(cls, layouts: Sequence[TrajectoryLayout]) -> TrajectoryLayout:
         """Many layouts behind one another in one stream; their trajectories concatenate in the same order."""
-        none = torch.empty(0, dtype=torch.int64)
+        mask = TrajectoryMask.packed([layout.mask for layout in layouts])
+        none = torch.empty(0, dtype=torch.int64, device=mask.device)
         source, positions, rows, targets = [none], [none], [none], [none]
         row = token = 0
         for layout in layouts:
-            source.append(layout.source.cpu() + token)
-            positions.append(layout.position_ids.cpu())
-            rows.append(layout.logit_rows.cpu() + row)
-            targets.append(layout.targets.cpu() + token)
+            source.append(layout.source + token)
+            positions.append(layout.position_ids)
+            rows.append(layout.logit_rows + row)
+            targets.append(layout.targets + token)
             row += layout.source.shape[0]
             token += sum(layout.lengths)
-        mask = TrajectoryMask.packed([layout.mask for layout in layouts])
         lengths = tuple(n for layout in layouts for n in layout.lengths)
         tensors = torch.cat(source), torch.cat(positions), torch.cat(rows), torch.cat(targets)
-        return cls(mask.to("cpu"), *tensors, lengths).to(mask.device)
+        return cls(mask, *tensors, lengths)
 
     def to(self, device: torch.device | str) -> TrajectoryLayout:
         return TrajectoryLayout(

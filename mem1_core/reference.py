@@ -105,9 +105,9 @@ def prune_paged_kv_cache_(
             moved[:, 0] = _rotate(moved[:, 0], target - alive, inv_freq)
         kv[:, :, table_left[target // page], target % page] = moved
         used = -(-len(alive) // page)
+        before[table], after[table_left[:used]] = True, True
         block_table[b] = -1
         block_table[b, :used] = table_left[:used].to(block_table.dtype)
-        before[table], after[table_left[:used]] = True, True
         new_lengths[b] = len(alive)
     return new_lengths, before & ~after
 
@@ -120,7 +120,7 @@ def linear_logprob(
     hidden [T, H], weight [V, H], target int [T], temperature a number or [T] -> logprob and entropy [T],
     fp32 (fp64).
     """
-    heat = torch.as_tensor(temperature, device=hidden.device).reshape(-1, 1)
+    heat = _wide(temperature).reshape(-1, 1) if isinstance(temperature, Tensor) else temperature
     logits = _wide(hidden) @ _wide(weight).T / heat
     logprob = logits.log_softmax(-1)
     entropy = -(logprob.exp() * logprob).sum(-1)
@@ -172,8 +172,9 @@ def fused_linear_ppo_loss(
     No tokens: loss 0, metrics 0.
     """
     rows = loss_mask.nonzero()[:, 0]  # the others never reach the matrix product
-    heat = torch.as_tensor(temperature, device=hidden.device).expand(target.shape)[rows]
-    logprob, entropy = linear_logprob(hidden[rows], weight, target[rows], heat)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.expand(target.shape)[rows]
+    logprob, entropy = linear_logprob(hidden[rows], weight, target[rows], temperature)
     old, adv = _wide(old_logprob.detach()[rows]), _wide(advantage.detach()[rows])
     ratio = _ratio(logprob, old)
     plain, clipped = -adv * ratio, -adv * ratio.clamp(1 - clip_low, 1 + clip_high)

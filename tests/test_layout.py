@@ -111,7 +111,7 @@ def test_carry_is_what_an_in_place_rollout_saw(prune: Prune, seed: int) -> None:
     assert layout.targets.tolist() == list(sampled), "one label per policy token, in order"
     for row, target in zip(layout.logit_rows.tolist(), layout.targets.tolist(), strict=True):
         assert row_sees(layout, row) == sampled[target]
-    # What is carried was computed with what was visible then: so every row must agree, not only those with labels.
+    # What is carried was computed from what was visible then: every row must agree, labelled or not.
     assert [row_sees(layout, row) for row in range(len(saw))] == saw
 
 
@@ -142,14 +142,14 @@ def test_paper_is_wrong_from_some_turn_on(prune: Prune, first: int) -> None:
     sampled, _ = simulate(segments, prune, reencode=True)
     wrong: dict[Regime, set[int]] = {}
     for regime in ("paper", "reencode"):
-        layout = TrajectoryLayout.from_turns(segments, regime=regime, prune=prune)  # type: ignore[arg-type]
-        wrong[regime] = {  # type: ignore[index]
+        layout = TrajectoryLayout.from_turns(segments, regime=regime, prune=prune)
+        wrong[regime] = {
             int(turn_of[target])
             for row, target in zip(layout.logit_rows.tolist(), layout.targets.tolist(), strict=True)
             if row_sees(layout, row) != sampled[target]
         }
     assert wrong == {"paper": set(range(first, 6)), "reencode": set()}
-    carry, paper = (TrajectoryLayout.from_turns(segments, regime=r, prune=prune) for r in ("carry", "paper"))  # type: ignore[arg-type]
+    carry, paper = (TrajectoryLayout.from_turns(segments, regime=r, prune=prune) for r in ("carry", "paper"))
     for name in ("source", "position_ids", "logit_rows", "targets"):
         assert torch.equal(getattr(carry, name), getattr(paper, name))
     assert torch.equal(carry.mask.evict, paper.mask.evict)
