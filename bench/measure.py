@@ -1,5 +1,4 @@
-"""How a bench measures: every contender in turn, round after round, so that drift of the machine hits all
-alike.
+"""How a bench measures: every contender in turn, round after round, so that drift of the machine hits all.
 
     round 1: A B C    round 2: A B C    ...
 
@@ -14,13 +13,15 @@ import ctypes
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-SLOW_CALL_S = 10.0  # a contender slower than this is timed once
+SLOW_CALL_S = 3.0
+MAX_ROUNDS = 50
 
 
 @dataclass(frozen=True)
@@ -47,32 +48,39 @@ class Result:
 def compare(contenders: Sequence[Contender], budget_s: float, min_rounds: int = 3) -> list[Result]:
     """Check each contender once, then time all of them in turn for about `budget_s` seconds.
 
-    budget_s 0 only checks. Nothing runs fewer than `min_rounds` times unless one call takes over 10 s.
+    budget_s 0 only checks. A contender whose call takes over `SLOW_CALL_S` runs `min_rounds` times, over
+    twice that one time less; the others share what the budget allows.
     """
-    warmup = []
-    for contender in contenders:
-        start = time.perf_counter()
-        result = contender.run()
-        warmup.append(time.perf_counter() - start)
-        if contender.check is not None:
-            contender.check(result)
-        del result
     results = [Result(c.name, note=c.note) for c in contenders]
+    for contender in contenders:  # also the warm-up
+        output = contender.run()
+        if contender.check is not None:
+            contender.check(output)
+        del output
     if budget_s == 0:
         return results
-    rounds = max(min_rounds, min(50, int(budget_s / sum(warmup))))
-    for turn in range(rounds):
-        for contender, result, estimate in zip(contenders, results, warmup, strict=True):
-            if turn > 0 and estimate > SLOW_CALL_S:
-                continue
-            resident = _reset_peak() if turn == 0 else None
-            start = time.perf_counter()
-            output = contender.run()
-            result.seconds.append(time.perf_counter() - start)
-            if resident is not None:
-                result.peak_bytes = max(0, _status_bytes("VmHWM") - resident) + contender.held_bytes
-            del output
+    for contender, result in zip(contenders, results, strict=True):
+        resident = _reset_peak()
+        result.seconds.append(_time(contender))
+        if resident is not None:
+            result.peak_bytes = max(0, _status_bytes("VmHWM") - resident) + contender.held_bytes
+    first = [result.seconds[0] for result in results]
+    quick = sum(s for s in first if s <= SLOW_CALL_S)
+    many = max(min_rounds, min(MAX_ROUNDS, int(budget_s / max(quick, 1e-9))))
+    rounds = [many if s <= SLOW_CALL_S else min_rounds - (s > 2 * SLOW_CALL_S) for s in first]
+    for turn in range(1, max(rounds)):
+        for contender, result, wanted in zip(contenders, results, rounds, strict=True):
+            if turn < wanted:
+                result.seconds.append(_time(contender))
     return results
+
+
+def _time(contender: Contender) -> float:
+    start = time.perf_counter()
+    output = contender.run()
+    seconds = time.perf_counter() - start
+    del output  # freeing what it returned is not its work
+    return seconds
 
 
 def speedup(ours: Result, peer: Result) -> float:
@@ -80,12 +88,21 @@ def speedup(ours: Result, peer: Result) -> float:
     return median(p / o for o, p in zip(ours.seconds, peer.seconds, strict=False))
 
 
-def matmul_contender(dtype: torch.dtype, size: int = 2048) -> tuple[Contender, float]:
-    """A square matrix product and its FLOPs: the roofline, measured in the same rounds with the same
-    threads."""
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
-    out = torch.empty(size, size, dtype=dtype)
-    return Contender(f"matmul {size}^3", lambda: torch.mm(a, b, out=out), note="the roofline"), 2.0 * size**3
+def matmuls(dtype: torch.dtype, sizes: Sequence[int] = (1024, 2048)) -> dict[str, tuple[Contender, float]]:
+    """Square matrix products and their FLOPs: the best of them is the roofline, timed in the same rounds.
+
+    Which of torch's libraries is fastest depends on the processor (MKL's fp32 product runs at a third of
+    oneDNN's on some), so each is asked.
+    """
+    products: dict[str, tuple[Contender, float]] = {}
+    for size in sizes:
+        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+        ways = {"torch.mm": partial(torch.mm, a, b)}
+        if torch.backends.mkldnn.is_available():
+            ways["oneDNN"] = partial(torch.nn.functional.linear, a.to_mkldnn(), b.to_mkldnn())
+        for way, run in ways.items():
+            products[f"{way} {size}^3"] = Contender(f"{way} {size}^3", run), 2.0 * size**3
+    return products
 
 
 def table(
@@ -93,14 +110,13 @@ def table(
     results: Sequence[Result],
     *,
     flops: float | None = None,
-    roofline: tuple[Result, float] | None = None,
+    peak: float | None = None,
 ) -> tuple[str, list[dict[str, Any]]]:
     """Lay out one table, our row first; also its rows as dictionaries for JSON.
 
     flops: the work that the task needs (visible pairs only), the same for every row, whatever a row really
-    computes. roofline: the matmul's result and its FLOPs; its best round counts as the peak.
+    computes. peak: FLOP/s of the roofline.
     """
-    peak = roofline[1] / min(roofline[0].seconds) if roofline else None
     rows: list[dict[str, Any]] = []
     for result in results:
         row: dict[str, Any] = {"name": result.name, "ms": result.median * 1e3, "rounds": len(result.seconds)}
@@ -121,8 +137,6 @@ def table(
     for line in cells:
         name, *numbers, note = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         lines.append(f"  {name.strip().ljust(widths[0])}  {'  '.join(numbers)}  {note.strip()}".rstrip())
-    if peak is not None:
-        title += f"; matmul peak {peak / 1e12:.3f} TFLOP/s"
     saved = [row | {"seconds": r.seconds} for row, r in zip(rows, results, strict=True)]
     return "\n".join([title, *lines]), saved
 

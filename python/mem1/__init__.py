@@ -1,7 +1,6 @@
 """MEM1 agents: rollout, reinforcement learning and evaluation on the kernels of `mem1_core`."""
 
 from mem1.agent import MemoryEfficientAgent
-from mem1.rollout import rollout
 from mem1.trajectory import Trajectory
 
-__all__ = ["MemoryEfficientAgent", "Trajectory", "rollout"]
+__all__ = ["MemoryEfficientAgent", "Trajectory"]

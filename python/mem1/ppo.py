@@ -231,7 +231,7 @@ class PPO:
                 value, old_value, returns, everything, config.value_clip, normalizer=total
             )
             value_loss.backward()
-            sums["value_loss"] += float(value_loss)
+            sums["value_loss"] += float(value_loss.detach())
             sums["value_clip_fraction"] += float(clipped) * share
             if not train_actor:
                 continue
@@ -251,7 +251,7 @@ class PPO:
                 normalizer=total,
             )
             loss.backward()
-            sums["policy_loss"] += float(loss)
+            sums["policy_loss"] += float(loss.detach())
             for name in ("kl", "entropy", "clip_fraction"):
                 sums[name] += float(metrics[name]) * share
             ratio_max = max(ratio_max, float(metrics["ratio_max"]))

@@ -1,4 +1,6 @@
-"""A small decoder with random weights that are large enough for errors to show, and with a liking for the tags."""
+"""A small decoder with random weights that are large enough for errors to show, and with a liking for the
+tags.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from mem1.tokenizer import TAGS, build_tokenizer
+from mem1.tokenizer import build_tokenizer
 from mem1_core.integrations.transformers import register
 
 
@@ -37,15 +39,15 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Qwen2ForCaus
         with torch.no_grad():
             for weight in model.parameters():
                 if weight.dim() > 1:
-                    weight.mul_(4)
-            # The first channel is nearly constant, so it works as a bias of the output: more tags, fewer words.
-            model.get_input_embeddings().weight[:, 0] = 2.0
+                    weight.mul_(8)
+            # The first channel is nearly constant, so it works as a bias of the output: more tags, fewer
+            # words.
+            model.get_input_embeddings().weight[:, 0] = 0.3
             head = model.get_output_embeddings().weight
+            head.mul_(0.12)
             head[:, 0] = 0.0
-            for tag in ("</IS>", "<query>", "</query>"):
-                head[tokenizer.convert_tokens_to_ids(tag), 0] = 1.0
-            head[tokenizer.convert_tokens_to_ids("</answer>"), 0] = -4.0
-            assert set(TAGS) <= set(tokenizer.get_vocab())
+            for tag, bias in (("</IS>", 1.0), ("<query>", 1.0), ("</query>", 1.0), ("</answer>", -2.0)):
+                head[tokenizer.convert_tokens_to_ids(tag), 0] = bias
         return model.to(dtype).eval()
 
     return make

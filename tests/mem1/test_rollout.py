@@ -81,7 +81,7 @@ def test_the_cache_stays_small(make_model, tokenizer, monkeypatch):
         )
         longest[prune] = trajectory.tokens.numel()
         assert lengths[prune] <= trajectory.peak_tokens()
-    assert longest["action"] == longest["never"] > 700
+    assert longest["action"] == longest["never"] > 500
     assert lengths["action"] < longest["action"] / 3
     assert lengths["never"] > 0.9 * longest["never"]
 
@@ -163,16 +163,24 @@ def test_a_faulty_environment_ends_its_own_episode_only(make_model, tokenizer):
         assert torch.equal(played[seed].tokens, sound[seed].tokens)
 
 
-def test_an_action_without_end_is_malformed_and_cut(make_model, tokenizer):
+def test_an_action_without_end_is_malformed_and_cut(tokenizer):
     world = Talkative("anna", queries=2)
-    model = make_model()
-    with torch.no_grad():  # a policy that never closes anything
-        for tag in ("</query>", "</answer>", "<eos>"):
-            model.get_output_embeddings().weight[tokenizer.convert_tokens_to_ids(tag), 0] = -50.0
-    (trajectory,) = rollout(model, tokenizer, lambda: world, [0], replace(CONFIG, max_action=10))
-    assert [action.kind for action in world.asked] == ["malformed"] * 3
-    for turn in (1, 2, 3):
-        assert sum(s.length for s in trajectory.segments if s.turn == turn and s.kind != "info") == 10
+    episode = Episode(world, 0, Codec(tokenizer), replace(CONFIG, max_action=10))
+    state, word = (tokenizer.convert_tokens_to_ids(token) for token in ("</IS>", "emil"))
+    for token in [word] * 10 + [state] + [word] * 9 + [word] * 9 + [state]:
+        episode.write(token, -1.0)
+    assert world.asked == [
+        Action("malformed", " ".join(["emil"] * 10)),
+        Action("malformed", " ".join(["emil"] * 9)),
+        Action("malformed", ""),
+    ]
+    assert episode.finished == "ended by the environment"
+    assert [s for s in episode.segments if s.kind not in ("prompt", "info")] == [
+        ("query", 1, 10),
+        ("is", 2, 1),
+        ("query", 2, 9),
+        ("is", 3, 10),
+    ]
 
 
 def test_limits_on_turns_and_information(make_model, tokenizer):

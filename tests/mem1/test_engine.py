@@ -1,0 +1,117 @@
+"""The slot cache against one forward without a cache, and the sampler."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mem1.config import RolloutConfig
+from mem1.engine import Engine, sample
+from mem1_core.trajectory import TrajectoryMask
+
+
+def whole_forward(model, tokens, positions, evict):
+    """Hidden states [n, H] of one forward with the mask `evict`."""
+    with torch.no_grad():
+        return model.get_decoder()(
+            input_ids=torch.tensor([tokens]),
+            position_ids=torch.tensor([positions]),
+            mem1_mask=TrajectoryMask.from_evict(torch.tensor(evict)),
+            use_cache=False,
+        ).last_hidden_state[0]
+
+
+@pytest.mark.parametrize("prefill_tokens", [1, 40, 10_000])
+def test_ragged_feeding_is_one_forward(make_model, prefill_tokens):
+    model, generator = make_model(), torch.Generator().manual_seed(1)
+    streams = [torch.randint(11, 200, (n,), generator=generator).tolist() for n in (29, 7, 18)]
+    engine = Engine(model, slots=4, prefill_tokens=prefill_tokens)
+    cursor = {0: 0, 1: 0, 3: 0}
+    rows = list(cursor)
+    for chunk in ((5, 3, 9), (1, 1, 1), (13, 1, 4), (10, 2, 4)):
+        tokens = [streams[i][cursor[r] : cursor[r] + chunk[i]] for i, r in enumerate(rows)]
+        positions = [list(range(cursor[r], cursor[r] + chunk[i])) for i, r in enumerate(rows)]
+        hidden = engine.feed(rows, tokens, positions)
+        for i, row in enumerate(rows):
+            cursor[row] += chunk[i]
+            n = cursor[row]
+            expected = whole_forward(model, streams[i][:n], list(range(n)), [n] * n)[-1]
+            torch.testing.assert_close(hidden[i], expected, atol=2e-4, rtol=1e-4)
+    assert engine.lengths.tolist() == [29, 7, 0, 18]
+
+
+def test_pruning_is_masking_by_evict(make_model):
+    """Entries removed between two steps and the lifetimes of one forward are the same function."""
+    model = make_model()
+    tokens = torch.randint(11, 200, (20,), generator=torch.Generator().manual_seed(2)).tolist()
+    engine = Engine(model, slots=2)
+    engine.feed([1], [tokens[:12]], [list(range(12))])
+    keep = torch.tensor([j % 3 != 1 for j in range(12)])
+    engine.prune(1, keep)
+    assert engine.lengths.tolist() == [0, 8]
+    hidden = engine.feed([1], [tokens[12:]], [list(range(12, 20))])[0]
+    evict = [20 if k else 12 for k in keep.tolist()] + [20] * 8
+    torch.testing.assert_close(hidden, whole_forward(model, tokens, list(range(20)), evict)[-1], atol=2e-4, rtol=1e-4)
+
+
+def test_move_and_truncate(make_model):
+    model = make_model()
+    tokens = torch.randint(11, 200, (9,), generator=torch.Generator().manual_seed(3)).tolist()
+    engine = Engine(model, slots=3)
+    engine.feed([0, 2], [tokens[:4], tokens[:8]], [list(range(4)), list(range(8))])
+    engine.move(2, 0)
+    engine.truncate(0, 6)
+    assert engine.lengths.tolist() == [6, 0, 8]
+    hidden = engine.feed([0], [tokens[6:]], [[6, 7, 8]])[0]
+    torch.testing.assert_close(hidden, whole_forward(model, tokens, list(range(9)), [9] * 9)[-1], atol=2e-4, rtol=1e-4)
+
+
+def test_prune_names_a_wrong_shape(make_model):
+    engine = Engine(make_model(), slots=1)
+    engine.feed([0], [[11, 12, 13]], [[0, 1, 2]])
+    with pytest.raises(ValueError, match=r"keep: wanted shape \[3\], the length of slot 0, got \[4\]"):
+        engine.prune(0, torch.ones(4, dtype=torch.bool))
+
+
+def test_sliding_windows_are_refused(make_model):
+    model = make_model(use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    with pytest.raises(ValueError, match="wanted only full attention layers"):
+        Engine(model, slots=1)
+
+
+FREE = -torch.ones(1, dtype=torch.int64)
+
+
+def test_the_logprob_is_that_of_the_full_distribution():
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
+    config = RolloutConfig(temperature=0.7, top_p=0.5, top_k=10)
+    tokens, logprobs = sample(logits, torch.rand(64), FREE.expand(64), config)
+    expected = (logits / 0.7).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, expected)
+
+
+def test_samples_follow_the_distribution():
+    logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]])
+    n = 20_000
+    uniform = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    tokens, _ = sample(logits.expand(n, 4), uniform, FREE.expand(n), RolloutConfig())
+    share = torch.bincount(tokens, minlength=4) / n
+    torch.testing.assert_close(share, logits[0].softmax(-1), atol=0.01, rtol=0)
+    assert share[2] == 0
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-24])
+def test_top_k_and_top_p_cut_the_tail(uniform):
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    number = torch.tensor([uniform])
+    assert sample(logits, number, FREE, RolloutConfig(top_k=1))[0].item() == 0
+    assert sample(logits, number, FREE, RolloutConfig(top_k=2))[0].item() <= 1
+    assert sample(logits, number, FREE, RolloutConfig(top_p=0.39))[0].item() == 0
+    assert sample(logits, number, FREE, RolloutConfig(top_p=0.69))[0].item() <= 1
+    assert sample(logits, number, FREE, RolloutConfig(greedy=True))[0].item() == 0
+
+
+def test_forced_tokens_are_taken():
+    tokens, logprobs = sample(torch.zeros(2, 8), torch.rand(2), torch.tensor([5, -1]), RolloutConfig())
+    assert tokens[0] == 5
+    torch.testing.assert_close(logprobs, torch.full((2,), 8.0).log().neg())

@@ -1,0 +1,153 @@
+"""PPO: advantages, what a step does, and that splitting a minibatch changes nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from mem1.config import PPOConfig, RolloutConfig
+from mem1.envs.multihop import MultiHopEnv
+from mem1.model import build_critic
+from mem1.ppo import PPO, pack, recompute_logprobs, split
+from mem1.rollout import rollout
+from mem1.trajectory import Trajectory
+from mem1_core.trajectory import Segment
+
+ROLLOUT = RolloutConfig(slots=8, max_action=16, max_turns=4)
+
+
+@pytest.fixture(scope="module")
+def played(make_model, tokenizer) -> list[Trajectory]:
+    """Eight episodes of the small model; every second one gets a reward."""
+    model = make_model()
+    trajectories = list(rollout(model, tokenizer, lambda: MultiHopEnv((1, 3)), range(8), ROLLOUT))
+    for trajectory in trajectories:
+        trajectory.score["reward"] = float(trajectory.seed % 2)
+    return trajectories
+
+
+def build(make_model, reference=True, **settings) -> PPO:
+    actor = make_model()
+    torch.manual_seed(1)
+    frozen = copy.deepcopy(actor).requires_grad_(False) if reference else None
+    return PPO(actor, build_critic(actor), frozen, PPOConfig(**settings), "carry")
+
+
+def gradients(ppo: PPO, batch) -> list[torch.Tensor]:
+    """The gradients of one step, read before the optimisers use them."""
+    for optimizer in ppo.optimizers.values():
+        optimizer.step = lambda: None
+    ppo.step(batch)
+    return [p.grad.clone() for model in (ppo.actor, ppo.critic) for p in model.parameters()]
+
+
+def test_splitting_a_minibatch_changes_no_gradient(make_model, played):
+    results = []
+    for micro_tokens in (10**6, 150, 1):
+        ppo = build(make_model, micro_tokens=micro_tokens, max_grad_norm=1e9)
+        with torch.no_grad():  # away from the old policy, so that ratios and clipping matter
+            for parameter in ppo.actor.parameters():
+                parameter.mul_(1.02)
+        batch, _ = ppo.prepare(played)
+        for experience in batch:
+            experience.old_logprob = experience.trajectory.logprobs[experience.trajectory.policy_mask]
+        results.append(gradients(ppo, batch))
+    assert max(float(g.abs().max()) for g in results[0]) > 1e-3
+    for other in results[1:]:
+        for whole, parts in zip(results[0], other, strict=True):
+            torch.testing.assert_close(parts, whole, atol=2e-5, rtol=1e-3)
+
+
+def test_splitting_leaves_nothing_out(played):
+    for micro_tokens in (1, 100, 200, 10**6):
+        groups = list(split(played, micro_tokens))
+        assert [i for group in groups for i in group] == list(range(len(played)))
+        assert all(groups)
+        for group in groups:
+            assert len(group) == 1 or sum(played[i].tokens.numel() for i in group) <= micro_tokens
+    assert list(split([], 100)) == []
+
+
+def test_advantages_reach_policy_tokens_only_and_carry_the_reward(make_model, played):
+    """With gamma = lam = 1 the return of every token is the episode's reward less the KL to come (here none)."""
+    ppo = build(make_model)
+    batch, metrics = ppo.prepare(played)
+    for experience in batch:
+        count = int(experience.trajectory.policy_mask.sum())
+        assert experience.returns.shape == experience.advantage.shape == (count,)
+        torch.testing.assert_close(
+            experience.returns, torch.full((count,), experience.trajectory.reward), atol=1e-4, rtol=0
+        )
+    advantages = torch.cat([experience.advantage for experience in batch])
+    assert abs(float(advantages.mean())) < 1e-4
+    assert abs(float(advantages.std()) - 1) < 1e-3
+    assert metrics["dlogp_max"] < 5e-5
+    assert metrics["kl_reference"] < 1e-8
+
+
+def test_kl_in_the_reward_lowers_returns(make_model, played):
+    ppo = build(make_model, kl=0.5)
+    with torch.no_grad():
+        for parameter in ppo.actor.parameters():
+            parameter.mul_(1.2)
+    batch, metrics = ppo.prepare(played)
+    assert metrics["kl_reference"] > 0.01
+    for experience in batch:
+        penalty = (experience.old_logprob - experience.ref_logprob).clamp(min=0) * 0.5
+        expected = experience.trajectory.reward - penalty.flip(0).cumsum(0).flip(0)
+        torch.testing.assert_close(experience.returns, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_updates_make_rewarded_actions_more_likely(make_model, played):
+    ppo = build(make_model, actor_lr=3e-4, critic_lr=3e-3, critic_only=1, epochs=2, minibatch=4)
+    stream = pack(played, "carry")
+    rewarded = torch.cat(
+        [torch.full((count,), t.reward > 0) for t, count in zip(played, stream.counts, strict=True)]
+    )
+    before = recompute_logprobs(ppo.actor, stream)
+    first = ppo.update(played, torch.Generator().manual_seed(0))
+    assert torch.equal(recompute_logprobs(ppo.actor, stream), before), "the first update is the critic's alone"
+    assert "policy_loss" not in first
+    last = [ppo.update(played, torch.Generator().manual_seed(i)) for i in range(1, 7)][-1]
+    change = recompute_logprobs(ppo.actor, stream) - before
+    assert float(change[rewarded].mean()) > float(change[~rewarded].mean()) + 0.05
+    assert last["value_loss"] < first["value_loss"]
+    assert {"kl", "entropy", "clip_fraction", "ratio_max", "actor_grad_norm", "critic_grad_norm"} <= set(last)
+
+
+@pytest.mark.parametrize("regime", ["reencode", "paper"])
+def test_other_regimes_train(make_model, tokenizer, regime):
+    actor = make_model()
+    config = RolloutConfig(slots=4, regime=regime, max_action=16, max_turns=5)
+    played = list(rollout(actor, tokenizer, lambda: MultiHopEnv(2), range(4), config))
+    ppo = PPO(actor, build_critic(actor), None, PPOConfig(kl=0.0, critic_only=0), regime)
+    metrics = ppo.update(played)
+    assert metrics["actor_grad_norm"] > 0
+    assert (metrics["dlogp_max"] < 5e-5) == (regime == "reencode")
+
+
+def test_kl_in_the_loss_pulls_back(make_model, played):
+    losses = {}
+    for kl in (0.0, 10.0):
+        ppo = build(make_model, kl_in="loss", kl=kl, entropy=0.0)
+        with torch.no_grad():
+            for parameter in ppo.actor.parameters():
+                parameter.mul_(1.05)
+        batch, _ = ppo.prepare(played)
+        losses[kl] = ppo.step(batch)["policy_loss"]
+    assert losses[10.0] > losses[0.0] + 0.01
+
+
+def test_a_batch_without_policy_tokens_is_refused(make_model):
+    failed = Trajectory(
+        torch.arange(3), [Segment("prompt", 0, 3)], torch.zeros(3), "action", finished="environment error: x"
+    )
+    with pytest.raises(ValueError, match="at least one in which the policy wrote a token"):
+        build(make_model).update([failed])
+
+
+def test_a_reference_is_needed_for_a_kl(make_model):
+    with pytest.raises(ValueError, match="reference: wanted a frozen model for kl = 0.001, got None"):
+        build(make_model, reference=False)
