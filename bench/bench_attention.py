@@ -8,6 +8,7 @@ stands there as a scale.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -103,11 +104,11 @@ class Task:
 
     def _sampled(self, dtype: torch.dtype) -> list[Tensor]:
         q, k, v = (x.detach().to(dtype) for x in self.inputs)
-        inputs = [x.requires_grad_(self.backward) for x in (q[:, self.rows], k, v)]
-        out = eager_attention(*inputs, visible_rows(self.mask.evict, self.rows))
+        q, k, v = (x.requires_grad_(self.backward) for x in (q[:, self.rows], k, v))
+        out = eager_attention(q, k, v, visible_rows(self.mask.evict, self.rows))
         if not self.backward:
             return [out]
-        return [out.detach(), *torch.autograd.grad(out, inputs, self.grad[:, self.rows].to(dtype))]
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), self.grad[:, self.rows].to(dtype))]
 
     def ours(self, attention: Callable[..., Tensor]) -> list[Tensor]:
         out = attention(*self.inputs, self.mask)
@@ -127,9 +128,8 @@ class Task:
         sparse[:, self.rows] = self.grad[:, self.rows]
         out = trajectory_attention(*self.inputs, self.mask)
         dq, dk, dv = torch.autograd.grad(out, self.inputs, sparse)
-        got = dq[:, self.rows], dk, dv
-        for name, *values in zip(("dq", "dk", "dv"), got, self.eager[1:], self.exact[1:], strict=True):
-            assert_accurate(*values, name=name)
+        for n, got in enumerate((dq[:, self.rows], dk, dv), start=1):
+            assert_accurate(got, self.eager[n], self.exact[n], name=("out", "dq", "dk", "dv")[n])
 
     def check_peer(self, results: list[Tensor]) -> None:
         out = results[0].transpose(1, 2)[:, self.rows]
@@ -140,7 +140,7 @@ class Task:
 @pytest.mark.parametrize("direction", ["forward", "forward+backward"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("tokens", MEM1_TRAJECTORIES)
-def test_attention(bench, tokens: int, dtype: torch.dtype, direction: str) -> None:
+def test_attention(bench: Any, tokens: int, dtype: torch.dtype, direction: str) -> None:
     segments, heads = MEM1_TRAJECTORIES[tokens], (12, 2, 128)
     if not bench.measuring:
         segments, heads = shortened(segments), (4, 2, 32)
@@ -157,7 +157,8 @@ def test_attention(bench, tokens: int, dtype: torch.dtype, direction: str) -> No
             Contender(CAUSAL, lambda: task.peer(sdpa, is_causal=True), note="another function: a scale only"),
         ]
     if not backward:  # FlexAttention has no backward on CPU
-        blocks, flex = block_mask(mask), flex_attention
+        blocks = block_mask(mask)
+        flex: Any = flex_attention
         if bench.measuring:
             flex = torch.compile(flex, dynamic=False, fullgraph=True)
         held = held_bytes(blocks) + mask.evict.nbytes
@@ -184,7 +185,7 @@ def test_attention(bench, tokens: int, dtype: torch.dtype, direction: str) -> No
 
 
 @pytest.mark.parametrize("table", ["MEM1 turns", "random"])
-def test_mask_construction(bench, table: str) -> None:
+def test_mask_construction(bench: Any, table: str) -> None:
     """128k tokens: from the evict table to the plan for both directions."""
     n = 131_072 if bench.measuring else 1_000
     if table == "random":
@@ -212,7 +213,7 @@ def test_mask_construction(bench, table: str) -> None:
         )
 
 
-def test_mask_construction_against_flex(bench) -> None:
+def test_mask_construction_against_flex(bench: Any) -> None:
     """The mask of the long MEM1 trajectory: ours from the turns, FlexAttention's from our plan, and its own
     way."""
     segments = MEM1_TRAJECTORIES[11_852]

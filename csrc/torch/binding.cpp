@@ -58,6 +58,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      const Tensor& partial_offsets, const Tensor& partial_tiles, int64_t block_q,
                                      int64_t block_k, double scale) {
   check_inputs(q, k, v);
+  TORCH_CHECK_VALUE(scale > 0, "scale: wanted > 0 here (mem1_core.ops takes any), got ", scale);
   const auto plan =
       checked_plan(q, evict, full_offsets, full_tiles, partial_offsets, partial_tiles, block_q, block_k);
   return cpu::trajectory_attention(q, k, v, plan, scale);

@@ -2,6 +2,7 @@
 
 #include <bit>
 #include <cmath>
+#include <limits>
 
 // One body, compiled for several instruction sets and chosen when the library loads. The body's callees must be inlined
 // into it to be compiled for the same set.
@@ -34,6 +35,12 @@ MEM1_INLINE float exp2_of(float x) {
 }
 
 MEM1_INLINE double exp2_of(double x) { return std::exp2(x); }
+
+// `value` where the pair of this score is visible, 0 elsewhere: also where the query's own statistics are NaN.
+template <typename T>
+MEM1_INLINE T visible(T score, T value) {
+  return score == -std::numeric_limits<T>::infinity() ? T(0) : value;
+}
 
 MEM1_INLINE uint32_t bfloat16_bits(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
@@ -82,8 +89,9 @@ MEM1_INLINE void gradients_body(const T* s, const T* dp, int64_t rows, int64_t c
     const int64_t at = r * columns;
 #pragma omp simd
     for (int64_t c = 0; c < columns; ++c) {
-      const T e = exp2_of(scale * s[at + c] - lse[c]);
-      const T d = e * (dp[at + c] - delta[c]);
+      const T score = s[at + c];
+      const T e = visible(score, exp2_of(scale * score - lse[c]));
+      const T d = visible(score, e * (dp[at + c] - delta[c]));
       p[at + c] = e;
       ds[at + c] = d;
     }
@@ -157,12 +165,13 @@ MEM1_CLONES void gradients(const float* s, const float* dp, int64_t rows, int64_
       const int64_t at = r * columns + c0, next = at + columns, pair = r / 2 * columns + c0;
 #pragma omp simd
       for (int64_t c = 0; c < kColumns; ++c) {
-        const float e0 = exp2_of(scale * s[at + c] - lse[c0 + c]);
-        const float e1 = exp2_of(scale * s[next + c] - lse[c0 + c]);
+        const float s0 = s[at + c], s1 = s[next + c];
+        const float e0 = visible(s0, exp2_of(scale * s0 - lse[c0 + c]));
+        const float e1 = visible(s1, exp2_of(scale * s1 - lse[c0 + c]));
         p_bits[0][c] = bfloat16_bits(e0);
         p_bits[1][c] = bfloat16_bits(e1);
-        ds_bits[0][c] = bfloat16_bits(e0 * (dp[at + c] - delta[c0 + c]));
-        ds_bits[1][c] = bfloat16_bits(e1 * (dp[next + c] - delta[c0 + c]));
+        ds_bits[0][c] = bfloat16_bits(visible(s0, e0 * (dp[at + c] - delta[c0 + c])));
+        ds_bits[1][c] = bfloat16_bits(visible(s1, e1 * (dp[next + c] - delta[c0 + c])));
         pairs[pair + c] = ds_bits[0][c] | ds_bits[1][c] << 16;
       }
       store(p_bits, reinterpret_cast<uint16_t*>(p) + at);

@@ -1,6 +1,6 @@
 // The element-wise work of trajectory attention on the CPU, on transposed tiles: rows are keys, columns are queries, so
 // that every reduction runs down the columns and every loop is a vector loop. Exponents are base 2: `scale` is the
-// softmax scale times log2(e). `columns` is a multiple of kColumns, `rows` a multiple of 2, tiles are dense.
+// softmax scale (> 0) times log2(e). `columns` is a multiple of kColumns, `rows` a multiple of 2, tiles are dense.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -22,7 +22,7 @@ void exponentials(const float* s, int64_t rows, int64_t columns, float scale, co
 void exponentials(const double* s, int64_t rows, int64_t columns, double scale, const double* max, double* sum,
                   double* p);
 
-// p = exp2(scale * s - lse[c]), ds = p * (dp - delta[c]). p may be s and ds may be dp. As bfloat16, p and ds are in rows and
+// p = exp2(scale * s - lse[c]), ds = p * (dp - delta[c]), both 0 where s is -inf. p may be s and ds may be dp. As bfloat16, p and ds are in rows and
 // ds is written once more in pairs of rows, to ds_pairs.
 void gradients(const float* s, const float* dp, int64_t rows, int64_t columns, float scale, const float* lse,
                const float* delta, float* p, float* ds, float* ds_pairs);

@@ -92,8 +92,14 @@ def trajectory_attention(
         )
     if scale is None:
         scale = 1.0 / math.sqrt(max(q.shape[-1], 1))
+    elif not isinstance(scale, (int, float)):
+        raise TypeError(f"scale: wanted a number or None, got {type(scale).__name__}")
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale: wanted a finite number, got {scale}")
     if choose_backend("trajectory_attention", q, backend, ("cpu", "reference")) == "reference":
         return reference.trajectory_attention(q, k, v, mask, scale, return_lse)
+    if not scale > 0:  # the kernels mask with -inf before they scale; the sign (or the zero) goes into q
+        q, scale = (q * -1.0, -scale) if scale < 0 else (q * 0.0, 1.0)
     plan = mask.plan
     out, lse = _library.ops.trajectory_attention(
         q, k, v, mask.evict, *plan[2:], plan.block_q, plan.block_k, scale

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mem1_core.integrations.transformers import NAME, register
 
@@ -60,8 +60,12 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         raise FileNotFoundError(f"path: wanted a model folder with a config.json, got {str(path)!r}")
     register()
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=NAME)
+    # AutoTokenizer puts the tokenizer class of the architecture over the one that was saved (for qwen2 a
+    # byte-level one); tokenizer.json says all there is to say.
+    fast = (path / "tokenizer.json").is_file()
+    tokenizer = (PreTrainedTokenizerFast if fast else AutoTokenizer).from_pretrained(path)
     state = torch.load(path / _TRAINER, weights_only=True) if (path / _TRAINER).is_file() else None
-    return Checkpoint(model.eval(), AutoTokenizer.from_pretrained(path), state)
+    return Checkpoint(model.eval(), tokenizer, state)
 
 
 def append_json(path: Path, record: dict[str, Any]) -> None:

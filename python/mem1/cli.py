@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from mem1 import checkpoint
 from mem1.config import PPOConfig, Prune, Regime, RolloutConfig, TrainConfig, WarmStartConfig
@@ -25,6 +28,7 @@ from mem1.trajectory import Trajectory
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors of the user are one line on stderr and status 2."""
     options = _parser().parse_args(arguments)
+    disable_progress_bar()  # transformers draws one for every checkpoint
     try:
         options.run(options)
     except (ValueError, OSError) as error:
@@ -80,38 +84,35 @@ def _rollout(options: argparse.Namespace) -> None:
     _threads(options)
     model, tokenizer, _ = checkpoint.load(options.model)
     seeds = range(options.seed, options.seed + options.episodes)
-    clock, tokens = time.perf_counter(), 0
-    file = options.out.open("w") if options.out else None
-
-    def environment() -> MultiHopEnv:
-        return MultiHopEnv(options.objectives, options.hops, options.passage_tokens)
-
-    try:
+    start, tokens = time.perf_counter(), 0
+    with options.out.open("w") if options.out else nullcontext() as file:
         for trajectory in rollout(
-            model, tokenizer, environment, seeds, _rollout_config(options), scripted=options.scripted
+            model,
+            tokenizer,
+            lambda: MultiHopEnv(options.objectives, options.hops, options.passage_tokens),
+            seeds,
+            _rollout_config(options),
+            scripted=options.scripted,
         ):
             tokens += int(trajectory.policy_mask.sum())
             if file is None:
                 print(transcript(trajectory, tokenizer), end="\n\n")
             else:
                 file.write(trajectory.to_json() + "\n")
-    finally:
-        if file is not None:
-            file.close()
-    seconds = time.perf_counter() - clock
+    seconds = time.perf_counter() - start
     print(
-        f"{options.episodes} episodes, {tokens} policy tokens, {tokens / seconds:.0f} tokens/s",
+        f"{options.episodes} episodes, {tokens} policy tokens, {tokens / seconds:.0f} per second",
         file=sys.stderr,
     )
     if options.out:
         print(f"trajectories are in {options.out}", file=sys.stderr)
 
 
-def transcript(trajectory: Trajectory, tokenizer: object) -> str:
+def transcript(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> str:
     """A trajectory for people: one line per segment, then how it went."""
     lines, start = [], 0
     for kind, turn, length in trajectory.segments:
-        text = tokenizer.decode(trajectory.tokens[start : start + length])  # type: ignore[attr-defined]
+        text = tokenizer.decode(trajectory.tokens[start : start + length])
         lines.append(f"{turn:3d} {kind:>6}  {text}")
         start += length
     lines.append(
@@ -147,29 +148,76 @@ def _rollout_config(options: argparse.Namespace) -> RolloutConfig:
 
 
 def _parser() -> argparse.ArgumentParser:
-    shape = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     parser = argparse.ArgumentParser(
         prog="mem1",
         description="Train, evaluate and run agents with constant memory (MEM1, arXiv 2506.15841).",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--seed", type=int, default=0, help="first seed of the episodes")
-    common.add_argument("--threads", type=_positive, help="CPU threads (default: torch's choice)")
-    world = argparse.ArgumentParser(add_help=False)
-    world.add_argument("--hops", type=_positive, default=2, help="relations to follow per question")
-    world.add_argument(
-        "--passage-tokens", type=int, default=0, help="length of an answer to a query; 0: bare answer"
-    )
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse._ArgumentGroup:
+        new = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            parents=[] if run is _demo else [_world(), _sampling()],
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        new.set_defaults(run=run)
+        group = new.add_argument_group(name)
+        group.add_argument("--threads", type=_positive, help="CPU threads; None leaves torch's choice")
+        return group
 
+    config = TrainConfig()
+    add = command("train", _train, "warm start on scripted trajectories, then PPO").add_argument
+    add("--out", type=Path, default=Path("runs/train"), help="folder of the run")
+    add("--init", type=Path, help="checkpoint to start PPO from, without a warm start")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--objectives", type=_interval, default=config.objectives, help="questions per episode: 2 or 1-4")
+    add("--updates", type=int, default=config.updates, help="PPO updates, at most")
+    add("--seconds", type=float, help="time for PPO, at most")
+    add("--batch", type=_positive, default=config.batch, help="episodes per update")
+    add("--warmstart-steps", type=int, default=config.warmstart.steps, help="supervised steps, at most")
+    add("--warmstart-seconds", type=float, help="time for the supervised steps, at most")
+    add("--actor-lr", type=float, default=config.ppo.actor_lr, help="learning rate of the policy")
+    add("--critic-lr", type=float, default=config.ppo.critic_lr, help="learning rate of the critic")
+    add("--kl", type=float, default=config.ppo.kl, help="weight of the KL to the start of PPO")
+    add("--seed", type=int, default=config.seed, help="of the first episode")
+
+    add = command("eval", _eval, "MEM1 beside the full-context agent of the same weights").add_argument
+    add("model", type=Path, help="checkpoint folder")
+    add("--objectives", type=_positive, nargs="+", default=OBJECTIVES, help="questions per episode")
+    add("--episodes", type=_positive, default=16, help="episodes per number of objectives")
+    add("--seed", type=int, default=1_000_000, help="of the first episode; training counts from 0")
+
+    add = command("rollout", _rollout, "let an agent play and print or save what it does").add_argument
+    add("model", type=Path, help="checkpoint folder")
+    add("--objectives", type=_interval, default=(2, 2), help="questions per episode: 2 or 1-4")
+    add("--episodes", type=_positive, default=4, help="how many")
+    add("--scripted", action="store_true", help="the environment's expert writes, the model reads along")
+    add("--out", type=Path, help="write trajectories to this .jsonl file instead of the terminal")
+    add("--seed", type=int, default=0, help="of the first episode")
+
+    add = command("demo", _demo, "train, evaluate and plot in about five minutes").add_argument
+    add("--out", type=Path, default=Path("runs/demo"), help="folder for everything it makes")
+    add("--quick", action="store_true", help="the same in well under a minute, without learning much")
+    add("--seed", type=int, default=0, help="of the first episode")
+    return parser
+
+
+def _world() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument_group("world").add_argument
+    add("--hops", type=_positive, default=2, help="relations to follow per question")
+    add("--passage-tokens", type=int, default=0, help="length of an answer to a query; 0: bare answer")
+    return parser
+
+
+def _sampling() -> argparse.ArgumentParser:
     default = RolloutConfig()
-    sampling = argparse.ArgumentParser(add_help=False)
-    add = sampling.add_argument_group("rollout").add_argument
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument_group("sampling").add_argument
     add("--slots", type=_positive, default=default.slots, help="episodes side by side")
-    add(
-        "--regime", choices=get_args(Regime), default=default.regime, help="what a prune does to the KV cache"
-    )
+    add("--regime", choices=get_args(Regime), default=default.regime, help="what a prune does to the cache")
     add("--prune", choices=get_args(Prune), default=default.prune, help="when the previous turn is dropped")
     add("--temperature", type=float, default=default.temperature, help="of the sampler")
     add("--top-p", type=float, default=default.top_p, help="nucleus of the sampler")
@@ -178,78 +226,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-action", type=_positive, default=default.max_action, help="tokens of one action")
     add("--max-info", type=int, default=default.max_info, help="tokens the environment may say in one turn")
     add("--max-turns", type=_positive, default=default.max_turns, help="turns of one episode")
-
-    config = TrainConfig()
-    command = commands.add_parser(
-        "train", help="warm start, then PPO", parents=[common, world, sampling], **shape
-    )  # type: ignore[arg-type]
-    command.add_argument("--out", type=Path, default=Path("runs/train"), help="folder of the run")
-    command.add_argument("--init", type=Path, help="checkpoint to start PPO from, without a warm start")
-    command.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    command.add_argument(
-        "--objectives", type=_interval, default=config.objectives, help="questions per episode: 2 or 1-4"
-    )
-    command.add_argument("--updates", type=int, default=config.updates, help="PPO updates, at most")
-    command.add_argument("--seconds", type=float, help="time for PPO, at most")
-    command.add_argument("--batch", type=_positive, default=config.batch, help="episodes per update")
-    command.add_argument(
-        "--warmstart-steps", type=int, default=config.warmstart.steps, help="supervised steps, at most"
-    )
-    command.add_argument("--warmstart-seconds", type=float, help="time for the supervised steps, at most")
-    command.add_argument(
-        "--actor-lr", type=float, default=config.ppo.actor_lr, help="learning rate of the policy"
-    )
-    command.add_argument(
-        "--critic-lr", type=float, default=config.ppo.critic_lr, help="learning rate of the critic"
-    )
-    command.add_argument(
-        "--kl", type=float, default=config.ppo.kl, help="weight of the KL to the start of PPO"
-    )
-    command.set_defaults(run=_train)
-
-    command = commands.add_parser(
-        "eval",
-        help="MEM1 against the full-context agent",
-        parents=[common, world, sampling],
-        **shape,  # type: ignore[arg-type]
-    )
-    command.add_argument("model", type=Path, help="checkpoint folder")
-    command.add_argument(
-        "--objectives", type=_positive, nargs="+", default=OBJECTIVES, help="questions per episode"
-    )
-    command.add_argument("--episodes", type=_positive, default=16, help="episodes per number of objectives")
-    command.set_defaults(run=_eval, seed=1_000_000)
-
-    command = commands.add_parser(
-        "rollout",
-        help="let an agent play and print or save what it does",
-        parents=[common, world, sampling],
-        **shape,  # type: ignore[arg-type]
-    )
-    command.add_argument("model", type=Path, help="checkpoint folder")
-    command.add_argument(
-        "--objectives", type=_interval, default=(2, 2), help="questions per episode: 2 or 1-4"
-    )
-    command.add_argument("--episodes", type=_positive, default=4, help="how many")
-    command.add_argument(
-        "--scripted", action="store_true", help="the environment's expert writes, the model reads along"
-    )
-    command.add_argument(
-        "--out", type=Path, help="write trajectories to this .jsonl file instead of the terminal"
-    )
-    command.set_defaults(run=_rollout)
-
-    command = commands.add_parser(
-        "demo",
-        help="train, evaluate and plot in about five minutes",
-        parents=[common],
-        **shape,  # type: ignore[arg-type]
-    )
-    command.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything it makes")
-    command.add_argument(
-        "--quick", action="store_true", help="the same in well under a minute, without learning much"
-    )
-    command.set_defaults(run=_demo)
     return parser
 
 

@@ -25,6 +25,7 @@ class ModelConfig:
     max_positions: int = 32768
     rope_theta: float = 10000.0
     tie_embeddings: bool = True
+    init_std: float = 0.06  # of the random weights; with the usual 0.02 copying is learned far later
     dtype: str = "float32"
     seed: int = 0
 
@@ -75,13 +76,15 @@ class WarmStartConfig:
 
     steps: int = 2000  # at most; whichever of steps and seconds comes first
     seconds: float | None = None
-    batch_tokens: int = 4096
+    batch_tokens: int = 1536
     learning_rate: float = 2e-3
-    warmup_steps: int = 20
+    warmup_steps: int = 50
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    auxiliary: float = 0.4  # share of copy and dictionary look-up sequences
-    objectives: tuple[int, int] = (1, 2)  # least and most questions of one episode
+    auxiliary: float = 0.4  # share of copy and dictionary look-up sequences, at the start
+    objectives: tuple[int, int] = (1, 4)  # least and most questions of one episode
+    hops: int = 2
+    regime: Regime = "carry"  # the layout that is trained on: that of the rollouts to come
     seed: int = 1
 
     def __post_init__(self) -> None:

@@ -74,6 +74,7 @@ def demo(out: Path, *, quick: bool = False, seed: int = 0, say: Callable[[str], 
         json.dumps(report | {"parity": [asdict(row) for row in measured]}, indent=2)
     )
     plot_peaks(scripted, out / "peak_tokens.png")
+    plot_peaks(results, out / "peak_tokens_trained.png")
     plot_learning(out / "train" / METRICS, out / "learning_curve.png")
     _, shown = evaluate_script(tokenizer, config.rollout, agent="MEM1", objectives=(4,), episodes=1)
     plot_mask(shown[0], out / "trajectory_mask.png")
@@ -100,7 +101,7 @@ def script_results(tokenizer: PreTrainedTokenizerBase, config: RolloutConfig) ->
     results: list[Result] = []
     for passage in (0, PASSAGE):
         for agent, prune in AGENTS:
-            name = f"{agent}, {PASSAGE}-token passages" if passage else agent
+            name = f"{agent}, script" + (f", {PASSAGE}-token passages" if passage else "")
             rows, _ = evaluate_script(
                 tokenizer, replace(config, prune=prune), agent=name, passage_tokens=passage, episodes=2
             )

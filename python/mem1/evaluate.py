@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -87,7 +88,7 @@ def evaluate(
     for n in objectives:
         start = time.perf_counter()
         seeds = range(seed, seed + episodes)
-        played = list(rollout(model, tokenizer, lambda n=n: make_environment(n), seeds, config))
+        played = list(rollout(model, tokenizer, partial(make_environment, n), seeds, config))
         results.append(summarize(agent, n, played, time.perf_counter() - start))
         trajectories += played
     return results, trajectories
@@ -114,7 +115,7 @@ def evaluate_script(
         played = list(
             play_script(
                 tokenizer,
-                lambda n=n: MultiHopEnv(n, hops=hops, passage_tokens=passage_tokens),
+                partial(MultiHopEnv, n, hops, passage_tokens),
                 range(seed, seed + episodes),
                 # The expert's notes and turns grow with the task; only what is asked of it may end an
                 # episode.

@@ -19,9 +19,8 @@ def plot_peaks(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
     agent.
     """
     figure, axes = _figure(1, 2)
-    for ax, name, title in zip(
-        axes, ("peak", "peak_without_prompt"), ("with the prompt", "without the prompt"), strict=True
-    ):
+    sides = (("peak", "with the prompt"), ("peak_without_prompt", "without the prompt"))
+    for ax, (name, title) in zip(axes, sides, strict=True):
         for agent in dict.fromkeys(result.agent for result in results):
             rows = sorted((r for r in results if r.agent == agent), key=lambda r: r.objectives)
             ax.plot([r.objectives for r in rows], [getattr(r, name) for r in rows], marker="o", label=agent)
@@ -30,7 +29,7 @@ def plot_peaks(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
         ax.set_xticks(ticks, [str(tick) for tick in ticks])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path)
 
 

@@ -168,6 +168,7 @@ class PPO:
         """Old log-probs, reference log-probs, values, rewards and advantages of a batch, with their
         metrics.
         """
+        self._training(False)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for group in split(trajectories, self.config.micro_tokens):
             stream = pack([trajectories[i] for i in group], self.regime, self.device)
@@ -210,6 +211,7 @@ class PPO:
 
         Every loss is divided by the tokens of the whole minibatch, so how it is split changes nothing.
         """
+        self._training(True)
         config, weight = self.config, self.actor.get_output_embeddings().weight
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
@@ -260,6 +262,11 @@ class PPO:
         if not train_actor:
             return result | {name: sums[name] for name in ("value_loss", "value_clip_fraction")}
         return result | sums | {"ratio_max": ratio_max}
+
+    def _training(self, mode: bool) -> None:
+        # For gradient checkpointing, which transformers does in training mode only; nothing here has dropout.
+        self.actor.train(mode)
+        self.critic.train(mode)
 
     def _learn(self, which: str, model: nn.Module) -> float:
         """Clip the gradients and take an optimiser step at the learning rate of the warm-up; returns the norm

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ def rollout(
     An episode follows from its seed alone: the environment is reset with it, and the sampler has a generator
     of its own, so the batch it runs in changes nothing but rounding. With `scripted` the environment's expert
     writes the actions and the model only reads along (their log-probs are the model's).
+
+    The weights must not change between the first and the last trajectory taken from the generator.
     """
     engine = Engine(model, config.slots, config.prefill_tokens)
     codec = Codec(tokenizer)
@@ -152,12 +154,16 @@ class Codec:
 
     def action(self, tokens: list[int]) -> Action:
         """What an action asks of the environment; `tokens` are the action's without its `is` segment."""
-        for kind in ("query", "answer"):
+        kinds: tuple[Literal["query", "answer"], ...] = ("query", "answer")
+        for kind in kinds:
             begin, end = self.ids[f"<{kind}>"], self.ids[f"</{kind}>"]
             if tokens and tokens[-1] == end and begin in tokens:
                 start = len(tokens) - tokens[::-1].index(begin)
-                return Action(kind, self.tokenizer.decode(tokens[start:-1]).strip())  # type: ignore[arg-type]
-        return Action("malformed", self.tokenizer.decode(tokens).strip())
+                return Action(kind, self._text(tokens[start:-1]))
+        return Action("malformed", self._text(tokens))
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens)).strip()
 
 
 class Episode:
@@ -190,6 +196,8 @@ class Episode:
         self.logprobs: list[float] = []
         self.segments: list[Segment] = []
         self.turn = 1
+        self._action_start = 0  # stream index
+        self._state_length = 0  # tokens of this action's `is` segment, 0 before its end
         self.cached: list[int] = []
         self.unread: list[int] = []
         self.held: list[int] = []

@@ -6,7 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -54,7 +54,9 @@ def train(
         tokenizer, trainer = build_tokenizer(), None
         actor = build_model(tokenizer, config.model)
         say(f"new model: {sum(p.numel() for p in actor.parameters()):,} parameters, {len(tokenizer)} tokens")
-        warm_start(actor, tokenizer, config.warmstart, metrics, say)
+        # The warm start learns the layout that the rollouts will have.
+        lessons = replace(config.warmstart, regime=config.rollout.regime, hops=config.hops)
+        warm_start(actor, tokenizer, lessons, metrics, say)
         checkpoint.save(out / LAST, actor, tokenizer)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=2))
 
@@ -83,7 +85,7 @@ def train(
             rollout(actor, tokenizer, lambda: MultiHopEnv(**config.environment()), seeds, config.rollout)
         )
         rolled = time.perf_counter()
-        record = {"phase": "ppo", "step": ppo.updates + 1, **describe(trajectories)}
+        record: dict[str, Any] = {"phase": "ppo", "step": ppo.updates + 1, **describe(trajectories)}
         record |= ppo.update(trajectories, torch.Generator().manual_seed(first))
         record |= {"rollout_seconds": rolled - clock, "update_seconds": time.perf_counter() - rolled}
         checkpoint.append_json(metrics, record)

@@ -19,7 +19,9 @@ def test_a_checkpoint_holds_model_tokenizer_and_trainer(make_model, tokenizer, t
     loaded = checkpoint.load(path)
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.model.state_dict()[name])
-    assert loaded.tokenizer.get_vocab() == tokenizer.get_vocab()
+    text = "questions : ada boss ; <IS> bruno </IS> <query> ada boss </query>"
+    assert loaded.tokenizer.encode(text) == tokenizer.encode(text)
+    assert loaded.tokenizer.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode(text))
     assert loaded.trainer["step"] == 3
     assert loaded.model.config._attn_implementation == "mem1"
     plain = AutoModelForCausalLM.from_pretrained(path)  # any tool can read it
@@ -66,7 +68,9 @@ def test_an_agent_runs_and_answers(make_model, tokenizer, tmp_path):
 
 def test_an_agent_returns_the_text_of_its_answer(make_model, tokenizer, monkeypatch):
     agent = MemoryEfficientAgent(make_model(), tokenizer, CONFIG)
-    tokens = tokenizer.encode("<IS> ada boss </IS> <query> ada boss </query> <IS> carla </IS> <answer> carla </answer>")
+    tokens = tokenizer.encode(
+        "<IS> ada boss </IS> <query> ada boss </query> <IS> carla </IS> <answer> carla </answer>"
+    )
     monkeypatch.setattr("mem1.rollout.Episode.forced", lambda self: tokens.pop(0))
     asked = []
     reply = agent.answer("questions : ada boss .", tool=lambda query: asked.append(query) or "carla")

@@ -51,7 +51,9 @@ def test_pruning_is_masking_by_evict(make_model):
     assert engine.lengths.tolist() == [0, 8]
     hidden = engine.feed([1], [tokens[12:]], [list(range(12, 20))])[0]
     evict = [20 if k else 12 for k in keep.tolist()] + [20] * 8
-    torch.testing.assert_close(hidden, whole_forward(model, tokens, list(range(20)), evict)[-1], atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        hidden, whole_forward(model, tokens, list(range(20)), evict)[-1], atol=2e-4, rtol=1e-4
+    )
 
 
 def test_move_and_truncate(make_model):
@@ -63,7 +65,9 @@ def test_move_and_truncate(make_model):
     engine.truncate(0, 6)
     assert engine.lengths.tolist() == [6, 0, 8]
     hidden = engine.feed([0], [tokens[6:]], [[6, 7, 8]])[0]
-    torch.testing.assert_close(hidden, whole_forward(model, tokens, list(range(9)), [9] * 9)[-1], atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        hidden, whole_forward(model, tokens, list(range(9)), [9] * 9)[-1], atol=2e-4, rtol=1e-4
+    )
 
 
 def test_prune_names_a_wrong_shape(make_model):

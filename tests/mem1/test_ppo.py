@@ -71,7 +71,9 @@ def test_splitting_leaves_nothing_out(played):
 
 
 def test_advantages_reach_policy_tokens_only_and_carry_the_reward(make_model, played):
-    """With gamma = lam = 1 the return of every token is the episode's reward less the KL to come (here none)."""
+    """With gamma = lam = 1 the return of every token is the episode's reward less the KL to come (here
+    none).
+    """
     ppo = build(make_model)
     batch, metrics = ppo.prepare(played)
     for experience in batch:
@@ -108,7 +110,9 @@ def test_updates_make_rewarded_actions_more_likely(make_model, played):
     )
     before = recompute_logprobs(ppo.actor, stream)
     first = ppo.update(played, torch.Generator().manual_seed(0))
-    assert torch.equal(recompute_logprobs(ppo.actor, stream), before), "the first update is the critic's alone"
+    assert torch.equal(recompute_logprobs(ppo.actor, stream), before), (
+        "the first update is the critic's alone"
+    )
     assert "policy_loss" not in first
     last = [ppo.update(played, torch.Generator().manual_seed(i)) for i in range(1, 7)][-1]
     change = recompute_logprobs(ppo.actor, stream) - before

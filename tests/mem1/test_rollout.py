@@ -42,7 +42,9 @@ def test_another_sampling_seed_gives_other_samples_of_the_same_episode(make_mode
 @pytest.mark.parametrize("regime", ["carry", "reencode"])
 @pytest.mark.parametrize("prune", ["action", "is", "never"])
 def test_the_cache_holds_what_the_table_says(tokenizer, regime, prune):
-    """Whenever the policy writes, the cache holds exactly the tokens whose evict is past the token to come."""
+    """Whenever the policy writes, the cache holds exactly the tokens whose evict is past the token to
+    come.
+    """
     config = RolloutConfig(regime=regime, prune=prune, max_turns=20)
     episode = Episode(MultiHopEnv(4), 3, Codec(tokenizer), config, scripted=True)
     held: list[list[int]] = []
@@ -204,7 +206,9 @@ def test_the_script_solves_its_world_with_and_without_a_model(make_model, tokeni
 
 
 def test_peak_of_the_script_is_nearly_constant(tokenizer):
-    """Issue 2: with passages of 400 tokens, 16 objectives may need at most 1.65 times the peak of 2, prompt aside."""
+    """Issue 2: with passages of 400 tokens, 16 objectives may need at most 1.65 times the peak of 2, prompt
+    aside.
+    """
     config = RolloutConfig(max_turns=80, max_action=4096)
     peak = {}
     for prune in ("action", "never"):

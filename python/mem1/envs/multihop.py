@@ -59,11 +59,9 @@ class MultiHopEnv:
         names = draw.sample(NAMES, len(NAMES))
         heads, rest = names[: self.objectives], names[self.objectives :]
         # The relations of each question, and who is met on the way: chains share nobody, all other facts are arbitrary.
-        self._questions = [
-            (head, draw.choices(RELATIONS, k=draw.randint(*self._hops))) for head in heads
-        ]
+        self._questions = [(head, draw.choices(RELATIONS, k=draw.randint(*self._hops))) for head in heads]
         self._chains = [[head] + [rest.pop() for _ in relations] for head, relations in self._questions]
-        self._facts = {(name, relation): draw.choice(rest) for name in NAMES for relation in RELATIONS}
+        self._facts = {(name, relation): draw.choice(NAMES) for name in NAMES for relation in RELATIONS}
         for (_, relations), chain in zip(self._questions, self._chains, strict=True):
             self._facts.update(zip(zip(chain, relations, strict=False), chain[1:], strict=False))
         self._known = [0] * self.objectives  # hops of each question that the agent has asked for

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-# Given names: the entities of the knowledge bases. An episode uses them in an order of its own.
+# Given names: the entities of the knowledge bases. Eighty, so that 16 questions of 4 hops share nobody.
 NAMES = tuple(
     """
-    ada adam agnes alba alma amos anna anton arlo astrid axel basil beata bela boris bruno carla carmen cecil clara
-    conrad cora cyril dana daria david dora edgar edith elias ella elsa emil emma enzo erik esther eva ezra fanny
-    felix fiona flora frank freya frida georg gerda gina greta gustav hanna hans harald heidi helga henry hilda hugo
-    ida igor ilse ines inga irma ivan ivo jack jana jasper jens joan jonas judith julia karl kira klaus lara lars laura
-    leah lena leo lewis lilly linus lotte louis lucas lydia mabel magda marco maria mark martha max mia mila milo mona
-    nadia nina noah nora olga oliver oscar otto paula petra piet quinn rita robin rosa ruben ruth sara
+    ada adam agnes alma amos anna arlo astrid basil beata boris bruno carla cecil clara cora cyril dana
+    david dora edgar elias ella emil emma enzo esther eva ezra felix fiona flora frank freya georg gina
+    greta gustav hanna hugo ida igor ines ivan jack jana jasper joan judith karl kira lara leah leo lewis
+    linus lotte lydia marco maria max mia milo mona nadia nina noah nora olga oscar otto paula petra quinn
+    rita rosa ruben ruth sara simon
     """.split()
 )
 

@@ -1,0 +1,67 @@
+"""The small decoder and its critic: Qwen2 modules with random weights, attention by `mem1_core`."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+
+from mem1.config import ModelConfig
+from mem1_core.integrations.transformers import NAME, register
+from mem1_core.trajectory import TrajectoryMask
+
+
+def build_model(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Qwen2ForCausalLM:
+    """A decoder of the Qwen2 architecture over the tokenizer's vocabulary, weights drawn from `config.seed`.
+
+    An ordinary Hugging Face model but for its attention, which is "mem1": pass a `TrajectoryMask` as `mem1_mask`.
+    """
+    register()
+    settings = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=config.width,
+        intermediate_size=config.mlp_width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        max_position_embeddings=config.max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tie_embeddings,
+        initializer_range=config.init_std,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        attn_implementation=NAME,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = Qwen2ForCausalLM(settings)
+    return model.to(getattr(torch, config.dtype))
+
+
+class Critic(nn.Module):
+    """A decoder's trunk with one output per token: the value of the state in which that token was just read."""
+
+    def __init__(self, trunk: nn.Module, width: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(width, 1)
+        # Zero, so that a new critic says 0 everywhere and the first advantages are the returns themselves.
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, mem1_mask: TrajectoryMask) -> Tensor:
+        """input_ids and position_ids int64 [B, N]; returns values [B, N] in the dtype of the weights."""
+        hidden = self.trunk(
+            input_ids=input_ids, position_ids=position_ids, mem1_mask=mem1_mask, use_cache=False
+        ).last_hidden_state
+        return self.head(hidden).squeeze(-1)
+
+
+def build_critic(actor: Qwen2ForCausalLM) -> Critic:
+    """A critic that starts from a copy of the actor's trunk, on the same device and in the same dtype."""
+    weight = actor.get_output_embeddings().weight
+    critic = Critic(copy.deepcopy(actor.get_decoder()), actor.config.hidden_size)
+    return critic.to(weight.device, weight.dtype)

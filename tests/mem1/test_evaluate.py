@@ -1,0 +1,87 @@
+"""Tables, summaries and pictures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mem1.config import RolloutConfig
+from mem1.demo import growth, script_results
+from mem1.evaluate import Parity, Result, evaluate, evaluate_script, table
+from mem1.plots import plot_learning, plot_mask, plot_peaks
+
+
+def result(agent: str, objectives: int, peak: float) -> Result:
+    return Result(agent, objectives, 1, 0.5, 1.0, 1.0, 1.0, 3.0, 40.0, peak, peak - 10, 500.0, 0.1)
+
+
+def test_every_agent_gets_the_same_episodes(make_model, tokenizer):
+    prompts = []
+    for prune in ("action", "never"):
+        config = RolloutConfig(slots=4, max_action=12, max_turns=3, prune=prune)
+        results, played = evaluate(
+            make_model(), tokenizer, config, agent=prune, objectives=(1, 3), episodes=2
+        )
+        assert [(r.agent, r.objectives, r.episodes) for r in results] == [(prune, 1, 2), (prune, 3, 2)]
+        assert [t.objectives for t in played] == [1, 1, 3, 3]
+        assert all(r.peak >= r.peak_without_prompt > 0 and r.seconds > 0 for r in results)
+        by_seed = sorted(played, key=lambda t: (t.objectives, t.seed))
+        prompts.append([t.tokens[: t.segments[0].length].tolist() for t in by_seed])
+    assert prompts[0] == prompts[1]
+
+
+def test_the_script_answers_everything_at_every_size(tokenizer):
+    results, played = evaluate_script(
+        tokenizer, RolloutConfig(max_action=8, max_turns=2), agent="MEM1", episodes=1
+    )
+    assert [r.objectives for r in results] == [1, 2, 4, 8, 16]
+    assert all(r.reward == 1.0 and r.answered == 1.0 for r in results)
+    assert [r.exact_match for r in results] == [1, 2, 4, 8, 16]
+    assert results[-1].turns == 33
+    assert len(played) == 5
+
+
+def test_memory_of_the_default_world_grows_far_slower_than_with_the_full_context(tokenizer):
+    rows = {(r.agent, r.objectives): r for r in script_results(tokenizer, RolloutConfig())}
+
+    def ratio(agent: str, name: str) -> float:
+        return getattr(rows[agent, 16], name) / getattr(rows[agent, 2], name)
+
+    assert (
+        ratio("MEM1, script", "peak_without_prompt")
+        <= ratio("full context, script", "peak_without_prompt") / 3
+    )
+    assert ratio("MEM1, script, 400-token passages", "peak_without_prompt") <= 1.65
+
+
+def test_a_table_is_markdown():
+    text = table(
+        [result("MEM1", 2, 1234.4), result("full context", 16, 5.25)], ("agent", "objectives", "peak")
+    )
+    assert text.splitlines() == [
+        "|        agent | objectives |  peak |",
+        "|--------------|------------|-------|",
+        "|         MEM1 |          2 |  1234 |",
+        "| full context |         16 | 5.250 |",
+    ]
+    assert "1.2e-06" in table([Parity("carry", "action", "float32", 1, 4, 9, 1.2e-6, 1e-7, 0.0)])
+
+
+def test_growth_compares_16_with_2():
+    text = growth([result("MEM1", 2, 40.0), result("MEM1", 16, 100.0)])
+    assert text == "MEM1: 16 objectives need 2.50x the peak of 2, 3.00x without the prompt"
+
+
+def test_pictures(tokenizer, tmp_path):
+    pytest.importorskip("matplotlib")
+    results, played = evaluate_script(tokenizer, RolloutConfig(), agent="MEM1", objectives=(1, 2), episodes=1)
+    records = [{"phase": "warmstart", "step": i, "loss": 3 / i} for i in (1, 2, 3)]
+    records += [{"phase": "ppo", "step": i, "reward": 0.1 * i, "answered": 0.5} for i in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    plot_peaks(results, tmp_path / "peaks.png")
+    plot_learning(tmp_path / "metrics.jsonl", tmp_path / "learning.png")
+    plot_mask(played[1], tmp_path / "mask.png")
+    for name in ("peaks.png", "learning.png", "mask.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+        assert (tmp_path / name).stat().st_size > 5000

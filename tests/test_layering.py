@@ -1,0 +1,325 @@
+"""Who may import whom, and what no library file may contain. The rules are the tables; the code below them
+reads sources only, it imports nothing of the project. Each rule is also shown to catch a violation.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import pytest
+from checkout import ROOT
+
+# --- Python -------------------------------------------------------------------------------------------------
+
+
+class May(NamedTuple):
+    """Modules (space-separated) that a module may import besides the standard library.
+
+    A package stands for its public modules; one whose name starts with an underscore must be named in full.
+    """
+
+    load: str  # at import time
+    call: str = ""  # also inside functions: what is loaded lazily
+    types: str = ""  # also under TYPE_CHECKING
+
+
+# The first row whose pattern matches a module's name counts; a module without a row is an error.
+PYTHON = {
+    "mem1_core": May("mem1_core._library mem1_core.layout mem1_core.trajectory"),
+    "mem1_core._C": May(""),
+    "mem1_core._library": May("torch mem1_core._C"),
+    "mem1_core.backend": May("torch"),
+    "mem1_core.trajectory": May(
+        "torch mem1_core._library", call="mem1_core.layout mem1_core.plot", types="matplotlib"
+    ),
+    "mem1_core.layout": May("torch mem1_core.trajectory"),
+    "mem1_core.plot": May("torch mem1_core.trajectory", call="matplotlib"),
+    "mem1_core.reference": May("torch mem1_core.trajectory"),
+    "mem1_core.testing": May("torch mem1_core.trajectory mem1_core.reference"),
+    "mem1_core.ops": May("mem1_core.ops"),
+    "mem1_core.ops.*": May(
+        "torch mem1_core._library mem1_core.backend mem1_core.reference mem1_core.trajectory"
+    ),
+    "mem1_core.integrations": May(""),
+    "mem1_core.integrations.*": May("torch transformers mem1_core.ops mem1_core.trajectory"),
+    "mem1.plots": May("torch mem1 mem1_core", call="matplotlib"),
+    "mem1": May("torch transformers tokenizers mem1 mem1_core"),
+    "mem1.*": May("torch transformers tokenizers mem1 mem1_core"),
+}
+PACKAGES = {"mem1_core": ROOT / "mem1_core", "mem1": ROOT / "python" / "mem1"}
+
+
+def python_sources() -> dict[str, Path]:
+    """Every module of the two packages by its dotted name."""
+    found = {}
+    for package, folder in PACKAGES.items():
+        for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.pyi")]):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return found
+
+
+MODULES = python_sources()
+
+
+class Import(NamedTuple):
+    name: str
+    when: Literal["load", "call", "types"]
+    line: int
+
+
+def imports(module: str, source: str, is_package: bool = False) -> Iterator[Import]:
+    """Every import in `source`, as the dotted name of the module it loads."""
+
+    def visit(node: ast.AST, when: Literal["load", "call", "types"]) -> Iterator[Import]:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            when = "call"
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            when = "types"
+        elif isinstance(node, ast.Import):
+            yield from (Import(alias.name, when, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parts = module.split(".")
+                anchor = parts[: len(parts) - node.level + is_package]
+                base = ".".join([*anchor, *base.split(".")] if base else anchor)
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                yield Import(whole if whole in MODULES else base, when, node.lineno)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, when)
+
+    yield from visit(ast.parse(source), "load")
+
+
+def covers(allowed: str, name: str) -> bool:
+    return any(
+        name == entry or (name.startswith(f"{entry}.") and not name[len(entry) + 1 :].startswith("_"))
+        for entry in allowed.split()
+    )
+
+
+def python_violations(module: str, source: str, is_package: bool = False) -> list[str]:
+    row = next((row for pattern, row in PYTHON.items() if fnmatch(module, pattern)), None)
+    if row is None:
+        return [f"{module}: has no row in the table of tests/test_layering.py"]
+    allowed = {
+        "load": row.load,
+        "call": f"{row.load} {row.call}",
+        "types": f"{row.load} {row.call} {row.types}",
+    }
+    return [
+        f"{module}:{line}: may not import {name} ({when})"
+        for name, when, line in imports(module, source, is_package)
+        if name.split(".")[0] not in sys.stdlib_module_names and not covers(allowed[when], name)
+    ]
+
+
+def test_python_layers() -> None:
+    assert set(MODULES) >= {"mem1_core", "mem1_core._C", "mem1_core.ops.attention", "mem1.cli"}
+    found = []
+    for module, path in MODULES.items():
+        found += python_violations(module, path.read_text(), path.stem == "__init__")
+    assert not found, "\n".join(found)
+
+
+def test_python_table_has_no_dead_row() -> None:
+    dead = [pattern for pattern in PYTHON if not any(fnmatch(module, pattern) for module in MODULES)]
+    assert not dead
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "caught"),
+    [
+        ("mem1_core.reference", "import torch.nn\nfrom mem1_core.trajectory import Segment", ""),
+        ("mem1_core.reference", "from mem1_core.ops import trajectory_attention", "mem1_core.ops"),
+        ("mem1_core.reference", "from mem1_core import TrajectoryMask", "mem1_core"),
+        ("mem1_core.reference", "from . import ops", "mem1_core.ops"),
+        ("mem1_core.ops.attention", "from mem1_core import _C", "mem1_core._C"),
+        ("mem1_core.ops.attention", "from .._library import ops", ""),
+        ("mem1_core.ops.attention", "import transformers", "transformers"),
+        ("mem1_core.ops.attention", "def f():\n    from mem1 import Trajectory", "mem1"),
+        ("mem1_core.layout", "if TYPE_CHECKING:\n    from mem1.trajectory import T", "mem1.trajectory"),
+        ("mem1_core.trajectory", "def f():\n    from mem1_core.layout import L", ""),
+        ("mem1_core.trajectory", "from mem1_core.layout import L", "mem1_core.layout"),
+        ("mem1_core.trajectory", "if TYPE_CHECKING:\n    from matplotlib.axes import Axes", ""),
+        ("mem1_core.trajectory", "def f():\n    import matplotlib", "matplotlib"),
+        ("mem1_core.plot", "import matplotlib.pyplot as plt", "matplotlib.pyplot"),
+        ("mem1_core.plot", "def f():\n    import matplotlib.pyplot as plt", ""),
+        ("mem1.demo", "def f():\n    import matplotlib", "matplotlib"),
+        ("mem1.demo", "from mem1_core import _library", "mem1_core._library"),
+        ("mem1.demo", "from mem1_core.layout import TrajectoryLayout", ""),
+        ("mem1_core.unheard_of", "", "has no row"),
+    ],
+)
+def test_python_rule_catches(module: str, source: str, caught: str) -> None:
+    found = python_violations(module, source)
+    assert len(found) == bool(caught)
+    assert all(re.search(rf"{re.escape(caught)}( \(|\b)", message) for message in found), found
+
+
+# --- C++ ----------------------------------------------------------------------------------------------------
+
+CSRC = ROOT / "csrc"
+FRAMEWORKS = {"torch", "ATen", "c10", "pybind11", "Python.h"}  # csrc/torch/ is our own name in the same place
+CPP = {  # folder in csrc: the folders and frameworks it may include
+    "include": {"mem1"},
+    "common": {"mem1", "common"},
+    "torch": {"mem1", "common", "torch"} | FRAMEWORKS,
+}
+C_HEADERS = {"stddef.h", "stdint.h"}  # all that the public header may ask for
+INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]', re.MULTILINE)
+
+
+def cpp_sources() -> list[Path]:
+    return sorted(path for path in CSRC.rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh"})
+
+
+def cpp_violations(path: str, source: str) -> list[str]:
+    """`path` is relative to csrc. A folder without a row is an op: mem1.h, common/ and itself."""
+    folder = path.split("/")[0]
+    allowed = CPP.get(folder, {"mem1", "common", folder})
+    ours = {entry.name for entry in CSRC.iterdir() if entry.is_dir()} | {"mem1"}
+    found = []
+    for bracket, header in INCLUDE.findall(source):
+        first = header.split("/")[0]
+        system = bracket == "<" and first not in ours | FRAMEWORKS
+        if not (header in C_HEADERS or folder != "include" if system else first in allowed):
+            found.append(f"csrc/{path}: may not include {header}")
+    return found
+
+
+def test_cpp_layers() -> None:
+    sources = cpp_sources()
+    assert {path.relative_to(CSRC).parts[0] for path in sources} >= {
+        "include",
+        "common",
+        "attention",
+        "torch",
+    }
+    found = []
+    for path in sources:
+        found += cpp_violations(path.relative_to(CSRC).as_posix(), path.read_text())
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "fine"),
+    [
+        ("attention/a.cpp", '#include "attention/b.h"', True),
+        ("attention/a.cpp", '#include "common/check.h"', True),
+        ("attention/a.cu", "#include <cuda_runtime.h>", True),
+        ("attention/a.cpp", '#include "gae/gae.h"', False),
+        ("attention/a.cpp", '#include "b.h"', False),
+        ("attention/a.cpp", '#include "../common/check.h"', False),
+        ("attention/a.cpp", "#include <ATen/Functions.h>", False),
+        ("attention/a.cpp", '# include "torch/ops.h"', False),
+        ("attention/a.cpp", "#include <Python.h>", False),
+        ("common/a.h", '#include "mem1/mem1.h"', True),
+        ("common/a.h", "#include <attention/tile_plan.h>", False),
+        ("common/a.h", "#include <c10/util/BFloat16.h>", False),
+        ("torch/a.cpp", "#include <torch/library.h>", True),
+        ("torch/a.cpp", '#include "attention/tile_plan.h"', False),
+        ("include/mem1/mem1.h", "#include <stdint.h>", True),
+        ("include/mem1/mem1.h", "#include <vector>", False),
+        ("include/mem1/mem1.h", '#include "common/check.h"', False),
+    ],
+)
+def test_cpp_rule_catches(path: str, line: str, fine: bool) -> None:
+    assert len(cpp_violations(path, f"// a comment\n{line}\n#include <new.h>\n")) == (
+        path[:7] == "include"
+    ) + (not fine)
+
+
+def cmake_text() -> str:
+    return re.sub(r"#.*", "", (ROOT / "CMakeLists.txt").read_text())
+
+
+def listed_sources(cmake: str) -> list[str]:
+    return sorted(re.findall(r"csrc/[\w/.-]+\.(?:cpp|cu)\b", cmake))
+
+
+def installed_sources(cmake: str) -> list[str]:
+    return [
+        path for call in re.findall(r"\binstall\(([^)]*)\)", cmake) for path in re.findall(r"csrc\S*", call)
+    ]
+
+
+def test_cmake_lists_every_source_once_and_installs_the_public_headers_only() -> None:
+    sources = [path.relative_to(ROOT).as_posix() for path in cpp_sources() if path.suffix in {".cpp", ".cu"}]
+    assert listed_sources(cmake_text()) == sorted(sources)
+    assert installed_sources(cmake_text()) == ["csrc/include/"]
+
+
+def test_cmake_rule_catches() -> None:
+    cmake = (
+        "add_library(a csrc/b.cpp csrc/a/a.cu csrc/b.cpp)\ninstall(FILES csrc/common/check.h DESTINATION x)"
+    )
+    assert listed_sources(cmake) == ["csrc/a/a.cu", "csrc/b.cpp", "csrc/b.cpp"]
+    assert installed_sources(cmake) == ["csrc/common/check.h"]
+
+
+# --- every language -----------------------------------------------------------------------------------------
+
+LIBRARY = ("mem1_core", "python", "csrc")
+CODE = {".py", ".pyi", ".h", ".c", ".cpp", ".cu", ".cuh"}
+MOST_LINES = 450
+BANS = {  # what: (pattern, folders)
+    "environment variables": (r"\b(environb?|(secure_)?getenv|get_env|putenv|setenv)\b", LIBRARY),
+    "catching everything": (r"\bexcept\s*(:|\(?(Base)?Exception\b)|catch\s*\(\s*\.\.\.", LIBRARY),
+    "printing from a library": (r"\bprint\(|\bprintf\(|std::c(out|err)\b", ("mem1_core", "csrc")),
+    "ending the process from a library": (r"\bsys\.exit\(|\b(exit|abort)\(", ("mem1_core", "csrc")),
+    "notes to self": (r"\b(TODO|FIXME|XXX|HACK)\b", (*LIBRARY, "bench")),
+}
+
+
+def code(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*")) if path.suffix in CODE]
+
+
+def banned_lines(pattern: str, text: str) -> list[int]:
+    return [number for number, line in enumerate(text.splitlines(), 1) if re.search(pattern, line)]
+
+
+@pytest.mark.parametrize("ban", BANS)
+def test_banned(ban: str) -> None:
+    pattern, folders = BANS[ban]
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in code(*folders)
+        for number in banned_lines(pattern, path.read_text())
+    ]
+    assert not found, f"{ban}: {', '.join(found)}"
+
+
+@pytest.mark.parametrize(
+    ("ban", "caught", "fine"),
+    [
+        ("environment variables", "os.environ['A']", "an environment"),
+        ("environment variables", "getenv(name)", "target_environment"),
+        ("catching everything", "except Exception as e:", "except ValueError:"),
+        ("catching everything", "except:", "except (ValueError, OSError) as error:"),
+        ("catching everything", "} catch (...) {", "} catch (const E& e) {"),
+        ("printing from a library", "    print(x)", "blueprint(x)"),
+        ("printing from a library", "printf(x)", "snprintf(x)"),
+        ("ending the process from a library", "exit(1);", "atexit(f);"),
+        ("notes to self", "# TODO: later", "# to do so"),
+    ],
+)
+def test_ban_catches(ban: str, caught: str, fine: str) -> None:
+    pattern, _ = BANS[ban]
+    assert banned_lines(pattern, f"{fine}\n{caught}\n") == [2]
+
+
+def test_files_are_short() -> None:
+    files = code("csrc", "mem1_core", "python", "tests", "bench")
+    lengths = {path.relative_to(ROOT).as_posix(): path.read_text().count("\n") for path in files}
+    assert lengths["tests/test_layering.py"] > 100
+    assert not {path: lines for path, lines in lengths.items() if lines > MOST_LINES}
