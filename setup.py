@@ -76,12 +76,12 @@ class CMakeBuild(build_ext):
         cmake = tool("cmake")
         # An editable build keeps its folder, so that `make ext` can rebuild in it.
         tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        build = ROOT / "build" / ("editable" if self.inplace else tag)
-        prefix = ROOT / "mem1_core" if self.inplace else Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = ROOT / "build" / ("editable" if self.editable_mode else tag)
+        package = ROOT / "mem1_core" if self.editable_mode else Path(self.get_ext_fullpath(ext.name)).parent
         configure = [
             cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
-            f"-DCMAKE_INSTALL_PREFIX={prefix}",
+            f"-DCMAKE_INSTALL_PREFIX={package.resolve()}",
             "-DCMAKE_INSTALL_LIBDIR=lib",
             f"-DMEM1_CUDA={os.environ.get('MEM1_CUDA', 'AUTO')}",
             f"-DMEM1_TORCH_DIR={TORCH_DIR}",
@@ -92,6 +92,9 @@ class CMakeBuild(build_ext):
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build), *jobs], check=True)
         subprocess.run([cmake, "--install", str(build)], check=True)
+
+    def copy_extensions_to_source(self) -> None:
+        """Nothing to do: an editable build has installed into the source tree already."""
 
 
 setup(

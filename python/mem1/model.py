@@ -16,7 +16,7 @@ from mem1_core.trajectory import TrajectoryMask
 def build_model(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Qwen2ForCausalLM:
     """A decoder of the Qwen2 architecture over the tokenizer's vocabulary, weights drawn from `config.seed`.
 
-    An ordinary Hugging Face model but for its attention, which is "mem1": pass a `TrajectoryMask` as `mem1_mask`.
+    An ordinary Hugging Face model but for its attention, "mem1": pass a `TrajectoryMask` as `mem1_mask`.
     """
     register()
     settings = Qwen2Config(
@@ -33,8 +33,8 @@ def build_model(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Qwen
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
-        attn_implementation=NAME,
     )
+    settings._attn_implementation = NAME
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = Qwen2ForCausalLM(settings)
@@ -42,7 +42,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Qwen
 
 
 class Critic(nn.Module):
-    """A decoder's trunk with one output per token: the value of the state in which that token was just read."""
+    """A decoder's trunk with one output per token: the value of the state in which it was just read."""
 
     def __init__(self, trunk: nn.Module, width: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """A word-level tokenizer in the Hugging Face format: one token per word, one per tag, vocabulary built in.
 
-Equivalent to ``text.lower().split()`` plus a table, for text whose punctuation stands apart.
+Equivalent to `text.lower().split()` plus a table, for text whose punctuation stands apart.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of the small models: lower-cases, splits at blanks and punctuation, maps other words to ``<unk>``.
+    """The tokenizer of the small models: lower-cases, splits at blanks and punctuation, maps other words to
+    `<unk>`.
 
-    A tag is one id wherever it stands in a text, glued to other text or not; as text of the environment it has no
-    effect, since the loop takes boundaries from who wrote a token. ``save_pretrained`` and ``from_pretrained`` work as
-    for any Hugging Face tokenizer.
+    A tag is one id wherever it stands in a text, glued to other text or not; as text of the environment it
+    has no effect, since the loop takes boundaries from who wrote a token. `save_pretrained` and
+    `from_pretrained` work as for any Hugging Face tokenizer.
     """
     ids = {token: index for index, token in enumerate(vocabulary())}
     core = Tokenizer(models.WordLevel(vocab=ids, unk_token=UNK))

@@ -35,17 +35,19 @@ def warm_start(
 ) -> list[float]:
     """Train `actor` in place; returns the loss of every step.
 
-    Each step is one stream of freshly drawn examples. Progress, from 0 to 1, is the share of the steps or of the
-    seconds that is used up, whichever is larger; it drives the curriculum and the learning rate. `metrics` gets one
-    line of JSON per step, `say` one line of text every `REPORT_EVERY` steps.
+    Each step is one stream of freshly drawn examples. Progress, from 0 to 1, is the share of the steps or of
+    the seconds that is used up, whichever is larger; it drives the curriculum and the learning rate.
+    `metrics` gets one line of JSON per step, `say` one line of text every `REPORT_EVERY` steps.
     """
     ids = tokenizer.get_vocab()
     device = next(actor.parameters()).device
     draw = random.Random(config.seed)
     matrices = [p for p in actor.parameters() if p.dim() > 1]
     vectors = [p for p in actor.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
+    )
     losses: list[float] = []
     began = time.perf_counter()
     actor.train()
@@ -61,13 +63,13 @@ def warm_start(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
-        record = {"phase": "warmstart", "step": len(losses), "loss": losses[-1], "learning_rate": rate}
-        record |= {"token_accuracy": (logits.argmax(-1) == labels).float().mean().item()}
-        record |= {"seconds": time.perf_counter() - began}
+        step, right = len(losses), (logits.argmax(-1) == labels).float().mean().item()
+        seconds = time.perf_counter() - began
         if metrics is not None:
-            append_json(metrics, record)
-        if len(losses) % REPORT_EVERY == 0:
-            say("warm start {step:4d}  loss {loss:.3f}  tokens right {token_accuracy:.3f}  {seconds:.0f} s".format(**record))
+            record = {"phase": "warmstart", "step": step, "loss": losses[-1], "token_accuracy": right}
+            append_json(metrics, record | {"learning_rate": rate, "seconds": seconds})
+        if step % REPORT_EVERY == 0:
+            say(f"warm start {step:4d}  loss {losses[-1]:.3f}  tokens right {right:.3f}  {seconds:.0f} s")
     actor.eval()
     return losses
 
@@ -79,7 +81,7 @@ def progress(step: int, seconds: float, config: WarmStartConfig) -> float:
 
 
 def rate_factor(step: int, done: float, config: WarmStartConfig) -> float:
-    """The learning rate's factor: up in `warmup_steps`, flat for the first half, then down to 0.02 by a cosine."""
+    """The learning rate's factor: up in `warmup_steps`, flat for the first half, then a cosine to 0.02."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     return 0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * min(max(2.0 * done - 1.0, 0.0), 1.0)))
@@ -90,8 +92,9 @@ def examples(
 ) -> Iterator[Example]:
     """Examples until `batch_tokens` are reached.
 
-    The curriculum: the share of auxiliary tasks falls linearly from `config.auxiliary` to a quarter of it, and the
-    most questions of an episode grow from the least, plus 1, to `config.objectives[1]` over the first half.
+    The curriculum: the share of auxiliary tasks falls linearly from `config.auxiliary` to a quarter of it,
+    and the most questions of an episode grow from the least, plus 1, to `config.objectives[1]` over the first
+    half.
     """
     least, most = config.objectives
     reach = min(most, least + 1 + int((most - least) * min(1.0, 2.0 * done)))
@@ -111,7 +114,7 @@ def examples(
 def label_logits(
     actor: Any, batch: list[Example], regime: Regime, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Logits [M, V] and labels int64 [M] of the policy's tokens of `batch`, by one forward over one packed stream."""
+    """Logits [M, V] and labels int64 [M] of the policy's tokens, by one forward over one packed stream."""
     layouts = [TrajectoryLayout.from_turns(e.segments, regime=regime, prune=e.prune) for e in batch]
     layout = TrajectoryLayout.packed(layouts).to(device)
     tokens = torch.tensor([token for e in batch for token in e.tokens], device=device)

@@ -4,7 +4,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from mem1.envs.base import Action, Observation
-from mem1.envs.multihop import MALFORMED, NOTHING_FOUND, MultiHopEnv
+from mem1.envs.multihop import INSTRUCTION, MALFORMED, NOTHING_FOUND, MultiHopEnv
 from mem1.envs.words import NAMES
 from mem1.tasks.scripted import scripted_example
 from mem1_core.trajectory import Prune, TrajectoryMask
@@ -45,12 +45,12 @@ def test_an_episode_follows_from_its_seed_and_no_two_share_their_facts() -> None
 def test_the_notes_rewrite_each_question_as_far_as_it_is_known() -> None:
     environment = MultiHopEnv(2)
     prompt = environment.reset(3)
-    first, second = prompt.removeprefix("questions : ").removesuffix(" .").split(" ; ")
+    first, second = prompt.removeprefix(f"{INSTRUCTION} ").removesuffix(" .").split(" ; ")
     (head, one, two), (other, three, _) = first.split(), second.split()
     assert environment.expert_action() == (first, Action("query", f"{head} {one}"))
-    found = environment.step(Action("query", f"{head} {one}")).text
+    found = environment.step(Action("query", f"{head} {one}")).text.removeprefix("found ")
     assert environment.expert_action() == (f"{head} {found} {two}", Action("query", f"{found} {two}"))
-    answer = environment.step(Action("query", f"{found} {two}")).text
+    answer = environment.step(Action("query", f"{found} {two}")).text.removeprefix("found ")
     assert environment.answers[0] == answer
     assert environment.expert_action() == (f"{head} {answer} ; {second}", Action("query", f"{other} {three}"))
 
@@ -60,7 +60,7 @@ def test_ranges_are_drawn_from() -> None:
     seen = set()
     for seed in range(40):
         prompt = environment.reset(seed)
-        questions = prompt.removeprefix("questions : ").removesuffix(" .").split(" ; ")
+        questions = prompt.removeprefix(f"{INSTRUCTION} ").removesuffix(" .").split(" ; ")
         assert len(questions) == environment.objectives
         seen |= {(len(questions), len(q.split()) - 1) for q in questions}
     assert seen == {(k, h) for k in (1, 2, 3) for h in (1, 2)}
@@ -77,7 +77,8 @@ def test_malformed_actions_are_told_the_format_and_the_episode_goes_on() -> None
     environment = MultiHopEnv(1)
     environment.reset(0)
     assert environment.step(Action("malformed", "<query> <query> ;")) == (MALFORMED, 0.0, False)
-    assert environment.step(environment.expert_action().action).text in NAMES
+    found, name = environment.step(environment.expert_action().action).text.split()
+    assert found == "found" and name in NAMES
 
 
 def test_partial_credit() -> None:
@@ -110,7 +111,14 @@ def test_an_episode_that_is_over_takes_no_step() -> None:
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("objectives", 0), ("objectives", 17), ("objectives", (3, 2)), ("hops", 0), ("hops", 5), ("passage_tokens", -1)],
+    [
+        ("objectives", 0),
+        ("objectives", 17),
+        ("objectives", (3, 2)),
+        ("hops", 0),
+        ("hops", 5),
+        ("passage_tokens", -1),
+    ],
 )
 def test_arguments_out_of_range_are_named(argument: str, value: object) -> None:
     with pytest.raises(ValueError, match=argument):
@@ -142,7 +150,9 @@ def test_all_texts_are_in_the_vocabulary(tokenizer: PreTrainedTokenizerFast) -> 
         assert tokenizer.unk_token_id not in tokenizer.encode(text), text
 
 
-def peak(tokenizer: PreTrainedTokenizerFast, objectives: int, passage: int, prune: Prune, prompt: bool) -> float:
+def peak(
+    tokenizer: PreTrainedTokenizerFast, objectives: int, passage: int, prune: Prune, prompt: bool
+) -> float:
     """Mean peak of live tokens of the expert's episodes."""
     ids = tokenizer.get_vocab()
     environment = MultiHopEnv(objectives, passage_tokens=passage)

@@ -70,5 +70,5 @@ def test_examples_of_all_kinds_pack_into_one_stream(tokenizer: PreTrainedTokeniz
 
 
 def test_a_word_outside_the_vocabulary_is_named() -> None:
-    with pytest.raises(KeyError, match="questions"):
+    with pytest.raises(KeyError, match="answer"):
         scripted_example(MultiHopEnv(1), 0, {"ada": 0})

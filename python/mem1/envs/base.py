@@ -1,7 +1,8 @@
 """What the loop asks of a world: text in, text out, a reward at the end.
 
-An environment never sees tokens. The engine cuts the policy's tokens into actions, so a tag that occurs *inside* a
-text, on either side, is only a word: boundaries come from who wrote a token, never from matching its text.
+An environment never sees tokens. The engine cuts the policy's tokens into actions, so a tag that occurs
+*inside* a text, on either side, is only a word: boundaries come from who wrote a token, never from matching
+its text.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ ActionKind = Literal["query", "answer", "malformed"]
 class Action(NamedTuple):
     """One action of the policy.
 
-    ``kind`` is ``"malformed"`` when the policy wrote neither a complete query nor a complete answer; ``text`` is what
-    stands between the tags (for a malformed action: all that was written), without the ``<IS>`` part.
+    `kind` is "malformed" when the policy wrote neither a complete query nor a complete answer; `text` is what
+    stands between the tags (for a malformed action: all that was written), without the `<IS>` part.
     """
 
     kind: ActionKind
@@ -23,7 +24,9 @@ class Action(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """What the environment says to an action: ``text`` goes into ``<info>``; ``reward`` counts once ``done`` is true."""
+    """What the environment says to an action: `text` goes into `<info>`; `reward` counts once `done` is
+    true.
+    """
 
     text: str
     reward: float
@@ -31,7 +34,7 @@ class Observation(NamedTuple):
 
 
 class ScriptedAction(NamedTuple):
-    """What the scripted expert writes in one turn: the text between the ``<IS>`` tags and the action after it."""
+    """What the expert writes in one turn: the text between the `<IS>` tags and the action after it."""
 
     state: str
     action: Action
@@ -40,27 +43,28 @@ class ScriptedAction(NamedTuple):
 class Environment(Protocol):
     """A task of one or more objectives that is worked on in turns.
 
-    ``objectives`` is the number of objectives of the current episode (before the first ``reset``: the most there can
-    be). ``step`` answers every text, malformed ones included, and never raises because of what the policy wrote.
+    `objectives` is the number of objectives of the current episode (before the first `reset`: the most there
+    can be). `step` answers every text, malformed ones included, and never raises because of what the policy
+    wrote.
     """
 
     objectives: int
 
     def reset(self, seed: int) -> str:
-        """Start an episode, all of which follows from ``seed``; return the prompt."""
+        """Start an episode, all of which follows from `seed` and the actions; return the prompt."""
         ...
 
     def step(self, action: Action) -> Observation:
-        """Take one action. Raises ``RuntimeError`` only if there is no running episode."""
+        """Take one action. Raises RuntimeError only if there is no running episode."""
         ...
 
     def score(self) -> dict[str, float]:
-        """``reward`` in [0, 1]; ``exact_match`` and ``f1`` summed over objectives. All 0 while nothing was answered."""
+        """`reward` in [0, 1]; `exact_match` and `f1` summed over objectives. All 0 before the answer."""
         ...
 
 
 class ScriptedEnvironment(Environment, Protocol):
-    """An environment that comes with an expert: the teacher of the warm start, and the agent of scripted measurements."""
+    """An environment with an expert: teacher of the warm start, and agent of scripted measurements."""
 
     def expert_action(self) -> ScriptedAction:
         """The expert's next action, given what has been asked so far in this episode."""

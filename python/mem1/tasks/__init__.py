@@ -8,7 +8,10 @@ from mem1_core.trajectory import Prune, Segment
 
 
 class Example(NamedTuple):
-    """One sequence: its token ids, who writes them (lengths sum to the number of ids), and how it is pruned."""
+    """One sequence: its token ids, who writes which of them, and by which rule it is pruned.
+
+    The lengths of the segments sum to the number of ids.
+    """
 
     tokens: list[int]
     segments: list[Segment]

@@ -1,4 +1,4 @@
-"""Two exercises in what small decoders find hardest, copying and looking up, which make the agent's job learnable.
+"""Two exercises in what small decoders find hardest, copying and looking up.
 
     copy    copy : dora leo max . <answer> dora leo max </answer>
     lookup  lookup : dora leo ; max ivan ; rosa cyril . max [ivan] dora [leo]

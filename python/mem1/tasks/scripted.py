@@ -14,9 +14,9 @@ def scripted_example(
 ) -> Example:
     """Let the expert play the episode `seed` to its end.
 
-    Equivalent to `mem1.rollout.play_script`, for environments whose text is words of `ids` with blanks between them.
-    Looking words up in a table is what makes it ten times as fast, so that making examples does not slow training.
-    Raises KeyError for a word that is not in `ids`.
+    Equivalent to `mem1.rollout.play_script`, for environments whose text is words of `ids` with blanks
+    between them, and ten times as fast because it looks the words up in a table: making examples must not
+    slow training. Raises KeyError for a word that is not in `ids`.
     """
     tokens: list[int] = []
     segments: list[Segment] = []
