@@ -41,14 +41,16 @@ def demo(out: Path, *, quick: bool = False, seed: int = 0, say: Callable[[str], 
     config = demo_config(quick, seed)
     model, tokenizer, _ = train(config, out / "train", say=say)
 
-    title("2/4 the trained policy: MEM1 against the same weights with everything kept in context")
+    title("2/4 the trained policy, greedy: MEM1 against the same weights with everything kept in context")
+    longest, turns = (48, 6) if quick else (192, 36)
+    judged = replace(config.rollout, greedy=True, max_action=longest, max_turns=turns)
     results: list[Result] = []
     lines: list[str] = []
     for agent, prune in AGENTS:
         rows, trajectories = evaluate(
             model,
             tokenizer,
-            replace(config.rollout, prune=prune),
+            replace(judged, prune=prune),
             agent=agent,
             episodes=4 if quick else 16,
             objectives=OBJECTIVES[:2] if quick else OBJECTIVES,

@@ -140,9 +140,19 @@ class PPO:
     def update(
         self, trajectories: list[Trajectory], generator: torch.Generator | None = None
     ) -> dict[str, float]:
-        """Learn from one batch; returns metrics. Trajectories in which the policy wrote nothing are left out.
+        """Learn from one batch. Trajectories in which the policy wrote nothing are left out.
 
-        Raises ValueError if none is left. `generator` shuffles the minibatches.
+        Raises ValueError if none is left. `generator` shuffles the minibatches. Returns, as means over policy
+        tokens:
+
+        - before the update: `dlogp_max`, `dlogp_mean`, the |difference| between the sampled log-probs and the
+          trainer's; `kl_reference`, the k3 estimate of KL(policy | reference); `advantage_mean` before
+          whitening; `value_mean`; `explained_variance`, the share of the returns' variance that the critic
+          foresaw;
+        - of the steps, averaged over these: `value_loss`, `value_clip_fraction`, `critic_grad_norm` (before
+          clipping), and, once the actor learns too, `policy_loss`, `kl` (as kl_reference, at each step),
+          `entropy`, `clip_fraction`, `actor_grad_norm`, and `ratio_max`, the largest probability ratio of
+          all.
         """
         trajectories = [t for t in trajectories if t.policy_mask.any()]
         if not trajectories:
