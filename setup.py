@@ -30,7 +30,9 @@ def project_version() -> str:
 def python_says(code: str, **environment: str) -> str:
     """What this interpreter prints with the packages of its environment, outside pip's isolated build environment."""
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
-    run = subprocess.run([sys.executable, "-c", code], env=clean, cwd=sys.prefix, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=clean, cwd=sys.prefix, capture_output=True, text=True
+    )
     return run.stdout.strip() if run.returncode == 0 else ""
 
 
@@ -70,7 +72,9 @@ def tool(name: str) -> str:
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if not TORCH_DIR:
-            raise SystemExit(f"torch: wanted >= {OLDEST_TORCH} in this environment, found none; install it first")
+            raise SystemExit(
+                f"torch: wanted >= {OLDEST_TORCH} in this environment, found none; install it first"
+            )
         import pybind11
 
         cmake = tool("cmake")

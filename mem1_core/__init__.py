@@ -1,7 +1,8 @@
 """mem1_core: kernels for agents with constant memory (MEM1, arXiv 2506.15841).
 
-`mem1_core.ops` has the public ops, `TrajectoryMask` the mask that drives them, `TrajectoryLayout` what a trainer feeds,
-`mem1_core.reference` every op in plain PyTorch. `cmake_prefix_path` is where CMake finds the C library.
+`mem1_core.ops` has the public ops, `TrajectoryMask` the mask that drives them, `TrajectoryLayout` what a
+trainer feeds, `mem1_core.reference` every op in plain PyTorch. `cmake_prefix_path` is where CMake finds the
+C library.
 """
 
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Loads the compiled part: afterwards `ops` has the registered ops, with fakes and gradients. Nothing else imports `_C`."""
+"""Loads the compiled part: afterwards `ops` has the registered ops, with fakes and gradients.
+
+Nothing else imports `_C`.
+"""
 
 from __future__ import annotations
 

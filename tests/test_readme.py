@@ -14,8 +14,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from checkout import ROOT, tracked_files
-from mem1.cli import main
 
+from mem1.cli import main
 from mem1_core import ops, reference
 
 README = (ROOT / "README.md").read_text()

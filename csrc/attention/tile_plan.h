@@ -17,7 +17,8 @@ struct Range {
   int32_t begin, full_begin, full_end, end;
 };
 
-// The live and full query tiles of a key tile that starts at key `first` and whose evict values span [min_evict, max_evict].
+// The live and full query tiles of a key tile that starts at key `first` and whose evict values span [min_evict,
+// max_evict].
 inline MEM1_HOST_DEVICE Range key_range(const mem1_tile_plan_params& p, int32_t first, int32_t min_evict,
                                         int32_t max_evict) {
   const int32_t last = (first + p.block_k < p.length ? first + p.block_k : p.length) - 1;

@@ -16,8 +16,8 @@ void for_each_range(const int32_t* range, bool full, Visit visit) {
   }
 }
 
-// CSR offsets out of ranges. Each range first leaves +1 where it begins and -1 where it ends; summing once gives the count
-// of every query tile, summing again its offset.
+// CSR offsets out of ranges. Each range first leaves +1 where it begins and -1 where it ends; summing once gives the
+// count of every query tile, summing again its offset.
 void offsets(const mem1_tile_plan_params& p, bool full, int32_t* out) {
   const int64_t query_tiles = tiles(p.length, p.block_q), key_tiles = tiles(p.length, p.block_k);
   const int64_t rows = p.batch * query_tiles;

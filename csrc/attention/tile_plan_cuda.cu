@@ -1,5 +1,6 @@
-// The tile plan on the device, without host synchronisation: a warp per key tile finds the ranges, a warp per query tile
-// counts and then lists its live key tiles by ballot (which keeps them ascending), one block sums the counts in between.
+// The tile plan on the device, without host synchronisation: a warp per key tile finds the ranges, a warp per query
+// tile counts and then lists its live key tiles by ballot (which keeps them ascending), one block sums the counts in
+// between.
 #include "attention/tile_plan.h"
 
 #include "common/check.h"

@@ -74,8 +74,8 @@ void differentiate(const Shape& shape, const Plan& plan, const Task& task, const
     gemm<T>(rows, columns, dim, k_rows + at, dim, w.q_transposed.data(), columns, w.scores.data(), columns, false);
     gemm<T>(rows, columns, dim, v_rows + at, dim, w.do_transposed.data(), columns, w.dp.data(), columns, false);
     mask_scores(shape, plan, task, run, keys.poison_of(task.pair), w.scores.data());
-    gradients(w.scores.data(), w.dp.data(), rows, columns, static_cast<S>(scale * kLog2E), w.lse.data(),
-              w.delta.data(), p, ds, ds_operand);
+    gradients(w.scores.data(), w.dp.data(), rows, columns, static_cast<S>(scale * kLog2E), w.lse.data(), w.delta.data(),
+              p, ds, ds_operand);
     gemm<T>(rows, dim, columns, p, columns, do_operand, dim, dv + at, dim, true);
     gemm<T>(rows, dim, columns, ds, columns, q_operand, dim, dk + at, dim, true);
     const T* k_run = k_chunks + run.begin / kChunk * kChunk * dim + run.begin % kChunk;
@@ -103,8 +103,8 @@ void backward(const Plan& plan, const at::Tensor& k, const at::Tensor& v, const 
   const auto threads = static_cast<int64_t>(ranges.size()) - 1;
   const int64_t tasks_per_pair = shape.tasks / shape.pairs, size = shape.padded_length * shape.padded_dim;
 
-  // dK and dV of all pairs. A thread whose share begins inside a pair would add to what an earlier thread adds to: it gets
-  // sums of its own for that pair, added in thread order afterwards, so that a run repeats bit for bit.
+  // dK and dV of all pairs. A thread whose share begins inside a pair would add to what an earlier thread adds to: it
+  // gets sums of its own for that pair, added in thread order afterwards, so that a run repeats bit for bit.
   const auto options = k.options().dtype(c10::CppTypeToScalarType<S>::value);
   at::Tensor sums = at::zeros({2, shape.pairs, size}, options);
   std::vector<at::Tensor> own(threads);

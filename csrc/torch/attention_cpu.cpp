@@ -162,7 +162,8 @@ struct Workspace {
         sum(shape.columns) {}
 };
 
-// The online softmax over the live runs of one task: leaves O^T (not yet divided) in w.out, its sums and maxima beside it.
+// The online softmax over the live runs of one task: leaves O^T (not yet divided) in w.out, its sums and maxima beside
+// it.
 template <typename T>
 void attend(const Shape& shape, const Plan& plan, const Task& task, const PackedKeys& keys, double scale,
             Workspace<T>& w) {
@@ -187,7 +188,8 @@ void attend(const Shape& shape, const Plan& plan, const Task& task, const Packed
     column_max(w.scores.data(), rows, columns, scale2, w.new_max.data());
     bool rescale = false;
     for (int64_t c = 0; c < columns; ++c) {
-      w.safe_max[c] = w.new_max[c] == kNone ? S(0) : w.new_max[c];  // a column that has seen nothing yet: exp2(-inf - 0)
+      w.safe_max[c] =
+          w.new_max[c] == kNone ? S(0) : w.new_max[c];  // a column that has seen nothing yet: exp2(-inf - 0)
       w.factor[c] = w.running_max[c] == kNone ? S(0) : std::exp2(w.running_max[c] - w.safe_max[c]);
       rescale |= w.factor[c] != S(1);
       w.sum[c] *= w.factor[c];

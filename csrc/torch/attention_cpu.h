@@ -1,6 +1,6 @@
 // Trajectory attention on the CPU: what attention_cpu.cpp (the forward), attention_backward_cpu.cpp and the pieces they
-// share have in common. Work is cut into tasks of one query tile for the heads of one KV group; a task walks its live keys
-// in runs of up to kChunk and never sees a dead tile.
+// share have in common. Work is cut into tasks of one query tile for the heads of one KV group; a task walks its live
+// keys in runs of up to kChunk and never sees a dead tile.
 #pragma once
 
 #include "torch/gemm_cpu.h"
@@ -15,9 +15,9 @@
 
 namespace mem1::cpu {
 
-constexpr int64_t kChunk = 256;      // longest run of keys; transposed keys are stored in chunks of this many
-constexpr int64_t kGranularity = 16; // runs start and end at multiples of this, so few product shapes exist
-constexpr int64_t kMaxHeads = 8;     // heads of a KV group in one task: keeps its tiles in the second-level cache
+constexpr int64_t kChunk = 256;       // longest run of keys; transposed keys are stored in chunks of this many
+constexpr int64_t kGranularity = 16;  // runs start and end at multiples of this, so few product shapes exist
+constexpr int64_t kMaxHeads = 8;      // heads of a KV group in one task: keeps its tiles in the second-level cache
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 
 struct Plan {
@@ -73,9 +73,9 @@ std::vector<Run> live_runs(const Shape& shape, const Plan& plan, int64_t batch, 
 std::vector<int64_t> balanced_ranges(const Shape& shape, const Plan& plan);
 
 // Keys and values of all pairs as left operands: rows [pairs, padded_length, padded_dim], and transposed in chunks
-// [pairs, padded_length / kChunk, padded_dim, kChunk]. A row with a NaN or an infinity is zero here and marked in `poison`
-// [pairs, padded_length]: products then stay finite for the queries that do not see it, and mask_scores turns it into a
-// NaN for those that do.
+// [pairs, padded_length / kChunk, padded_dim, kChunk]. A row with a NaN or an infinity is zero here and marked in
+// `poison` [pairs, padded_length]: products then stay finite for the queries that do not see it, and mask_scores turns
+// it into a NaN for those that do.
 struct PackedKeys {
   at::Tensor k_rows, k_chunks, v_rows, v_chunks, poison;
   const uint8_t* poison_of(int64_t pair) const { return poison.const_data_ptr<uint8_t>() + pair * poison.size(1); }

@@ -18,8 +18,9 @@ cpu::Plan checked_plan(const Tensor& q, const Tensor& evict, const Tensor& full_
                     ", got ", block_q);
   TORCH_CHECK_VALUE(block_k >= cpu::kGranularity && cpu::kChunk % block_k == 0, "block_k: wanted 16, 32, 64, 128 or ",
                     "256, got ", block_k);
-  TORCH_CHECK_VALUE(evict.dim() == 2 && evict.size(1) == q.size(1) && (evict.size(0) == 1 || evict.size(0) == q.size(0)),
-                    "mask: wanted evict of shape [", q.size(0), " or 1, ", q.size(1), "], got ", evict.sizes());
+  TORCH_CHECK_VALUE(
+      evict.dim() == 2 && evict.size(1) == q.size(1) && (evict.size(0) == 1 || evict.size(0) == q.size(0)),
+      "mask: wanted evict of shape [", q.size(0), " or 1, ", q.size(1), "], got ", evict.sizes());
   const int64_t rows = evict.size(0) * ((evict.size(1) + block_q - 1) / block_q);
   for (const Tensor* t : {&evict, &full_offsets, &full_tiles, &partial_offsets, &partial_tiles}) {
     TORCH_CHECK_TYPE(t->scalar_type() == at::kInt && t->is_contiguous() && t->device() == q.device(),
@@ -59,8 +60,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      int64_t block_k, double scale) {
   check_inputs(q, k, v);
   TORCH_CHECK_VALUE(scale > 0, "scale: wanted > 0 here (mem1_core.ops takes any), got ", scale);
-  const auto plan =
-      checked_plan(q, evict, full_offsets, full_tiles, partial_offsets, partial_tiles, block_q, block_k);
+  const auto plan = checked_plan(q, evict, full_offsets, full_tiles, partial_offsets, partial_tiles, block_q, block_k);
   return cpu::trajectory_attention(q, k, v, plan, scale);
 }
 
@@ -76,8 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out, const
   check_input("out", out, q);
   TORCH_CHECK_VALUE(d_out.sizes() == q.sizes() && out.sizes() == q.sizes(), "d_out, out: wanted the shape of q, ",
                     q.sizes(), ", got ", d_out.sizes(), " and ", out.sizes());
-  const auto plan =
-      checked_plan(q, evict, full_offsets, full_tiles, partial_offsets, partial_tiles, block_q, block_k);
+  const auto plan = checked_plan(q, evict, full_offsets, full_tiles, partial_offsets, partial_tiles, block_q, block_k);
   // An expanded gradient (of a sum, say) has stride 0 everywhere; the kernel reads rows.
   const Tensor d_lse_dense = d_lse.has_value() ? d_lse->contiguous() : Tensor();
   return cpu::trajectory_attention_backward(d_out, d_lse_dense, q, k, v, out, lse.contiguous(), plan, scale);
@@ -95,7 +94,8 @@ TORCH_LIBRARY(mem1_core, m) {
       "Tensor full_tiles, Tensor partial_offsets, Tensor partial_tiles, int block_q, int block_k, float scale) -> "
       "(Tensor out, Tensor lse)");
   m.def(
-      "trajectory_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "trajectory_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
+      "lse, "
       "Tensor evict, Tensor key_ranges, Tensor full_offsets, Tensor full_tiles, Tensor partial_offsets, "
       "Tensor partial_tiles, int block_q, int block_k, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
 }

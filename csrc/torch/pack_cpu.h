@@ -50,7 +50,8 @@ template <typename T>
 void transposed_operand(const T* rows, int64_t count, int64_t dim, T* out) {
   if constexpr (std::is_same_v<T, at::BFloat16>) {
     // A pair of elements of a row is a pair of rows of the operand: transpose in units of pairs.
-    transpose(reinterpret_cast<const uint32_t*>(rows), count, dim / 2, dim / 2, reinterpret_cast<uint32_t*>(out), count);
+    transpose(reinterpret_cast<const uint32_t*>(rows), count, dim / 2, dim / 2, reinterpret_cast<uint32_t*>(out),
+              count);
   } else {
     transpose(rows, count, dim, dim, out, count);
   }

@@ -16,8 +16,8 @@
 namespace mem1::cpu {
 namespace {
 
-// 2^x for x <= 0, relative error below 2e-7 (see tests); 0 below -126, NaN for NaN. x = n + f with |f| <= 1/2: a polynomial
-// for 2^f (coefficients: least squares on Chebyshev nodes), times 2^n put together from its bits.
+// 2^x for x <= 0, relative error below 2e-7 (see tests); 0 below -126, NaN for NaN. x = n + f with |f| <= 1/2: a
+// polynomial for 2^f (coefficients: least squares on Chebyshev nodes), times 2^n put together from its bits.
 MEM1_INLINE float exp2_of(float x) {
   x = x < -127.0f ? -127.0f : x;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
@@ -155,7 +155,7 @@ MEM1_CLONES void gradients(const float* s, const float* dp, int64_t rows, int64_
   auto* pairs = reinterpret_cast<uint32_t*>(ds_pairs);
   // Rows leave through a block of 32-bit values: a loop that also stores 16-bit ones is not vectorised.
   uint32_t p_bits[2][kColumns], ds_bits[2][kColumns];
-  const auto store = [columns](const uint32_t(&bits)[2][kColumns], uint16_t* out) {
+  const auto store = [columns](const uint32_t (&bits)[2][kColumns], uint16_t* out) {
     for (int64_t k = 0; k < 2; ++k) {
       for (int64_t c = 0; c < kColumns; ++c) out[k * columns + c] = static_cast<uint16_t>(bits[k][c]);
     }

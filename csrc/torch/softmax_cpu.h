@@ -22,8 +22,8 @@ void exponentials(const float* s, int64_t rows, int64_t columns, float scale, co
 void exponentials(const double* s, int64_t rows, int64_t columns, double scale, const double* max, double* sum,
                   double* p);
 
-// p = exp2(scale * s - lse[c]), ds = p * (dp - delta[c]), both 0 where s is -inf. p may be s and ds may be dp. As bfloat16, p and ds are in rows and
-// ds is written once more in pairs of rows, to ds_pairs.
+// p = exp2(scale * s - lse[c]), ds = p * (dp - delta[c]), both 0 where s is -inf. p may be s and ds may be dp. As
+// bfloat16, p and ds are in rows and ds is written once more in pairs of rows, to ds_pairs.
 void gradients(const float* s, const float* dp, int64_t rows, int64_t columns, float scale, const float* lse,
                const float* delta, float* p, float* ds, float* ds_pairs);
 void gradients(const float* s, const float* dp, int64_t rows, int64_t columns, float scale, const float* lse,

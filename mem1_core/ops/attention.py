@@ -47,28 +47,33 @@ def trajectory_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Softmax attention where query `i` sees the keys `j <= i < evict[j]`. Differentiable in q, k, v.
 
-    .. math:: o_i = \sum_{j \le i < e_j} \exp(s_{ij} - \ell_i) v_j, \quad s_{ij} = \text{scale} \cdot q_i \cdot k_j,
-              \quad \ell_i = \log \sum_{j \le i < e_j} \exp s_{ij}
+    .. math:: o_i = \sum_{j \le i < e_j} \exp(s_{ij} - \ell_i) v_j, \quad
+              s_{ij} = \text{scale} \cdot q_i \cdot k_j, \quad
+              \ell_i = \log \sum_{j \le i < e_j} \exp s_{ij}
 
-    Memory is O(N): no N x N tensor exists, tiles in which nothing is visible are skipped (Dao et al., FlashAttention,
-    arXiv 2205.14135, with the mask's tile plan).
+    Memory is O(N): no N x N tensor exists, tiles in which nothing is visible are skipped (Dao et al.,
+    FlashAttention, arXiv 2205.14135, with the mask's tile plan).
 
     Args:
-        q: [B, N, Hq, D], last dimension contiguous, any other strides. float32, bfloat16 or float64 on the CPU.
-        k, v: [B, N, Hkv, D] of the same dtype; Hq a multiple of Hkv (query head h reads KV head h // (Hq / Hkv)).
+        q: [B, N, Hq, D], last dimension contiguous, any other strides. On the CPU float32, bfloat16 or
+            float64.
+        k, v: [B, N, Hkv, D] of the same dtype; Hq a multiple of Hkv (query head h reads KV head
+            h // (Hq / Hkv)).
         mask: its `evict` is [B, N] or [1, N]; made once, used by every layer.
         scale: of the scores; 1 / sqrt(D) when None.
-        return_lse: also return the log-sum-exp of each row's visible scores, natural logarithm. It has a gradient.
+        return_lse: also return the log-sum-exp of each row's visible scores, natural logarithm. It has a
+            gradient.
         deterministic: bitwise repeatable gradients. The CPU backend always is, for a given number of threads.
         backend: see `mem1_core.backend`.
 
     Returns:
-        out [B, N, Hq, D] in the dtype of q; with `return_lse` also lse [B, Hq, N], float32 (float64 for float64). A row
-        that sees no key is 0 with lse -inf. A query that sees a NaN or infinite key or value becomes NaN; such keys do
-        not touch the queries that do not see them.
+        out [B, N, Hq, D] in the dtype of q; with `return_lse` also lse [B, Hq, N], float32 (float64 for
+        float64). A row that sees no key is 0 with lse -inf. A query that sees a NaN or infinite key or value
+        becomes NaN; such keys do not touch the queries that do not see them.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, stride or device that is not as above; the message names the argument.
+        TypeError, ValueError: a dtype, shape, stride or device that is not as above; the message names the
+            argument.
         NotImplementedError: no such backend for this device.
 
     Equivalent to:

@@ -103,9 +103,7 @@ class PPOConfig:
     clip: float = 0.2
     value_clip: float = 0.5
     kl: float = 0.001
-    kl_in: Literal["reward", "loss"] = (
-        "reward"  # subtract from the reward (clamped >= 0), or k3 added to the loss
-    )
+    kl_in: Literal["reward", "loss"] = "reward"  # taken from it where positive, or as k3 in the loss
     entropy: float = 0.001
     epochs: int = 1
     minibatch: int = 32  # trajectories of one optimiser step
@@ -114,7 +112,7 @@ class PPOConfig:
     critic_lr: float = 1e-3
     actor_warmup: int = 2  # optimiser steps until the full learning rate
     critic_warmup: int = 2
-    critic_only: int = 1  # first updates in which only the critic learns
+    critic_only: int = 2  # first updates in which only the critic learns
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
@@ -130,7 +128,7 @@ class TrainConfig:
     updates: int = 100  # PPO updates, at most; whichever of updates and seconds comes first
     seconds: float | None = None
     batch: int = 64  # trajectories of one update
-    objectives: tuple[int, int] = (1, 2)  # least and most questions of one episode
+    objectives: tuple[int, int] = (1, 4)  # least and most questions of one episode
     hops: int = 2
     passage_tokens: int = 0
     save_every: int = 20  # updates

@@ -5,12 +5,12 @@
 #include "mem1/mem1.h"
 
 #define LENGTH 6
-#define EXPECT(condition)                                                  \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
+#define EXPECT(condition)                                                       \
+  do {                                                                          \
+    if (!(condition)) {                                                         \
       fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition); \
-      return 1;                                                            \
-    }                                                                      \
+      return 1;                                                                 \
+    }                                                                           \
   } while (0)
 
 int main(void) {

@@ -46,7 +46,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Qwen2ForCaus
             head = model.get_output_embeddings().weight
             head.mul_(0.12)
             head[:, 0] = 0.0
-            for tag, bias in (("</IS>", 1.0), ("<query>", 1.0), ("</query>", 1.0), ("</answer>", -2.0)):
+            for tag, bias in (("</IS>", 1.5), ("<query>", 1.0), ("</query>", 1.0), ("</answer>", -2.0)):
                 head[tokenizer.convert_tokens_to_ids(tag), 0] = bias
         return model.to(dtype).eval()
 

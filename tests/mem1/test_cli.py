@@ -48,12 +48,12 @@ def test_train_resume_eval_and_rollout(capsys, tmp_path):
     assert wanted <= set(metrics[-1])
     assert metrics[-1]["dlogp_max"] < 5e-5
 
-    assert main(["train", "--out", run, "--updates", "2", "--resume", *TINY]) == 0
+    assert main(["train", "--out", run, "--updates", "3", "--resume", *TINY]) == 0
     resumed = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert resumed[: len(metrics)] == metrics
-    assert [m["step"] for m in resumed if m["phase"] == "ppo"] == [1, 2]
+    assert [m["step"] for m in resumed if m["phase"] == "ppo"] == [1, 2, 3]
     assert {"kl", "entropy", "clip_fraction", "ratio_max", "actor_grad_norm"} <= set(resumed[-1])
-    assert checkpoint.load(tmp_path / "run" / "last").trainer["ppo"]["updates"] == 2
+    assert checkpoint.load(tmp_path / "run" / "last").trainer["ppo"]["updates"] == 3
 
     model = str(tmp_path / "run" / "last")
     capsys.readouterr()

@@ -1,8 +1,8 @@
 /* mem1_core: the public C99 interface.
  *
- * The library never allocates, never synchronises and keeps no state: every buffer is the caller's, CUDA work goes to the
- * caller's stream, and a failed call has touched none of its outputs. Parameters are plain structs whose first member is
- * their own size, so that a program built against an older header is refused instead of misread.
+ * The library never allocates, never synchronises and keeps no state: every buffer is the caller's, CUDA work goes to
+ * the caller's stream, and a failed call has touched none of its outputs. Parameters are plain structs whose first
+ * member is their own size, so that a program built against an older header is refused instead of misread.
  */
 #ifndef MEM1_MEM1_H_
 #define MEM1_MEM1_H_
@@ -45,13 +45,11 @@ MEM1_API const char* mem1_cuda_architectures(void);
 
 /* The tile plan of trajectory attention.
  *
- * Key j is visible to the queries j <= i < evict[j]. The attention matrix is cut into tiles of block_q queries by block_k
- * keys; query_tiles = ceil(length / block_q), key_tiles = ceil(length / block_k). A tile is
- *   dead     when no pair in it can be visible: it is in no list;
- *   full     when every pair in it is visible: it needs no mask;
- *   partial  otherwise.
- * Seen from a key tile, live and full query tiles are contiguous ranges (what a backward pass over keys wants); seen from a
- * query tile they are lists (what a forward pass wants).
+ * Key j is visible to the queries j <= i < evict[j]. The attention matrix is cut into tiles of block_q queries by
+ * block_k keys; query_tiles = ceil(length / block_q), key_tiles = ceil(length / block_k). A tile is dead     when no
+ * pair in it can be visible: it is in no list; full     when every pair in it is visible: it needs no mask; partial
+ * otherwise. Seen from a key tile, live and full query tiles are contiguous ranges (what a backward pass over keys
+ * wants); seen from a query tile they are lists (what a forward pass wants).
  *
  * Two calls, because the length of the lists is known only after the first:
  *   mem1_tile_plan_ranges  reads evict, fills key_ranges, full_offsets and partial_offsets: O(length)
@@ -64,13 +62,13 @@ typedef struct mem1_tile_plan_params {
   int32_t length;
   int32_t block_q;
   int32_t block_k;
-  const int32_t* evict;         /* [batch, length], j < evict[b][j] <= length (not checked here) */
-  int64_t evict_stride_batch;   /* in elements; the last dimension is contiguous */
-  int32_t* key_ranges;          /* [batch, key_tiles, 4] query tiles (begin, full_begin, full_end, end) */
-  int32_t* full_offsets;        /* [batch * query_tiles + 1] */
-  int32_t* partial_offsets;     /* [batch * query_tiles + 1] */
-  int32_t* full_tiles;          /* [full_offsets[last]] key tiles, ascending within a query tile; lists only */
-  int32_t* partial_tiles;       /* [partial_offsets[last]] likewise */
+  const int32_t* evict;       /* [batch, length], j < evict[b][j] <= length (not checked here) */
+  int64_t evict_stride_batch; /* in elements; the last dimension is contiguous */
+  int32_t* key_ranges;        /* [batch, key_tiles, 4] query tiles (begin, full_begin, full_end, end) */
+  int32_t* full_offsets;      /* [batch * query_tiles + 1] */
+  int32_t* partial_offsets;   /* [batch * query_tiles + 1] */
+  int32_t* full_tiles;        /* [full_offsets[last]] key tiles, ascending within a query tile; lists only */
+  int32_t* partial_tiles;     /* [partial_offsets[last]] likewise */
 } mem1_tile_plan_params;
 
 MEM1_API mem1_status mem1_tile_plan_ranges(const mem1_tile_plan_params* params, void* cuda_stream, mem1_error* error);
