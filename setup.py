@@ -28,7 +28,7 @@ def project_version() -> str:
 
 
 def python_says(code: str, **environment: str) -> str:
-    """What this interpreter prints with the packages of its environment, outside pip's isolated build environment."""
+    """What this interpreter prints, seeing its environment's packages and not pip's isolated build's."""
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | environment
     run = subprocess.run(
         [sys.executable, "-c", code], env=clean, cwd=sys.prefix, capture_output=True, text=True
@@ -37,7 +37,7 @@ def python_says(code: str, **environment: str) -> str:
 
 
 def find_torch() -> tuple[str, str]:
-    """(version, folder) of the torch to build for: the one of the target environment, else the one installed for the build.
+    """(version, folder) of the torch to build for: the target environment's, else the one got for the build.
 
     A C++ extension works only with the torch it was compiled for, so the environment it will run in decides.
     """
@@ -61,7 +61,7 @@ def torch_requirement() -> str:
 
 
 def tool(name: str) -> str:
-    """A build tool: beside this interpreter first (a virtual environment that is not activated), then on PATH."""
+    """A build tool: beside this interpreter first (the environment may not be activated), then on PATH."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     found = shutil.which(name, path=path)
     if found is None:
