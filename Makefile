@@ -3,22 +3,22 @@
 # make lint    ruff, mypy, clang-format
 # make ext     rebuild the compiled part after an edit in csrc/ (seconds)
 #
-# The virtual environment is made once. Without a torch in the Python that makes it, TORCH is installed; on a CPU-only
-# machine with the public index, say TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu".
+# The virtual environment is made once and sees the packages of the Python that makes it. Where there is no torch among
+# these, TORCH is installed; on a CPU-only machine with the public index, say
+# TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu".
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 OUT ?= demo
 
 BIN := $(VENV)/bin
-HAS_TORCH := $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo yes)
 
 .PHONY: demo test lint ext clean
 
-demo: $(VENV)/ready
+demo: ext
 	$(BIN)/mem1 demo --out $(OUT)
 
-test: $(VENV)/ready
+test: ext
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/lint
@@ -29,12 +29,12 @@ lint: $(VENV)/lint
 
 ext: $(VENV)/ready
 	$(BIN)/cmake --build build/editable
-	$(BIN)/cmake --install build/editable
+	$(BIN)/cmake --install build/editable >/dev/null
 
 $(VENV)/ready: pyproject.toml setup.py CMakeLists.txt
-	$(PYTHON) -m venv $(if $(HAS_TORCH),--system-site-packages) $(VENV)
-	$(if $(HAS_TORCH),,$(BIN)/python -m pip install --quiet $(TORCH))
-	$(BIN)/python -m pip install --quiet "setuptools>=77" "cmake>=3.25" ninja "pybind11>=2.13"
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --ignore-installed "setuptools>=77" "cmake>=3.25" ninja "pybind11>=2.13"
 	$(BIN)/python -m pip install --no-build-isolation --editable ".[test]"
 	touch $@
 

@@ -92,7 +92,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]  # fmt: skip
-        jobs = ["--parallel", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(build), *jobs], check=True)
         subprocess.run([cmake, "--install", str(build)], check=True)

@@ -8,7 +8,7 @@ out=$(mkdir -p "${1:-bench/results}" && cd "${1:-bench/results}" && pwd)
 python3 -m pip install --quiet --no-build-isolation --no-deps --editable . 2>&1 | tee "$out/build.log"
 {
   nvidia-smi
-  sha256sum csrc/*/*.cu
+  git hash-object csrc/*/*.cu # what bench/LOG.md names; works outside a checkout too
   git rev-parse HEAD 2>/dev/null || true # a copy of the tree need not be a checkout
 } | tee "$out/machine.log"
 

@@ -10,7 +10,13 @@ from typing import Any
 import torch  # first: _C must find torch's OpenMP runtime already loaded, or there are two
 from torch import Tensor
 
-from mem1_core import _C
+try:
+    from mem1_core import _C
+except ImportError as error:
+    raise ImportError(
+        f"mem1_core: its compiled part does not load into torch {torch.__version__}; build it for this torch with "
+        f"`pip install .` ({error})"
+    ) from error
 
 ops = torch.ops.mem1_core
 
@@ -63,6 +69,13 @@ def _backward_attention(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) ->
     return *gradients, *[None] * (len(plan) + 3)
 
 
+def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    raise NotImplementedError(
+        "trajectory_attention: has no second derivative; backend='reference' is differentiable twice"
+    )
+
+
+torch.library.register_autograd("mem1_core::trajectory_attention_backward", _no_second_derivative)
 torch.library.register_autograd(
     "mem1_core::trajectory_attention", _backward_attention, setup_context=_setup_attention
 )

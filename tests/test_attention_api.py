@@ -83,7 +83,84 @@ def test_unsupported_device() -> None:
 # ------------------------------------------------------------------------------------------- torch.compile
 
 
-def test_opcheck() -> None: ...
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(dtype: torch.dtype) -> None:
+    ops = torch.ops.mem1_core
+    mask = mask_of(random_evict(70))
+    q, k, v = attention_inputs(1, 70, 4, 2, 16, dtype=dtype, requires_grad=True)
+    plan = mask.plan
+    arguments = (mask.evict, *plan[2:], plan.block_q, plan.block_k, 0.25)
+    torch.library.opcheck(ops.tile_plan.default, (mask.evict, 64, 64))
+    torch.library.opcheck(ops.trajectory_attention.default, (q, k, v, *arguments))
+    with torch.no_grad():
+        out, lse = ops.trajectory_attention(q, k, v, *arguments)
+    inputs = [t.detach() for t in (q, k, v)]
+    for d_lse in (None, torch.ones_like(lse)):
+        saved = (torch.ones_like(out), d_lse, *inputs, out, lse, *arguments)
+        torch.library.opcheck(ops.trajectory_attention_backward.default, saved)
+
+
+def test_second_derivative_is_refused() -> None:
+    q, k, v = attention_inputs(1, 10, 4, 2, 16, requires_grad=True)
+    out = trajectory_attention(q, k, v, mask_of(causal_evict(10)))
+    (dq,) = torch.autograd.grad(out.square().sum(), [q], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(dq.square().sum(), [k])
+
+
+# --------------------------------------------------------------------- direct calls with a plan of another mask
+
+
+def damaged(damage: str) -> tuple[object, ...]:
+    mask = mask_of(causal_evict(130))
+    parts = [part.clone() for part in mask.plan[2:]]
+    if damage == "offsets":
+        parts[3][1] = 10**8
+    elif damage == "tiles":
+        parts[4][0] = 10**8
+    elif damage == "short":
+        parts[1] = parts[1][:-1]
+    return (mask.evict, *parts, 64, 64, 0.25)
+
+
+@pytest.mark.parametrize("damage", ["offsets", "tiles", "short"])
+def test_a_wrong_plan_is_refused(damage: str) -> None:
+    q, k, v = attention_inputs(1, 130, 2, 1, 16)
+    with pytest.raises(ValueError, match="mask: wanted"):
+        torch.ops.mem1_core.trajectory_attention(q, k, v, *damaged(damage))
+
+
+def test_wrong_statistics_are_refused() -> None:
+    q, k, v = attention_inputs(1, 130, 2, 1, 16)
+    good = damaged("nothing")
+    out, lse = torch.ops.mem1_core.trajectory_attention(q, k, v, *good)
+    backward = torch.ops.mem1_core.trajectory_attention_backward
+    with pytest.raises(ValueError, match="^lse: wanted shape"):
+        backward(out, None, q, k, v, out, lse[:, :1, :1], *good)
+    with pytest.raises(TypeError, match="^d_lse: wanted"):
+        backward(out, lse.double(), q, k, v, out, lse, *good)
+
+
+def test_tile_plan_refuses_what_it_cannot_index() -> None:
+    plan = torch.ops.mem1_core.tile_plan
+    with pytest.raises(ValueError, match="block_q"):
+        plan(causal_evict(64)[None].int(), 2**32 + 1, 64)
+    for wrong in (10**6, -(10**6), 0):
+        with pytest.raises(ValueError, match="evict: wanted"):
+            plan(torch.full((1, 64), wrong, dtype=torch.int32), 64, 64)
+
+
+def test_bfloat16_without_bfloat16_products() -> None:
+    """Where the vendor library has none, operands are widened: at least as accurate."""
+    mask = mask_of(random_evict(200))
+    q, k, v = attention_inputs(1, 200, 4, 2, 64, dtype=torch.bfloat16, requires_grad=True)
+    want = trajectory_attention(q, k, v, mask)
+    with torch.backends.mkldnn.flags(enabled=False):
+        got = trajectory_attention(q, k, v, mask)
+        torch.testing.assert_close(
+            gradients([got], [q, k, v]), gradients([want], [q, k, v]), atol=0.05, rtol=0.05
+        )
+    torch.testing.assert_close(got, want, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize(

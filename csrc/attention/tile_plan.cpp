@@ -46,8 +46,7 @@ mem1_status mem1_tile_plan_ranges(const mem1_tile_plan_params* params, void* cud
   const mem1_status status = mem1::tile_plan::validate(params, false, error);
   if (status != MEM1_OK) return status;
   if (params->device == MEM1_CUDA) return mem1::tile_plan::ranges_cuda(*params, cuda_stream, error);
-  mem1::tile_plan::ranges_cpu(*params);
-  return MEM1_OK;
+  return mem1::tile_plan::ranges_cpu(*params, error);
 }
 
 mem1_status mem1_tile_plan_lists(const mem1_tile_plan_params* params, void* cuda_stream, mem1_error* error) {

@@ -34,7 +34,7 @@ inline MEM1_HOST_DEVICE Range key_range(const mem1_tile_plan_params& p, int32_t 
   return {begin, full_begin, full_end, end};
 }
 
-void ranges_cpu(const mem1_tile_plan_params& p);
+mem1_status ranges_cpu(const mem1_tile_plan_params& p, mem1_error* error);
 void lists_cpu(const mem1_tile_plan_params& p);
 mem1_status ranges_cuda(const mem1_tile_plan_params& p, void* stream, mem1_error* error);
 mem1_status lists_cuda(const mem1_tile_plan_params& p, void* stream, mem1_error* error);

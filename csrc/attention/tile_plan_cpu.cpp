@@ -1,6 +1,9 @@
 #include "attention/tile_plan.h"
 
+#include "common/check.h"
+
 #include <algorithm>
+#include <limits>
 
 namespace mem1::tile_plan {
 namespace {
@@ -17,8 +20,9 @@ void for_each_range(const int32_t* range, bool full, Visit visit) {
 }
 
 // CSR offsets out of ranges. Each range first leaves +1 where it begins and -1 where it ends; summing once gives the
-// count of every query tile, summing again its offset.
-void offsets(const mem1_tile_plan_params& p, bool full, int32_t* out) {
+// count of every query tile, summing again its offset. Returns the number of tiles; above 2^31 - 1 the offsets are
+// wrong.
+int64_t offsets(const mem1_tile_plan_params& p, bool full, int32_t* out) {
   const int64_t query_tiles = tiles(p.length, p.block_q), key_tiles = tiles(p.length, p.block_k);
   const int64_t rows = p.batch * query_tiles;
   std::fill(out, out + rows + 1, 0);
@@ -31,12 +35,13 @@ void offsets(const mem1_tile_plan_params& p, bool full, int32_t* out) {
       });
     }
   }
-  int32_t count = 0, total = 0;
+  int64_t count = 0, total = 0;
   for (int64_t row = 0; row <= rows; ++row) {
     count += out[row];
-    out[row] = total;
+    out[row] = static_cast<int32_t>(total);
     total += count;
   }
+  return total;
 }
 
 void list(const mem1_tile_plan_params& p, bool full, int32_t* offsets, int32_t* out) {
@@ -57,7 +62,7 @@ void list(const mem1_tile_plan_params& p, bool full, int32_t* offsets, int32_t* 
 
 }  // namespace
 
-void ranges_cpu(const mem1_tile_plan_params& p) {
+mem1_status ranges_cpu(const mem1_tile_plan_params& p, mem1_error* error) {
   const int64_t key_tiles = tiles(p.length, p.block_k);
   for (int64_t b = 0; b < p.batch; ++b) {
     const int32_t* evict = p.evict + b * p.evict_stride_batch;
@@ -78,8 +83,12 @@ void ranges_cpu(const mem1_tile_plan_params& p) {
       out[3] = range.end;
     }
   }
-  offsets(p, true, p.full_offsets);
-  offsets(p, false, p.partial_offsets);
+  const int64_t full = offsets(p, true, p.full_offsets), partial = offsets(p, false, p.partial_offsets);
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  MEM1_CHECK(full <= kMost && partial <= kMost, error,
+             "block_q, block_k: wanted at most 2^31 - 1 live tiles, got %lld: take larger blocks",
+             static_cast<long long>(std::max(full, partial)));
+  return MEM1_OK;
 }
 
 void lists_cpu(const mem1_tile_plan_params& p) {

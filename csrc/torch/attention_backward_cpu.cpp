@@ -14,7 +14,7 @@ struct Workspace {
   std::vector<T> q_rows, q_pairs, q_transposed, do_rows, do_pairs, do_transposed, p, ds, ds_pairs;
   std::vector<S> scores, dp, dq, dq_rows, lse, delta;
   explicit Workspace(const Shape& shape) {
-    const size_t queries = shape.columns * shape.padded_dim, tile = kChunk * shape.columns;
+    const size_t queries = shape.columns * shape.padded_dim, tile = shape.chunk * shape.columns;
     for (auto* buffer : {&q_rows, &q_transposed, &do_rows, &do_transposed}) buffer->resize(queries);
     for (auto* buffer : {&dq, &dq_rows}) buffer->resize(queries);
     for (auto* buffer : {&scores, &dp}) buffer->resize(tile);
@@ -78,8 +78,8 @@ void differentiate(const Shape& shape, const Plan& plan, const Task& task, const
               p, ds, ds_operand);
     gemm<T>(rows, dim, columns, p, columns, do_operand, dim, dv + at, dim, true);
     gemm<T>(rows, dim, columns, ds, columns, q_operand, dim, dk + at, dim, true);
-    const T* k_run = k_chunks + run.begin / kChunk * kChunk * dim + run.begin % kChunk;
-    gemm<T>(dim, columns, rows, k_run, kChunk, ds_operand, columns, w.dq.data(), columns, true);
+    const T* k_run = k_chunks + run.begin / shape.chunk * shape.chunk * dim + run.begin % shape.chunk;
+    gemm<T>(dim, columns, rows, k_run, shape.chunk, ds_operand, columns, w.dq.data(), columns, true);
   }
 }
 

@@ -18,7 +18,7 @@ std::vector<Run> live_runs(const Shape& shape, const Plan& plan, int64_t batch, 
                 *partial_end = plan.partial_tiles.const_data_ptr<int32_t>() + partial_at[1];
   const int64_t first_query = query_tile * plan.block_q,
                 last_query = std::min(first_query + plan.block_q, shape.length) - 1;
-  const int64_t tiles_per_chunk = kChunk / plan.block_k;
+  const int64_t tiles_per_chunk = shape.chunk / plan.block_k;
 
   std::vector<Run> runs;
   while (full != full_end || partial != partial_end) {
@@ -87,24 +87,24 @@ PackedKeys pack_keys(const Shape& shape, const at::Tensor& k, const at::Tensor& 
     *chunk_data = chunks.template data_ptr<T>();
   uint8_t* poison = packed.poison.template data_ptr<uint8_t>();
   const auto k_in = const_view_of<In>(k), v_in = const_view_of<In>(v);
-  const int64_t dim = shape.padded_dim, chunks_per_pair = shape.padded_length / kChunk;
+  const int64_t dim = shape.padded_dim, chunks_per_pair = shape.padded_length / shape.chunk;
   at::parallel_for(0, shape.pairs * chunks_per_pair, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      const int64_t pair = n / chunks_per_pair, first = n % chunks_per_pair * kChunk;
-      T *k_out = k_rows + n * kChunk * dim, *v_out = v_rows + n * kChunk * dim;
+      const int64_t pair = n / chunks_per_pair, first = n % chunks_per_pair * shape.chunk;
+      T *k_out = k_rows + n * shape.chunk * dim, *v_out = v_rows + n * shape.chunk * dim;
       const auto pack = [&](View<const In> in, int64_t r, T* out) {
         if (first + r < shape.length) {
           const In* row = in.row(pair / shape.kv_heads, first + r, pair % shape.kv_heads);
           if (pack_row(row, shape.dim, dim, out)) return;
-          poison[n * kChunk + r] = 1;
+          poison[n * shape.chunk + r] = 1;
         }
         std::fill(out, out + dim, T(0));
       };
-      for (int64_t r = 0; r < kChunk; ++r) {
+      for (int64_t r = 0; r < shape.chunk; ++r) {
         pack(k_in, r, k_out + r * dim);
         pack(v_in, r, v_out + r * dim);
       }
-      transpose(backward ? k_out : v_out, kChunk, dim, dim, chunk_data + n * kChunk * dim, kChunk);
+      transpose(backward ? k_out : v_out, shape.chunk, dim, dim, chunk_data + n * shape.chunk * dim, shape.chunk);
     }
   });
   return packed;
@@ -117,7 +117,7 @@ void mask_scores(const Shape& shape, const Plan& plan, const Task& task, const R
       plan.evict.const_data_ptr<int32_t>() + (plan.evict.size(0) == 1 ? 0 : task.batch) * plan.evict.stride(0);
   constexpr S kInvisible = -std::numeric_limits<S>::infinity(), kPoison = std::numeric_limits<S>::quiet_NaN();
   for (int64_t j = run.begin; j < run.end; ++j) {
-    const bool masked = run.masked >> (j % kChunk / plan.block_k) & 1;
+    const bool masked = run.masked >> (j % shape.chunk / plan.block_k) & 1;
     if (!masked && !poison[j]) continue;
     // Query columns [low, high) of each head see key j.
     const int64_t last = j < shape.length ? evict[j] : 0;
@@ -151,8 +151,8 @@ struct Workspace {
   explicit Workspace(const Shape& shape)
       : rows(shape.columns * shape.padded_dim),
         queries(shape.columns * shape.padded_dim),
-        probabilities(std::is_same_v<T, S> ? 0 : kChunk * shape.columns),
-        scores(kChunk * shape.columns),
+        probabilities(std::is_same_v<T, S> ? 0 : shape.chunk * shape.columns),
+        scores(shape.chunk * shape.columns),
         out(shape.columns * shape.padded_dim),
         out_rows(shape.columns * shape.padded_dim),
         running_max(shape.columns),
@@ -197,8 +197,8 @@ void attend(const Shape& shape, const Plan& plan, const Task& task, const Packed
     if (rescale) scale_columns(w.out.data(), dim, columns, w.factor.data());
     w.running_max.swap(w.new_max);
     exponentials(w.scores.data(), rows, columns, scale2, w.safe_max.data(), w.sum.data(), p);
-    const T* v_run = v_chunks + run.begin / kChunk * kChunk * dim + run.begin % kChunk;
-    gemm<T>(dim, columns, rows, v_run, kChunk, p, columns, w.out.data(), columns, true);
+    const T* v_run = v_chunks + run.begin / shape.chunk * shape.chunk * dim + run.begin % shape.chunk;
+    gemm<T>(dim, columns, rows, v_run, shape.chunk, p, columns, w.out.data(), columns, true);
   }
 }
 

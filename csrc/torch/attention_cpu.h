@@ -15,7 +15,7 @@
 
 namespace mem1::cpu {
 
-constexpr int64_t kChunk = 256;       // longest run of keys; transposed keys are stored in chunks of this many
+constexpr int64_t kChunk = 256;       // longest run of keys
 constexpr int64_t kGranularity = 16;  // runs start and end at multiples of this, so few product shapes exist
 constexpr int64_t kMaxHeads = 8;      // heads of a KV group in one task: keeps its tiles in the second-level cache
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
@@ -30,7 +30,9 @@ inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1)
 // Sizes. A "pair" is one (batch, KV head); "columns" are the queries of a task: heads of the group times block_q.
 struct Shape {
   int64_t batch, length, query_heads, kv_heads, dim;
-  int64_t group, task_heads, columns, padded_length, padded_dim, query_tiles, pairs, tasks;
+  int64_t group, task_heads, columns, padded_dim, query_tiles, pairs, tasks;
+  int64_t chunk,
+      padded_length;  // transposed keys are stored in chunks of this many; a short stream has one short chunk
 
   Shape(const at::Tensor& q, const at::Tensor& k, const Plan& plan)
       : batch(q.size(0)), length(q.size(1)), query_heads(q.size(2)), kv_heads(k.size(2)), dim(q.size(3)) {
@@ -38,7 +40,8 @@ struct Shape {
     task_heads = std::min(group, kMaxHeads);
     while (group % task_heads != 0) --task_heads;
     columns = task_heads * plan.block_q;
-    padded_length = round_up(length, kChunk);
+    chunk = std::min(kChunk, round_up(length, plan.block_k));
+    padded_length = round_up(length, chunk);
     padded_dim = round_up(dim, 16);
     query_tiles = (length + plan.block_q - 1) / plan.block_q;
     pairs = batch * kv_heads;
@@ -60,7 +63,7 @@ struct Task {
   }
 };
 
-// Keys [begin, end) of one chunk; bit t of `masked` says that the t-th tile of the chunk needs the mask.
+// Keys [begin, end), all in one chunk; bit t of `masked` says that the t-th tile of the chunk needs the mask.
 struct Run {
   int64_t begin, end;
   uint64_t masked;
@@ -73,7 +76,7 @@ std::vector<Run> live_runs(const Shape& shape, const Plan& plan, int64_t batch, 
 std::vector<int64_t> balanced_ranges(const Shape& shape, const Plan& plan);
 
 // Keys and values of all pairs as left operands: rows [pairs, padded_length, padded_dim], and transposed in chunks
-// [pairs, padded_length / kChunk, padded_dim, kChunk]. A row with a NaN or an infinity is zero here and marked in
+// [pairs, padded_length / chunk, padded_dim, chunk]. A row with a NaN or an infinity is zero here and marked in
 // `poison` [pairs, padded_length]: products then stay finite for the queries that do not see it, and mask_scores turns
 // it into a NaN for those that do.
 struct PackedKeys {

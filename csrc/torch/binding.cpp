@@ -12,6 +12,18 @@ namespace {
 
 using at::Tensor;
 
+// A list per query tile, in CSR form: nothing read through it may lie outside of it, or outside of the stream.
+void check_lists(const char* name, const Tensor& offsets, const Tensor& tiles, int64_t rows, int64_t key_tiles) {
+  TORCH_CHECK_VALUE(offsets.numel() == rows + 1, "mask: wanted ", rows + 1, " ", name, " offsets, got ",
+                    offsets.numel());
+  const int32_t *at = offsets.const_data_ptr<int32_t>(), *tile = tiles.const_data_ptr<int32_t>();
+  bool valid = at[0] == 0 && at[rows] == tiles.numel();
+  for (int64_t row = 0; row < rows; ++row) valid &= at[row] <= at[row + 1];
+  for (int64_t n = 0; n < tiles.numel(); ++n) valid &= tile[n] >= 0 && tile[n] < key_tiles;
+  TORCH_CHECK_VALUE(valid, "mask: wanted ascending ", name, " offsets that end at ", tiles.numel(), " and tiles below ",
+                    key_tiles, "; this plan is not of this mask");
+}
+
 cpu::Plan checked_plan(const Tensor& q, const Tensor& evict, const Tensor& full_offsets, const Tensor& full_tiles,
                        const Tensor& partial_offsets, const Tensor& partial_tiles, int64_t block_q, int64_t block_k) {
   TORCH_CHECK_VALUE(block_q > 0 && block_q % cpu::kColumns == 0, "block_q: wanted a multiple of ", cpu::kColumns,
@@ -27,9 +39,9 @@ cpu::Plan checked_plan(const Tensor& q, const Tensor& evict, const Tensor& full_
                      "mask: wanted contiguous int32 tensors on ", q.device(), ", got ", t->scalar_type(), " on ",
                      t->device());
   }
-  TORCH_CHECK_VALUE(full_offsets.numel() == rows + 1 && partial_offsets.numel() == rows + 1,
-                    "mask: wanted plan offsets of ", rows + 1, " elements, got ", full_offsets.numel(), " and ",
-                    partial_offsets.numel());
+  const int64_t key_tiles = (evict.size(1) + block_k - 1) / block_k;
+  check_lists("full", full_offsets, full_tiles, rows, key_tiles);
+  check_lists("partial", partial_offsets, partial_tiles, rows, key_tiles);
   return {evict, full_offsets, full_tiles, partial_offsets, partial_tiles, block_q, block_k};
 }
 
@@ -39,6 +51,7 @@ void check_input(const char* name, const Tensor& t, const Tensor& q) {
   TORCH_CHECK_TYPE(t.scalar_type() == q.scalar_type(), name, ": wanted the dtype of q, ", q.scalar_type(), ", got ",
                    t.scalar_type());
   TORCH_CHECK_VALUE(t.dim() == 4, name, ": wanted [batch, length, heads, dim], got ", t.dim(), " dimensions");
+  TORCH_CHECK_VALUE(t.size(3) > 0, name, ": wanted dim >= 1, got 0");
   TORCH_CHECK_VALUE(t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(3) == q.size(3), name,
                     ": wanted batch, length and dim of q, ", q.sizes(), ", got ", t.sizes());
   TORCH_CHECK_VALUE(t.stride(3) == 1 || t.size(3) <= 1, name, ": wanted a contiguous last dimension, got stride ",
@@ -52,6 +65,13 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
   TORCH_CHECK_VALUE(k.size(2) == v.size(2), "v: wanted the heads of k, ", k.size(2), ", got ", v.size(2));
   TORCH_CHECK_VALUE(k.size(2) > 0 && q.size(2) % k.size(2) == 0, "q: wanted a multiple of the ", k.size(2),
                     " heads of k, got ", q.size(2));
+}
+
+void check_lse(const char* name, const Tensor& t, const Tensor& q) {
+  const auto dtype = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, ": wanted ", dtype, ", got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.dim() == 3 && t.size(0) == q.size(0) && t.size(1) == q.size(2) && t.size(2) == q.size(1), name,
+                    ": wanted shape [", q.size(0), ", ", q.size(2), ", ", q.size(1), "], got ", t.sizes());
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& evict,
@@ -76,6 +96,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out, const
   check_input("out", out, q);
   TORCH_CHECK_VALUE(d_out.sizes() == q.sizes() && out.sizes() == q.sizes(), "d_out, out: wanted the shape of q, ",
                     q.sizes(), ", got ", d_out.sizes(), " and ", out.sizes());
+  check_lse("lse", lse, q);
+  if (d_lse.has_value()) check_lse("d_lse", *d_lse, q);
   const auto plan = checked_plan(q, evict, full_offsets, full_tiles, partial_offsets, partial_tiles, block_q, block_k);
   // An expanded gradient (of a sum, say) has stride 0 everywhere; the kernel reads rows.
   const Tensor d_lse_dense = d_lse.has_value() ? d_lse->contiguous() : Tensor();

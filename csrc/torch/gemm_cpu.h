@@ -8,6 +8,8 @@
 #include <ATen/Functions.h>
 #include <ATen/native/CPUBlas.h>
 
+#include <vector>
+
 #if !defined(CPUBLAS_BRGEMM_F32F32F32) || !defined(CPUBLAS_BRGEMM_BF16BF16F32)
 #error "mem1_core needs torch >= 2.11: ATen/native/CPUBlas.h has no brgemm"
 #endif
@@ -23,10 +25,23 @@ struct Sum<double> {
   using type = double;
 };
 
-// Whether bfloat16 products run on bfloat16 operands; where they do not, operands are widened to float.
+// Whether bfloat16 products run on bfloat16 operands; where they do not, operands are widened to float. The processor
+// has to have the instructions, and the vendor library to use them (its own settings may say no): one product tells.
 inline bool has_bfloat16_products() {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512bf16") && at::globalContext().userEnabledMkldnn();
+  static const bool works = [] {
+    if (!__builtin_cpu_supports("avx512bf16")) return false;
+    const std::vector<at::BFloat16> operand(16 * 16, at::BFloat16(1.0f));
+    std::vector<float> product(16 * 16);
+    try {
+      at::native::cpublas::brgemm(16, 16, 16, 16, 16, 16, false, operand.data(), operand.data(), product.data(), true);
+    } catch (const std::exception&) {
+      return false;
+    }
+    at::native::cpublas::brgemm_release(true);
+    return true;
+  }();
+  return at::globalContext().userEnabledMkldnn() && works;
 #else
   return false;
 #endif

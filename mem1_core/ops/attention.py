@@ -69,7 +69,7 @@ def trajectory_attention(
     Returns:
         out [B, N, Hq, D] in the dtype of q; with `return_lse` also lse [B, Hq, N], float32 (float64 for
         float64). A row that sees no key is 0 with lse -inf. A query that sees a NaN or infinite key or value
-        becomes NaN; such keys do not touch the queries that do not see them.
+        becomes NaN; such keys do not touch the queries that do not see them. There is no second derivative.
 
     Raises:
         TypeError, ValueError: a dtype, shape, stride or device that is not as above; the message names the
@@ -81,32 +81,55 @@ def trajectory_attention(
         >>> s = s.masked_fill(~mask.dense()[:, None], -torch.inf)
         >>> out = torch.einsum("bhij,bjhd->bihd", s.softmax(-1), v.repeat_interleave(Hq // Hkv, 2))
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: wanted a tensor, got {type(tensor).__name__}")
-        if tensor.dim() != 4:
-            raise ValueError(f"{name}: wanted [batch, length, heads, dim], got shape {list(tensor.shape)}")
+    _check_inputs(q, k, v)
     if not isinstance(mask, TrajectoryMask):
         raise TypeError(f"mask: wanted a TrajectoryMask, got {type(mask).__name__}")
-    for name, device in (("k", k.device), ("v", v.device), ("mask", mask.device)):
-        if device != q.device:
-            raise ValueError(f"{name}: wanted the device of q, {q.device}, got {device}")
+    if mask.device != q.device:
+        raise ValueError(f"mask: wanted the device of q, {q.device}, got {mask.device}")
     if mask.evict.shape[1] != q.shape[1] or mask.evict.shape[0] not in (1, q.shape[0]):
         raise ValueError(
             f"mask: wanted evict of shape [{q.shape[0]} or 1, {q.shape[1]}], got {list(mask.evict.shape)}"
         )
     if scale is None:
-        scale = 1.0 / math.sqrt(max(q.shape[-1], 1))
+        scale = 1.0 / math.sqrt(q.shape[-1])
     elif not isinstance(scale, (int, float)):
         raise TypeError(f"scale: wanted a number or None, got {type(scale).__name__}")
     elif not math.isfinite(scale):
         raise ValueError(f"scale: wanted a finite number, got {scale}")
     if choose_backend("trajectory_attention", q, backend, ("cpu", "reference")) == "reference":
         return reference.trajectory_attention(q, k, v, mask, scale, return_lse)
-    if not scale > 0:  # the kernels mask with -inf before they scale; the sign (or the zero) goes into q
-        q, scale = (q * -1.0, -scale) if scale < 0 else (q * 0.0, 1.0)
+    # The kernels mask with -inf before they scale, which wants a scale > 0: any other goes into q.
+    if abs(scale) < 1e-30:  # in float32 as good as 0
+        q, scale = q * scale, 1.0
+    elif scale < 0:
+        q, scale = -q, -scale
     plan = mask.plan
     out, lse = _library.ops.trajectory_attention(
         q, k, v, mask.evict, *plan[2:], plan.block_q, plan.block_k, scale
     )
     return (out, lse) if return_lse else out
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """What holds for every backend; which dtypes and strides it takes, each says itself."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: wanted a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != 4 or tensor.shape[3] == 0:
+            raise ValueError(
+                f"{name}: wanted [batch, length, heads, dim] with dim >= 1, got shape {list(tensor.shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: wanted float32 or another floating point dtype, got {tensor.dtype}")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name}: wanted the dtype of q, {q.dtype}, got {tensor.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: wanted the device of q, {q.device}, got {tensor.device}")
+        if (*tensor.shape[:2], tensor.shape[3]) != (*q.shape[:2], q.shape[3]):
+            raise ValueError(
+                f"{name}: wanted batch, length and dim of q, {list(q.shape)}, got {list(tensor.shape)}"
+            )
+    if k.shape[2] != v.shape[2]:
+        raise ValueError(f"v: wanted the heads of k, {k.shape[2]}, got {v.shape[2]}")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2] != 0:
+        raise ValueError(f"q: wanted a multiple of the {k.shape[2]} heads of k, got {q.shape[2]}")

@@ -56,6 +56,7 @@ def plot_learning(metrics: str | os.PathLike[str], path: str | os.PathLike[str])
         if rows:
             ax.legend()
     left.set_yscale("log")
+    right.set_ylim(0.0, 1.02)  # shares: a scale of its own would blow noise up into a trend
     figure.savefig(path)
 
 

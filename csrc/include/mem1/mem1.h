@@ -53,7 +53,8 @@ MEM1_API const char* mem1_cuda_architectures(void);
  *
  * Two calls, because the length of the lists is known only after the first:
  *   mem1_tile_plan_ranges  reads evict, fills key_ranges, full_offsets and partial_offsets: O(length)
- *   mem1_tile_plan_lists   reads those three, fills full_tiles and partial_tiles: O(live tiles)
+ *   mem1_tile_plan_lists   reads those three, fills full_tiles and partial_tiles: O(live tiles). On the CPU the offsets
+ *                          serve as cursors meanwhile and are restored: no other thread may read them during the call.
  */
 typedef struct mem1_tile_plan_params {
   size_t struct_size; /* sizeof(mem1_tile_plan_params) */
@@ -64,11 +65,11 @@ typedef struct mem1_tile_plan_params {
   int32_t block_k;
   const int32_t* evict;       /* [batch, length], j < evict[b][j] <= length (not checked here) */
   int64_t evict_stride_batch; /* in elements; the last dimension is contiguous */
-  int32_t* key_ranges;        /* [batch, key_tiles, 4] query tiles (begin, full_begin, full_end, end) */
-  int32_t* full_offsets;      /* [batch * query_tiles + 1] */
-  int32_t* partial_offsets;   /* [batch * query_tiles + 1] */
-  int32_t* full_tiles;        /* [full_offsets[last]] key tiles, ascending within a query tile; lists only */
-  int32_t* partial_tiles;     /* [partial_offsets[last]] likewise */
+  int32_t* key_ranges;      /* [batch, key_tiles, 4] query tiles (begin, full_begin, full_end, end); 16-byte aligned */
+  int32_t* full_offsets;    /* [batch * query_tiles + 1] */
+  int32_t* partial_offsets; /* [batch * query_tiles + 1] */
+  int32_t* full_tiles;      /* [full_offsets[last]] key tiles, ascending within a query tile; lists only */
+  int32_t* partial_tiles;   /* [partial_offsets[last]] likewise */
 } mem1_tile_plan_params;
 
 MEM1_API mem1_status mem1_tile_plan_ranges(const mem1_tile_plan_params* params, void* cuda_stream, mem1_error* error);
