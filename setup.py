@@ -107,6 +107,8 @@ setup(
         torch_requirement(),
         "numpy>=1.26",
         "transformers>=5.17",
+        "safetensors",
+        "tokenizers",
     ],
     setup_requires=[] if TORCH_DIR else [f"torch=={TESTED_TORCH}"],
     ext_modules=[Extension("mem1_core._C", sources=[])],

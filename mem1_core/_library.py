@@ -14,8 +14,8 @@ try:
     from mem1_core import _C
 except ImportError as error:
     raise ImportError(
-        f"mem1_core: its compiled part does not load into torch {torch.__version__}; build it for this torch with "
-        f"`pip install .` ({error})"
+        f"mem1_core: its compiled part does not load into torch {torch.__version__}; build it for this torch "
+        f"with `pip install .` ({error})"
     ) from error
 
 ops = torch.ops.mem1_core

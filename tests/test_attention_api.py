@@ -108,7 +108,7 @@ def test_second_derivative_is_refused() -> None:
         torch.autograd.grad(dq.square().sum(), [k])
 
 
-# --------------------------------------------------------------------- direct calls with a plan of another mask
+# ------------------------------------------------------------------------ direct calls of the registered ops
 
 
 def damaged(damage: str) -> tuple[object, ...]:

@@ -50,7 +50,7 @@ PYTHON = {
     "mem1_core.integrations.*": May("torch transformers mem1_core.ops mem1_core.trajectory"),
     "mem1.plots": May("torch mem1 mem1_core", call="matplotlib"),
     "mem1": May("torch transformers tokenizers mem1 mem1_core"),
-    "mem1.*": May("torch transformers tokenizers mem1 mem1_core"),
+    "mem1.*": May("torch transformers tokenizers safetensors mem1 mem1_core"),
 }
 PACKAGES = {"mem1_core": ROOT / "mem1_core", "mem1": ROOT / "python" / "mem1"}
 

@@ -15,6 +15,9 @@ from mem1.envs.base import Action, Environment, Observation
 from mem1.rollout import rollout
 from mem1.trajectory import Trajectory
 
+# The agent reads this as `<info>`, in which tags are left out: it has to make do with words.
+MALFORMED = "malformed ; write a lookup or the answer"
+
 
 class Reply(NamedTuple):
     """`text` is None if the agent gave no answer; `trajectory.finished` then says why."""
@@ -28,7 +31,9 @@ class MemoryEfficientAgent:
 
         agent = MemoryEfficientAgent.load("runs/demo/train/last")
         trajectory = agent.run(MultiHopEnv(objectives=4), seed=7)
-        reply = agent.answer("questions : ada boss teacher .", tool=look_up)
+        reply = agent.answer(
+            "answer these questions in order , a name each : ada boss teacher .", tool=look_up
+        )
 
     model: causal language model with attention "mem1" (see `checkpoint.load`); tokenizer: every tag is one
     token.
@@ -76,7 +81,7 @@ class _ToolWorld:
             self.answer = action.text
             return Observation("", 0.0, True)
         if action.kind == "malformed":
-            return Observation("malformed ; write <query> or <answer>", 0.0, False)
+            return Observation(MALFORMED, 0.0, False)
         return Observation(self.tool(action.text), 0.0, False)
 
     def score(self) -> dict[str, float]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from mem1 import checkpoint
+from mem1.checkpoint import whole_file
 from mem1.config import PPOConfig, Prune, Regime, RolloutConfig, TrainConfig, WarmStartConfig
 from mem1.demo import demo
 from mem1.envs.multihop import MultiHopEnv
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     disable_progress_bar()  # transformers draws one for every checkpoint
     try:
         options.run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"mem1 {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -50,7 +51,7 @@ def _train(options: argparse.Namespace) -> None:
         passage_tokens=options.passage_tokens,
         threads=options.threads,
         seed=options.seed,
-        rollout=_rollout_config(options),
+        rollout=_rollout_config(options, options.objectives[1]),
         warmstart=WarmStartConfig(seconds=options.warmstart_seconds, steps=options.warmstart_steps),
         ppo=PPOConfig(actor_lr=options.actor_lr, critic_lr=options.critic_lr, kl=options.kl),
     )
@@ -60,39 +61,51 @@ def _train(options: argparse.Namespace) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     _threads(options)
+
+    def make_environment(n: int) -> MultiHopEnv:
+        return MultiHopEnv(n, options.hops, options.passage_tokens)
+
+    for n in options.objectives:
+        make_environment(n)  # one that is out of range fails before any work
+    configs = {n: _rollout_config(options, n) for n in options.objectives}
     model, tokenizer, _ = checkpoint.load(options.model)
-    config = _rollout_config(options)
     results: list[Result] = []
-    for agent, prune in (("MEM1", config.prune), ("full context", "never")):
-        rows, trajectories = evaluate(
-            model,
-            tokenizer,
-            replace(config, prune=prune),
-            agent=agent,
-            objectives=options.objectives,
-            episodes=options.episodes,
-            seed=options.seed,
-            make_environment=lambda n: MultiHopEnv(n, options.hops, options.passage_tokens),
-        )
-        results += rows
+    prunes: tuple[tuple[str, Prune], ...] = (("MEM1", options.prune), ("full context", "never"))
+    for agent, prune in prunes:
+        trajectories: list[Trajectory] = []
+        for n, config in configs.items():
+            rows, played = evaluate(
+                model,
+                tokenizer,
+                replace(config, prune=prune),
+                agent=agent,
+                objectives=(n,),
+                episodes=options.episodes,
+                seed=options.seed,
+                make_environment=make_environment,
+            )
+            results += rows
+            trajectories += played
         print(f"{agent}: sampled and recomputed log-probs")
-        print(table([parity(model, trajectories, config.regime, config.temperature)]))
+        print(table([parity(model, trajectories, options.regime, options.temperature)]))
+    print("means per episode; lengths in tokens, seconds of wall time per episode")
     print(table(results))
 
 
 def _rollout(options: argparse.Namespace) -> None:
     _threads(options)
+
+    def make_environment() -> MultiHopEnv:
+        return MultiHopEnv(options.objectives, options.hops, options.passage_tokens)
+
+    make_environment()  # one that is out of range fails before any work
+    config = _rollout_config(options, options.objectives[1])
     model, tokenizer, _ = checkpoint.load(options.model)
     seeds = range(options.seed, options.seed + options.episodes)
     start, tokens = time.perf_counter(), 0
-    with options.out.open("w") if options.out else nullcontext() as file:
+    with whole_file(options.out) if options.out else nullcontext() as file:
         for trajectory in rollout(
-            model,
-            tokenizer,
-            lambda: MultiHopEnv(options.objectives, options.hops, options.passage_tokens),
-            seeds,
-            _rollout_config(options),
-            scripted=options.scripted,
+            model, tokenizer, make_environment, seeds, config, scripted=options.scripted
         ):
             tokens += int(trajectory.policy_mask.sum())
             if file is None:
@@ -132,7 +145,13 @@ def _threads(options: argparse.Namespace) -> None:
         torch.set_num_threads(options.threads)
 
 
-def _rollout_config(options: argparse.Namespace) -> RolloutConfig:
+def _rollout_config(options: argparse.Namespace, objectives: int) -> RolloutConfig:
+    """The settings of the sampler for episodes of at most that many objectives.
+
+    Limits that were not given leave room for the world: a whole passage, and twice the turns of the expert.
+    """
+    default = RolloutConfig()
+    room = 2 * (objectives * options.hops + 1)
     return RolloutConfig(
         slots=options.slots,
         regime=options.regime,
@@ -142,8 +161,10 @@ def _rollout_config(options: argparse.Namespace) -> RolloutConfig:
         top_k=options.top_k,
         greedy=options.greedy,
         max_action=options.max_action,
-        max_info=options.max_info,
-        max_turns=options.max_turns,
+        max_info=max(default.max_info, options.passage_tokens)
+        if options.max_info is None
+        else options.max_info,
+        max_turns=max(default.max_turns, room) if options.max_turns is None else options.max_turns,
     )
 
 
@@ -181,13 +202,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--actor-lr", type=float, default=config.ppo.actor_lr, help="learning rate of the policy")
     add("--critic-lr", type=float, default=config.ppo.critic_lr, help="learning rate of the critic")
     add("--kl", type=float, default=config.ppo.kl, help="weight of the KL to the start of PPO")
-    add("--seed", type=int, default=config.seed, help="of the first episode")
+    add("--seed", type=_seed, default=config.seed, help="of the first episode")
 
     add = command("eval", _eval, "MEM1 beside the full-context agent of the same weights").add_argument
     add("model", type=Path, help="checkpoint folder")
     add("--objectives", type=_positive, nargs="+", default=OBJECTIVES, help="questions per episode")
     add("--episodes", type=_positive, default=16, help="episodes per number of objectives")
-    add("--seed", type=int, default=1_000_000, help="of the first episode; training counts from 0")
+    add("--seed", type=_seed, default=1_000_000, help="of the first episode; training counts from 0")
 
     add = command("rollout", _rollout, "let an agent play and print or save what it does").add_argument
     add("model", type=Path, help="checkpoint folder")
@@ -195,12 +216,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--episodes", type=_positive, default=4, help="how many")
     add("--scripted", action="store_true", help="the environment's expert writes, the model reads along")
     add("--out", type=Path, help="write trajectories to this .jsonl file instead of the terminal")
-    add("--seed", type=int, default=0, help="of the first episode")
+    add("--seed", type=_seed, default=0, help="of the first episode")
 
     add = command("demo", _demo, "train, evaluate and plot in about five minutes").add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="folder for everything it makes")
     add("--quick", action="store_true", help="the same in well under a minute, without learning much")
-    add("--seed", type=int, default=0, help="of the first episode")
+    add("--seed", type=_seed, default=0, help="of the first episode")
     return parser
 
 
@@ -224,8 +245,8 @@ def _sampling() -> argparse.ArgumentParser:
     add("--top-k", type=int, default=default.top_k, help="most likely tokens only; 0: all")
     add("--greedy", action="store_true", help="always the most likely token")
     add("--max-action", type=_positive, default=default.max_action, help="tokens of one action")
-    add("--max-info", type=int, default=default.max_info, help="tokens the environment may say in one turn")
-    add("--max-turns", type=_positive, default=default.max_turns, help="turns of one episode")
+    add("--max-info", type=int, help="tokens the environment may say in one turn; None: room for a passage")
+    add("--max-turns", type=_positive, help="turns of one episode; None: at least twice the expert's")
     return parser
 
 
@@ -236,10 +257,17 @@ def _positive(text: str) -> int:
     return value
 
 
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"wanted an integer in [0, 2**32), got {text}")
+    return value
+
+
 def _interval(text: str) -> tuple[int, int]:
-    low, _, high = text.partition("-")
+    low, dash, high = text.partition("-")
     try:
-        return int(low), int(high or low)
+        return int(low), int(high if dash else low)
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"wanted a number or an interval such as 1-4, got {text!r}"

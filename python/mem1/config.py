@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -11,6 +12,24 @@ from mem1_core.trajectory import Prune, Regime
 def _require(condition: bool, name: str, wanted: str, value: object) -> None:
     if not condition:
         raise ValueError(f"{name}: wanted {wanted}, got {value!r}")
+
+
+def _require_rate(name: str, value: float) -> None:
+    _require(math.isfinite(value) and value > 0, name, "a finite number > 0", value)
+
+
+def _require_seconds(value: float | None) -> None:
+    _require(value is None or value > 0, "seconds", "a number > 0 or None", value)
+
+
+def _require_seed(value: int) -> None:
+    # Samplers multiply it by a million, torch takes 64 bits; the warm start's episodes begin at 2**32.
+    _require(0 <= value < 2**32, "seed", "an integer in [0, 2**32)", value)
+
+
+def _require_objectives(value: tuple[int, int]) -> None:
+    least, most = value
+    _require(1 <= least <= most, "objectives", "1 <= least <= most", value)
 
 
 @dataclass(frozen=True)
@@ -36,6 +55,7 @@ class ModelConfig:
         _require(
             self.heads % self.kv_heads == 0, "heads", f"a multiple of kv_heads={self.kv_heads}", self.heads
         )
+        _require_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -72,7 +92,11 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """Supervised steps on scripted trajectories before PPO."""
+    """Supervised steps on scripted trajectories before PPO.
+
+    In a training run the world and the layout are those of the run: `train` sets objectives, hops,
+    passage_tokens, regime and prune.
+    """
 
     steps: int = 2000  # at most; whichever of steps and seconds comes first
     seconds: float | None = None
@@ -84,12 +108,18 @@ class WarmStartConfig:
     auxiliary: float = 0.4  # share of copy and dictionary look-up sequences, at the start
     objectives: tuple[int, int] = (1, 4)  # least and most questions of one episode
     hops: int = 2
+    passage_tokens: int = 0
     regime: Regime = "carry"  # the layout that is trained on: that of the rollouts to come
+    prune: Prune = "action"
     seed: int = 1
 
     def __post_init__(self) -> None:
         _require(self.steps >= 0, "steps", "an integer >= 0", self.steps)
+        _require_seconds(self.seconds)
+        _require_rate("learning_rate", self.learning_rate)
         _require(0 <= self.auxiliary <= 1, "auxiliary", "a share in [0, 1]", self.auxiliary)
+        _require_objectives(self.objectives)
+        _require_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -118,7 +148,10 @@ class PPOConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "minibatch", "micro_tokens"):
             _require(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
+        _require(math.isfinite(self.kl) and self.kl >= 0, "kl", "a finite number >= 0", self.kl)
         _require(self.kl_in in ("reward", "loss"), "kl_in", "'reward' or 'loss'", self.kl_in)
+        for name in ("actor_lr", "critic_lr"):
+            _require_rate(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -143,8 +176,12 @@ class TrainConfig:
         for name in ("batch", "hops", "save_every"):
             _require(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
         _require(self.updates >= 0, "updates", "an integer >= 0", self.updates)
-        low, high = self.objectives
-        _require(1 <= low <= high, "objectives", "1 <= least <= most", self.objectives)
+        _require(
+            self.threads is None or self.threads >= 1, "threads", "an integer >= 1 or None", self.threads
+        )
+        _require_seconds(self.seconds)
+        _require_objectives(self.objectives)
+        _require_seed(self.seed)
 
     def environment(self) -> dict[str, Any]:
         """Keyword arguments of the training environment."""

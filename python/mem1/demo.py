@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from mem1.checkpoint import whole_file
 from mem1.config import PPOConfig, Prune, Regime, RolloutConfig, TrainConfig, WarmStartConfig
 from mem1.envs.multihop import MultiHopEnv
 from mem1.evaluate import OBJECTIVES, Parity, Result, evaluate, evaluate_script, parity, table
@@ -29,8 +31,11 @@ _SHOWN = ("agent", "objectives", "reward", "exact_match", "answered", "turns", "
 def demo(out: Path, *, quick: bool = False, seed: int = 0, say: Callable[[str], None] = print) -> None:
     """Run the demo; everything it makes is in the folder `out`.
 
-    `quick` does the same in well under a minute with a smaller budget of each part.
+    `quick` does the same in well under a minute with a smaller budget of each part. Raises ImportError at
+    once if there is no matplotlib for the plots at the end.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("the plots need matplotlib: pip install 'mem1_core[plot]'")
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
 
@@ -42,6 +47,7 @@ def demo(out: Path, *, quick: bool = False, seed: int = 0, say: Callable[[str], 
     model, tokenizer, _ = train(config, out / "train", say=say)
 
     title("2/4 the trained policy, greedy: MEM1 against the same weights with everything kept in context")
+    say("means per episode; lengths in tokens, seconds of wall time per episode")
     results: list[Result] = []
     lines: list[str] = []
     for agent, prune in AGENTS:
@@ -56,7 +62,8 @@ def demo(out: Path, *, quick: bool = False, seed: int = 0, say: Callable[[str], 
             )
             results += rows
             lines += [json.dumps({"agent": agent, **trajectory.to_dict()}) for trajectory in trajectories]
-    (out / "trajectories.jsonl").write_text("\n".join(lines) + "\n")
+    with whole_file(out / "trajectories.jsonl") as file:
+        file.write("\n".join(lines) + "\n")
     say(table(results, (*_SHOWN, "dependency", "seconds")))
 
     title("3/4 the scripted expert on the same job: what memory takes when every question gets answered")
@@ -71,9 +78,8 @@ def demo(out: Path, *, quick: bool = False, seed: int = 0, say: Callable[[str], 
     report = {
         name: [asdict(row) for row in rows] for name, rows in (("trained", results), ("scripted", scripted))
     }
-    (out / "results.json").write_text(
-        json.dumps(report | {"parity": [asdict(row) for row in measured]}, indent=2)
-    )
+    with whole_file(out / "results.json") as file:
+        json.dump(report | {"parity": [asdict(row) for row in measured]}, file, indent=2)
     plot_peaks(scripted, out / "peak_tokens.png")
     plot_peaks(results, out / "peak_tokens_trained.png")
     plot_learning(out / "train" / METRICS, out / "learning_curve.png")

@@ -160,7 +160,7 @@ def parity(
         raise ValueError("trajectories: wanted at least one in which the policy wrote a token, got none")
     weight = model.get_output_embeddings().weight
     difference = []
-    for group in split(chosen, micro_tokens):
+    for group in split(chosen, micro_tokens, regime):
         part = [chosen[i] for i in group]
         new = recompute_logprobs(model, pack(part, regime, weight.device), temperature).cpu()
         difference.append(new - torch.cat([t.logprobs[t.policy_mask] for t in part]))

@@ -62,14 +62,15 @@ def pack(trajectories: list[Trajectory], regime: Regime, device: torch.device | 
     )
 
 
-def split(trajectories: list[Trajectory], micro_tokens: int) -> Iterator[list[int]]:
-    """Indices of the trajectories in groups of at most `micro_tokens` tokens; never an empty group, none left
+def split(trajectories: list[Trajectory], micro_tokens: int, regime: Regime = "carry") -> Iterator[list[int]]:
+    """Indices of the trajectories in groups of at most `micro_tokens` rows of the layout of `regime`, which
+    are the tokens of a forward; a longer trajectory is a group of its own. Never an empty group, none left
     out.
     """
     group: list[int] = []
     tokens = 0
     for i, trajectory in enumerate(trajectories):
-        n = trajectory.tokens.numel()
+        n = trajectory.layout(regime).source.numel()
         if group and tokens + n > micro_tokens:
             yield group
             group, tokens = [], 0
@@ -180,7 +181,7 @@ class PPO:
         """
         self._training(False)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for group in split(trajectories, self.config.micro_tokens):
+        for group in split(trajectories, self.config.micro_tokens, self.regime):
             stream = pack([trajectories[i] for i in group], self.regime, self.device)
             old = recompute_logprobs(self.actor, stream, self.temperature)
             ref = (
@@ -230,7 +231,7 @@ class PPO:
             ("policy_loss", "value_loss", "kl", "entropy", "clip_fraction", "value_clip_fraction"), 0.0
         )
         ratio_max = 0.0
-        for group in split([e.trajectory for e in batch], config.micro_tokens):
+        for group in split([e.trajectory for e in batch], config.micro_tokens, self.regime):
             part = [batch[i] for i in group]
             stream = pack([e.trajectory for e in part], self.regime, self.device)
             share = sum(stream.counts) / total

@@ -7,9 +7,12 @@ in turns.
 
 from __future__ import annotations
 
+import math
+import reprlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from numbers import Real
 from typing import Literal, TypeVar
 
 import torch
@@ -18,13 +21,17 @@ from transformers import PreTrainedTokenizerBase
 
 from mem1.config import RolloutConfig
 from mem1.engine import Engine, sample
-from mem1.envs.base import Action, Environment, ScriptedAction, ScriptedEnvironment
+from mem1.envs.base import Action, Environment, Observation, ScriptedAction, ScriptedEnvironment
 from mem1.tokenizer import TAGS
 from mem1.trajectory import Trajectory
 from mem1_core.trajectory import Kind, Segment, evict_from_turns
 
+# How `Trajectory.finished` begins when the environment failed: it raised, or gave something else than the
+# protocol asks for. Such an episode has reward 0 and says nothing about the policy.
+ENVIRONMENT_ERROR = "environment error"
+
 _Answer = TypeVar("_Answer")
-_ERROR = "environment error"
+_FAILED = {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
 _SEED_STRIDE = 1_000_003  # keeps the samplers of neighbouring seeds apart when `sampling_seed` moves
 
 
@@ -147,8 +154,10 @@ class Codec:
         return [self.ids["<info>"], *body[:limit], self.ids["</info>"]]
 
     def script(self, step: ScriptedAction) -> list[int]:
-        """The tokens of an expert's action."""
+        """The tokens of an expert's action. Raises ValueError unless it is a query or an answer."""
         kind, text = step.action
+        if kind not in ("query", "answer"):
+            raise ValueError(f"expert_action: wanted a query or an answer, got {reprlib.repr(kind)}")
         written = f"<IS> {step.state} </IS> <{kind}> {text} </{kind}>"
         return self.tokenizer.encode(written, add_special_tokens=False)
 
@@ -208,9 +217,9 @@ class Episode:
         generator = torch.Generator().manual_seed(seed * _SEED_STRIDE + sampling_seed)
         self._uniform = torch.rand(config.max_turns * config.max_action, generator=generator)
         self._drawn = 0
-        prompt = self._ask(lambda: environment.reset(seed))
+        prompt = self._ask(self._reset)
         if prompt is not None:
-            self._hear("prompt", 0, codec.prompt(prompt))
+            self._hear("prompt", 0, prompt)
             self._begin_action()
 
     def positions(self) -> list[int]:
@@ -258,25 +267,24 @@ class Episode:
 
     def trajectory(self) -> Trajectory:
         """What has happened, once `finished` says why it is over."""
-        failed = {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
-        score = None if self.finished.startswith(_ERROR) else self._ask(self.environment.score)
+        objectives = self._ask(lambda: _expect("objectives", self.environment.objectives, int))
+        score = None if self._failed else self._ask(lambda: _checked_score(self.environment.score()))
         return Trajectory(
             tokens=torch.tensor(self.tokens, dtype=torch.int64),
             segments=self.segments,
             logprobs=torch.tensor(self.logprobs, dtype=torch.float32),
             prune=self.config.prune,
-            score=failed if score is None else score,
+            score=dict(_FAILED) if score is None else score,
             finished=self.finished,
             seconds=time.perf_counter() - self._began,
-            objectives=self.environment.objectives,
+            objectives=1 if objectives is None else objectives,
             seed=self.seed,
         )
 
     def _begin_action(self) -> None:
         self._action_start, self._state_length = len(self.tokens), 0
         if self.scripted:
-            step = self._ask(self.environment.expert_action)  # type: ignore[attr-defined]
-            self._script = deque(self.codec.script(step) if step is not None else [])
+            self._script = deque(self._ask(self._expert) or [])
 
     def _complete_action(self) -> None:
         written = self.tokens[self._action_start + self._state_length :]
@@ -284,16 +292,17 @@ class Episode:
         if written:
             kind: Kind = "answer" if action.kind == "answer" else "query"
             self.segments.append(Segment(kind, self.turn, len(written)))
-        observation = self._ask(lambda: self.environment.step(action))
-        if observation is None:
+        reply = self._ask(lambda: self._step(action))
+        if reply is None:
             return
-        if observation.done:
+        info, done = reply
+        if done:
             self.finished = "answered" if action.kind == "answer" else "ended by the environment"
         elif self.turn == self.config.max_turns:
             self.finished = "turn limit"
         else:
             self._boundary("info")
-            self._hear("info", self.turn, self.codec.info(observation.text, self.config.max_info))
+            self._hear("info", self.turn, info)
             self.turn += 1
             self._begin_action()
 
@@ -319,11 +328,53 @@ class Episode:
         (self.unread if self._alive is None else self.held).extend(range(begin, len(self.tokens)))
 
     def _ask(self, question: Callable[[], _Answer]) -> _Answer | None:
-        """Ask the environment. Whatever it raises ends this episode and no other."""
+        """Ask the environment, and turn what it gives into what the loop works with: no question below gives
+        None. Whatever this raises ends this episode and no other.
+        """
         try:
             return question()
-        except (
-            Exception
-        ) as error:  # a world is foreign code: any error of it must not lose the batch, and is recorded
-            self.finished = f"{_ERROR}: {type(error).__name__}: {error}"
+        except Exception as error:  # a world is foreign code: no error of it may lose the batch
+            if not self._failed:
+                self.finished = f"{ENVIRONMENT_ERROR}: {type(error).__name__}: {error}"
+            self.unread, self.held = [], []
             return None
+
+    @property
+    def _failed(self) -> bool:
+        return self.finished.startswith(ENVIRONMENT_ERROR)
+
+    # The questions.
+
+    def _reset(self) -> list[int]:
+        """The tokens of the prompt."""
+        text = _expect("reset", self.environment.reset(self.seed), str)
+        tokens = self.codec.prompt(text)
+        if not tokens:
+            raise ValueError(f"reset: wanted a prompt of at least one token, got {text!r}")
+        return tokens
+
+    def _step(self, action: Action) -> tuple[list[int], bool]:
+        """The tokens of what the environment says to an action, and whether the episode is over."""
+        text, _, done = _expect("step", self.environment.step(action), Observation)
+        info = self.codec.info(_expect("step: text", text, str), self.config.max_info)
+        return info, _expect("step: done", done, bool)
+
+    def _expert(self) -> list[int]:
+        """The tokens of the expert's next action."""
+        step = self.environment.expert_action()  # type: ignore[attr-defined]
+        return self.codec.script(_expect("expert_action", step, ScriptedAction))
+
+
+def _expect(what: str, value: object, kind: type[_Answer]) -> _Answer:
+    if not isinstance(value, kind):
+        got = f"{type(value).__name__} {reprlib.repr(value)}"
+        raise TypeError(f"{what}: wanted {kind.__name__}, got {got}")
+    return value
+
+
+def _checked_score(score: object) -> dict[str, float]:
+    given = _expect("score", score, dict)
+    sound = all(isinstance(value, Real) and math.isfinite(value) for value in given.values())
+    if not sound or not _FAILED.keys() <= given.keys():
+        raise ValueError(f"score: wanted finite numbers for {', '.join(_FAILED)}, got {given}")
+    return {str(name): float(value) for name, value in given.items()}

@@ -104,9 +104,9 @@ def examples(
         if draw.random() < auxiliary:
             example = draw.choice((copy_example, lookup_example))(ids, draw)
         else:
-            environment = MultiHopEnv((least, reach), hops=config.hops)
+            environment = MultiHopEnv((least, reach), config.hops, config.passage_tokens)
             # Seeds far above those that evaluations and PPO count up from 0.
-            example = scripted_example(environment, 2**32 + draw.getrandbits(32), ids)
+            example = scripted_example(environment, 2**32 + draw.getrandbits(32), ids, config.prune)
         tokens += len(example.tokens)
         yield example
 

@@ -40,6 +40,20 @@ def test_a_failed_save_keeps_the_old_checkpoint(make_model, tokenizer, tmp_path)
     with pytest.raises(AttributeError):
         checkpoint.save(tmp_path / "last", make_model(), None)
     assert checkpoint.load(tmp_path / "last").trainer == {"step": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last"]
+    assert checkpoint.load(tmp_path).trainer == {"step": 1}  # the folder of a run stands for its last
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "trainer.pt"])
+def test_a_damaged_file_is_named(make_model, tokenizer, tmp_path, name):
+    path = checkpoint.save(tmp_path / "last", make_model(), tokenizer, {"step": 1})
+    if name == "tokenizer.json":
+        (path / name).unlink()
+    else:
+        (path / name).write_bytes((path / name).read_bytes()[:-100])
+    with pytest.raises(ValueError, match=name) as error:
+        checkpoint.load(path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path):

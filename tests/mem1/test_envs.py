@@ -3,9 +3,11 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from mem1 import agent
 from mem1.envs.base import Action, Observation
 from mem1.envs.multihop import INSTRUCTION, MALFORMED, NOTHING_FOUND, MultiHopEnv
 from mem1.envs.words import NAMES
+from mem1.rollout import Codec
 from mem1.tasks.scripted import scripted_example
 from mem1_core.trajectory import Prune, TrajectoryMask
 
@@ -148,6 +150,12 @@ def test_all_texts_are_in_the_vocabulary(tokenizer: PreTrainedTokenizerFast) -> 
     texts += play(MultiHopEnv(2, adversarial=True), 0)[0]
     for text in [*texts, MALFORMED, NOTHING_FOUND]:
         assert tokenizer.unk_token_id not in tokenizer.encode(text), text
+
+
+@pytest.mark.parametrize("hint", [MALFORMED, agent.MALFORMED])
+def test_hints_reach_the_agent_word_for_word(tokenizer: PreTrainedTokenizerFast, hint: str) -> None:
+    shown = tokenizer.decode(Codec(tokenizer).info(hint, limit=64))
+    assert shown == f"<info> {hint} </info>"
 
 
 def peak(

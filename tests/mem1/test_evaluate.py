@@ -5,15 +5,57 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from mem1.config import RolloutConfig
 from mem1.demo import growth, script_results
-from mem1.evaluate import Parity, Result, evaluate, evaluate_script, table
+from mem1.evaluate import Parity, Result, evaluate, evaluate_script, summarize, table
 from mem1.plots import plot_learning, plot_mask, plot_peaks
+from mem1.trajectory import Trajectory
+from mem1_core.trajectory import Segment
 
 
 def result(agent: str, objectives: int, peak: float) -> Result:
     return Result(agent, objectives, 1, 0.5, 1.0, 1.0, 1.0, 3.0, 40.0, peak, peak - 10, 500.0, 0.1)
+
+
+def handmade(*segments: Segment, **settings) -> Trajectory:
+    length = sum(segment.length for segment in segments)
+    return Trajectory(torch.zeros(length, dtype=torch.int64), list(segments), torch.zeros(length), **settings)
+
+
+def test_a_row_is_the_mean_over_the_episodes():
+    long = handmade(
+        Segment("prompt", 0, 4),
+        *(Segment("is", 1, 3), Segment("query", 1, 2), Segment("info", 1, 5)),
+        *(Segment("is", 2, 2), Segment("query", 2, 3), Segment("info", 2, 1)),
+        *(Segment("is", 3, 1), Segment("answer", 3, 2)),
+        prune="action",
+        score={"reward": 0.5, "exact_match": 2.0, "f1": 3.0},
+    )
+    short = handmade(
+        *(Segment("prompt", 0, 6), Segment("is", 1, 2), Segment("query", 1, 2)),
+        prune="action",
+        finished="too many turns",
+    )
+    # Actions: 5 tokens that find the prompt's 4; 5 that find 4 + 10; 3 that find 4 + 6, turn 1 being pruned.
+    # At most the prompt, turn 1 and action 2 are live: 4 + 10 + 5. The short one: 4 tokens that find 6.
+    dependency = (4 + 5 / 2) * 5 + (14 + 5 / 2) * 5 + (10 + 3 / 2) * 3, (6 + 4 / 2) * 4
+    assert summarize("MEM1", 3, [long, short], seconds=7.0) == Result(
+        agent="MEM1",
+        objectives=3,
+        episodes=2,
+        reward=0.25,
+        exact_match=1.0,
+        f1=1.5,
+        answered=0.5,
+        turns=(3 + 1) / 2,
+        tokens=(23 + 10) / 2,
+        peak=(19 + 10) / 2,
+        peak_without_prompt=(15 + 4) / 2,
+        dependency=sum(dependency) / 2,
+        seconds=3.5,
+    )
 
 
 def test_every_agent_gets_the_same_episodes(make_model, tokenizer):

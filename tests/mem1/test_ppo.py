@@ -1,8 +1,12 @@
-"""PPO: advantages, what a step does, and that splitting a minibatch changes nothing."""
+"""PPO: advantages, what a step does, its formulas written out, and that splitting a minibatch changes
+nothing.
+"""
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -87,6 +91,134 @@ def test_advantages_reach_policy_tokens_only_and_carry_the_reward(make_model, pl
     assert abs(float(advantages.std()) - 1) < 1e-3
     assert metrics["dlogp_max"] < 5e-5
     assert metrics["kl_reference"] < 1e-8
+
+
+def alone(module, trajectory: Trajectory) -> torch.Tensor:
+    """What an actor (logits) or a critic (values) says before each policy token, unpacked: [M, ...]."""
+    positions = torch.arange(trajectory.tokens.numel())[None]
+    with torch.no_grad():
+        output = module(trajectory.tokens[None], position_ids=positions, mem1_mask=trajectory.mask)
+    return getattr(output, "logits", output)[0, trajectory.policy_mask.nonzero()[:, 0] - 1]
+
+
+@pytest.mark.parametrize("kl_in", ["reward", "loss"])
+def test_prepare_and_step_follow_the_formulas(make_model, tokenizer, kl_in):
+    """Every number is recomputed from single trajectories, with no setting at a value that hides it."""
+    gamma, lam, clip, value_clip, kl, entropy, heat = 0.9, 0.8, 0.15, 0.1, 0.3, 0.07, 0.7
+    ppo = PPO(
+        make_model(),
+        build_critic(make_model()),
+        make_model(),
+        PPOConfig(
+            gamma=gamma,
+            lam=lam,
+            clip=clip,
+            value_clip=value_clip,
+            kl=kl,
+            kl_in=kl_in,
+            entropy=entropy,
+            micro_tokens=150,
+        ),
+        "carry",
+        temperature=heat,
+    )
+    torch.manual_seed(2)
+    with torch.no_grad():
+        ppo.critic.head.weight.normal_(std=0.1)
+        for parameter in ppo.actor.parameters():
+            parameter.mul_(1.1)  # away from the reference
+    environment = partial(MultiHopEnv, (1, 3))
+    played = list(rollout(ppo.actor, tokenizer, environment, range(6), replace(ROLLOUT, temperature=heat)))
+    for trajectory in played:
+        trajectory.score["reward"] = float(trajectory.seed % 2)
+
+    batch, metrics = ppo.prepare(played)
+    assert [experience.trajectory for experience in batch] == played
+    assert metrics["dlogp_max"] < 5e-5
+    advantages = []
+    for experience in batch:
+        trajectory = experience.trajectory
+        choice = trajectory.tokens[trajectory.policy_mask][:, None]
+        logprob, reference = (
+            (alone(model, trajectory) / heat).log_softmax(-1).gather(1, choice)[:, 0]
+            for model in (ppo.actor, ppo.reference)
+        )
+        value = alone(ppo.critic, trajectory)
+        assert value.std() > 0.1
+        reward = -kl * (logprob - reference).clamp(min=0) if kl_in == "reward" else torch.zeros_like(value)
+        reward[-1] += trajectory.reward
+        advantage, later, next_value = torch.zeros_like(value), 0.0, 0.0
+        for t in reversed(range(len(value))):
+            later = reward[t] + gamma * next_value - value[t] + gamma * lam * later
+            advantage[t], next_value = later, value[t]
+        advantages.append(advantage)
+        torch.testing.assert_close(experience.old_logprob, logprob, atol=5e-5, rtol=0)
+        torch.testing.assert_close(experience.ref_logprob, reference, atol=5e-5, rtol=0)
+        torch.testing.assert_close(experience.old_value, value, atol=5e-5, rtol=0)
+        torch.testing.assert_close(experience.returns, advantage + value, atol=1e-4, rtol=0)
+    raw = torch.cat(advantages)
+    white = torch.cat([experience.advantage for experience in batch])
+    torch.testing.assert_close(white, (raw - raw.mean()) / raw.std(), atol=5e-4, rtol=0)
+
+    for experience in batch:  # an old policy and an old critic from which both losses have to clip
+        experience.old_logprob += 0.4 * torch.randn_like(experience.old_logprob)
+        experience.old_value += 0.4 * torch.randn_like(experience.old_value)
+    old, ref, old_value, advantage, returns = (
+        torch.cat([getattr(experience, name) for experience in batch])
+        for name in ("old_logprob", "ref_logprob", "old_value", "advantage", "returns")
+    )
+    table = torch.cat([alone(ppo.actor, t) / heat for t in played]).log_softmax(-1)
+    tokens = torch.cat([t.tokens[t.policy_mask] for t in played])
+    logprob = table.gather(1, tokens[:, None])[:, 0]
+    value = torch.cat([alone(ppo.critic, t) for t in played])
+    ratio = (logprob - old).exp()
+    assert ((ratio > 1 + clip) & (advantage > 0)).any() and ((ratio < 1 - clip) & (advantage < 0)).any()
+    plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
+    k3 = (ref - logprob).exp() - 1 - (ref - logprob)
+    surprise = -(table.exp() * table).sum(-1)
+    loss = torch.maximum(plain, clipped) - entropy * surprise + (kl * k3 if kl_in == "loss" else 0.0)
+    error = (value - returns).square()
+    clipped_error = (old_value + (value - old_value).clamp(-value_clip, value_clip) - returns).square()
+    expected = {
+        "policy_loss": loss.mean(),
+        "value_loss": torch.maximum(error, clipped_error).mean() / 2,
+        "kl": k3.mean(),
+        "entropy": surprise.mean(),
+        "clip_fraction": (clipped > plain).float().mean(),
+        "value_clip_fraction": (clipped_error > error).float().mean(),
+        "ratio_max": ratio.max(),
+    }
+    got = ppo.step(batch)
+    assert {name: got[name] for name in expected} == pytest.approx(
+        {name: float(number) for name, number in expected.items()}, rel=1e-3, abs=1e-5
+    )
+
+
+def test_every_epoch_steps_through_all_minibatches_while_the_rates_warm_up(make_model, played):
+    ppo = build(
+        make_model,
+        epochs=3,
+        minibatch=4,
+        critic_only=1,
+        actor_lr=0.01,
+        actor_warmup=4,
+        critic_lr=0.02,
+        critic_warmup=8,
+    )
+    rates: dict[str, list[float]] = {"actor": [], "critic": []}
+    for name, optimizer in ppo.optimizers.items():
+        optimizer.step = lambda r=rates[name], o=optimizer: r.append(o.param_groups[0]["lr"])
+    seeds, step = [], ppo.step
+    ppo.step = lambda batch, train_actor: (
+        seeds.extend(experience.trajectory.seed for experience in batch) or step(batch, train_actor)
+    )
+    for _ in range(2):
+        ppo.update(played)
+    # Two minibatches of four, three times, in two updates; the actor sits out the first of these.
+    assert rates["critic"] == pytest.approx([0.02 * min(1, n / 8) for n in range(1, 13)])
+    assert rates["actor"] == pytest.approx([0.01 * min(1, n / 4) for n in range(1, 7)])
+    epochs = [sorted(seeds[i : i + 8]) for i in range(0, len(seeds), 8)]
+    assert epochs == [list(range(8))] * 6
 
 
 def test_kl_in_the_reward_lowers_returns(make_model, played):

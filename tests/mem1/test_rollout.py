@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mem1.agent import MemoryEfficientAgent
 from mem1.config import RolloutConfig
 from mem1.engine import Engine
-from mem1.envs.base import Action, Observation
+from mem1.envs.base import Action, Observation, ScriptedAction
 from mem1.envs.multihop import MultiHopEnv
-from mem1.rollout import Codec, Episode, play_script, rollout
+from mem1.rollout import ENVIRONMENT_ERROR, Codec, Episode, play_script, rollout
 from mem1.trajectory import Trajectory
 from mem1_core.trajectory import evict_from_turns
 
@@ -163,6 +165,56 @@ def test_a_faulty_environment_ends_its_own_episode_only(make_model, tokenizer):
     sound = {t.seed: t for t in rollout(model, tokenizer, lambda: MultiHopEnv(2), range(6), CONFIG)}
     for seed in (0, 2, 4):
         assert torch.equal(played[seed].tokens, sound[seed].tokens)
+
+
+WRONG = [
+    ("reset", 3, "TypeError: reset: wanted str, got int 3"),
+    ("reset", None, "TypeError: reset: wanted str, got NoneType None"),
+    ("reset", " ", "ValueError: reset: wanted a prompt of at least one token, got ' '"),
+    ("step", None, "TypeError: step: wanted Observation, got NoneType None"),
+    ("step", Observation(None, 0.0, False), "TypeError: step: text: wanted str, got NoneType None"),
+    ("step", Observation("anna", 0.0, "no"), "TypeError: step: done: wanted bool, got str 'no'"),
+    ("score", None, "TypeError: score: wanted dict, got NoneType None"),
+    ("score", {"reward": 1.0}, "ValueError: score: wanted finite numbers for reward, exact_match, f1, got"),
+    ("score", {"reward": "1", "exact_match": 1, "f1": 1}, "ValueError: score: wanted finite numbers"),
+    ("expert_action", None, "TypeError: expert_action: wanted ScriptedAction, got NoneType None"),
+    (
+        "expert_action",
+        ScriptedAction("ada", Action("malformed", "")),
+        "ValueError: expert_action: wanted a query or an answer, got 'malformed'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "value", "message"), WRONG)
+def test_a_wrong_value_ends_its_own_episode_only(make_model, tokenizer, method, value, message):
+    worlds = [MultiHopEnv(2), MultiHopEnv(2), MultiHopEnv(2)]
+    setattr(worlds[1], method, lambda *arguments: value)
+    make = iter(worlds).__next__
+    played = {t.seed: t for t in rollout(make_model(), tokenizer, make, range(3), CONFIG, scripted=True)}
+    assert played[1].finished.startswith(f"{ENVIRONMENT_ERROR}: {message}")
+    assert played[1].score == {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
+    assert played[1].to_json()
+    assert played[0].reward == played[2].reward == 1.0
+
+
+def test_an_environment_without_objectives_is_an_error_of_its_episode(tokenizer):
+    world = SimpleNamespace(reset=lambda seed: "ada", step=None, score=None, expert_action=None)
+    episode = Episode(world, 0, Codec(tokenizer), CONFIG)
+    assert episode.trajectory().finished.startswith("environment error: AttributeError:")
+
+
+def test_the_agent_reports_an_empty_question_and_a_tool_that_gives_no_text(
+    make_model, tokenizer, monkeypatch
+):
+    agent = MemoryEfficientAgent(make_model(), tokenizer, CONFIG)
+    reply = agent.answer("", tool=str)
+    assert reply.text is None and reply.trajectory.reward == 0.0
+    assert reply.trajectory.finished.endswith("wanted a prompt of at least one token, got ''")
+    script = iter(tokenizer.encode("<IS> ada boss </IS> <query> ada boss </query>"))
+    monkeypatch.setattr(Episode, "forced", lambda episode: next(script))
+    reply = agent.answer("ada boss ?", tool=lambda query: {"found": "carla"})
+    assert reply.trajectory.finished.endswith("step: text: wanted str, got dict {'found': 'carla'}")
 
 
 def test_an_action_without_end_is_malformed_and_cut(tokenizer):

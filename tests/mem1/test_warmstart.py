@@ -61,6 +61,14 @@ def test_curriculum(tokenizer: PreTrainedTokenizerFast) -> None:
         assert turns == {1 + config.hops * k for k in range(1, most + 1)}
 
 
+def test_examples_come_from_the_world_of_the_config(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = replace(SHORT, hops=3, objectives=(2, 2), passage_tokens=50, prune="is", auxiliary=0.0)
+    for example in examples(tokenizer.get_vocab(), random.Random(0), config, 0.0):
+        assert example.prune == "is"
+        assert example.segments[-1].turn == 2 * 3 + 1
+        assert {s.length for s in example.segments if s.kind == "info"} == {50 + 2}
+
+
 @pytest.mark.parametrize("regime", ["carry", "reencode"])
 def test_labels_are_the_tokens_of_the_policy(tokenizer: PreTrainedTokenizerFast, regime: str) -> None:
     model = build_model(tokenizer, SMALL)

@@ -24,8 +24,8 @@ class Action(NamedTuple):
 
 
 class Observation(NamedTuple):
-    """What the environment says to an action: `text` goes into `<info>`; `reward` counts once `done` is
-    true.
+    """What the environment says to an action: `text` goes into `<info>`, without its tags. `reward` is for
+    whoever steps an environment by hand: the loop takes the episode's from `score()`.
     """
 
     text: str
@@ -45,13 +45,16 @@ class Environment(Protocol):
 
     `objectives` is the number of objectives of the current episode (before the first `reset`: the most there
     can be). `step` answers every text, malformed ones included, and never raises because of what the policy
-    wrote.
+    wrote. In a rollout, whatever a method raises or gives against its signature ends this episode, with
+    reward 0 and `finished` "environment error: ..." naming it.
     """
 
     objectives: int
 
     def reset(self, seed: int) -> str:
-        """Start an episode, all of which follows from `seed` and the actions; return the prompt."""
+        """Start an episode, all of which follows from `seed` and the actions; return the prompt: at least one
+        token.
+        """
         ...
 
     def step(self, action: Action) -> Observation:

@@ -24,7 +24,8 @@ from mem1.envs.words import FILLER, NAMES, RELATIONS
 INSTRUCTION = "answer these questions in order , a name each :"
 FOUND = "found"
 NOTHING_FOUND = "nothing found"
-MALFORMED = "malformed ; write <query> name relation </query> or <answer> name ; name </answer>"
+# The agent reads this as `<info>`, in which tags are left out: it has to make do with words.
+MALFORMED = "malformed ; lookup a name and a relation , or answer these questions in order , a name each"
 
 
 class MultiHopEnv:
