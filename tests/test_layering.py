@@ -279,6 +279,9 @@ BANS = {  # what: (pattern, folders)
     "notes to self": (r"\b(TODO|FIXME|XXX|HACK)\b", (*LIBRARY, "bench")),
 }
 
+# One place each. A world is foreign code: whatever it raises ends its episode, is recorded, and loses no batch.
+ALLOWED = {"catching everything": ("python/mem1/rollout.py",)}
+
 
 def code(*folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*")) if path.suffix in CODE]
@@ -296,7 +299,8 @@ def test_banned(ban: str) -> None:
         for path in code(*folders)
         for number in banned_lines(pattern, path.read_text())
     ]
-    assert not found, f"{ban}: {', '.join(found)}"
+    allowed = ALLOWED.get(ban, ())
+    assert [place.partition(":")[0] for place in found] == list(allowed), f"{ban}: {', '.join(found)}"
 
 
 @pytest.mark.parametrize(
