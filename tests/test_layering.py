@@ -279,7 +279,7 @@ BANS = {  # what: (pattern, folders)
     "notes to self": (r"\b(TODO|FIXME|XXX|HACK)\b", (*LIBRARY, "bench")),
 }
 
-# One place each. A world is foreign code: whatever it raises ends its episode, is recorded, and loses no batch.
+# One place each. A world is foreign code: whatever it raises ends its episode and is recorded.
 ALLOWED = {"catching everything": ("python/mem1/rollout.py",)}
 
 
