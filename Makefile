@@ -3,8 +3,8 @@
 # make lint    ruff, mypy, clang-format
 # make ext     rebuild the compiled part after an edit in csrc/ (seconds)
 #
-# The virtual environment is made once and sees the packages of the Python that makes it. Where there is no torch among
-# these, TORCH is installed; on a CPU-only machine with the public index, say
+# The virtual environment is made once. It sees the packages of the Python that makes it if there is a torch among them;
+# else it is closed and TORCH is installed; on a CPU-only machine with the public index, say
 # TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu".
 PYTHON ?= python3
 VENV ?= .venv
@@ -32,10 +32,11 @@ ext: $(VENV)/ready
 	$(BIN)/cmake --install build/editable >/dev/null
 
 $(VENV)/ready: pyproject.toml setup.py CMakeLists.txt
-	$(PYTHON) -m venv --system-site-packages $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --ignore-installed "setuptools>=77" "cmake>=3.25" ninja "pybind11>=2.13"
-	$(BIN)/python -m pip install --no-build-isolation --editable ".[test]"
+	$(PYTHON) -m venv --clear --system-site-packages $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || \
+		($(PYTHON) -m venv --clear $(VENV) && $(BIN)/python -m pip install --quiet $(TORCH))
+	$(BIN)/python -m pip install --quiet "setuptools>=77" "cmake>=3.25" ninja "pybind11>=2.13"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
 	touch $@
 
 $(VENV)/lint: $(VENV)/ready
