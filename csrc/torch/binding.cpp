@@ -1,4 +1,5 @@
-// The ops of torch.ops.mem1_core and the module mem1_core._C. Arguments are validated here, once.
+// The ops of torch.ops.mem1_core and the module mem1_core._C. Whatever a caller passes is checked here before it is
+// read.
 #include "torch/attention_cpu.h"
 #include "torch/ops.h"
 
@@ -116,9 +117,8 @@ TORCH_LIBRARY(mem1_core, m) {
       "Tensor full_tiles, Tensor partial_offsets, Tensor partial_tiles, int block_q, int block_k, float scale) -> "
       "(Tensor out, Tensor lse)");
   m.def(
-      "trajectory_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
-      "lse, "
-      "Tensor evict, Tensor key_ranges, Tensor full_offsets, Tensor full_tiles, Tensor partial_offsets, "
+      "trajectory_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor lse, Tensor evict, Tensor key_ranges, Tensor full_offsets, Tensor full_tiles, Tensor partial_offsets, "
       "Tensor partial_tiles, int block_q, int block_k, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
 }
 

@@ -37,7 +37,11 @@ class Stream:
 
     tokens: Tensor
     layout: TrajectoryLayout
-    counts: tuple[int, ...]  # policy tokens of each trajectory; they sum to M
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Policy tokens of each trajectory; they sum to M."""
+        return tuple(int(part.sum()) for part in self.layout.per_trajectory(torch.ones_like(self.targets)))
 
     @property
     def targets(self) -> Tensor:
@@ -58,7 +62,6 @@ def pack(trajectories: list[Trajectory], regime: Regime, device: torch.device | 
     return Stream(
         tokens=torch.cat([t.tokens for t in trajectories]).to(device),
         layout=TrajectoryLayout.packed([t.layout(regime) for t in trajectories]).to(device),
-        counts=tuple(int(t.policy_mask.sum()) for t in trajectories),
     )
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from mem1.checkpoint import append_json
 from mem1.config import WarmStartConfig
 from mem1.envs.multihop import MultiHopEnv
+from mem1.ppo import Stream, label_hidden
 from mem1.tasks import Example
 from mem1.tasks.auxiliary import copy_example, lookup_example
 from mem1.tasks.scripted import scripted_example
@@ -118,10 +119,5 @@ def label_logits(
     layouts = [TrajectoryLayout.from_turns(e.segments, regime=regime, prune=e.prune) for e in batch]
     layout = TrajectoryLayout.packed(layouts).to(device)
     tokens = torch.tensor([token for e in batch for token in e.tokens], device=device)
-    hidden = actor.get_decoder()(
-        input_ids=tokens[layout.source][None],
-        position_ids=layout.position_ids[None],
-        mem1_mask=layout.mask,
-        use_cache=False,
-    ).last_hidden_state[0]
-    return actor.get_output_embeddings()(hidden[layout.logit_rows]), tokens[layout.targets]
+    stream = Stream(tokens, layout)
+    return actor.get_output_embeddings()(label_hidden(actor, stream)), stream.targets

@@ -15,8 +15,9 @@ def scripted_example(
     """Let the expert play the episode `seed` to its end.
 
     Equivalent to `mem1.rollout.play_script`, for environments whose text is words of `ids` with blanks
-    between them, and ten times as fast because it looks the words up in a table: making examples must not
-    slow training. Raises KeyError for a word that is not in `ids`.
+    between them, and 1.5 times as fast (0.8 against 1.2 ms an episode of 1 to 4 questions) because it looks
+    the words up in a table: a step of the warm start needs about twenty. Raises KeyError for a word that is
+    not in `ids`.
     """
     tokens: list[int] = []
     segments: list[Segment] = []
