@@ -1,21 +1,23 @@
 """`pytest bench/ --benchmark` measures, prints and saves; without the flag the same files are quick
-correctness tests."""
+correctness tests. `-k gpu` picks the tables of a CUDA device, `-k "not gpu"` those of the CPU."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import ledger
 import pytest
-from measure import Contender, Result, compare, matmuls, speedup, table
+import torch
+from measure import Clock, Contender, DeviceClock, HostClock, Result, compare, matmuls, speedup, table
 
 from mem1_core import testing
 
-ROOT = Path(__file__).resolve().parent.parent
+# Sides of the square products that make the roofline.
+ROOFLINE_SIZES = {"cpu": (1024, 2048), "cuda": (8192,)}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,12 +35,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Bench:
-    """Runs the contenders of one task, prints their table and remembers it for the JSON file."""
+    """Runs the contenders of one task, prints their table and saves it."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.measuring: bool = config.getoption("--benchmark")
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        self.out = Path(
+            config.getoption("--benchmark-out") or ledger.ROOT / "bench" / "results" / f"{stamp}.json"
+        )
         self.tables: list[dict[str, Any]] = []
         self.goals: list[dict[str, Any]] = []
+        self.record: dict[str, Any] = {
+            "time": stamp,
+            "commit": ledger.commit(),
+            "machine": testing.machine(),
+            "versions": ledger.versions(),
+            "sources": ledger.sources(),
+            "tables": self.tables,
+            "goals": self.goals,
+        }
+        self._clocks: dict[tuple[str, bool], Clock] = {}
         self._capture = config.pluginmanager.getplugin("capturemanager")
 
     def compare(
@@ -48,19 +64,22 @@ class Bench:
         *,
         flops: float | None = None,
         dtype: Any = None,
+        device: str = "cpu",
+        idle: bool = False,
         budget_s: float = 10.0,
         min_rounds: int = 3,
     ) -> dict[str, Result]:
         """Check and, when measuring, time the contenders (ours first); returns the results by name.
 
         flops with dtype adds TFLOP/s and the ratio to the best matrix product of that dtype, timed in the
-        same rounds.
+        same rounds. idle: see `DeviceClock`.
         """
         products = {}
         if flops is not None:
-            products = matmuls(dtype) if self.measuring else matmuls(dtype, sizes=(64,))
+            products = matmuls(dtype, ROOFLINE_SIZES[device] if self.measuring else (64,), device)
         every = [*contenders, *(product for product, _ in products.values())]
-        measured = compare(every, budget_s if self.measuring else 0, min_rounds)
+        clock = self._clock(device, idle) if self.measuring else None
+        measured = compare(every, budget_s if self.measuring else 0, min_rounds, clock)
         results, timed = measured[: len(contenders)], measured[len(contenders) :]
         if self.measuring:
             peak = None
@@ -72,59 +91,66 @@ class Bench:
             text, rows = table(title, results, flops=flops, peak=peak)
             self.tables.append({"title": title, "rows": rows})
             self.print("\n" + text)
+            self.save()  # a run that is cut short keeps what it has
         return {result.name: result for result in results}
 
+    def _clock(self, device: str, idle: bool) -> Clock:
+        if (device, idle) not in self._clocks:
+            self._clocks[device, idle] = HostClock() if device == "cpu" else DeviceClock(idle)
+        return self._clocks[device, idle]
+
     def goal(
-        self, text: str, measured: float, wanted: float, *, at_most: bool = False, unit: str = "x"
+        self, text: str, measured: float | None, wanted: float, *, at_most: bool = False, unit: str = "x"
     ) -> None:
-        """Record a goal as met or not met. Never fails the run: a busy machine is not a bug."""
-        met = measured <= wanted if at_most else measured >= wanted
+        """Record a goal as met or not met; None is not met. Never fails the run: a busy machine is no bug."""
+        met = measured is not None and (measured <= wanted if at_most else measured >= wanted)
         where = self.tables[-1]["title"]
         goal = {"goal": text, "table": where, "wanted": wanted, "measured": measured, "met": met}
         self.goals.append(goal)
         sign = "<=" if at_most else ">="
-        self.print(
-            f"  goal: {text} {sign} {wanted:g}{unit}: {measured:.2f}{unit}, {'met' if met else 'NOT MET'}"
-        )
+        figure = "no figure" if measured is None else f"{measured:.2f}{unit}"
+        self.print(f"  goal: {text} {sign} {wanted:g}{unit}: {figure}, {'met' if met else 'NOT MET'}")
 
     def goal_speedup(self, results: dict[str, Result], ours: str, peer: str, wanted: float) -> None:
         if self.measuring:
             self.goal(f"{ours} against {peer}", speedup(results[ours], results[peer]), wanted)
+
+    def fact(self, text: str, value: float, unit: str = "") -> None:
+        """One more figure of the last table."""
+        self.tables[-1][text] = value
+        self.print(f"  {text}: {value:.3g}{unit}")
+
+    def save(self) -> None:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.out.write_text(json.dumps(self.record, indent=1) + "\n")
 
     def print(self, text: str) -> None:
         with self._capture.global_and_fixture_disabled():
             print(text, flush=True)
 
 
-def _commit() -> str:
-    """The commit of the sources, with a + when the tree differs from it; "unknown" outside a git checkout."""
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    if head.returncode != 0:
-        return "unknown"
-    changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
-    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
-
-
 @pytest.fixture(scope="session")
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
     bench = Bench(request.config)
-    machine = testing.machine()
+    facts = bench.record["machine"] | bench.record["versions"]
     if bench.measuring:
-        bench.print("\n" + ", ".join(f"{key} {value}" for key, value in machine.items()))
+        bench.print("\n" + ", ".join(f"{key} {value}" for key, value in facts.items()))
     yield bench
     if not bench.measuring:
         return
-    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    out = Path(request.config.getoption("--benchmark-out") or ROOT / "bench" / "results" / f"{stamp}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    record = {
-        "time": stamp,
-        "commit": _commit(),
-        "machine": machine,
-        "tables": bench.tables,
-        "goals": bench.goals,
-    }
-    out.write_text(json.dumps(record, indent=1) + "\n")
+    bench.save()
     met = sum(goal["met"] for goal in bench.goals)
-    bench.print(f"\n{met} of {len(bench.goals)} goals met; figures in {out}")
+    bench.print(f"\n{met} of {len(bench.goals)} goals met; figures in {bench.out}")
+    for goal in bench.goals:
+        if not goal["met"]:
+            bench.print(f"  NOT MET: {goal['goal']} ({goal['table'].split(', N ')[0]})")
+
+
+@pytest.fixture(scope="session")
+def device(bench: Bench) -> str:
+    """Where the GPU tables run: on the CUDA device; as a quick test also on the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if bench.measuring:
+        pytest.skip("needs a CUDA device, and torch sees none")
+    return "cpu"

@@ -3,20 +3,21 @@
     round 1: A B C    round 2: A B C    ...
 
 A figure is the median of its rounds; a ratio is the median of the ratios within a round. A contender is
-checked on its warm-up call, before anything is timed. Peak memory is the growth of the resident set while the
-contender runs (Linux) plus the bytes of what it needs prepared and held for the call (its mask). CPU only.
+checked on its warm-up call, before anything is timed. A clock says what a time is and what peak memory is:
+`HostClock` on the CPU, `DeviceClock` on a CUDA device.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -26,17 +27,27 @@ MAX_ROUNDS = 50
 
 @dataclass(frozen=True)
 class Contender:
+    """Something that is timed.
+
+    `peer`: its failure is not ours. When measuring, a row says how it failed; in a quick test only a package
+    that is not installed is let pass. Without `run` it is a row whose `note` says why there are no figures.
+    """
+
     name: str
-    run: Callable[[], Any]
+    run: Callable[[], Any] | None
     check: Callable[[Any], None] | None = None  # gets what `run` returned; asserts
     held_bytes: int = 0  # mask or plan that lives beside the inputs
     note: str = ""
+    peer: bool = False
 
 
 @dataclass
 class Result:
     name: str
-    seconds: list[float] = field(default_factory=list)  # one per round, first round first
+    seconds: list[float] = field(default_factory=list)  # one per round, first round first; none: see note
+    host_seconds: list[float] = field(
+        default_factory=list
+    )  # what issuing a call took, where it is not the time
     peak_bytes: int | None = None
     note: str = ""
 
@@ -45,60 +56,174 @@ class Result:
         return median(self.seconds)
 
 
-def compare(contenders: Sequence[Contender], budget_s: float, min_rounds: int = 3) -> list[Result]:
+class Timing(NamedTuple):
+    seconds: float  # of one call
+    host_seconds: float | None = None
+
+
+class Clock(Protocol):
+    def time(self, run: Callable[[], Any], calls: int = 1) -> Timing:
+        """`calls` calls after one another, per call."""
+
+    def time_and_peak(self, run: Callable[[], Any]) -> tuple[Timing, int | None]:
+        """One call, and by how much memory in use grew at most while it ran."""
+
+    def calls(self, seconds: float) -> int:
+        """How many calls of that length are timed as one."""
+
+
+class HostClock:
+    """Wall time of one call; peak memory is the growth of the resident set (Linux)."""
+
+    def time(self, run: Callable[[], Any], calls: int = 1) -> Timing:
+        start = time.perf_counter()
+        for _ in range(calls):
+            output = run()
+        seconds = time.perf_counter() - start
+        del output  # freeing what it returned is not its work
+        return Timing(seconds / calls)
+
+    def time_and_peak(self, run: Callable[[], Any]) -> tuple[Timing, int | None]:
+        resident = _reset_peak()
+        timing = self.time(run)
+        return timing, None if resident is None else max(0, _status_bytes("VmHWM") - resident)
+
+    def calls(self, seconds: float) -> int:
+        return 1
+
+
+class DeviceClock:
+    """CUDA events around enough calls to fill some milliseconds; peak memory is the allocator's.
+
+    The L2 cache is overwritten first, which also gives the host a head start. Calls that the host issues
+    more slowly than the device works them off are measured at the host's pace: `host_seconds` tells.
+
+    With `idle` the device has nothing to do when the one call of a pair of events begins: the time that a
+    caller waits who has nothing else to run, launches included.
+    """
+
+    WINDOW_S, FLUSH_BYTES = 5e-3, 2**29
+
+    def __init__(self, idle: bool = False) -> None:
+        self.idle = idle
+        self._flush = torch.empty(self.FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+    def time(self, run: Callable[[], Any], calls: int = 1) -> Timing:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        if self.idle:
+            torch.cuda.synchronize()
+        begin.record()
+        start = time.perf_counter()
+        for _ in range(calls):
+            output = run()
+        host = time.perf_counter() - start
+        end.record()
+        end.synchronize()
+        del output
+        return Timing(begin.elapsed_time(end) * 1e-3 / calls, None if self.idle else host / calls)
+
+    def time_and_peak(self, run: Callable[[], Any]) -> tuple[Timing, int | None]:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        timing = self.time(run)
+        return timing, torch.cuda.max_memory_allocated() - before
+
+    def calls(self, seconds: float) -> int:
+        return 1 if self.idle else max(1, min(100, math.ceil(self.WINDOW_S / max(seconds, 1e-6))))
+
+
+def compare(
+    contenders: Sequence[Contender],
+    budget_s: float,
+    min_rounds: int = 3,
+    clock: Clock | None = None,
+) -> list[Result]:
     """Check each contender once, then time all of them in turn for about `budget_s` seconds.
 
     budget_s 0 only checks. A contender whose call takes over `SLOW_CALL_S` runs `min_rounds` times, over
-    twice that one time less; the others share what the budget allows.
+    twice that one time less; the others share what the budget allows. The clock is `HostClock` by default.
     """
+    clock = clock or HostClock()
     results = [Result(c.name, note=c.note) for c in contenders]
-    for contender in contenders:  # also the warm-up
-        output = contender.run()
-        if contender.check is not None:
-            contender.check(output)
-        del output
+    running: list[tuple[Contender, Callable[[], Any], Result]] = []
+    for contender, result in zip(contenders, results, strict=True):
+        if contender.run is not None and _warm_up(contender, contender.run, result, measuring=budget_s > 0):
+            running.append((contender, contender.run, result))
     if budget_s == 0:
         return results
-    for contender, result in zip(contenders, results, strict=True):
-        resident = _reset_peak()
-        result.seconds.append(_time(contender))
-        if resident is not None:
-            result.peak_bytes = max(0, _status_bytes("VmHWM") - resident) + contender.held_bytes
-    first = [result.seconds[0] for result in results]
-    quick = sum(s for s in first if s <= SLOW_CALL_S)
+    calls, rounds, costs = [], [], []
+    for contender, run, result in running:
+        timing, peak = clock.time_and_peak(run)
+        if peak is not None:
+            result.peak_bytes = peak + contender.held_bytes
+        calls.append(clock.calls(timing.seconds))
+        if calls[-1] > 1:  # a lone call is no measure of many
+            timing = clock.time(run, calls[-1])
+        _add(result, timing)
+        costs.append(timing.seconds * calls[-1])
+    quick = sum(s for s in costs if s <= SLOW_CALL_S)
     many = max(min_rounds, min(MAX_ROUNDS, int(budget_s / max(quick, 1e-9))))
-    rounds = [many if s <= SLOW_CALL_S else min_rounds - (s > 2 * SLOW_CALL_S) for s in first]
-    for turn in range(1, max(rounds)):
-        for contender, result, wanted in zip(contenders, results, rounds, strict=True):
+    rounds = [many if s <= SLOW_CALL_S else min_rounds - (s > 2 * SLOW_CALL_S) for s in costs]
+    for turn in range(1, max(rounds, default=0)):
+        for (_, run, result), wanted, together in zip(running, rounds, calls, strict=True):
             if turn < wanted:
-                result.seconds.append(_time(contender))
+                _add(result, clock.time(run, together))
     return results
 
 
-def _time(contender: Contender) -> float:
-    start = time.perf_counter()
-    output = contender.run()
-    seconds = time.perf_counter() - start
-    del output  # freeing what it returned is not its work
-    return seconds
+def _warm_up(contender: Contender, run: Callable[[], Any], result: Result, measuring: bool) -> bool:
+    """Run and check it once; False if it is a peer that cannot take part, with the reason as its note."""
+    try:
+        output = run()
+        if contender.check is not None:
+            contender.check(output)
+    except ImportError as error:
+        if not contender.peer:
+            raise
+        result.note = f"not installed: {_one_line(error)}"
+    except Exception as error:  # whatever a peer does must not end the run: its row says so
+        if not (contender.peer and measuring):
+            raise
+        result.note = f"{type(error).__name__}: {_one_line(error)}"
+    else:
+        return True
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # it may have failed for want of memory
+    return False
 
 
-def speedup(ours: Result, peer: Result) -> float:
-    """How many times longer the peer takes: median of the ratios within a round."""
-    return median(p / o for o, p in zip(ours.seconds, peer.seconds, strict=False))
+def _one_line(error: Exception, length: int = 120) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def matmuls(dtype: torch.dtype, sizes: Sequence[int] = (1024, 2048)) -> dict[str, tuple[Contender, float]]:
+def _add(result: Result, timing: Timing) -> None:
+    result.seconds.append(timing.seconds)
+    if timing.host_seconds is not None:
+        result.host_seconds.append(timing.host_seconds)
+
+
+def speedup(ours: Result, peer: Result) -> float | None:
+    """How many times longer the peer takes: median of the ratios within a round; None without figures."""
+    ratios = [p / o for o, p in zip(ours.seconds, peer.seconds, strict=False)]
+    return median(ratios) if ratios else None
+
+
+def matmuls(
+    dtype: torch.dtype, sizes: Sequence[int], device: str = "cpu"
+) -> dict[str, tuple[Contender, float]]:
     """Square matrix products and their FLOPs: the best of them is the roofline, timed in the same rounds.
 
-    Which of torch's libraries is fastest depends on the processor (MKL's fp32 product runs at a third of
-    oneDNN's on some), so each is asked.
+    Which of torch's libraries is fastest on a CPU depends on the processor (MKL's fp32 product runs at a
+    third of oneDNN's on some), so each is asked.
     """
     products: dict[str, tuple[Contender, float]] = {}
     for size in sizes:
-        a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         ways = {"torch.mm": partial(torch.mm, a, b)}
-        if torch.backends.mkldnn.is_available():
+        if device == "cpu" and torch.backends.mkldnn.is_available():
             ways["oneDNN"] = partial(torch.nn.functional.linear, a.to_mkldnn(), b.to_mkldnn())
         for way, run in ways.items():
             products[f"{way} {size}^3"] = Contender(f"{way} {size}^3", run), 2.0 * size**3
@@ -119,25 +244,33 @@ def table(
     """
     rows: list[dict[str, Any]] = []
     for result in results:
-        row: dict[str, Any] = {"name": result.name, "ms": result.median * 1e3, "rounds": len(result.seconds)}
+        took = result.median if result.seconds else None
+        row: dict[str, Any] = {"name": result.name, "ms": took and took * 1e3, "rounds": len(result.seconds)}
         row["x ours"] = speedup(results[0], result)
         if flops is not None:
-            row["TFLOP/s"] = flops / result.median / 1e12
+            row["TFLOP/s"] = took and flops / took / 1e12
             if peak is not None:
-                row["of peak"] = flops / result.median / peak
+                row["of peak"] = took and flops / took / peak
         row["peak MiB"] = None if result.peak_bytes is None else result.peak_bytes / 2**20
-        row["note"] = result.note
+        notes = [result.note]
+        if result.host_seconds and median(result.host_seconds) > 0.9 * result.median:
+            notes.append("at the host's pace")
+        row["note"] = "; ".join(filter(None, notes))
         rows.append(row)
-    formats = {"ms": ".2f", "x ours": ".2f", "TFLOP/s": ".3f", "of peak": ".1%", "peak MiB": ".1f"}
+    formats = {"x ours": ".2f", "TFLOP/s": ".3f", "of peak": ".1%", "peak MiB": ".1f"}
     cells = [list(rows[0])]
     for row in rows:
-        cells.append(["-" if v is None else format(v, formats.get(key, "")) for key, v in row.items()])
+        shown = formats | {"ms": ".3f" if row["ms"] is not None and row["ms"] < 10 else ".2f"}
+        cells.append(["-" if v is None else format(v, shown.get(key, "")) for key, v in row.items()])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for line in cells:
         name, *numbers, note = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         lines.append(f"  {name.strip().ljust(widths[0])}  {'  '.join(numbers)}  {note.strip()}".rstrip())
-    saved = [row | {"seconds": r.seconds} for row, r in zip(rows, results, strict=True)]
+    saved = [
+        row | {"seconds": r.seconds, "host_seconds": r.host_seconds}
+        for row, r in zip(rows, results, strict=True)
+    ]
     return "\n".join([title, *lines]), saved
 
 

@@ -1,19 +1,31 @@
 #!/usr/bin/env bash
-# The one command for a machine with a GPU: build, run the `gpu` tests, then all benches. Logs and JSON go to the folder named
-# by the first argument (default: bench/results). Uses the python3 on PATH, which must have torch and pytest.
+# The one command for a machine with a GPU: build, run the `gpu` tests, then the GPU tables of the benches, in ten minutes at
+# most: what takes longer is interrupted, and what is measured by then is saved. Logs and JSON go to the folder named by the
+# first argument (default: bench/results). Uses the python3 on PATH, which must have torch, pytest and what the build needs;
+# nothing is downloaded.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$(mkdir -p "${1:-bench/results}" && cd "${1:-bench/results}" && pwd)
+export PYTHONUNBUFFERED=1                                      # an interrupted run keeps its log
+export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" # for a build in place
+limit_s=570 tests_s=300
 
-python3 -m pip install --quiet --no-build-isolation --no-deps --editable . 2>&1 | tee "$out/build.log"
+within() { # seconds, command...: interrupts the command, so that pytest can save and report, then kills it
+  timeout --signal=INT --kill-after=15 "$@"
+}
+
+build() {
+  python3 -m pip install --quiet --no-index --no-build-isolation --no-deps --editable . && return
+  echo "on_gpu.sh: pip did not install into this python3, as where the system manages it: building in place"
+  python3 setup.py --quiet build_ext --build-lib .
+}
+
+build 2>&1 | tee "$out/build.log"
 {
-  nvidia-smi
-  git hash-object csrc/*/*.cu # what bench/LOG.md names; works outside a checkout too
-  git rev-parse HEAD 2>/dev/null || true # a copy of the tree need not be a checkout
-} | tee "$out/machine.log"
-
-# Exit status 5: no test is marked `gpu` yet. Anything else that is not 0 must stop the benches: correctness first.
-status=0
-python3 -m pytest -m gpu tests 2>&1 | tee "$out/tests.log" || status=${PIPESTATUS[0]}
-[[ $status -eq 0 || $status -eq 5 ]] || exit "$status"
-python3 -m pytest bench/ --benchmark --benchmark-out="$out/bench.json" 2>&1 | tee "$out/bench.log"
+  nvidia-smi || true
+  python3 bench/ledger.py # the hashes that bench/LOG.md names, and the commit
+} 2>&1 | tee "$out/machine.log"
+# Correctness first: a failure stops here, with the logs in place.
+within "$tests_s" python3 -m pytest -m gpu --durations=10 tests 2>&1 | tee "$out/tests.log"
+within $((limit_s - SECONDS)) python3 -m pytest bench/ --benchmark -k gpu --benchmark-out="$out/bench.json" 2>&1 |
+  tee "$out/bench.log"

@@ -5,6 +5,7 @@ Nothing else imports `_C`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch  # first: _C must find torch's OpenMP runtime already loaded, or there are two
@@ -38,14 +39,50 @@ def _(evict: Tensor, block_q: int, block_k: int) -> tuple[Tensor, ...]:
     return key_ranges, *(evict.new_empty(size) for size in sizes)
 
 
-@torch.library.register_fake("mem1_core::trajectory_attention")
-def _(q: Tensor, k: Tensor, v: Tensor, *plan_and_scale: Any) -> tuple[Tensor, Tensor]:
+def _tile_plan_cuda(evict: Tensor, block_q: int, block_k: int) -> tuple[Tensor, ...]:
+    """The plan of a CUDA mask, made on its device: the host does not synchronise.
+
+    Both lists are allocated at their upper bound, every tile on or below the diagonal, and filled as far as
+    their offsets say. A C library built without nvcc has no CUDA code: there the host plans and the result is
+    the same; the only difference is a copy and a synchronisation. Raises TypeError for anything but int32
+    [batch, length], ValueError for a block size out of range or a bound that int32 offsets do not reach.
+    """
+    if evict.dtype != torch.int32 or evict.dim() != 2:
+        raise TypeError(f"evict: wanted int32 [batch, length], got {evict.dtype} {list(evict.shape)}")
+    if not (0 < block_q <= 2**20 and 0 < block_k <= 2**20):
+        raise ValueError(f"block_q, block_k: wanted 1 to 2^20, got {block_q}, {block_k}")
+    batch, length = evict.shape
+    ends = torch.arange(block_q, length + block_q, block_q, device="cpu").clamp(max=length)
+    bound = batch * int(((ends + block_k - 1) // block_k).sum())
+    if bound >= 2**31:
+        raise ValueError(
+            f"block_q, block_k: wanted fewer than 2^31 tiles on or below the diagonal, got {bound} for evict "
+            f"of shape {list(evict.shape)}: take larger blocks"
+        )
+    evict = evict.contiguous()  # a copy dies with this call: its memory goes to later work of the same stream
+    key_ranges = evict.new_empty(batch, (length + block_k - 1) // block_k, 4)
+    offsets = batch * len(ends) + 1
+    plan = key_ranges, *(evict.new_empty(size) for size in (offsets, bound, offsets, bound))
+    if cuda_architectures():
+        with torch.cuda.device(evict.device):
+            stream = torch.cuda.current_stream(evict.device).cuda_stream
+            addresses = (part.data_ptr() for part in (evict, *plan))
+            _C.tile_plan_cuda(stream, batch, length, block_q, block_k, *addresses)
+    else:
+        for part, planned in zip(plan, ops.tile_plan(evict.cpu(), block_q, block_k), strict=True):
+            part.view(-1)[: planned.numel()] = planned.view(-1)
+    return plan
+
+
+torch.library.impl("mem1_core::tile_plan", "cuda", _tile_plan_cuda)
+
+
+def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *plan_and_scale: Any) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=_lse_dtype(q))
 
 
-@torch.library.register_fake("mem1_core::trajectory_attention_backward")
-def _(
+def _fake_attention_backward(
     d_out: Tensor, d_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *saved: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -57,15 +94,15 @@ def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     ctx.set_materialize_grads(False)
 
 
-def _backward_attention(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward_attention(
+    backward: Any, ctx: Any, d_out: Tensor | None, d_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
     q, k, v, *plan, out, lse = ctx.saved_tensors
     if d_out is None:
         d_out = torch.zeros_like(out)
     elif d_out.stride(-1) != 1:
         d_out = d_out.contiguous()
-    gradients = ops.trajectory_attention_backward(
-        d_out, d_lse, q, k, v, out, lse, *plan, ctx.block_q, ctx.block_k, ctx.scale
-    )
+    gradients = backward(d_out, d_lse, q, k, v, out, lse, *plan, ctx.block_q, ctx.block_k, ctx.scale)
     return *gradients, *[None] * (len(plan) + 3)
 
 
@@ -75,7 +112,30 @@ def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor |
     )
 
 
-torch.library.register_autograd("mem1_core::trajectory_attention_backward", _no_second_derivative)
-torch.library.register_autograd(
-    "mem1_core::trajectory_attention", _backward_attention, setup_context=_setup_attention
-)
+for _name in ("trajectory_attention", "trajectory_attention_triton"):
+    _forward, _backward = f"mem1_core::{_name}", f"mem1_core::{_name}_backward"
+    torch.library.register_fake(_forward, _fake_attention)
+    torch.library.register_fake(_backward, _fake_attention_backward)
+    torch.library.register_autograd(_backward, _no_second_derivative)
+    torch.library.register_autograd(
+        _forward,
+        partial(_backward_attention, getattr(ops, f"{_name}_backward")),
+        setup_context=_setup_attention,
+    )
+
+
+# Triton is loaded by the first call that needs it. Interpreted, its kernels take CPU tensors as well.
+@torch.library.impl("mem1_core::trajectory_attention_triton", ("cpu", "cuda"))
+def _(q: Tensor, k: Tensor, v: Tensor, *plan_and_scale: Any) -> tuple[Tensor, Tensor]:
+    from mem1_core.triton import attention
+
+    *plan, scale = plan_and_scale
+    return attention.forward(q, k, v, attention.Plan(*plan), scale)
+
+
+@torch.library.impl("mem1_core::trajectory_attention_triton_backward", ("cpu", "cuda"))
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from mem1_core.triton import attention
+
+    d_out, d_lse, q, k, v, out, lse, *plan, scale = arguments
+    return attention.backward(d_out, d_lse, q, k, v, out, lse, attention.Plan(*plan), scale)

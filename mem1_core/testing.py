@@ -272,11 +272,15 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def attention_backends() -> list[tuple[str, str]]:
-    """(backend, device) pairs of `trajectory_attention` that this machine can run."""
-    pairs = [("cpu", "cpu"), ("reference", "cpu")]
+    """(backend, device) pairs of `trajectory_attention` that this machine can run.
+
+    Triton runs on a GPU, or else in its interpreter if that is on (TRITON_INTERPRET=1 before its import).
+    """
     if torch.cuda.is_available():
-        pairs.append(("reference", "cuda"))
-    return pairs
+        return [("cpu", "cpu"), ("reference", "cpu"), ("triton", "cuda"), ("reference", "cuda")]
+    from mem1_core.triton.attention import INTERPRETED
+
+    return [("cpu", "cpu"), ("reference", "cpu"), *([("triton", "cpu")] if INTERPRETED else [])]
 
 
 def machine() -> dict[str, Any]:

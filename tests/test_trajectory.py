@@ -1,10 +1,8 @@
-"""TrajectoryMask: lifetimes from turns, dense form, counts, packing, tile plan, bad input, the picture."""
+"""TrajectoryMask: lifetimes from turns, dense form, counts, packing, bad input, the picture."""
 
 from __future__ import annotations
 
-import math
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ from mem1_core.testing import EVICT_TABLES
 from mem1_core.trajectory import (
     Prune,
     Segment,
-    TilePlan,
     TrajectoryMask,
     dependency_length,
     evict_from_turns,
@@ -234,75 +231,7 @@ def test_dependency_length_by_hand() -> None:
     assert dependency_length([]) == dependency_length([Segment("prompt", 0, 4)]) == 0.0
 
 
-# -------------------------------------------------------------------------------------------- tile plan
-
-
-def tiles(plan: TilePlan, batch: int, query_tiles: int, key_tiles: int) -> tuple[Tensor, Tensor]:
-    """The plan's two views as int [B, QT, KT]: 0 dead, 1 partial, 2 full; by query tile and by key tile."""
-    by_query, by_key = torch.zeros(2, batch, query_tiles, key_tiles, dtype=torch.int64)
-    for offsets, listed, state in (
-        (plan.full_offsets, plan.full_tiles, 2),
-        (plan.partial_offsets, plan.partial_tiles, 1),
-    ):
-        assert offsets.dtype == listed.dtype == torch.int32
-        assert offsets.shape == (batch * query_tiles + 1,)
-        assert offsets[0] == 0 and offsets[-1] == len(listed)
-        for n, (begin, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
-            keys = listed[begin:end].tolist()
-            assert keys == sorted(set(keys)), "ascending, each once"
-            by_query[n // query_tiles, n % query_tiles, keys] += state
-    assert plan.key_ranges.dtype == torch.int32 and plan.key_ranges.shape == (batch, key_tiles, 4)
-    for b in range(batch):
-        for key, (begin, full_begin, full_end, end) in enumerate(plan.key_ranges[b].tolist()):
-            assert 0 <= begin <= full_begin <= full_end <= end <= query_tiles
-            by_key[b, begin:end, key] = 1
-            by_key[b, full_begin:full_end, key] = 2
-    return by_query, by_key
-
-
-@pytest.mark.parametrize("table", EVICT_TABLES)
-@pytest.mark.parametrize("tokens", LENGTHS)
-@pytest.mark.parametrize("blocks", [(64, 64), (16, 64), (64, 32), (7, 13)])
-def test_tile_plan_against_the_dense_mask(table: str, tokens: int, blocks: tuple[int, int]) -> None:
-    block_q, block_k = blocks
-    evict = torch.stack([EVICT_TABLES[table](tokens, seed) for seed in (0, 1)])
-    mask = TrajectoryMask.from_evict(evict)
-    plan, dense = mask.tile_plan(block_q, block_k), mask.dense()
-    query_tiles, key_tiles = math.ceil(tokens / block_q), math.ceil(tokens / block_k)
-    expected = torch.zeros(2, query_tiles, key_tiles, dtype=torch.int64)
-    for q in range(query_tiles):
-        for k in range(key_tiles):
-            tile = dense[:, q * block_q : (q + 1) * block_q, k * block_k : (k + 1) * block_k].flatten(1)
-            expected[:, q, k] = tile.any(1).long() + tile.all(1).long()
-    by_query, by_key = tiles(plan, 2, query_tiles, key_tiles)
-    assert torch.equal(by_query, expected)
-    assert torch.equal(by_key, expected)
-    assert plan.tiles == expected.numel()
-    assert plan.live_tiles == int((expected > 0).sum()) and plan.dead_tiles == int((expected == 0).sum())
-
-
-def test_tile_plans_are_kept() -> None:
-    mask = TrajectoryMask.from_turns(TURNS)
-    assert (mask.plan.block_q, mask.plan.block_k) == (64, 64)
-    assert mask.tile_plan(64, 64) is mask.plan
-    assert mask.tile_plan(4, 8) is mask.tile_plan(4, 8)
-    with pytest.raises(ValueError, match="block_q, block_k: wanted positive sizes, got 0 and 8"):
-        mask.tile_plan(0, 8)
-    assert mask.to("cpu") is mask
-
-
-def test_a_long_trajectory_is_planned_in_milliseconds() -> None:
-    segments = [Segment("prompt", 0, 1_072)]
-    for turn in range(1, 201):
-        segments += [Segment("is", turn, 200), Segment("query", turn, 50), Segment("info", turn, 400)]
-    seconds = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        mask = TrajectoryMask(evict_from_turns(segments)[None])
-        seconds.append(time.perf_counter() - begin)
-    assert mask.shape == (1, 131_072)
-    assert mask.plan.live_ratio < 0.05
-    assert min(seconds) < 0.06, f"the goal is 20 ms, took {min(seconds) * 1e3:.1f} ms"
+# ---------------------------------------------------------------------------------------------- compile
 
 
 def test_a_mask_is_an_argument_of_a_compiled_function() -> None:

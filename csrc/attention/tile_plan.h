@@ -30,7 +30,8 @@ inline MEM1_HOST_DEVICE Range key_range(const mem1_tile_plan_params& p, int32_t 
   int32_t full_end = min_evict == p.length ? tiles(p.length, p.block_q) : min_evict / p.block_q;
   if (full_begin > end) full_begin = end;
   if (full_end > end) full_end = end;
-  if (full_end < full_begin) full_end = full_begin;
+  // A key tile that the stream's end cuts short is never full: whoever reads all block_k keys of it must mask.
+  if (full_end < full_begin || first + p.block_k > p.length) full_begin = full_end = end;
   return {begin, full_begin, full_end, end};
 }
 

@@ -25,13 +25,15 @@ __global__ void __launch_bounds__(kThreads) ranges_kernel(const mem1_tile_plan_p
   const int32_t first = static_cast<int32_t>(tile % key_tiles) * p.block_k;
   const int32_t stop = min(first + p.block_k, p.length);
   const int32_t* evict = p.evict + tile / key_tiles * p.evict_stride_batch;
-  int32_t low = p.length, high = 0;
+  int32_t low = p.length, high = first + 1;
   for (int32_t j = first + lane; j < stop; j += kWarp) {
     low = min(low, evict[j]);
     high = max(high, evict[j]);
   }
   low = __reduce_min_sync(kAllLanes, low);
-  high = __reduce_max_sync(kAllLanes, high);
+  // Nothing can be reported from here: a value out of range counts as the nearest one in range, so that whoever follows
+  // the ranges and lists stays inside the stream.
+  high = min(__reduce_max_sync(kAllLanes, high), p.length);
   if (lane == 0) {
     const Range range = key_range(p, first, low, high);
     reinterpret_cast<int4*>(p.key_ranges)[tile] = make_int4(range.begin, range.full_begin, range.full_end, range.end);
@@ -52,13 +54,14 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const mem1_tile_plan_par
   if (row >= p.batch * query_tiles) return;
   const int lane = threadIdx.x % kWarp;
   const int32_t query_tile = static_cast<int32_t>(row % query_tiles);
+  const int32_t stop = tiles(min((query_tile + 1) * p.block_q, p.length), p.block_k);  // no key after the last query
   const int4* ranges = reinterpret_cast<const int4*>(p.key_ranges) + row / query_tiles * key_tiles;
   int32_t full_at = kWrite ? p.full_offsets[row] : 0, partial_at = kWrite ? p.partial_offsets[row] : 0;
   const unsigned below = (1u << lane) - 1;
-  for (int32_t base = 0; base < key_tiles; base += kWarp) {
+  for (int32_t base = 0; base < stop; base += kWarp) {
     const int32_t k = base + lane;
     bool full = false, partial = false;
-    if (k < key_tiles) classify(ranges[k], query_tile, &full, &partial);
+    if (k < stop) classify(ranges[k], query_tile, &full, &partial);
     const unsigned full_lanes = __ballot_sync(kAllLanes, full), partial_lanes = __ballot_sync(kAllLanes, partial);
     if (kWrite && full) p.full_tiles[full_at + __popc(full_lanes & below)] = k;
     if (kWrite && partial) p.partial_tiles[partial_at + __popc(partial_lanes & below)] = k;

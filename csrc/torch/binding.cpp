@@ -8,6 +8,8 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <string>
+
 namespace mem1 {
 namespace {
 
@@ -75,10 +77,11 @@ void check_lse(const char* name, const Tensor& t, const Tensor& q) {
                     ": wanted shape [", q.size(0), ", ", q.size(2), ", ", q.size(1), "], got ", t.sizes());
 }
 
+// The CPU kernels read of a plan what checked_plan takes; key_ranges and the two orders are for other backends.
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& evict,
                                      const Tensor&, const Tensor& full_offsets, const Tensor& full_tiles,
-                                     const Tensor& partial_offsets, const Tensor& partial_tiles, int64_t block_q,
-                                     int64_t block_k, double scale) {
+                                     const Tensor& partial_offsets, const Tensor& partial_tiles, const Tensor&,
+                                     const Tensor&, int64_t block_q, int64_t block_k, double scale) {
   check_inputs(q, k, v);
   TORCH_CHECK_VALUE(scale > 0, "scale: wanted > 0 here (mem1_core.ops takes any), got ", scale);
   const auto plan = checked_plan(q, evict, full_offsets, full_tiles, partial_offsets, partial_tiles, block_q, block_k);
@@ -90,8 +93,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out, const
                                                       const Tensor& out, const Tensor& lse, const Tensor& evict,
                                                       const Tensor&, const Tensor& full_offsets,
                                                       const Tensor& full_tiles, const Tensor& partial_offsets,
-                                                      const Tensor& partial_tiles, int64_t block_q, int64_t block_k,
-                                                      double scale) {
+                                                      const Tensor& partial_tiles, const Tensor&, const Tensor&,
+                                                      int64_t block_q, int64_t block_k, double scale) {
   check_inputs(q, k, v);
   check_input("d_out", d_out, q);
   check_input("out", out, q);
@@ -112,14 +115,19 @@ TORCH_LIBRARY(mem1_core, m) {
   m.def(
       "tile_plan(Tensor evict, int block_q, int block_k) -> "
       "(Tensor key_ranges, Tensor full_offsets, Tensor full_tiles, Tensor partial_offsets, Tensor partial_tiles)");
-  m.def(
-      "trajectory_attention(Tensor q, Tensor k, Tensor v, Tensor evict, Tensor key_ranges, Tensor full_offsets, "
-      "Tensor full_tiles, Tensor partial_offsets, Tensor partial_tiles, int block_q, int block_k, float scale) -> "
-      "(Tensor out, Tensor lse)");
-  m.def(
-      "trajectory_attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
-      "Tensor lse, Tensor evict, Tensor key_ranges, Tensor full_offsets, Tensor full_tiles, Tensor partial_offsets, "
-      "Tensor partial_tiles, int block_q, int block_k, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
+  // The CPU's and, in time, CUDA's own kernels go by the tensors' device; Triton's, written in Python, have a name.
+  const std::string plan =
+      "Tensor evict, Tensor key_ranges, Tensor full_offsets, Tensor full_tiles, Tensor partial_offsets, "
+      "Tensor partial_tiles, Tensor query_order, Tensor key_order, int block_q, int block_k, float scale";
+  for (const std::string backend : {"", "_triton"}) {
+    const std::string name = "trajectory_attention" + backend;
+    const std::string forward = name + "(Tensor q, Tensor k, Tensor v, " + plan + ") -> (Tensor out, Tensor lse)";
+    const std::string backward = name +
+                                 "_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, " +
+                                 "Tensor lse, " + plan + ") -> (Tensor dq, Tensor dk, Tensor dv)";
+    m.def(torch::schema(forward.c_str()));
+    m.def(torch::schema(backward.c_str()));
+  }
 }
 
 TORCH_LIBRARY_IMPL(mem1_core, CPU, m) {
@@ -129,7 +137,13 @@ TORCH_LIBRARY_IMPL(mem1_core, CPU, m) {
 }
 
 PYBIND11_MODULE(_C, m) {
+  namespace py = pybind11;
   m.doc() = "The compiled part of mem1_core. Importing it registers torch.ops.mem1_core.";
   m.def("version", &mem1_version, "Version of the C library.");
   m.def("cuda_architectures", &mem1_cuda_architectures, "Architectures with compiled CUDA code, '' if none.");
+  m.def("tile_plan_cuda", &mem1::tile_plan_cuda, py::call_guard<py::gil_scoped_release>(),
+        "Enqueues a plan on a stream. The addresses are on its device; nothing is checked but the sizes.",
+        py::arg("stream"), py::arg("batch"), py::arg("length"), py::arg("block_q"), py::arg("block_k"),
+        py::arg("evict"), py::arg("key_ranges"), py::arg("full_offsets"), py::arg("full_tiles"),
+        py::arg("partial_offsets"), py::arg("partial_tiles"));
 }

@@ -5,10 +5,28 @@
 #include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
 
+#include <stdexcept>
+
 namespace mem1 {
 namespace {
 
-void check(mem1_status status, const mem1_error& error) { TORCH_CHECK_VALUE(status == MEM1_OK, error.message); }
+mem1_tile_plan_params params_of(mem1_device device, int32_t batch, int32_t length, int32_t block_q, int32_t block_k) {
+  mem1_tile_plan_params params{};
+  params.struct_size = sizeof(params);
+  params.device = device;
+  params.batch = batch;
+  params.length = length;
+  params.block_q = block_q;
+  params.block_k = block_k;
+  params.evict_stride_batch = length;
+  return params;
+}
+
+// Standard exceptions, which become a ValueError and a RuntimeError whether an op or a function of _C was called.
+void check(mem1_status status, const mem1_error& error) {
+  if (status == MEM1_INVALID_ARGUMENT) throw std::invalid_argument(error.message);
+  if (status != MEM1_OK) throw std::runtime_error(error.message);
+}
 
 }  // namespace
 
@@ -33,15 +51,9 @@ TilePlanTensors tile_plan(const at::Tensor& evict, int64_t block_q, int64_t bloc
   at::Tensor full_offsets = at::empty({rows + 1}, table.options()), partial_offsets = at::empty_like(full_offsets);
 
   mem1_error error{};
-  mem1_tile_plan_params params{};
-  params.struct_size = sizeof(params);
-  params.device = MEM1_CPU;
-  params.batch = static_cast<int32_t>(batch);
-  params.length = static_cast<int32_t>(length);
-  params.block_q = static_cast<int32_t>(block_q);
-  params.block_k = static_cast<int32_t>(block_k);
-  params.evict = table.const_data_ptr<int32_t>();
-  params.evict_stride_batch = length;
+  mem1_tile_plan_params params = params_of(MEM1_CPU, static_cast<int32_t>(batch), static_cast<int32_t>(length),
+                                           static_cast<int32_t>(block_q), static_cast<int32_t>(block_k));
+  params.evict = lifetimes;
   params.key_ranges = key_ranges.data_ptr<int32_t>();
   params.full_offsets = full_offsets.data_ptr<int32_t>();
   params.partial_offsets = partial_offsets.data_ptr<int32_t>();
@@ -53,6 +65,22 @@ TilePlanTensors tile_plan(const at::Tensor& evict, int64_t block_q, int64_t bloc
   params.partial_tiles = partial_tiles.data_ptr<int32_t>();
   check(mem1_tile_plan_lists(&params, nullptr, &error), error);
   return {key_ranges, full_offsets, full_tiles, partial_offsets, partial_tiles};
+}
+
+void tile_plan_cuda(uintptr_t stream, int32_t batch, int32_t length, int32_t block_q, int32_t block_k, uintptr_t evict,
+                    uintptr_t key_ranges, uintptr_t full_offsets, uintptr_t full_tiles, uintptr_t partial_offsets,
+                    uintptr_t partial_tiles) {
+  mem1_error error{};
+  mem1_tile_plan_params params = params_of(MEM1_CUDA, batch, length, block_q, block_k);
+  params.evict = reinterpret_cast<const int32_t*>(evict);
+  params.key_ranges = reinterpret_cast<int32_t*>(key_ranges);
+  params.full_offsets = reinterpret_cast<int32_t*>(full_offsets);
+  params.full_tiles = reinterpret_cast<int32_t*>(full_tiles);
+  params.partial_offsets = reinterpret_cast<int32_t*>(partial_offsets);
+  params.partial_tiles = reinterpret_cast<int32_t*>(partial_tiles);
+  void* cuda_stream = reinterpret_cast<void*>(stream);
+  check(mem1_tile_plan_ranges(&params, cuda_stream, &error), error);
+  check(mem1_tile_plan_lists(&params, cuda_stream, &error), error);
 }
 
 }  // namespace mem1

@@ -3,22 +3,24 @@
     from mem1_core.integrations import transformers as mem1_transformers
     mem1_transformers.register()
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="mem1")
-    hidden = model.model(input_ids, position_ids=position_ids, mem1_mask=mask,
-    use_cache=False).last_hidden_state
+    mem1_transformers.check_model(model)
+    logits = model(input_ids, position_ids=position_ids, mem1_mask=mask, use_cache=False).logits
 
 With `mem1_mask` (a `TrajectoryMask`) every layer runs `mem1_core.ops.trajectory_attention`; without it the
 model behaves exactly as with `attn_implementation="sdpa"`, so that one model object serves the trainer and a
 rollout with a KV cache.
+
+A layer that is more than plain causal attention refuses the mask, and so does a model whose config tells of
+layers that are not attention. `check_model` finds the models that would drop the mask without a word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -26,12 +28,7 @@ from mem1_core.ops import trajectory_attention
 from mem1_core.trajectory import TrajectoryMask
 
 NAME = "mem1"
-_UNSUPPORTED = (
-    "sliding_window",
-    "softcap",
-    "s_aux",
-    "position_bias",
-)  # what some decoders add to plain attention
+_UNSUPPORTED = ("sliding_window", "softcap", "position_bias")  # what some decoders add to plain attention
 
 
 def register() -> None:
@@ -40,12 +37,43 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, deferred_mask)
 
 
+@torch.no_grad()
+def check_model(model: PreTrainedModel) -> None:
+    """Raise ValueError, with the reason, unless `mem1_mask` rules all that passes between tokens of `model`.
+
+    Made for the start of a training run: an error of a layer needs no check, but a model can also take
+    `mem1_mask` and drop it, as each does that runs another attention implementation. So this tries: two rows
+    of three tokens, one of them NaN, which the mask hides from the others in the one row and causality in the
+    other. One small forward; the model and its gradients stay as they are.
+    """
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    if config._attn_implementation != NAME:
+        raise ValueError(f"{name}: wanted attn_implementation={NAME!r}, got {config._attn_implementation!r}")
+    problem = _config_problem(config)
+    if problem is None and not model._supports_attention_backend:
+        problem = "wanted attention through the AttentionInterface of transformers, got a model with its own"
+    if problem:
+        raise ValueError(f"mem1_mask in {name}: {problem}")
+    embedding = model.get_input_embeddings()
+    device = next(embedding.parameters()).device
+    embeds = embedding(torch.zeros(2, 3, dtype=torch.int64, device=device)).clone()
+    hidden = torch.tensor([[True, False, False], [False, False, True]], device=embeds.device)
+    embeds[hidden] = torch.nan
+    mask = TrajectoryMask.from_evict(torch.tensor([1, 3, 3], device=embeds.device))
+    out = model(inputs_embeds=embeds, mem1_mask=mask, use_cache=False)[0]
+    if not torch.equal(out.isnan().any(-1), hidden.to(out.device)):
+        raise ValueError(
+            f"mem1_mask in {name}: wanted it to rule all that passes between tokens, got one that drops it"
+        )
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | Callable[[], Tensor | None] | None,
+    attention_mask: Tensor | DeferredMask | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     mem1_mask: TrajectoryMask | None = None,
@@ -53,41 +81,115 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """The attention function of one layer.
 
-    query [B, Hq, N, D], key and value [B, Hkv, S, D]; returns ([B, N, Hq, D], None). With `mem1_mask` N = S
-    and `attention_mask` must not be a tensor; without it the call is transformers' own
-    `sdpa_attention_forward`. Raises ValueError for a layer that is more than plain causal attention (sliding
-    window, soft cap, sinks, bias, dropout).
+    query [B, Hq, N, D], key and value [B, Hkv, S, D]; returns ([B, N, Hq, D], None). With `mem1_mask` S = N:
+    a KV cache must be empty before the call. Without it the call is transformers' own
+    `sdpa_attention_forward`.
+
+    Raises ValueError, naming the layer and the reason, when `mem1_mask` comes to a layer that is more than
+    plain causal attention (window, soft cap, bias, dropout, values of another size than the keys), to a model
+    that has other layers beside it (linear attention, state space, an encoder), with a filled cache, or
+    together with an `attention_mask`. Attention sinks raise also without the mask, as "sdpa" drops them.
     """
+    if kwargs.get("s_aux") is not None:
+        raise ValueError(f"attn_implementation={NAME!r} in {_where(module)}: wanted no sinks, got s_aux")
     if mem1_mask is None:
-        mask = attention_mask() if callable(attention_mask) else attention_mask
+        mask = attention_mask() if isinstance(attention_mask, DeferredMask) else attention_mask
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"attn_implementation='mem1' with mem1_mask cannot run a layer that uses {name} "
-                f"(wanted None, got {type(kwargs[name]).__name__} in {type(module).__name__})"
-            )
-    if dropout:
-        raise ValueError(
-            f"attn_implementation='mem1' wants attention dropout 0 with mem1_mask, got {dropout}"
-        )
-    if isinstance(attention_mask, Tensor):
-        raise ValueError(
-            "pass either mem1_mask or attention_mask, not both: mem1_mask says all of what is visible"
-        )
+    problem = _problem(module, query, key, value, attention_mask, dropout, kwargs)
+    if problem:
+        raise ValueError(f"mem1_mask in {_where(module)}: {problem}")
     out = trajectory_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mem1_mask, scale=scaling
     )
     return out, None
 
 
-def deferred_mask(**kwargs: Any) -> Callable[[], Tensor | None]:
-    """The mask function: what `sdpa_mask` would build, built on the first layer that asks for it.
+def _where(module: nn.Module) -> str:
+    layer = getattr(module, "layer_idx", None)
+    return type(module).__name__ if layer is None else f"{type(module).__name__} (layer {layer})"
+
+
+def _config_problem(config: Any) -> str | None:
+    """Why a model cannot run with the mask, whatever its attention layers are.
+
+    Layers of another kind never call `attention_forward`: all it sees of them is the config that they share.
+    """
+    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if others:
+        kinds = ", ".join(sorted(others))
+        return f"wanted full_attention in all of {type(config).__name__}.layer_types, got {kinds}"
+    if getattr(config, "is_encoder_decoder", False):
+        return f"wanted a decoder-only model, got is_encoder_decoder=True in {type(config).__name__}"
+    return None
+
+
+def _problem(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | DeferredMask | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> str | None:
+    """Why this layer cannot run with the mask. Attributes and sizes only, so that it traces to nothing."""
+    config = getattr(module, "config", None)
+    if problem := _config_problem(config):
+        return problem
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            return f"wanted plain attention, got {name}"
+    is_causal = kwargs.get("is_causal")  # transformers lets the argument overrule the module
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True) and getattr(config, "is_causal", True)
+    if not is_causal:
+        return "wanted causal self-attention, got is_causal=False"
+    if query.shape[3] != value.shape[3]:
+        return (
+            f"wanted one head dim, got {query.shape[3]} for queries and keys and {value.shape[3]} for values "
+            "(multi-head latent attention)"
+        )
+    if dropout:
+        return f"wanted attention dropout 0, got {dropout}"
+    if query.shape[2] != key.shape[2]:
+        return (
+            f"wanted an empty KV cache or none, got {key.shape[2]} keys for {query.shape[2]} queries "
+            "(use_cache=False makes none)"
+        )
+    if isinstance(attention_mask, DeferredMask):
+        if attention_mask.window is not None:
+            return f"wanted plain attention, got a window of {attention_mask.window} tokens"
+        attention_mask = attention_mask.padding
+    if attention_mask is not None:
+        return (
+            f"wanted no attention_mask beside it, got one of shape {list(attention_mask.shape)} "
+            "(mem1_mask says all of what is visible)"
+        )
+    return None
+
+
+def deferred_mask(**kwargs: Any) -> DeferredMask | Tensor | None:
+    """The mask function: `sdpa_mask`, at once for models that cannot run with `mem1_mask`, else later.
 
     transformers makes masks before the layers run and does not show `mem1_mask` to this function. Deferring
     keeps a training step free of any [N, N] tensor and leaves every other use of the model as it is under
     "sdpa". (A 4D mask given by the caller never comes here: transformers passes it straight to the layers.)
     """
-    return cache(partial(sdpa_mask, **kwargs))
+    return sdpa_mask(**kwargs) if _config_problem(kwargs.get("config")) else DeferredMask(kwargs)
+
+
+class DeferredMask:
+    """What `sdpa_mask` makes of its arguments, made by the first layer that asks for it."""
+
+    def __init__(self, kwargs: dict[str, Any]) -> None:
+        self.padding: Tensor | None = kwargs.get("attention_mask")
+        self.window: int | None = kwargs.get("local_size")
+        self._kwargs = kwargs
+        self._made: tuple[Tensor | None] | None = None
+
+    def __call__(self) -> Tensor | None:
+        if self._made is None:
+            self._made = (sdpa_mask(**self._kwargs),)
+        return self._made[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from typing import Literal, overload
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from mem1_core import _library, reference
 from mem1_core.backend import choose_backend
 from mem1_core.trajectory import TrajectoryMask
+
+_AVAILABLE = ("cpu", *(["triton"] if importlib.util.find_spec("triton") else []), "reference")
 
 
 @overload
@@ -96,17 +99,19 @@ def trajectory_attention(
         raise TypeError(f"scale: wanted a number or None, got {type(scale).__name__}")
     elif not math.isfinite(scale):
         raise ValueError(f"scale: wanted a finite number, got {scale}")
-    if choose_backend("trajectory_attention", q, backend, ("cpu", "reference")) == "reference":
+    chosen = choose_backend("trajectory_attention", q, backend, _AVAILABLE)
+    if chosen == "reference":
         return reference.trajectory_attention(q, k, v, mask, scale, return_lse)
     # The kernels mask with -inf before they scale, which wants a scale > 0: any other goes into q.
     if abs(scale) < 1e-30:  # in float32 as good as 0
         q, scale = q * scale, 1.0
     elif scale < 0:
         q, scale = -q, -scale
-    plan = mask.plan
-    out, lse = _library.ops.trajectory_attention(
-        q, k, v, mask.evict, *plan[2:], plan.block_q, plan.block_k, scale
-    )
+    if chosen == "triton":
+        op, plan = _library.ops.trajectory_attention_triton, mask.tile_plan(128, 128)
+    else:
+        op, plan = _library.ops.trajectory_attention, mask.plan
+    out, lse = op(q, k, v, mask.evict, *plan[2:], plan.block_q, plan.block_k, scale)
     return (out, lse) if return_lse else out
 
 

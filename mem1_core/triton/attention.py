@@ -1,0 +1,243 @@
+"""trajectory_attention on CUDA tensors: three launches, each with its blocks and its tensor descriptors.
+
+Nothing here synchronises, and all memory comes from torch: a CUDA graph can capture both directions once
+the kernels are compiled, which their first call does. Under Triton's interpreter (TRITON_INTERPRET=1 before
+Triton is imported) the same code runs on CPU tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from mem1_core.triton import attention_backward, attention_forward, attention_tiles
+from mem1_core.triton.attention_blocks import HEAD_DIMS, blocks, padded_dim
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+TILE: int = attention_tiles.TILE.value
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# One program of backward_dk_dv sums over all query heads of a KV head when there are at least this many
+# programs, some 16 for each multiprocessor of an H100. With fewer, the program of a key tile that all later
+# queries see (a prompt's) would be the last to finish by far: each query head gets its own, torch adds up.
+SHARING_PROGRAMS = 2048
+
+
+class Plan(NamedTuple):
+    """The mask as the op gets it: evict, then the fields of `TilePlan`."""
+
+    evict: Tensor
+    key_ranges: Tensor
+    full_offsets: Tensor
+    full_tiles: Tensor
+    partial_offsets: Tensor
+    partial_tiles: Tensor
+    query_order: Tensor
+    key_order: Tensor
+    block_q: int
+    block_k: int
+
+    def lists(self) -> dict[str, Tensor]:
+        """What a kernel that walks the lists of key tiles takes."""
+        return {
+            "full_offsets": self.full_offsets,
+            "full_tiles": self.full_tiles,
+            "partial_offsets": self.partial_offsets,
+            "partial_tiles": self.partial_tiles,
+            "order": self.query_order,
+        }
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
+    """out [B, N, Hq, D] in the dtype of q and lse float32 [B, Hq, N]."""
+    _check(q, plan, scale)
+    dtype = q.dtype
+    q, k, v = (_computable(x) for x in (q, k, v))
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    if out.numel():
+        launch = _Launch("forward", dtype, q, k, plan, scale)
+        launch(
+            attention_forward.forward,
+            heads=q.shape[2],
+            **launch.query_descriptors(q=q),
+            **launch.key_descriptors(k=k, v=v),
+            evict_desc=launch.evict_descriptor(),
+            out=out,
+            lse=lse,
+            **plan.lists(),
+        )
+    return out.to(dtype), lse
+
+
+def backward(
+    d_out: Tensor,
+    d_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: Plan,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv, contiguous, in the shapes and dtype of q, k and v. No atomics: bitwise repeatable."""
+    _check(q, plan, scale)
+    dtype = q.dtype
+    d_out, q, k, v, out = (_computable(x) for x in (d_out, q, k, v, out))
+    batch, tokens, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    if q.numel() == 0:
+        return (
+            q.new_empty(q.shape, dtype=dtype),
+            k.new_empty(k.shape, dtype=dtype),
+            v.new_empty(v.shape, dtype=dtype),
+        )
+    dq = q.new_empty(q.shape)
+    row_lse, row_delta = q.new_empty(2, batch * heads, triton.cdiv(tokens, TILE) * TILE, dtype=torch.float32)
+    launch = _Launch("backward_dq", dtype, q, k, plan, scale)
+    launch(
+        attention_backward.backward_dq,
+        heads=heads,
+        **launch.query_descriptors(q=q, out=out, d_out=d_out),
+        **launch.key_descriptors(k=k, v=v),
+        evict_desc=launch.evict_descriptor(),
+        lse=lse.contiguous(),
+        d_lse=None if d_lse is None else d_lse.contiguous(),
+        row_lse=row_lse,
+        row_delta=row_delta,
+        dq=dq,
+        **plan.lists(),
+    )
+    launch = _Launch("backward_dk_dv", dtype, q, k, plan, scale)
+    programs = plan.key_order.numel() * launch.copies * kv_heads
+    share = heads // kv_heads if programs >= SHARING_PROGRAMS else 1
+    dk, dv = (q.new_empty(batch, tokens, heads // share, dim) for _ in range(2))
+    launch(
+        attention_backward.backward_dk_dv,
+        heads=heads // share,
+        **launch.query_descriptors(q=q, d_out=d_out),
+        **launch.key_descriptors(k=k, v=v),
+        row_lse_desc=TensorDescriptor.from_tensor(row_lse, [1, launch.blocks.q]),
+        row_delta_desc=TensorDescriptor.from_tensor(row_delta, [1, launch.blocks.q]),
+        evict=plan.evict,
+        dk=dk,
+        dv=dv,
+        ranges=plan.key_ranges,
+        order=plan.key_order,
+        SHARE=share,
+    )
+    if dk.shape != k.shape:
+        dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+
+
+class _Launch:
+    """One kernel on one problem: its blocks, the arguments that follow from the shapes, its grid."""
+
+    def __init__(
+        self, kernel: str, dtype: torch.dtype, q: Tensor, k: Tensor, plan: Plan, scale: float
+    ) -> None:
+        self.q, self.plan = q, plan
+        self.batch, self.tokens, self.heads, self.dim = q.shape
+        self.group = self.heads // k.shape[2]
+        self.copies = self.batch // plan.evict.shape[0]  # batches that share a row of the plan
+        self.blocks = blocks(kernel, self.dim, dtype, hopper=_capability(q.device)[0] == 9)
+        self.lazy = dtype == torch.float32
+        self.scale = scale * math.log2(math.e)
+        self.block = (
+            self.blocks.k if kernel == "backward_dk_dv" else self.blocks.q
+        )  # of the program's own tokens
+
+    def __call__(self, kernel: Any, *, heads: int, order: Tensor, **arguments: Any) -> None:
+        programs = order.numel() * self.copies * (TILE // self.block) * heads
+        with torch.cuda.device_of(self.q):
+            kernel[(programs,)](
+                **arguments,
+                order=order,
+                copies=self.copies,
+                tokens=self.tokens,
+                dim=self.dim,
+                scale=self.scale,
+                HEADS=self.heads,
+                GROUP=self.group,
+                CHUNK=self.blocks.chunk,
+                CHUNKS=padded_dim(self.dim) // self.blocks.chunk,
+                LAZY=self.lazy,
+                BLOCK_Q=self.blocks.q,
+                BLOCK_K=self.blocks.k,
+                num_warps=self.blocks.warps,
+                num_stages=self.blocks.stages,
+                enable_fp_fusion=True,
+            )
+
+    def query_descriptors(self, **tensors: Tensor) -> dict[str, TensorDescriptor]:
+        """`<name>_desc` for [B, N, H, D] tensors that are read by query blocks."""
+        return {
+            f"{name}_desc": _descriptor(x, self.blocks.q, self.blocks.chunk) for name, x in tensors.items()
+        }
+
+    def key_descriptors(self, **tensors: Tensor) -> dict[str, TensorDescriptor]:
+        return {
+            f"{name}_desc": _descriptor(x, self.blocks.k, self.blocks.chunk) for name, x in tensors.items()
+        }
+
+    def evict_descriptor(self) -> TensorDescriptor:
+        evict = self.plan.evict
+        batch, tokens = evict.shape
+        if evict.data_ptr() % 16 or (batch > 1 and tokens % 4):
+            padded = evict.new_empty(batch, triton.cdiv(tokens, 4) * 4)
+            padded[:, :tokens] = evict
+            evict = padded[:, :tokens]
+        strides = [evict.stride(0) if batch > 1 else 4, 1]
+        return TensorDescriptor(evict, [batch, tokens], strides, [1, self.blocks.k])
+
+
+def _descriptor(x: Tensor, rows: int, chunk: int) -> TensorDescriptor:
+    """A descriptor of x [B, N, H, D] that reads [rows, chunk] of a head at a time.
+
+    The copy engine wants every address and stride in units of 16 bytes; what is not gets copied.
+    """
+    x = x.transpose(1, 2)
+    step = 16 // x.element_size()
+    outer = [(n, s) for n, s in zip(x.shape[:3], x.stride()[:3], strict=True) if n > 1]
+    if x.data_ptr() % 16 or x.stride(3) != 1 or any(s == 0 or s % step for _, s in outer):
+        padded = x.new_empty(*x.shape[:3], triton.cdiv(x.shape[3], step) * step)
+        padded[..., : x.shape[3]] = x
+        x = padded[..., : x.shape[3]]
+    strides = [s if n > 1 else step for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, chunk])
+
+
+def _computable(x: Tensor) -> Tensor:
+    """x, but float32 for bfloat16 under the interpreter, which computes garbage with it."""
+    return x.float() if INTERPRETED and x.dtype == torch.bfloat16 else x
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """The device's compute capability; that of Hopper under the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def _check(q: Tensor, plan: Plan, scale: float) -> None:
+    if not (q.is_cuda or INTERPRETED):
+        raise ValueError(f"backend: 'triton' wants cuda tensors, got one on {q.device.type}")
+    major, minor = _capability(q.device)
+    if major < 8:
+        raise NotImplementedError(
+            f"trajectory_attention: wanted a GPU of compute capability 8.0 or later, got {major}.{minor}"
+        )
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q: wanted bfloat16, float16 or float32 on CUDA, got {q.dtype}")
+    if q.shape[3] > HEAD_DIMS[-1]:
+        raise ValueError(f"q: wanted dim <= {HEAD_DIMS[-1]} on CUDA, got {q.shape[3]}")
+    if (plan.block_q, plan.block_k) != (TILE, TILE):
+        raise ValueError(f"mask: wanted a plan of {TILE} x {TILE} tiles, got {plan.block_q} x {plan.block_k}")
+    if scale <= 0:
+        raise ValueError(f"scale: wanted > 0 here (mem1_core.ops takes any), got {scale}")

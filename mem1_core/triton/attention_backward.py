@@ -1,0 +1,225 @@
+"""Trajectory attention, backward: dQ over the live key tiles of a query block, dK and dV over the live query
+tiles of a key block. Each recomputes the weights from the log-sum-exp. No atomics: each output has one
+writer.
+
+As in the forward, loops have no branch and dQ has CAREFUL ones for keys that are not finite. dK and dV need
+none: a key touches only its own rows of them.
+"""
+
+# mypy: ignore-errors
+# (Python is only the syntax here: Triton compiles these functions)
+
+import triton
+import triton.language as tl
+
+from mem1_core.triton.attention_tiles import (
+    INFINITY,
+    LN2,
+    LOG2E,
+    TILE,
+    add_rows,
+    chunk,
+    has_nan,
+    operand,
+    products,
+    program,
+    scaled,
+    store,
+    tile_part,
+    zeros,
+)
+
+
+@triton.jit
+def _attend_backward(
+    dq, rows, i, keys, tiles, begin, end, scale,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    LAZY: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """dq + what the key tiles tiles[begin:end] add to it."""
+    q, d_out, lse, delta = rows
+    k_desc, v_desc, evict_desc, batch, head, row = keys
+    PARTS: tl.constexpr = TILE // BLOCK_K
+    for n in range(begin * PARTS, end * PARTS):
+        first = tile_part(tiles, n, PARTS, BLOCK_K)
+        k = operand(k_desc, batch, head, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
+        v = operand(v_desc, batch, head, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
+        score = products(q, k, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY)
+        d_weight = products(d_out, v, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY)
+        d_score = tl.exp2(score * scale - lse[:, None]) * (d_weight - delta[:, None])
+        if MASKED:
+            j = first + tl.arange(0, BLOCK_K)
+            evict = evict_desc.load([row, first]).reshape(BLOCK_K)
+            d_score = tl.where((j[None, :] <= i[:, None]) & (i[:, None] < evict[None, :]), d_score, 0.0)
+        dq = add_rows(dq, d_score, k, BLOCK_K, CHUNK, CHUNKS, LAZY, CAREFUL)
+    return dq
+
+
+@triton.jit
+def _attend_row_backward(
+    rows, i, keys, full_offsets, full_tiles, partial_offsets, partial_tiles, plan_row, scale,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    LAZY: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    dq = zeros(BLOCK_Q, CHUNK, CHUNKS)
+    begin, end = tl.load(full_offsets + plan_row), tl.load(full_offsets + plan_row + 1)
+    dq = _attend_backward(
+        dq,
+        rows,
+        i,
+        keys,
+        full_tiles,
+        begin,
+        end,
+        scale,
+        BLOCK_Q,
+        BLOCK_K,
+        CHUNK,
+        CHUNKS,
+        LAZY,
+        False,
+        CAREFUL,
+    )
+    begin, end = tl.load(partial_offsets + plan_row), tl.load(partial_offsets + plan_row + 1)
+    return _attend_backward(
+        dq,
+        rows,
+        i,
+        keys,
+        partial_tiles,
+        begin,
+        end,
+        scale,
+        BLOCK_Q,
+        BLOCK_K,
+        CHUNK,
+        CHUNKS,
+        LAZY,
+        True,
+        CAREFUL,
+    )
+
+
+@triton.jit
+def backward_dq(
+    q_desc, k_desc, v_desc, evict_desc, out_desc, d_out_desc, lse, d_lse, row_lse, row_delta, dq,
+    full_offsets, full_tiles, partial_offsets, partial_tiles, order, copies, tokens, dim, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dq [B, N, HEADS, D]; leaves for backward_dk_dv, per row of q, row_lse (in log2) and row_delta, the sum
+    of out * d_out less d_lse: [B * HEADS, N rounded up to whole tiles], inf and 0 past the last token."""
+    row, batch, head, first = program(order, copies, tokens, HEADS, BLOCK_Q)
+    i = first + tl.arange(0, BLOCK_Q)
+    out = operand(out_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
+    d_out = operand(d_out_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
+    delta = tl.zeros([BLOCK_Q], tl.float32)
+    for c in tl.static_range(CHUNKS):
+        left = chunk(out, c, BLOCK_Q, CHUNK, LAZY).to(tl.float32)
+        delta += tl.sum(left * chunk(d_out, c, BLOCK_Q, CHUNK, LAZY).to(tl.float32), axis=1)
+    at = (batch * HEADS + head).to(tl.int64) * tokens + i
+    if d_lse is not None:
+        delta -= tl.load(d_lse + at, mask=i < tokens, other=0.0)
+    log_total = tl.load(lse + at, mask=i < tokens, other=INFINITY) * LOG2E
+    at = (batch * HEADS + head).to(tl.int64) * (tl.cdiv(tokens, TILE) * TILE) + i
+    tl.store(row_lse + at, log_total)
+    tl.store(row_delta + at, delta)
+    q = operand(q_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
+    rows = (q, d_out, log_total, delta)
+    keys = (k_desc, v_desc, evict_desc, batch, head // GROUP, batch // copies)
+    acc = _attend_row_backward(
+        rows, i, keys, full_offsets, full_tiles, partial_offsets, partial_tiles, row, scale,
+        BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, False,
+    )  # fmt: skip
+    if has_nan(acc, CHUNKS):
+        acc = _attend_row_backward(
+            rows, i, keys, full_offsets, full_tiles, partial_offsets, partial_tiles, row, scale,
+            BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True,
+        )  # fmt: skip
+    acc = scaled(acc, scale * LN2, CHUNKS)
+    store(dq, acc, batch, head, first, tokens, dim, HEADS, BLOCK_Q, CHUNK, CHUNKS)
+
+
+@triton.jit
+def _gather(
+    dk, dv, k, v, j, evict, queries, head, HEADS: tl.constexpr, begin, gap_begin, gap_end, end, scale,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    LAZY: tl.constexpr, MASKED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """dk (if DK) and dv (if DV) + what query tiles add to them: [begin, end) without [gap_begin, gap_end)."""
+    q_desc, d_out_desc, row_lse_desc, row_delta_desc, batch = queries
+    row = batch * HEADS + head
+    PARTS: tl.constexpr = TILE // BLOCK_Q
+    gap = (gap_end - gap_begin) * PARTS
+    for n in range(begin * PARTS, end * PARTS - gap):
+        first = tl.where(n < gap_begin * PARTS, n, n + gap) * BLOCK_Q
+        q = operand(q_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
+        d_out = operand(d_out_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
+        # dv before d_weight: the fewer values live at once, the fewer spill.
+        score = products(k, q, BLOCK_K, BLOCK_Q, CHUNK, CHUNKS, LAZY)
+        weight = tl.exp2(score * scale - row_lse_desc.load([row, first]).reshape(BLOCK_Q)[None, :])
+        if MASKED:
+            i = first + tl.arange(0, BLOCK_Q)
+            visible = (j[:, None] <= i[None, :]) & (i[None, :] < evict[:, None])
+            weight = tl.where(visible, weight, 0.0)
+        if DV:
+            dv = add_rows(dv, weight, d_out, BLOCK_Q, CHUNK, CHUNKS, LAZY, False)
+        if DK:
+            d_weight = products(v, d_out, BLOCK_K, BLOCK_Q, CHUNK, CHUNKS, LAZY)
+            d_score = weight * (d_weight - row_delta_desc.load([row, first]).reshape(BLOCK_Q)[None, :])
+            if MASKED:  # again, as 0 * NaN is NaN
+                d_score = tl.where(visible, d_score, 0.0)
+            dk = add_rows(dk, d_score, q, BLOCK_Q, CHUNK, CHUNKS, LAZY, False)
+    return dk, dv
+
+
+@triton.jit
+def _gather_heads(
+    k, v, j, evict, queries, begin, full_begin, full_end, end, writer, scale,
+    HEADS: tl.constexpr, SHARE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """(dk, dv) over SHARE query heads: the full tiles, then the partial ones on both sides of them."""
+    dk = zeros(BLOCK_K, CHUNK, CHUNKS if DK else 0)
+    dv = zeros(BLOCK_K, CHUNK, CHUNKS if DV else 0)
+    for head in range(writer * SHARE, writer * SHARE + SHARE):
+        dk, dv = _gather(
+            dk, dv, k, v, j, evict, queries, head, HEADS, full_begin, full_end, full_end, full_end, scale,
+            BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, False, DK, DV,
+        )  # fmt: skip
+        dk, dv = _gather(
+            dk, dv, k, v, j, evict, queries, head, HEADS, begin, full_begin, full_end, end, scale,
+            BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True, DK, DV,
+        )  # fmt: skip
+    return dk, dv
+
+
+@triton.jit
+def backward_dk_dv(
+    q_desc, k_desc, v_desc, d_out_desc, row_lse_desc, row_delta_desc, evict, dk, dv, ranges, order,
+    copies, tokens, dim, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    LAZY: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dk and dv [B, N, HEADS / SHARE, D]: a program sums over SHARE query heads of one KV head."""
+    plan_row, batch, writer, first = program(order, copies, tokens, HEADS // SHARE, BLOCK_K)
+    begin, full_begin = tl.load(ranges + plan_row * 4), tl.load(ranges + plan_row * 4 + 1)
+    full_end, end = tl.load(ranges + plan_row * 4 + 2), tl.load(ranges + plan_row * 4 + 3)
+    j = first + tl.arange(0, BLOCK_K)
+    lifetime = tl.load(evict + (batch // copies).to(tl.int64) * tokens + j, mask=j < tokens, other=0)
+    k = operand(k_desc, batch, writer * SHARE // GROUP, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
+    v = operand(v_desc, batch, writer * SHARE // GROUP, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
+    queries = (q_desc, d_out_desc, row_lse_desc, row_delta_desc, batch)
+    dk_acc, dv_acc = _gather_heads(
+        k, v, j, lifetime, queries, begin, full_begin, full_end, end, writer, scale,
+        HEADS, SHARE, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, not LAZY, True,
+    )  # fmt: skip
+    heads: tl.constexpr = HEADS // SHARE
+    store(dv, dv_acc, batch, writer, first, tokens, dim, heads, BLOCK_K, CHUNK, CHUNKS)
+    if LAZY:  # both at once do not fit into the registers
+        dk_acc, _ = _gather_heads(
+            k, v, j, lifetime, queries, begin, full_begin, full_end, end, writer, scale,
+            HEADS, SHARE, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True, False,
+        )  # fmt: skip
+    dk_acc = scaled(dk_acc, scale * LN2, CHUNKS)
+    store(dk, dk_acc, batch, writer, first, tokens, dim, heads, BLOCK_K, CHUNK, CHUNKS)

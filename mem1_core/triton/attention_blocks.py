@@ -1,0 +1,135 @@
+"""The block shapes of the attention kernels: a small table by architecture, kernel, dtype and head dim.
+
+Chosen from the compiler's report (`python tests/triton_report.py` prints it): the largest blocks whose
+loops do not spill, under Triton 3.6 and 3.9. Not yet measured on hardware.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+HEAD_DIMS = (64, 96, 128, 192, 256)  # a head dim between two of them runs as the larger one
+
+
+class Blocks(NamedTuple):
+    """How one kernel is cut: query and key tokens of a block, channels of a chunk, warps, pipeline stages."""
+
+    q: int
+    k: int
+    chunk: int
+    warps: int
+    stages: int
+
+
+Table = dict[str, dict[int, Blocks]]
+
+# Hopper: tensor cores of a warpgroup, copy engine, 227 KB of shared memory.
+HOPPER_HALF: Table = {
+    "forward": {
+        64: Blocks(128, 128, 64, 8, 3),
+        96: Blocks(128, 128, 32, 8, 2),
+        128: Blocks(128, 128, 128, 8, 2),
+        192: Blocks(128, 64, 64, 8, 2),
+        256: Blocks(128, 32, 256, 8, 2),
+    },
+    "backward_dq": {
+        64: Blocks(128, 128, 64, 8, 2),
+        96: Blocks(128, 64, 32, 8, 2),
+        128: Blocks(128, 64, 128, 8, 2),
+        192: Blocks(128, 64, 64, 8, 2),
+        256: Blocks(128, 32, 128, 8, 2),
+    },
+    "backward_dk_dv": {
+        64: Blocks(128, 128, 64, 8, 2),
+        96: Blocks(64, 128, 32, 8, 2),
+        128: Blocks(64, 128, 128, 8, 2),
+        192: Blocks(64, 64, 64, 8, 2),
+        256: Blocks(32, 64, 256, 8, 2),
+    },
+}
+HOPPER_SINGLE: Table = {
+    "forward": {
+        64: Blocks(128, 64, 32, 8, 2),
+        96: Blocks(64, 32, 32, 4, 2),
+        128: Blocks(128, 32, 32, 8, 2),
+        192: Blocks(64, 16, 32, 8, 2),
+        256: Blocks(64, 16, 32, 8, 2),
+    },
+    "backward_dq": {
+        64: Blocks(64, 64, 32, 4, 2),
+        96: Blocks(64, 32, 32, 4, 2),
+        128: Blocks(64, 32, 32, 4, 2),
+        192: Blocks(64, 16, 32, 8, 2),
+        256: Blocks(64, 16, 16, 8, 2),
+    },
+    "backward_dk_dv": {
+        64: Blocks(64, 64, 32, 4, 2),
+        96: Blocks(32, 64, 32, 4, 2),
+        128: Blocks(32, 64, 32, 4, 2),
+        192: Blocks(16, 64, 32, 8, 2),
+        256: Blocks(16, 64, 32, 8, 2),
+    },
+}
+
+# Every other GPU from compute capability 8.0 on: 99 KB of shared memory, descriptors become pointers.
+OTHER_HALF: Table = {
+    "forward": {
+        64: Blocks(64, 64, 64, 4, 2),
+        96: Blocks(64, 32, 32, 4, 2),
+        128: Blocks(64, 32, 128, 4, 2),
+        192: Blocks(64, 32, 64, 8, 2),
+        256: Blocks(64, 32, 128, 8, 2),
+    },
+    "backward_dq": {
+        64: Blocks(64, 64, 64, 4, 2),
+        96: Blocks(64, 32, 32, 4, 2),
+        128: Blocks(64, 64, 128, 8, 2),
+        192: Blocks(64, 32, 64, 8, 2),
+        256: Blocks(64, 16, 128, 8, 2),
+    },
+    "backward_dk_dv": {
+        64: Blocks(32, 64, 64, 4, 2),
+        96: Blocks(32, 64, 32, 8, 2),
+        128: Blocks(32, 64, 128, 8, 2),
+        192: Blocks(16, 64, 64, 8, 2),
+        256: Blocks(16, 64, 128, 8, 2),
+    },
+}
+OTHER_SINGLE: Table = {
+    "forward": {
+        64: Blocks(32, 32, 32, 4, 2),
+        96: Blocks(32, 32, 32, 4, 2),
+        128: Blocks(32, 32, 32, 4, 2),
+        192: Blocks(32, 16, 32, 4, 2),
+        256: Blocks(32, 16, 32, 8, 2),
+    },
+    "backward_dq": {
+        64: Blocks(32, 32, 32, 4, 2),
+        96: Blocks(32, 32, 32, 4, 2),
+        128: Blocks(32, 32, 32, 4, 2),
+        192: Blocks(32, 16, 32, 4, 2),
+        256: Blocks(32, 16, 32, 8, 2),
+    },
+    "backward_dk_dv": {
+        64: Blocks(32, 32, 32, 4, 2),
+        96: Blocks(16, 32, 32, 4, 2),
+        128: Blocks(16, 32, 32, 4, 2),
+        192: Blocks(16, 32, 32, 4, 2),
+        256: Blocks(16, 32, 32, 8, 2),
+    },
+}
+
+
+def blocks(kernel: str, head_dim: int, dtype: torch.dtype, hopper: bool) -> Blocks:
+    """The blocks of `kernel` for a head dim up to 256; dtype bfloat16, float16 or float32."""
+    if dtype == torch.float32:
+        table = HOPPER_SINGLE if hopper else OTHER_SINGLE
+    else:
+        table = HOPPER_HALF if hopper else OTHER_HALF
+    return table[kernel][padded_dim(head_dim)]
+
+
+def padded_dim(head_dim: int) -> int:
+    return next(d for d in HEAD_DIMS if d >= head_dim)

@@ -1,0 +1,141 @@
+"""Trajectory attention, forward: online softmax over the live key tiles of a query block.
+
+Full tiles (no mask) and partial ones are walked in two loops, neither with a branch: that is what lets
+Triton copy the next tiles into shared memory while the tensor cores work on this one. Scores are kept in
+units of log2, as the hardware's exponential is 2^x.
+
+A value that is not finite must not touch the queries that do not see it, but there its weight is 0, and 0 *
+NaN is NaN. Cleaning every tile on its way to the tensor cores would cost each call; instead the loops run
+as if all were finite, and a program whose sum comes out NaN starts again with CAREFUL loops.
+"""
+
+# mypy: ignore-errors
+# (Python is only the syntax here: Triton compiles these functions)
+
+import triton
+import triton.language as tl
+
+from mem1_core.triton.attention_tiles import (
+    INFINITY,
+    LN2,
+    TILE,
+    add_rows,
+    bad_rows,
+    has_nan,
+    operand,
+    products,
+    program,
+    scaled,
+    store,
+    tile_part,
+    zeros,
+)
+
+
+@triton.jit
+def _attend(
+    state, q, i, keys, tiles, begin, end, scale,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    LAZY: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the key tiles tiles[begin:end]; state is (sum of rows, sum of weights, maximum)."""
+    acc, total, top = state
+    k_desc, v_desc, evict_desc, batch, head, row = keys
+    PARTS: tl.constexpr = TILE // BLOCK_K
+    for n in range(begin * PARTS, end * PARTS):
+        first = tile_part(tiles, n, PARTS, BLOCK_K)
+        k = operand(k_desc, batch, head, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
+        v = operand(v_desc, batch, head, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
+        score = products(q, k, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY)
+        if CAREFUL:
+            bad = bad_rows(v, BLOCK_K, CHUNK, CHUNKS, LAZY)  # a bad k has made a bad score
+            score += tl.where(bad, float("nan"), 0.0)[None, :]
+        if MASKED:
+            j = first + tl.arange(0, BLOCK_K)
+            evict = evict_desc.load([row, first]).reshape(BLOCK_K)  # 0 past the last token: seen by none
+            score = tl.where((j[None, :] <= i[:, None]) & (i[:, None] < evict[None, :]), score, -INFINITY)
+        new_top = tl.maximum(top, tl.max(score, axis=1) * scale)
+        base = new_top
+        if MASKED:  # a row that has seen nothing yet
+            base = tl.where(new_top == -INFINITY, 0.0, new_top)
+        weight = tl.exp2(score * scale - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(weight, axis=1)
+        acc = scaled(acc, shrink[:, None], CHUNKS)
+        acc = add_rows(acc, weight, v, BLOCK_K, CHUNK, CHUNKS, LAZY, CAREFUL)
+        top = new_top
+    return acc, total, top
+
+
+@triton.jit
+def _attend_row(
+    q, i, keys, full_offsets, full_tiles, partial_offsets, partial_tiles, plan_row, scale,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    LAZY: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """All live key tiles of a query block: the full ones, then the partial ones."""
+    empty = tl.full([BLOCK_Q], -INFINITY, tl.float32)
+    state = (zeros(BLOCK_Q, CHUNK, CHUNKS), tl.zeros([BLOCK_Q], tl.float32), empty)
+    begin, end = tl.load(full_offsets + plan_row), tl.load(full_offsets + plan_row + 1)
+    state = _attend(
+        state,
+        q,
+        i,
+        keys,
+        full_tiles,
+        begin,
+        end,
+        scale,
+        BLOCK_Q,
+        BLOCK_K,
+        CHUNK,
+        CHUNKS,
+        LAZY,
+        False,
+        CAREFUL,
+    )
+    begin, end = tl.load(partial_offsets + plan_row), tl.load(partial_offsets + plan_row + 1)
+    return _attend(
+        state,
+        q,
+        i,
+        keys,
+        partial_tiles,
+        begin,
+        end,
+        scale,
+        BLOCK_Q,
+        BLOCK_K,
+        CHUNK,
+        CHUNKS,
+        LAZY,
+        True,
+        CAREFUL,
+    )
+
+
+@triton.jit
+def forward(
+    q_desc, k_desc, v_desc, evict_desc, out, lse,
+    full_offsets, full_tiles, partial_offsets, partial_tiles, order, copies, tokens, dim, scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out [B, N, HEADS, D] and lse [B, HEADS, N] (natural); scale is the softmax scale times log2(e)."""
+    row, batch, head, first = program(order, copies, tokens, HEADS, BLOCK_Q)
+    i = first + tl.arange(0, BLOCK_Q)
+    q = operand(q_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
+    keys = (k_desc, v_desc, evict_desc, batch, head // GROUP, batch // copies)
+    acc, total, top = _attend_row(
+        q, i, keys, full_offsets, full_tiles, partial_offsets, partial_tiles, row, scale,
+        BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, False,
+    )  # fmt: skip
+    if has_nan(acc, CHUNKS):
+        acc, total, top = _attend_row(
+            q, i, keys, full_offsets, full_tiles, partial_offsets, partial_tiles, row, scale,
+            BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True,
+        )  # fmt: skip
+    at = (batch * HEADS + head).to(tl.int64) * tokens + i
+    tl.store(lse + at, (top + tl.log2(total)) * LN2, mask=i < tokens)  # -inf for a row that sees nothing
+    acc = scaled(acc, (1.0 / tl.where(total == 0.0, 1.0, total))[:, None], CHUNKS)
+    store(out, acc, batch, head, first, tokens, dim, HEADS, BLOCK_Q, CHUNK, CHUNKS)

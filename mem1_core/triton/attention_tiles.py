@@ -1,0 +1,159 @@
+"""What the attention kernels share: operands in chunks of channels, products of them, the walk over the tile
+plan.
+
+A head dim is cut into CHUNKS of CHUNK channels, a power of two each, so that 96 or 192 channels are not
+padded. An operand is a tuple of its chunks. A LAZY one (float32, which needs twice the registers) is only
+the place in memory from which a chunk is read when it is used.
+
+Whatever a loop reads comes through a tensor descriptor: the copy engine fills in 0 past the end of the
+tensor, so that bounds cost nothing.
+"""
+
+# mypy: ignore-errors
+# (Python is only the syntax here: Triton compiles these functions)
+
+import triton
+import triton.language as tl
+
+TILE = tl.constexpr(128)  # the plan's tiles, both ways; a kernel's own blocks are this or parts of it
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+INFINITY = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def operand(
+    desc, batch, head, first,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr,
+):  # fmt: skip
+    """Rows [first, first + ROWS) of one head of a [B, H, N, D] tensor."""
+    if LAZY:
+        return (desc, batch, head, first)
+    else:
+        chunks = ()
+        for c in tl.static_range(CHUNKS):
+            chunks = chunks + (desc.load([batch, head, first, c * CHUNK]).reshape(ROWS, CHUNK),)
+        return chunks
+
+
+@triton.jit
+def chunk(operand, c, ROWS: tl.constexpr, CHUNK: tl.constexpr, LAZY: tl.constexpr):
+    """[ROWS, CHUNK]: chunk c."""
+    if LAZY:
+        desc, batch, head, first = operand
+        return desc.load([batch, head, first, c * CHUNK]).reshape(ROWS, CHUNK)
+    else:
+        return operand[c]
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
+    chunks = ()
+    for _ in tl.static_range(CHUNKS):
+        chunks = chunks + (tl.zeros([ROWS, CHUNK], tl.float32),)
+    return chunks
+
+
+@triton.jit
+def scaled(acc, factor, CHUNKS: tl.constexpr):
+    chunks = ()
+    for c in tl.static_range(CHUNKS):
+        chunks = chunks + (acc[c] * factor,)
+    return chunks
+
+
+@triton.jit
+def dot(a, b, acc):
+    """a @ b + acc in float32; float32 operands keep their precision (three tf32 products)."""
+    return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def products(
+    a,
+    b,
+    A_ROWS: tl.constexpr,
+    B_ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    LAZY: tl.constexpr,
+):
+    """a @ b^T, [A_ROWS, B_ROWS]: every row of a with every row of b."""
+    acc = tl.zeros([A_ROWS, B_ROWS], tl.float32)
+    if LAZY:
+        for c in range(CHUNKS):  # not unrolled: one chunk's addresses at a time
+            acc = dot(chunk(a, c, A_ROWS, CHUNK, LAZY), chunk(b, c, B_ROWS, CHUNK, LAZY).T, acc)
+    else:
+        for c in tl.static_range(CHUNKS):
+            acc = dot(a[c], b[c].T, acc)
+    return acc
+
+
+@triton.jit
+def add_rows(
+    acc, weight, b, B_ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr,
+    CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """acc + weight @ b: sums of the rows of b."""
+    chunks = ()
+    for c in tl.static_range(CHUNKS):
+        rows = chunk(b, c, B_ROWS, CHUNK, LAZY)
+        if CAREFUL:
+            rows = tl.where(tl.abs(rows.to(tl.float32)) < INFINITY, rows, 0.0)
+        chunks = chunks + (dot(weight.to(rows.dtype), rows, acc[c]),)
+    return chunks
+
+
+@triton.jit
+def bad_rows(operand, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr):
+    """bool [ROWS]: which rows hold a NaN or an infinity."""
+    count = tl.zeros([ROWS], tl.int32)
+    for c in tl.static_range(CHUNKS):
+        finite = tl.abs(chunk(operand, c, ROWS, CHUNK, LAZY).to(tl.float32)) < INFINITY
+        count += tl.sum(1 - finite.to(tl.int32), axis=1)
+    return count > 0
+
+
+@triton.jit
+def has_nan(acc, CHUNKS: tl.constexpr):
+    count = 0
+    for c in tl.static_range(CHUNKS):
+        count += tl.sum(tl.sum((acc[c] != acc[c]).to(tl.int32), axis=1), axis=0)
+    return count > 0
+
+
+@triton.jit
+def store(
+    out, acc, batch, head, first, tokens, dim,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Rows [first, first + ROWS) of one head of the contiguous [B, N, HEADS, D] tensor out."""
+    rows = first + tl.arange(0, ROWS)
+    at = out + ((batch.to(tl.int64) * tokens + rows) * HEADS + head)[:, None] * dim
+    for c in tl.static_range(CHUNKS):
+        d = c * CHUNK + tl.arange(0, CHUNK)[None, :]
+        tl.store(at + d, acc[c].to(out.dtype.element_ty), mask=(rows < tokens)[:, None] & (d < dim))
+
+
+@triton.jit
+def program(order, copies, tokens, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """(row of the plan, batch, head, first token) of this program.
+
+    Heads vary fastest, so that those which share keys run side by side; the longest rows come first. A plan
+    for one batch (copies = B) serves all of them.
+    """
+    program = tl.program_id(0)
+    head = program % HEADS
+    program = program // HEADS
+    part = program % (TILE // BLOCK)
+    program = program // (TILE // BLOCK)
+    row = tl.load(order + program // copies)
+    tiles = tl.cdiv(tokens, TILE)
+    return row, row // tiles * copies + program % copies, head, row % tiles * TILE + part * BLOCK
+
+
+@triton.jit
+def tile_part(tiles, n, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """First token of the n-th block along a list of tiles, each of PARTS blocks."""
+    tile = n // PARTS
+    return tl.load(tiles + tile) * TILE + (n - tile * PARTS) * BLOCK
