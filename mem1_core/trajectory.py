@@ -45,9 +45,10 @@ class TilePlan(NamedTuple):
     """Which (query tile, key tile) pairs attention has to compute, seen from both sides.
 
     Key tile `k` covers the keys `[k * block_k, min((k + 1) * block_k, N))`, query tiles likewise; there are
-    `QT = ceil(N / block_q)` and `KT = ceil(N / block_k)` per row of the batch. A tile is *full* when each
-    of its pairs is visible (no mask needed), *dead* when none is (skipped), else *partial*. For one key
-    tile, the live query tiles are one contiguous range from the diagonal on, and the full ones one inside it.
+    `QT = ceil(N / block_q)` and `KT = ceil(N / block_k)` per row of the batch. A tile is *full* when it has
+    `block_k` keys and each of its pairs is visible (no mask needed), *dead* when none is (skipped), else
+    *partial*. For one key tile, the live query tiles are one contiguous range from the diagonal on, and the
+    full ones one inside it.
 
     On CUDA both lists are allocated at their upper bound, as nothing waits for their lengths: only the part
     below the last offset is filled.

@@ -1,1 +1,1 @@
-"""The Triton backends, for CUDA devices from compute capability 8.0 on. Loaded by the first call of such an op."""
+"""The Triton backends, for CUDA devices from compute capability 8.0 on. Loaded by the first such call."""

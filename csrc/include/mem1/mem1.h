@@ -46,12 +46,16 @@ MEM1_API const char* mem1_cuda_architectures(void);
 /* The tile plan of trajectory attention.
  *
  * Key j is visible to the queries j <= i < evict[j]. The attention matrix is cut into tiles of block_q queries by
- * block_k keys; query_tiles = ceil(length / block_q), key_tiles = ceil(length / block_k). A tile is dead     when no
- * pair in it can be visible: it is in no list; full     when every pair in it is visible: it needs no mask; partial
- * otherwise. Seen from a key tile, live and full query tiles are contiguous ranges (what a backward pass over keys
- * wants); seen from a query tile they are lists (what a forward pass wants).
+ * block_k keys; query_tiles = ceil(length / block_q), key_tiles = ceil(length / block_k). A tile is
+ *   dead     when no pair in it can be visible: it is in no list;
+ *   full     when it has all block_k keys and every pair in it is visible: it needs no mask;
+ *   partial  otherwise.
+ * Seen from a key tile, live and full query tiles are contiguous ranges (what a backward pass over keys wants); seen
+ * from a query tile they are lists (what a forward pass wants).
  *
- * Two calls, because the length of the lists is known only after the first:
+ * Two calls, because the length of the lists is known only after the first. Who will not wait for it, on CUDA, gives
+ * the lists room for every tile up to the diagonal: sum over query tiles of ceil(min(end of the tile, length) /
+ * block_k), times batch. CUDA does not check that the offsets stay below 2^31; that bound does.
  *   mem1_tile_plan_ranges  reads evict, fills key_ranges, full_offsets and partial_offsets: O(length)
  *   mem1_tile_plan_lists   reads those three, fills full_tiles and partial_tiles: O(live tiles). On the CPU the offsets
  *                          serve as cursors meanwhile and are restored: no other thread may read them during the call.
