@@ -59,20 +59,24 @@ def trajectory_attention(
 
     Args:
         q: [B, N, Hq, D], last dimension contiguous, any other strides. On the CPU float32, bfloat16 or
-            float64.
+            float64; on CUDA bfloat16, float16 or float32 with D <= 256.
         k, v: [B, N, Hkv, D] of the same dtype; Hq a multiple of Hkv (query head h reads KV head
             h // (Hq / Hkv)).
         mask: its `evict` is [B, N] or [1, N]; made once, used by every layer.
         scale: of the scores; 1 / sqrt(D) when None.
         return_lse: also return the log-sum-exp of each row's visible scores, natural logarithm. It has a
             gradient.
-        deterministic: bitwise repeatable gradients. The CPU backend always is, for a given number of threads.
-        backend: see `mem1_core.backend`.
+        deterministic: bitwise repeatable gradients. Every backend there is so far always is (the CPU's for a
+            given number of threads).
+        backend: see `mem1_core.backend`; "auto" is "cpu" for CPU tensors and "triton" (compute capability 8.0
+            and later) for CUDA tensors, where nothing synchronises and a CUDA graph can capture both
+            directions once a first call has compiled the kernels.
 
     Returns:
         out [B, N, Hq, D] in the dtype of q; with `return_lse` also lse [B, Hq, N], float32 (float64 for
         float64). A row that sees no key is 0 with lse -inf. A query that sees a NaN or infinite key or value
-        becomes NaN; such keys do not touch the queries that do not see them. There is no second derivative.
+        becomes NaN; such keys do not touch the queries that do not see them. (On CUDA a score of -inf that an
+        infinite key makes is no NaN: it leaves the key out.) There is no second derivative.
 
     Raises:
         TypeError, ValueError: a dtype, shape, stride or device that is not as above; the message names the

@@ -167,7 +167,7 @@ class _Launch:
                 HEADS=self.heads,
                 GROUP=self.group,
                 CHUNK=self.blocks.chunk,
-                CHUNKS=padded_dim(self.dim) // self.blocks.chunk,
+                CHUNKS=triton.cdiv(padded_dim(self.dim), self.blocks.chunk),
                 LAZY=self.lazy,
                 BLOCK_Q=self.blocks.q,
                 BLOCK_K=self.blocks.k,

@@ -25,6 +25,7 @@ from mem1_core.triton.attention_tiles import (
     program,
     scaled,
     store,
+    tile_lists,
     tile_part,
     zeros,
 )
@@ -57,47 +58,20 @@ def _attend_backward(
 
 @triton.jit
 def _attend_row_backward(
-    rows, i, keys, full_offsets, full_tiles, partial_offsets, partial_tiles, plan_row, scale,
+    rows, i, keys, lists, scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     LAZY: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
+    full_tiles, full_begin, full_end, partial_tiles, partial_begin, partial_end = lists
     dq = zeros(BLOCK_Q, CHUNK, CHUNKS)
-    begin, end = tl.load(full_offsets + plan_row), tl.load(full_offsets + plan_row + 1)
     dq = _attend_backward(
-        dq,
-        rows,
-        i,
-        keys,
-        full_tiles,
-        begin,
-        end,
-        scale,
-        BLOCK_Q,
-        BLOCK_K,
-        CHUNK,
-        CHUNKS,
-        LAZY,
-        False,
-        CAREFUL,
-    )
-    begin, end = tl.load(partial_offsets + plan_row), tl.load(partial_offsets + plan_row + 1)
+        dq, rows, i, keys, full_tiles, full_begin, full_end, scale,
+        BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, False, CAREFUL,
+    )  # fmt: skip
     return _attend_backward(
-        dq,
-        rows,
-        i,
-        keys,
-        partial_tiles,
-        begin,
-        end,
-        scale,
-        BLOCK_Q,
-        BLOCK_K,
-        CHUNK,
-        CHUNKS,
-        LAZY,
-        True,
-        CAREFUL,
-    )
+        dq, rows, i, keys, partial_tiles, partial_begin, partial_end, scale,
+        BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True, CAREFUL,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -110,6 +84,7 @@ def backward_dq(
     """dq [B, N, HEADS, D]; leaves for backward_dk_dv, per row of q, row_lse (in log2) and row_delta, the sum
     of out * d_out less d_lse: [B * HEADS, N rounded up to whole tiles], inf and 0 past the last token."""
     row, batch, head, first = program(order, copies, tokens, HEADS, BLOCK_Q)
+    lists = tile_lists(full_offsets, full_tiles, partial_offsets, partial_tiles, row)
     i = first + tl.arange(0, BLOCK_Q)
     out = operand(out_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
     d_out = operand(d_out_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
@@ -127,15 +102,9 @@ def backward_dq(
     q = operand(q_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
     rows = (q, d_out, log_total, delta)
     keys = (k_desc, v_desc, evict_desc, batch, head // GROUP, batch // copies)
-    acc = _attend_row_backward(
-        rows, i, keys, full_offsets, full_tiles, partial_offsets, partial_tiles, row, scale,
-        BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, False,
-    )  # fmt: skip
+    acc = _attend_row_backward(rows, i, keys, lists, scale, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, False)
     if has_nan(acc, CHUNKS):
-        acc = _attend_row_backward(
-            rows, i, keys, full_offsets, full_tiles, partial_offsets, partial_tiles, row, scale,
-            BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True,
-        )  # fmt: skip
+        acc = _attend_row_backward(rows, i, keys, lists, scale, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True)
     acc = scaled(acc, scale * LN2, CHUNKS)
     store(dq, acc, batch, head, first, tokens, dim, HEADS, BLOCK_Q, CHUNK, CHUNKS)
 

@@ -27,6 +27,7 @@ from mem1_core.triton.attention_tiles import (
     program,
     scaled,
     store,
+    tile_lists,
     tile_part,
     zeros,
 )
@@ -69,49 +70,22 @@ def _attend(
 
 @triton.jit
 def _attend_row(
-    q, i, keys, full_offsets, full_tiles, partial_offsets, partial_tiles, plan_row, scale,
+    q, i, keys, lists, scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     LAZY: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """All live key tiles of a query block: the full ones, then the partial ones."""
+    full_tiles, full_begin, full_end, partial_tiles, partial_begin, partial_end = lists
     empty = tl.full([BLOCK_Q], -INFINITY, tl.float32)
     state = (zeros(BLOCK_Q, CHUNK, CHUNKS), tl.zeros([BLOCK_Q], tl.float32), empty)
-    begin, end = tl.load(full_offsets + plan_row), tl.load(full_offsets + plan_row + 1)
     state = _attend(
-        state,
-        q,
-        i,
-        keys,
-        full_tiles,
-        begin,
-        end,
-        scale,
-        BLOCK_Q,
-        BLOCK_K,
-        CHUNK,
-        CHUNKS,
-        LAZY,
-        False,
-        CAREFUL,
-    )
-    begin, end = tl.load(partial_offsets + plan_row), tl.load(partial_offsets + plan_row + 1)
+        state, q, i, keys, full_tiles, full_begin, full_end, scale,
+        BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, False, CAREFUL,
+    )  # fmt: skip
     return _attend(
-        state,
-        q,
-        i,
-        keys,
-        partial_tiles,
-        begin,
-        end,
-        scale,
-        BLOCK_Q,
-        BLOCK_K,
-        CHUNK,
-        CHUNKS,
-        LAZY,
-        True,
-        CAREFUL,
-    )
+        state, q, i, keys, partial_tiles, partial_begin, partial_end, scale,
+        BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True, CAREFUL,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -123,18 +97,13 @@ def forward(
 ):  # fmt: skip
     """out [B, N, HEADS, D] and lse [B, HEADS, N] (natural); scale is the softmax scale times log2(e)."""
     row, batch, head, first = program(order, copies, tokens, HEADS, BLOCK_Q)
+    lists = tile_lists(full_offsets, full_tiles, partial_offsets, partial_tiles, row)
+    keys = (k_desc, v_desc, evict_desc, batch, head // GROUP, batch // copies)
     i = first + tl.arange(0, BLOCK_Q)
     q = operand(q_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
-    keys = (k_desc, v_desc, evict_desc, batch, head // GROUP, batch // copies)
-    acc, total, top = _attend_row(
-        q, i, keys, full_offsets, full_tiles, partial_offsets, partial_tiles, row, scale,
-        BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, False,
-    )  # fmt: skip
+    acc, total, top = _attend_row(q, i, keys, lists, scale, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, False)
     if has_nan(acc, CHUNKS):
-        acc, total, top = _attend_row(
-            q, i, keys, full_offsets, full_tiles, partial_offsets, partial_tiles, row, scale,
-            BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True,
-        )  # fmt: skip
+        acc, total, top = _attend_row(q, i, keys, lists, scale, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True)
     at = (batch * HEADS + head).to(tl.int64) * tokens + i
     tl.store(lse + at, (top + tl.log2(total)) * LN2, mask=i < tokens)  # -inf for a row that sees nothing
     acc = scaled(acc, (1.0 / tl.where(total == 0.0, 1.0, total))[:, None], CHUNKS)

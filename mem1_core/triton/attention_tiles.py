@@ -153,6 +153,17 @@ def program(order, copies, tokens, HEADS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def tile_lists(full_offsets, full_tiles, partial_offsets, partial_tiles, row):
+    """(full tiles, begin, end, partial tiles, begin, end) of a row of the plan.
+
+    Load them before the row's own operand: waiting for that then hides their latency.
+    """
+    full_begin, full_end = tl.load(full_offsets + row), tl.load(full_offsets + row + 1)
+    partial_begin, partial_end = tl.load(partial_offsets + row), tl.load(partial_offsets + row + 1)
+    return full_tiles, full_begin, full_end, partial_tiles, partial_begin, partial_end
+
+
+@triton.jit
 def tile_part(tiles, n, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """First token of the n-th block along a list of tiles, each of PARTS blocks."""
     tile = n // PARTS
