@@ -12,10 +12,10 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-GPU_SOURCES = ("csrc/*/*.cu", "csrc/*/*.cuh", "mem1_core/triton/*.py")
+GPU_SOURCES = ("csrc/attention/*.h", "csrc/*/*.cu", "csrc/*/*.cuh", "mem1_core/triton/*.py")
 # Distributions, not modules; peers among them.
 PACKAGES = (
-    "triton", "numpy", "flash-attn", "flash-attn-3", "flash-attn-4", "flash-mask", "flash-mask-2",
+    "triton", "numpy", "flash-attn", "flash-attn-3", "flash-attn-4", "flash-mask-2",
     "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cutlass-dsl",
 )  # fmt: skip
 

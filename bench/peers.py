@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -68,24 +67,17 @@ def flash_attention(module: str) -> Attention:
 
 
 def flashmask(mask: TrajectoryMask) -> Attention:
-    """FlashMask: the same O(N) mask, as the first row from which on a key of a causal mask is hidden."""
-    hidden_from = mask.evict[:, None, :, None].contiguous()
+    """FlashMask: the same O(N) mask, as the first row from which on a key of a causal mask is hidden.
+
+    Its build for torch, sm_90 only; all others take Paddle's tensors.
+    """
+    hidden_from = mask.evict[:, None, :, None]
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = _flashmask_module().flashmask_attention(q, k, v, hidden_from, causal=True)
-        return out[0] if isinstance(out, tuple) else out
+        run = import_module("flashmask_interface").flashmask_attention
+        return run(q, k, v, hidden_from, causal=True)
 
     return attention
-
-
-@functools.cache
-def _flashmask_module() -> ModuleType:
-    try:
-        return import_module("flashmask_interface")  # the torch build of version 3, sm_90 only
-    except ModuleNotFoundError as error:
-        if error.name != "flashmask_interface":
-            raise
-    return import_module("flash_mask.cute.interface")  # version 4
 
 
 def flex(blocks: BlockMask, compiled: bool) -> Attention:

@@ -6,14 +6,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from mem1_core.backend import choose_backend
 from mem1_core.ops import trajectory_attention
-from mem1_core.testing import attention_inputs, causal_evict, gradients, random_evict
+from mem1_core.testing import attention_backends, attention_inputs, causal_evict, gradients, random_evict
 from mem1_core.trajectory import TrajectoryMask
 
 mask_of = TrajectoryMask.from_evict
@@ -52,11 +54,20 @@ BAD_INPUTS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
 }
 
 
-@pytest.mark.parametrize("wrong", BAD_INPUTS)
-def test_bad_input(wrong: str) -> None:
+@pytest.mark.parametrize(
+    ("backend", "wrong"),
+    [
+        (backend, wrong)
+        for backend, device in attention_backends()
+        if device == "cpu" and backend != "reference"
+        for wrong in BAD_INPUTS
+        if not (backend == "triton" and "strided" in wrong)  # copies those
+    ],
+)
+def test_bad_input(backend: str, wrong: str) -> None:
     name, changes = BAD_INPUTS[wrong]
     q, k, v = attention_inputs(2, 10, 4, 2, 16)
-    good: dict[str, Any] = {"q": q, "k": k, "v": v, "mask": mask_of(causal_evict(10))}
+    good: dict[str, Any] = {"q": q, "k": k, "v": v, "mask": mask_of(causal_evict(10)), "backend": backend}
     trajectory_attention(**good)
     with pytest.raises(REFUSED, match=rf"\b{name}\b"):
         trajectory_attention(**good | changes())
@@ -76,6 +87,47 @@ def test_unsupported_device() -> None:
         trajectory_attention(q.to("meta"), k.to("meta"), v.to("meta"), mask)
     with pytest.raises(REFUSED, match=r"\bk\b.*meta"):
         trajectory_attention(q, k.to("meta"), v, mask)
+
+
+def on(device: str) -> Any:
+    """Stands in for a tensor on a device that the machine may not have."""
+    return SimpleNamespace(device=torch.device(device))
+
+
+def test_choice_of_a_backend() -> None:
+    cpu, cuda, meta = (on(device) for device in ("cpu", "cuda", "meta"))
+    every = ("cpu", "triton", "reference")
+    for tensor, requested, chosen in (
+        (cpu, "auto", "cpu"),
+        (cuda, "auto", "triton"),
+        (cpu, "triton", "triton"),  # it finds out itself whether it is interpreted
+        (meta, "reference", "reference"),
+    ):
+        assert choose_backend("gae", tensor, requested, every) == chosen
+    with pytest.raises(NotImplementedError, match="^gae: wanted a cpu or cuda tensor, got one on meta$"):
+        choose_backend("gae", meta, "auto", every)
+    with pytest.raises(ValueError, match="^backend: wanted 'auto', .* or 'reference', got 'fast'$"):
+        choose_backend("gae", cpu, "fast", every)
+    with pytest.raises(ValueError, match="^backend: 'cpu' wants cpu tensors, got one on cuda$"):
+        choose_backend("gae", cuda, "cpu", every)
+
+
+def test_a_backend_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton is not installed: the error says so, and what there is instead."""
+    missing = (
+        "^trajectory_attention: the 'triton' backend is missing here, where there are cpu, reference; "
+        "it needs `pip install triton`; backend='reference' runs anywhere, slowly$"
+    )
+    monkeypatch.setattr("mem1_core.ops.attention._AVAILABLE", ("cpu", "reference"))
+    inputs, mask = attention_inputs(1, 10, 4, 2, 16), mask_of(causal_evict(10))
+    with pytest.raises(NotImplementedError, match=missing):
+        trajectory_attention(*inputs, mask, backend="triton")
+    with pytest.raises(NotImplementedError, match=missing):  # as does a CUDA tensor without a word
+        choose_backend("trajectory_attention", on("cuda"), "auto", ("cpu", "reference"))
+    with pytest.raises(
+        NotImplementedError, match="the 'cuda' backend is missing here, .* cpu, reference; back"
+    ):
+        trajectory_attention(*inputs, mask, backend="cuda")
 
 
 # ------------------------------------------------------------------------------------------- torch.compile

@@ -365,28 +365,29 @@ ARGUMENTS = {
     "remove_unused_columns": False,  # keeps `segments` for the collator
     "max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 0.05, "lr_scheduler_type": "constant",
     "optim": "sgd", "max_grad_norm": 0.0, "logging_steps": 1, "save_strategy": "no", "report_to": [],
-    "disable_tqdm": True,
+    "disable_tqdm": True, "dataloader_pin_memory": False, "bf16": False,
 }  # fmt: skip
 
 
-def test_trainer_trains_packed_trajectories(tmp_path: Any) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_trainer_trains_packed_trajectories(device: str, tmp_path: Any) -> None:
     def make(model: PreTrainedModel, callback: transformers.TrainerCallback) -> Trainer:
-        arguments = TrainingArguments(output_dir=tmp_path, **ARGUMENTS)
+        arguments = TrainingArguments(output_dir=tmp_path, use_cpu=device == "cpu", **ARGUMENTS)
         return Trainer(model, arguments, pack, train_dataset=rollouts(), callbacks=[callback])
 
     check_trainer(make, build("Qwen2"))
 
 
-def test_trl_trains_packed_trajectories(tmp_path: Any) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_trl_trains_packed_trajectories(device: str, tmp_path: Any) -> None:
     trl = pytest.importorskip("trl")
     import datasets  # which trl requires
 
     from mem1.tokenizer import build_tokenizer  # SFTTrainer wants one, and has no use for it here
 
     def make(model: PreTrainedModel, callback: transformers.TrainerCallback) -> Trainer:
-        arguments = trl.SFTConfig(
-            output_dir=tmp_path, bf16=False, dataset_kwargs={"skip_prepare_dataset": True}, **ARGUMENTS
-        )
+        kept = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+        arguments = trl.SFTConfig(output_dir=tmp_path, use_cpu=device == "cpu", **kept, **ARGUMENTS)
         return trl.SFTTrainer(
             model,
             arguments,

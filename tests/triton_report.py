@@ -1,11 +1,10 @@
 """Compiles Triton kernels without a GPU, exactly as they are launched, and reports what the compiler made of
 them.
 
-    python tests/triton_report.py [sm_80 | sm_90a] [kernel ...]
+    python tests/triton_report.py [sm_80 | sm_90a] [kernel ...] [--dtypes bf16 ...] [--json FILE]
 
 Prints one table: registers and spilled bytes of a thread, shared memory of a block, pipeline stages,
-warpgroup matrix instructions (wgmma) and copy-engine loads (TMA). With --json, one JSON object per line
-instead.
+warpgroup matrix instructions (wgmma) and copy-engine loads (TMA). --json also writes the rows to a file.
 """
 
 from __future__ import annotations
@@ -87,6 +86,8 @@ def source(function: Any, arguments: dict[str, Any]) -> ASTSource:
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + POINTERS[value.dtype]
             divisible[(index,)] = [["tt.divisibility", 16]]
+        elif function.params[index].do_not_specialize:
+            signature[name] = "i32"
         elif name.isupper() or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, int):
@@ -132,8 +133,8 @@ def compiled(case: tuple[str, int, str, str]) -> dict[str, Any]:
     }
 
 
-def report(arch: str, kernels: list[str]) -> Iterator[dict[str, Any]]:
-    cases = itertools.product(kernels, attention_blocks.HEAD_DIMS, DTYPES, [arch])
+def report(arch: str, kernels: list[str], dtypes: list[str]) -> Iterator[dict[str, Any]]:
+    cases = itertools.product(kernels, attention_blocks.HEAD_DIMS, dtypes, [arch])
     with ProcessPoolExecutor() as pool:
         yield from pool.map(compiled, cases)
 
@@ -142,17 +143,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("arch", nargs="?", default="sm_90a", choices=["sm_80", "sm_90a"])
     parser.add_argument("kernels", nargs="*", help=f"of {', '.join(KERNELS)}; all when none is named")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows here")
     options = parser.parse_args()
-    print_heading = not options.json
-    for row in report(options.arch, options.kernels or list(KERNELS)):
+    rows = []
+    for row in report(options.arch, options.kernels or list(KERNELS), options.dtypes):
         widths = [max(len(name), 14 if name == "kernel" else 7) for name in row]
-        if print_heading:
+        if not rows:
             print(f"Compiled for {options.arch} by Triton {triton.__version__}, not run")
             print("  ".join(name.rjust(n) for name, n in zip(row, widths, strict=True)))
-            print_heading = False
-        cells = "  ".join(str(x).rjust(n) for x, n in zip(row.values(), widths, strict=True))
-        print(json.dumps(row) if options.json else cells, flush=True)
+        print("  ".join(str(x).rjust(n) for x, n in zip(row.values(), widths, strict=True)), flush=True)
+        rows.append(row)
+    if options.json:
+        options.json.write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def register() -> None:
 def check_model(model: PreTrainedModel) -> None:
     """Raise ValueError, with the reason, unless `mem1_mask` rules all that passes between tokens of `model`.
 
-    Made for the start of a training run: an error of a layer needs no check, but a model can also take
+    For the start of a training run: a layer that cannot work says so itself, but a model can also take
     `mem1_mask` and drop it, as each does that runs another attention implementation. So this tries: two rows
     of three tokens, one of them NaN, which the mask hides from the others in the one row and causality in the
     other. One small forward; the model and its gradients stay as they are.
@@ -57,7 +57,7 @@ def check_model(model: PreTrainedModel) -> None:
         raise ValueError(f"mem1_mask in {name}: {problem}")
     embedding = model.get_input_embeddings()
     device = next(embedding.parameters()).device
-    embeds = embedding(torch.zeros(2, 3, dtype=torch.int64, device=device)).clone()
+    embeds = embedding(torch.zeros(2, 3, dtype=torch.int64, device=device))
     hidden = torch.tensor([[True, False, False], [False, False, True]], device=embeds.device)
     embeds[hidden] = torch.nan
     mask = TrajectoryMask.from_evict(torch.tensor([1, 3, 3], device=embeds.device))

@@ -23,9 +23,9 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 TILE: int = attention_tiles.TILE.value
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# One program of backward_dk_dv sums over all query heads of a KV head when there are at least this many
-# programs, some 16 for each multiprocessor of an H100. With fewer, the program of a key tile that all later
-# queries see (a prompt's) would be the last to finish by far: each query head gets its own, torch adds up.
+# A program of backward_dk_dv sums over as many query heads of a KV head as leave this many programs, some 16
+# for each multiprocessor of an H100; torch adds up the rest. With fewer, the program of a key tile that all
+# later queries see (a prompt's) is the last to finish by far.
 SHARING_PROGRAMS = 2048
 
 
@@ -64,7 +64,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[
         launch = _Launch("forward", dtype, q, k, plan, scale)
         launch(
             attention_forward.forward,
-            heads=q.shape[2],
+            writers=q.shape[2],
             **launch.query_descriptors(q=q),
             **launch.key_descriptors(k=k, v=v),
             evict_desc=launch.evict_descriptor(),
@@ -103,7 +103,7 @@ def backward(
     launch = _Launch("backward_dq", dtype, q, k, plan, scale)
     launch(
         attention_backward.backward_dq,
-        heads=heads,
+        writers=heads,
         **launch.query_descriptors(q=q, out=out, d_out=d_out),
         **launch.key_descriptors(k=k, v=v),
         evict_desc=launch.evict_descriptor(),
@@ -115,12 +115,15 @@ def backward(
         **plan.lists(),
     )
     launch = _Launch("backward_dk_dv", dtype, q, k, plan, scale)
-    programs = plan.key_order.numel() * launch.copies * kv_heads
-    share = heads // kv_heads if programs >= SHARING_PROGRAMS else 1
+    programs = plan.key_order.numel() * launch.copies * heads
+    group = heads // kv_heads
+    share = max(
+        s for s in range(1, group + 1) if s == 1 or group % s == 0 and programs >= SHARING_PROGRAMS * s
+    )
     dk, dv = (q.new_empty(batch, tokens, heads // share, dim) for _ in range(2))
     launch(
         attention_backward.backward_dk_dv,
-        heads=heads // share,
+        writers=heads // share,
         **launch.query_descriptors(q=q, d_out=d_out),
         **launch.key_descriptors(k=k, v=v),
         row_lse_desc=TensorDescriptor.from_tensor(row_lse, [1, launch.blocks.q]),
@@ -154,8 +157,9 @@ class _Launch:
             self.blocks.k if kernel == "backward_dk_dv" else self.blocks.q
         )  # of the program's own tokens
 
-    def __call__(self, kernel: Any, *, heads: int, order: Tensor, **arguments: Any) -> None:
-        programs = order.numel() * self.copies * (TILE // self.block) * heads
+    def __call__(self, kernel: Any, *, writers: int, order: Tensor, **arguments: Any) -> None:
+        """`writers`: programs for each block of tokens."""
+        programs = order.numel() * self.copies * (TILE // self.block) * writers
         with torch.cuda.device_of(self.q):
             kernel[(programs,)](
                 **arguments,
@@ -164,8 +168,8 @@ class _Launch:
                 tokens=self.tokens,
                 dim=self.dim,
                 scale=self.scale,
-                HEADS=self.heads,
-                GROUP=self.group,
+                heads=self.heads,
+                group=self.group,
                 CHUNK=self.blocks.chunk,
                 CHUNKS=triton.cdiv(padded_dim(self.dim), self.blocks.chunk),
                 LAZY=self.lazy,
@@ -199,19 +203,24 @@ class _Launch:
 
 
 def _descriptor(x: Tensor, rows: int, chunk: int) -> TensorDescriptor:
-    """A descriptor of x [B, N, H, D] that reads [rows, chunk] of a head at a time.
+    """A descriptor of x [B, N, H, D] as [B, H, N, D] that reads [rows, chunk] of a head at a time.
 
     The copy engine wants every address and stride in units of 16 bytes; what is not gets copied.
     """
-    x = x.transpose(1, 2)
     step = 16 // x.element_size()
-    outer = [(n, s) for n, s in zip(x.shape[:3], x.stride()[:3], strict=True) if n > 1]
-    if x.data_ptr() % 16 or x.stride(3) != 1 or any(s == 0 or s % step for _, s in outer):
-        padded = x.new_empty(*x.shape[:3], triton.cdiv(x.shape[3], step) * step)
-        padded[..., : x.shape[3]] = x
-        x = padded[..., : x.shape[3]]
-    strides = [s if n > 1 else step for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, chunk])
+    batch, tokens, heads, dim = x.shape
+    by_batch, by_token, by_head, by_channel = x.stride()
+    # The stride along a dimension of size 1 says nothing.
+    strides = [
+        by_batch if batch > 1 else step,
+        by_head if heads > 1 else step,
+        by_token if tokens > 1 else step,
+    ]
+    if x.data_ptr() % 16 or by_channel != 1 or any(s == 0 or s % step for s in strides):
+        padded = x.new_empty(batch, tokens, heads, triton.cdiv(dim, step) * step)
+        padded[..., :dim] = x
+        return _descriptor(padded[..., :dim], rows, chunk)
+    return TensorDescriptor(x, [batch, heads, tokens, dim], [*strides, 1], [1, 1, rows, chunk])
 
 
 def _computable(x: Tensor) -> Tensor:

@@ -19,14 +19,15 @@ from mem1_core.triton.attention_tiles import (
     TILE,
     add_rows,
     chunk,
-    has_nan,
+    first_token,
+    next_tile,
+    not_finite,
     operand,
     products,
     program,
     scaled,
     store,
     tile_lists,
-    tile_part,
     zeros,
 )
 
@@ -41,8 +42,10 @@ def _attend_backward(
     q, d_out, lse, delta = rows
     k_desc, v_desc, evict_desc, batch, head, row = keys
     PARTS: tl.constexpr = TILE // BLOCK_K
+    tile = next_tile(tiles, begin * PARTS, end * PARTS, PARTS)
     for n in range(begin * PARTS, end * PARTS):
-        first = tile_part(tiles, n, PARTS, BLOCK_K)
+        first = first_token(tile, n, PARTS, BLOCK_K)
+        tile = next_tile(tiles, n + 1, end * PARTS, PARTS)
         k = operand(k_desc, batch, head, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
         v = operand(v_desc, batch, head, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
         score = products(q, k, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY)
@@ -74,16 +77,16 @@ def _attend_row_backward(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["copies", "tokens", "heads", "group"])
 def backward_dq(
     q_desc, k_desc, v_desc, evict_desc, out_desc, d_out_desc, lse, d_lse, row_lse, row_delta, dq,
-    full_offsets, full_tiles, partial_offsets, partial_tiles, order, copies, tokens, dim, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr,
+    full_offsets, full_tiles, partial_offsets, partial_tiles, order,
+    copies, tokens, heads, group, dim, scale, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dq [B, N, HEADS, D]; leaves for backward_dk_dv, per row of q, row_lse (in log2) and row_delta, the sum
-    of out * d_out less d_lse: [B * HEADS, N rounded up to whole tiles], inf and 0 past the last token."""
-    row, batch, head, first = program(order, copies, tokens, HEADS, BLOCK_Q)
+    """dq [B, N, heads, D]; leaves for backward_dk_dv, per row of q, row_lse (in log2) and row_delta, the sum
+    of out * d_out less d_lse: [B * heads, N rounded up to whole tiles], inf and 0 past the last token."""
+    row, batch, head, first = program(order, copies, tokens, heads, BLOCK_Q)
     lists = tile_lists(full_offsets, full_tiles, partial_offsets, partial_tiles, row)
     i = first + tl.arange(0, BLOCK_Q)
     out = operand(out_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
@@ -92,36 +95,44 @@ def backward_dq(
     for c in tl.static_range(CHUNKS):
         left = chunk(out, c, BLOCK_Q, CHUNK, LAZY).to(tl.float32)
         delta += tl.sum(left * chunk(d_out, c, BLOCK_Q, CHUNK, LAZY).to(tl.float32), axis=1)
-    at = (batch * HEADS + head).to(tl.int64) * tokens + i
+    at = (batch * heads + head).to(tl.int64) * tokens + i
     if d_lse is not None:
         delta -= tl.load(d_lse + at, mask=i < tokens, other=0.0)
     log_total = tl.load(lse + at, mask=i < tokens, other=INFINITY) * LOG2E
-    at = (batch * HEADS + head).to(tl.int64) * (tl.cdiv(tokens, TILE) * TILE) + i
+    at = (batch * heads + head).to(tl.int64) * (tl.cdiv(tokens, TILE) * TILE) + i
     tl.store(row_lse + at, log_total)
     tl.store(row_delta + at, delta)
     q = operand(q_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
     rows = (q, d_out, log_total, delta)
-    keys = (k_desc, v_desc, evict_desc, batch, head // GROUP, batch // copies)
+    keys = (k_desc, v_desc, evict_desc, batch, head // group, batch // copies)
     acc = _attend_row_backward(rows, i, keys, lists, scale, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, False)
-    if has_nan(acc, CHUNKS):
+    if not_finite(acc, CHUNKS):
         acc = _attend_row_backward(rows, i, keys, lists, scale, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True)
     acc = scaled(acc, scale * LN2, CHUNKS)
-    store(dq, acc, batch, head, first, tokens, dim, HEADS, BLOCK_Q, CHUNK, CHUNKS)
+    store(dq, acc, batch, head, first, tokens, heads, dim, BLOCK_Q, CHUNK, CHUNKS)
 
 
 @triton.jit
 def _gather(
-    dk, dv, k, v, j, evict, queries, head, HEADS: tl.constexpr, begin, gap_begin, gap_end, end, scale,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    LAZY: tl.constexpr, MASKED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    dk, dv, k, v, j, evict, queries, begin, gap_begin, gap_end, end, scale,
+    SHARE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr, MASKED: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """dk (if DK) and dv (if DV) + what query tiles add to them: [begin, end) without [gap_begin, gap_end)."""
-    q_desc, d_out_desc, row_lse_desc, row_delta_desc, batch = queries
-    row = batch * HEADS + head
+    """dk (if DK) and dv (if DV) + what query tiles add to them: [begin, end) without [gap_begin, gap_end).
+
+    One loop over SHARE heads and their tiles, as the copies ahead of it start anew with each loop.
+    """
+    q_desc, d_out_desc, row_lse_desc, row_delta_desc, batch, heads, writer = queries
     PARTS: tl.constexpr = TILE // BLOCK_Q
-    gap = (gap_end - gap_begin) * PARTS
-    for n in range(begin * PARTS, end * PARTS - gap):
-        first = tl.where(n < gap_begin * PARTS, n, n + gap) * BLOCK_Q
+    before = (gap_begin - begin) * PARTS
+    count = before + (end - gap_end) * PARTS
+    for n in range(0, SHARE * count):
+        nth = n // tl.maximum(count, 1) if SHARE > 1 else 0
+        head = writer * SHARE + nth
+        row = batch * heads + head
+        n -= nth * count
+        first = (n + tl.where(n < before, begin * PARTS, gap_end * PARTS - before)) * BLOCK_Q
         q = operand(q_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
         d_out = operand(d_out_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
         # dv before d_weight: the fewer values live at once, the fewer spill.
@@ -143,52 +154,48 @@ def _gather(
 
 
 @triton.jit
-def _gather_heads(
-    k, v, j, evict, queries, begin, full_begin, full_end, end, writer, scale,
-    HEADS: tl.constexpr, SHARE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+def _gather_row(
+    k, v, j, evict, queries, begin, full_begin, full_end, end, scale,
+    SHARE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """(dk, dv) over SHARE query heads: the full tiles, then the partial ones on both sides of them."""
+    """(dk, dv) over all live query tiles: the full ones, then the partial ones on both sides of them."""
     dk = zeros(BLOCK_K, CHUNK, CHUNKS if DK else 0)
     dv = zeros(BLOCK_K, CHUNK, CHUNKS if DV else 0)
-    for head in range(writer * SHARE, writer * SHARE + SHARE):
-        dk, dv = _gather(
-            dk, dv, k, v, j, evict, queries, head, HEADS, full_begin, full_end, full_end, full_end, scale,
-            BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, False, DK, DV,
-        )  # fmt: skip
-        dk, dv = _gather(
-            dk, dv, k, v, j, evict, queries, head, HEADS, begin, full_begin, full_end, end, scale,
-            BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True, DK, DV,
-        )  # fmt: skip
-    return dk, dv
+    dk, dv = _gather(
+        dk, dv, k, v, j, evict, queries, full_begin, full_end, full_end, full_end, scale,
+        SHARE, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, False, DK, DV,
+    )  # fmt: skip
+    return _gather(
+        dk, dv, k, v, j, evict, queries, begin, full_begin, full_end, end, scale,
+        SHARE, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True, DK, DV,
+    )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["copies", "tokens", "heads", "group"])
 def backward_dk_dv(
     q_desc, k_desc, v_desc, d_out_desc, row_lse_desc, row_delta_desc, evict, dk, dv, ranges, order,
-    copies, tokens, dim, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, SHARE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    copies, tokens, heads, group, dim, scale, SHARE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     LAZY: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv [B, N, HEADS / SHARE, D]: a program sums over SHARE query heads of one KV head."""
-    plan_row, batch, writer, first = program(order, copies, tokens, HEADS // SHARE, BLOCK_K)
+    """dk and dv [B, N, heads / SHARE, D]: a program sums over SHARE query heads of one KV head."""
+    plan_row, batch, writer, first = program(order, copies, tokens, heads // SHARE, BLOCK_K)
     begin, full_begin = tl.load(ranges + plan_row * 4), tl.load(ranges + plan_row * 4 + 1)
     full_end, end = tl.load(ranges + plan_row * 4 + 2), tl.load(ranges + plan_row * 4 + 3)
     j = first + tl.arange(0, BLOCK_K)
     lifetime = tl.load(evict + (batch // copies).to(tl.int64) * tokens + j, mask=j < tokens, other=0)
-    k = operand(k_desc, batch, writer * SHARE // GROUP, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
-    v = operand(v_desc, batch, writer * SHARE // GROUP, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
-    queries = (q_desc, d_out_desc, row_lse_desc, row_delta_desc, batch)
-    dk_acc, dv_acc = _gather_heads(
-        k, v, j, lifetime, queries, begin, full_begin, full_end, end, writer, scale,
-        HEADS, SHARE, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, not LAZY, True,
+    k = operand(k_desc, batch, writer * SHARE // group, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
+    v = operand(v_desc, batch, writer * SHARE // group, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
+    queries = (q_desc, d_out_desc, row_lse_desc, row_delta_desc, batch, heads, writer)
+    dk_acc, dv_acc = _gather_row(
+        k, v, j, lifetime, queries, begin, full_begin, full_end, end, scale,
+        SHARE, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, not LAZY, True,
     )  # fmt: skip
-    heads: tl.constexpr = HEADS // SHARE
-    store(dv, dv_acc, batch, writer, first, tokens, dim, heads, BLOCK_K, CHUNK, CHUNKS)
+    store(dv, dv_acc, batch, writer, first, tokens, heads // SHARE, dim, BLOCK_K, CHUNK, CHUNKS)
     if LAZY:  # both at once do not fit into the registers
-        dk_acc, _ = _gather_heads(
-            k, v, j, lifetime, queries, begin, full_begin, full_end, end, writer, scale,
-            HEADS, SHARE, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True, False,
+        dk_acc, _ = _gather_row(
+            k, v, j, lifetime, queries, begin, full_begin, full_end, end, scale,
+            SHARE, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True, False,
         )  # fmt: skip
     dk_acc = scaled(dk_acc, scale * LN2, CHUNKS)
-    store(dk, dk_acc, batch, writer, first, tokens, dim, heads, BLOCK_K, CHUNK, CHUNKS)
+    store(dk, dk_acc, batch, writer, first, tokens, heads // SHARE, dim, BLOCK_K, CHUNK, CHUNKS)

@@ -6,7 +6,7 @@ units of log2, as the hardware's exponential is 2^x.
 
 A value that is not finite must not touch the queries that do not see it, but there its weight is 0, and 0 *
 NaN is NaN. Cleaning every tile on its way to the tensor cores would cost each call; instead the loops run
-as if all were finite, and a program whose sum comes out NaN starts again with CAREFUL loops.
+as if all were finite, and a program whose sum does not come out finite starts again with CAREFUL loops.
 """
 
 # mypy: ignore-errors
@@ -21,14 +21,15 @@ from mem1_core.triton.attention_tiles import (
     TILE,
     add_rows,
     bad_rows,
-    has_nan,
+    first_token,
+    next_tile,
+    not_finite,
     operand,
     products,
     program,
     scaled,
     store,
     tile_lists,
-    tile_part,
     zeros,
 )
 
@@ -43,13 +44,16 @@ def _attend(
     acc, total, top = state
     k_desc, v_desc, evict_desc, batch, head, row = keys
     PARTS: tl.constexpr = TILE // BLOCK_K
+    tile = next_tile(tiles, begin * PARTS, end * PARTS, PARTS)
     for n in range(begin * PARTS, end * PARTS):
-        first = tile_part(tiles, n, PARTS, BLOCK_K)
+        first = first_token(tile, n, PARTS, BLOCK_K)
+        tile = next_tile(tiles, n + 1, end * PARTS, PARTS)
         k = operand(k_desc, batch, head, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
         v = operand(v_desc, batch, head, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
         score = products(q, k, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY)
         if CAREFUL:
-            bad = bad_rows(v, BLOCK_K, CHUNK, CHUNKS, LAZY)  # a bad k has made a bad score
+            # A bad k has made bad scores: NaN, or -inf, which leaves the key out.
+            bad = bad_rows(v, BLOCK_K, CHUNK, CHUNKS, LAZY)
             score += tl.where(bad, float("nan"), 0.0)[None, :]
         if MASKED:
             j = first + tl.arange(0, BLOCK_K)
@@ -88,23 +92,23 @@ def _attend_row(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["copies", "tokens", "heads", "group"])
 def forward(
     q_desc, k_desc, v_desc, evict_desc, out, lse,
-    full_offsets, full_tiles, partial_offsets, partial_tiles, order, copies, tokens, dim, scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr,
+    full_offsets, full_tiles, partial_offsets, partial_tiles, order,
+    copies, tokens, heads, group, dim, scale, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [B, N, HEADS, D] and lse [B, HEADS, N] (natural); scale is the softmax scale times log2(e)."""
-    row, batch, head, first = program(order, copies, tokens, HEADS, BLOCK_Q)
+    """out [B, N, heads, D] and lse [B, heads, N] (natural); scale is the softmax scale times log2(e)."""
+    row, batch, head, first = program(order, copies, tokens, heads, BLOCK_Q)
     lists = tile_lists(full_offsets, full_tiles, partial_offsets, partial_tiles, row)
-    keys = (k_desc, v_desc, evict_desc, batch, head // GROUP, batch // copies)
+    keys = (k_desc, v_desc, evict_desc, batch, head // group, batch // copies)
     i = first + tl.arange(0, BLOCK_Q)
     q = operand(q_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
     acc, total, top = _attend_row(q, i, keys, lists, scale, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, False)
-    if has_nan(acc, CHUNKS):
+    if not_finite(acc, CHUNKS):
         acc, total, top = _attend_row(q, i, keys, lists, scale, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True)
-    at = (batch * HEADS + head).to(tl.int64) * tokens + i
+    at = (batch * heads + head).to(tl.int64) * tokens + i
     tl.store(lse + at, (top + tl.log2(total)) * LN2, mask=i < tokens)  # -inf for a row that sees nothing
     acc = scaled(acc, (1.0 / tl.where(total == 0.0, 1.0, total))[:, None], CHUNKS)
-    store(out, acc, batch, head, first, tokens, dim, HEADS, BLOCK_Q, CHUNK, CHUNKS)
+    store(out, acc, batch, head, first, tokens, heads, dim, BLOCK_Q, CHUNK, CHUNKS)

@@ -115,36 +115,38 @@ def bad_rows(operand, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.conste
 
 
 @triton.jit
-def has_nan(acc, CHUNKS: tl.constexpr):
+def not_finite(acc, CHUNKS: tl.constexpr):
+    """Whether anything in acc is a NaN or an infinity."""
     count = 0
     for c in tl.static_range(CHUNKS):
-        count += tl.sum(tl.sum((acc[c] != acc[c]).to(tl.int32), axis=1), axis=0)
+        finite = tl.abs(acc[c]) < INFINITY
+        count += tl.sum(tl.sum(1 - finite.to(tl.int32), axis=1), axis=0)
     return count > 0
 
 
 @triton.jit
 def store(
-    out, acc, batch, head, first, tokens, dim,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    out, acc, batch, head, first, tokens, heads, dim,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Rows [first, first + ROWS) of one head of the contiguous [B, N, HEADS, D] tensor out."""
+    """Rows [first, first + ROWS) of one head of the contiguous [B, N, heads, D] tensor out."""
     rows = first + tl.arange(0, ROWS)
-    at = out + ((batch.to(tl.int64) * tokens + rows) * HEADS + head)[:, None] * dim
+    at = out + ((batch.to(tl.int64) * tokens + rows) * heads + head)[:, None] * dim
     for c in tl.static_range(CHUNKS):
         d = c * CHUNK + tl.arange(0, CHUNK)[None, :]
         tl.store(at + d, acc[c].to(out.dtype.element_ty), mask=(rows < tokens)[:, None] & (d < dim))
 
 
 @triton.jit
-def program(order, copies, tokens, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+def program(order, copies, tokens, heads, BLOCK: tl.constexpr):
     """(row of the plan, batch, head, first token) of this program.
 
     Heads vary fastest, so that those which share keys run side by side; the longest rows come first. A plan
     for one batch (copies = B) serves all of them.
     """
     program = tl.program_id(0)
-    head = program % HEADS
-    program = program // HEADS
+    head = program % heads
+    program = program // heads
     part = program % (TILE // BLOCK)
     program = program // (TILE // BLOCK)
     row = tl.load(order + program // copies)
@@ -164,7 +166,16 @@ def tile_lists(full_offsets, full_tiles, partial_offsets, partial_tiles, row):
 
 
 @triton.jit
-def tile_part(tiles, n, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """First token of the n-th block along a list of tiles, each of PARTS blocks."""
-    tile = n // PARTS
-    return tl.load(tiles + tile) * TILE + (n - tile * PARTS) * BLOCK
+def next_tile(tiles, n, end, PARTS: tl.constexpr):
+    """The tile of the n-th block along a list of tiles, each of PARTS blocks.
+
+    A loop asks for it one round ahead. Loaded where it is used, it would take one of the pipeline's stages
+    from K and V, whose addresses hang on it.
+    """
+    return tl.load(tiles + n // PARTS, mask=n < end, other=0)
+
+
+@triton.jit
+def first_token(tile, n, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the n-th block, which lies in `tile`."""
+    return tile * TILE + (n - n // PARTS * PARTS) * BLOCK
