@@ -101,7 +101,9 @@ def _backward_attention(
     if d_out is None:
         d_out = torch.zeros_like(out)
     elif d_out.stride(-1) != 1:
-        d_out = d_out.contiguous()
+        d_out = d_out.clone(
+            memory_format=torch.contiguous_format
+        )  # contiguous() leaves an empty one as it is
     gradients = backward(d_out, d_lse, q, k, v, out, lse, *plan, ctx.block_q, ctx.block_k, ctx.scale)
     return *gradients, *[None] * (len(plan) + 3)
 

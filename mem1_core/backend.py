@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-_BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # of a device, fastest first
+_BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # what runs on a device
 
 
 def choose_backend(op: str, tensor: Tensor, requested: str, available: Sequence[str]) -> str:
     """The backend to run `op` with: `requested`, or for `"auto"` the one of the tensor's device.
 
-    `available` are the op's backends in this build. CPU tensors run on `"cpu"`, CUDA tensors on `"cuda"` or
-    `"triton"`; `"reference"` (plain PyTorch) runs on any device. Raises ValueError for an unknown name,
-    NotImplementedError for a device or backend the op does not have.
+    `available` are the op's backends in this build, the fastest first. CPU tensors run on `"cpu"`, CUDA
+    tensors on `"cuda"` or `"triton"`; `"reference"` (plain PyTorch) runs on any device. Raises ValueError for
+    an unknown name, NotImplementedError for a device or backend the op does not have.
     """
     device = tensor.device.type
     if requested == "auto":

@@ -6,6 +6,7 @@ Nothing here is imported by the library itself. Layering: torch <- trajectory <-
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -276,11 +277,14 @@ def attention_backends() -> list[tuple[str, str]]:
 
     Triton runs on a GPU, or else in its interpreter if that is on (TRITON_INTERPRET=1 before its import).
     """
+    pairs = [("cpu", "cpu"), ("reference", "cpu")]
     if torch.cuda.is_available():
-        return [("cpu", "cpu"), ("reference", "cpu"), ("triton", "cuda"), ("reference", "cuda")]
-    from mem1_core.triton.attention import INTERPRETED
+        pairs += [("triton", "cuda"), ("reference", "cuda")]
+    elif importlib.util.find_spec("triton"):
+        from mem1_core.triton.attention import INTERPRETED
 
-    return [("cpu", "cpu"), ("reference", "cpu"), *([("triton", "cpu")] if INTERPRETED else [])]
+        pairs += [("triton", "cpu")] if INTERPRETED else []
+    return pairs
 
 
 def machine() -> dict[str, Any]:

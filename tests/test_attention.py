@@ -187,6 +187,15 @@ def test_gradients_of_some_inputs(backend: str, device: str, wanted: tuple[int, 
     assert equal(list(got), [want[n] for n in wanted])
 
 
+@every_backend
+@pytest.mark.parametrize("shape", [(0, 3), (1, 0), (0, 0)], ids=str)
+def test_expanded_gradient_of_nothing(backend: str, device: str, shape: tuple[int, int]) -> None:
+    mask = TrajectoryMask(torch.empty(*shape, dtype=torch.int32, device=device).fill_(3))
+    q, k, v = attention_inputs(*shape, 2, 1, 16, device=device, requires_grad=True)
+    trajectory_attention(q, k, v, mask, backend=backend).sum().backward()
+    assert q.grad is not None and q.grad.shape == q.shape
+
+
 def test_no_graph_without_gradients() -> None:
     mask = mask_of(random_evict(70))
     q, k, v = attention_inputs(1, 70, 4, 2, 16, requires_grad=True)

@@ -64,8 +64,7 @@ def test_float16(device: str, table: str) -> None:
     check(inputs, tables(table, 2, 200), "triton")
 
 
-# A dim between two of HEAD_DIMS is padded. Heads and dtypes are such that tests share kernels: on a GPU, to
-# compile them is what takes time.
+# A dim between two of HEAD_DIMS is padded. One dtype for most, as compiling takes a GPU seconds per kernel.
 @on_device
 @pytest.mark.parametrize(
     ("dim", "dtype"),
@@ -239,6 +238,30 @@ def test_what_the_kernels_cannot_do_is_refused(device: str, monkeypatch: pytest.
     monkeypatch.setattr(f"{MODULE}._capability", lambda device: (7, 5))
     with pytest.raises(NotImplementedError, match=r"GPU of compute capability 8.0 or later, got 7.5"):
         attend(*inputs, mask)
+
+
+@on_device
+@pytest.mark.parametrize(
+    ("argument", "change", "error", "message"),
+    [
+        ("k", lambda x: x.half(), TypeError, "wanted torch.float32, got torch.float16"),
+        ("v", lambda x: x[:, :-1], ValueError, r"wanted shape \[1, 300, 2, 16\], got \[1, 299, 2, 16\]"),
+        ("evict", lambda x: x.long(), TypeError, "wanted torch.int32, got torch.int64"),
+        ("full_offsets", lambda x: x[1:], ValueError, r"wanted shape \[4\], got \[3\]"),
+        ("key_ranges", lambda x: x.mT.contiguous().mT, ValueError, "wanted a contiguous tensor, got strides"),
+        ("key_order", lambda x: x[:2], ValueError, r"wanted shape \[3\], got \[2\]"),
+    ],
+)
+def test_direct_calls_are_checked(
+    device: str, argument: str, change: Any, error: type[Exception], message: str
+) -> None:
+    mask = mask_of(random_evict(300).to(device))
+    plan = mask.tile_plan(128, 128)
+    q, k, v = attention_inputs(1, 300, 4, 2, 16, device=device)
+    arguments = {"q": q, "k": k, "v": v, "evict": mask.evict, **plan._asdict(), "scale": 0.25}
+    arguments[argument] = change(arguments[argument])
+    with pytest.raises(error, match=f"^{argument}: {message}"):
+        torch.ops.mem1_core.trajectory_attention_triton(**arguments)
 
 
 def test_cpu_tensors_are_refused_but_by_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ Triton is imported) the same code runs on CPU tensors.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ class Plan(NamedTuple):
 
 def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
     """out [B, N, Hq, D] in the dtype of q and lse float32 [B, Hq, N]."""
-    _check(q, plan, scale)
+    _check(q, k, v, plan, scale)
     dtype = q.dtype
     q, k, v = (_computable(x) for x in (q, k, v))
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
@@ -87,17 +88,20 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, contiguous, in the shapes and dtype of q, k and v. No atomics: bitwise repeatable."""
-    _check(q, plan, scale)
+    _check(q, k, v, plan, scale)
+    _check_tensor("d_out", d_out, q.shape, q.dtype, q.device)
+    _check_tensor("out", out, q.shape, q.dtype, q.device)
+    per_row = q.shape[0], q.shape[2], q.shape[1]
+    _check_tensor("lse", lse, per_row, torch.float32, q.device)
+    if d_lse is not None:
+        _check_tensor("d_lse", d_lse, per_row, torch.float32, q.device)
     dtype = q.dtype
     d_out, q, k, v, out = (_computable(x) for x in (d_out, q, k, v, out))
     batch, tokens, heads, dim = q.shape
     kv_heads = k.shape[2]
     if q.numel() == 0:
-        return (
-            q.new_empty(q.shape, dtype=dtype),
-            k.new_empty(k.shape, dtype=dtype),
-            v.new_empty(v.shape, dtype=dtype),
-        )
+        dq, dk, dv = (x.new_zeros(x.shape, dtype=dtype) for x in (q, k, v))
+        return dq, dk, dv
     dq = q.new_empty(q.shape)
     row_lse, row_delta = q.new_empty(2, batch * heads, triton.cdiv(tokens, TILE) * TILE, dtype=torch.float32)
     launch = _Launch("backward_dq", dtype, q, k, plan, scale)
@@ -234,7 +238,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def _check(q: Tensor, plan: Plan, scale: float) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> None:
+    """What a direct call of the op may get wrong, short of reading values, which would synchronise."""
     if not (q.is_cuda or INTERPRETED):
         raise ValueError(f"backend: 'triton' wants cuda tensors, got one on {q.device.type}")
     major, minor = _capability(q.device)
@@ -244,9 +249,45 @@ def _check(q: Tensor, plan: Plan, scale: float) -> None:
         )
     if q.dtype not in DTYPES:
         raise TypeError(f"q: wanted bfloat16, float16 or float32 on CUDA, got {q.dtype}")
-    if q.shape[3] > HEAD_DIMS[-1]:
-        raise ValueError(f"q: wanted dim <= {HEAD_DIMS[-1]} on CUDA, got {q.shape[3]}")
+    batch, tokens, heads, dim = q.shape
+    if dim > HEAD_DIMS[-1]:
+        raise ValueError(f"q: wanted dim <= {HEAD_DIMS[-1]} on CUDA, got {dim}")
+    kv_heads = k.shape[2]
+    _check_tensor("k", k, (batch, tokens, kv_heads, dim), q.dtype, q.device)
+    _check_tensor("v", v, k.shape, q.dtype, q.device)
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"q: wanted a multiple of the {kv_heads} heads of k, got {heads}")
     if (plan.block_q, plan.block_k) != (TILE, TILE):
         raise ValueError(f"mask: wanted a plan of {TILE} x {TILE} tiles, got {plan.block_q} x {plan.block_k}")
+    rows = plan.evict.shape[0]
+    if rows not in (1, batch):
+        raise ValueError(f"mask: wanted evict of batch 1 or {batch}, got {rows}")
+    tiles = triton.cdiv(tokens, TILE)
+    shapes: dict[str, Sequence[int]] = {
+        "evict": (rows, tokens),
+        "key_ranges": (rows, tiles, 4),
+        "full_offsets": (rows * tiles + 1,),
+        "partial_offsets": (rows * tiles + 1,),
+        "query_order": (rows * tiles,),
+        "key_order": (rows * tiles,),
+        "full_tiles": plan.full_tiles.shape,
+        "partial_tiles": plan.partial_tiles.shape,
+    }
+    for name, shape in shapes.items():
+        x = getattr(plan, name)
+        _check_tensor(name, x, shape, torch.int32, q.device)
+        if not x.is_contiguous():
+            raise ValueError(f"{name}: wanted a contiguous tensor, got strides {list(x.stride())}")
     if scale <= 0:
         raise ValueError(f"scale: wanted > 0 here (mem1_core.ops takes any), got {scale}")
+
+
+def _check_tensor(
+    name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    if x.shape != tuple(shape):
+        raise ValueError(f"{name}: wanted shape {list(shape)}, got {list(x.shape)}")
+    if x.dtype != dtype:
+        raise TypeError(f"{name}: wanted {dtype}, got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{name}: wanted a tensor on {device}, got one on {x.device}")

@@ -76,11 +76,11 @@ HOPPER_SINGLE: Table = {
 # Every other GPU from compute capability 8.0 on: 99 KB of shared memory, descriptors become pointers.
 OTHER_HALF: Table = {
     "forward": {
-        64: Blocks(64, 64, 64, 4, 2),
+        64: Blocks(128, 32, 64, 8, 2),
         96: Blocks(64, 32, 32, 4, 2),
         128: Blocks(64, 32, 128, 4, 2),
-        192: Blocks(64, 32, 128, 8, 2),
-        256: Blocks(64, 32, 128, 8, 2),
+        192: Blocks(64, 16, 128, 8, 2),
+        256: Blocks(64, 16, 128, 8, 2),
     },
     "backward_dq": {
         64: Blocks(64, 64, 64, 4, 2),
@@ -100,23 +100,23 @@ OTHER_HALF: Table = {
 OTHER_SINGLE: Table = {
     "forward": {
         64: Blocks(32, 32, 32, 4, 2),
-        96: Blocks(32, 32, 32, 4, 2),
-        128: Blocks(32, 32, 32, 4, 2),
+        96: Blocks(32, 16, 32, 4, 2),
+        128: Blocks(32, 16, 16, 4, 2),
         192: Blocks(32, 16, 32, 4, 2),
-        256: Blocks(32, 16, 32, 8, 2),
+        256: Blocks(16, 16, 32, 4, 2),
     },
     "backward_dq": {
         64: Blocks(32, 32, 32, 4, 2),
         96: Blocks(32, 32, 32, 4, 2),
-        128: Blocks(32, 32, 32, 4, 2),
+        128: Blocks(32, 16, 16, 4, 2),
         192: Blocks(32, 16, 32, 4, 2),
         256: Blocks(32, 16, 32, 8, 2),
     },
     "backward_dk_dv": {
         64: Blocks(32, 32, 32, 4, 2),
-        96: Blocks(16, 32, 32, 4, 2),
-        128: Blocks(16, 32, 32, 4, 2),
-        192: Blocks(16, 32, 32, 4, 2),
+        96: Blocks(16, 32, 16, 4, 2),
+        128: Blocks(16, 32, 16, 4, 2),
+        192: Blocks(16, 32, 32, 8, 2),
         256: Blocks(16, 32, 32, 8, 2),
     },
 }
