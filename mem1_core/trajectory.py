@@ -30,7 +30,7 @@ POLICY_KINDS = ("is", "query", "answer")  # written by the policy; the rest come
 _ORDER = {"prompt": 0, "is": 0, "query": 1, "answer": 1, "info": 2}
 
 # (block_q, block_k) of the plan that the attention backend of a device reads.
-_DEFAULT_BLOCKS = {"cpu": (64, 64), "cuda": (128, 128)}
+DEFAULT_BLOCKS = {"cpu": (64, 64), "cuda": (128, 128)}
 
 
 class Segment(NamedTuple):
@@ -110,7 +110,7 @@ class TrajectoryMask:
         self.evict = evict
         self.segments = tuple(segments)
         self._plans: dict[tuple[int, int], TilePlan] = {}
-        self.plan = self.tile_plan(*_DEFAULT_BLOCKS.get(evict.device.type, (128, 128)))
+        self.plan = self.tile_plan(*DEFAULT_BLOCKS.get(evict.device.type, (128, 128)))
 
     @classmethod
     def from_evict(cls, evict: Tensor) -> TrajectoryMask:

@@ -56,9 +56,9 @@ class Recorder:
 
 def launched(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, Any]:
     """The arguments that the launcher gives to `kernel`."""
-    mask = TrajectoryMask(torch.full((1, TOKENS), TOKENS, dtype=torch.int32)).tile_plan(128, 128)
-    evict = torch.full((1, TOKENS), TOKENS, dtype=torch.int32)
-    plan = attention.Plan(evict, *mask[2:], mask.block_q, mask.block_k)
+    mask = TrajectoryMask(torch.full((1, TOKENS), TOKENS, dtype=torch.int32))
+    tiles = mask.tile_plan(128, 128)
+    plan = attention.Plan(mask.evict, *tiles[2:], tiles.block_q, tiles.block_k)
     q = torch.zeros(1, TOKENS, HEADS, head_dim, dtype=dtype)
     k = torch.zeros(1, TOKENS, KV_HEADS, head_dim, dtype=dtype)
     recorders = {name: Recorder() for name in KERNELS}
@@ -67,7 +67,7 @@ def launched(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[i
             stack.enter_context(mock.patch.object(module, name, recorders[name]))
         # The tensors are on the CPU, and nothing is computed with them.
         stack.enter_context(mock.patch.object(attention, "INTERPRETED", True))
-        stack.enter_context(mock.patch.object(attention, "_computable", lambda x: x))
+        stack.enter_context(mock.patch.object(attention, "_readable", lambda x: x))
         stack.enter_context(mock.patch.object(attention, "_capability", lambda device: capability))
         if kernel == "forward":
             attention.forward(q, k, k, plan, 1.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mem1_core import _library, reference
 from mem1_core.backend import choose_backend
-from mem1_core.trajectory import TrajectoryMask
+from mem1_core.trajectory import DEFAULT_BLOCKS, TrajectoryMask
 
 _AVAILABLE = ("cpu", *(["triton"] if importlib.util.find_spec("triton") else []), "reference")
 
@@ -112,7 +112,7 @@ def trajectory_attention(
     elif scale < 0:
         q, scale = -q, -scale
     if chosen == "triton":
-        op, plan = _library.ops.trajectory_attention_triton, mask.tile_plan(128, 128)
+        op, plan = _library.ops.trajectory_attention_triton, mask.tile_plan(*DEFAULT_BLOCKS["cuda"])
     else:
         op, plan = _library.ops.trajectory_attention, mask.plan
     out, lse = op(q, k, v, mask.evict, *plan[2:], plan.block_q, plan.block_k, scale)

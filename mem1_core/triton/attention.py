@@ -59,7 +59,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[
     """out [B, N, Hq, D] in the dtype of q and lse float32 [B, Hq, N]."""
     _check(q, k, v, plan, scale)
     dtype = q.dtype
-    q, k, v = (_computable(x) for x in (q, k, v))
+    q, k, v = (_readable(x) for x in (q, k, v))
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     if out.numel():
         launch = _Launch("forward", dtype, q, k, plan, scale)
@@ -96,7 +96,7 @@ def backward(
     if d_lse is not None:
         _check_tensor("d_lse", d_lse, per_row, torch.float32, q.device)
     dtype = q.dtype
-    d_out, q, k, v, out = (_computable(x) for x in (d_out, q, k, v, out))
+    d_out, q, k, v, out = (_readable(x) for x in (d_out, q, k, v, out))
     batch, tokens, heads, dim = q.shape
     kv_heads = k.shape[2]
     if q.numel() == 0:
@@ -157,9 +157,8 @@ class _Launch:
         self.blocks = blocks(kernel, self.dim, dtype, hopper=_capability(q.device)[0] == 9)
         self.lazy = dtype == torch.float32
         self.scale = scale * math.log2(math.e)
-        self.block = (
-            self.blocks.k if kernel == "backward_dk_dv" else self.blocks.q
-        )  # of the program's own tokens
+        # Of the tokens that a program writes.
+        self.block = self.blocks.k if kernel == "backward_dk_dv" else self.blocks.q
 
     def __call__(self, kernel: Any, *, writers: int, order: Tensor, **arguments: Any) -> None:
         """`writers`: programs for each block of tokens."""
@@ -196,40 +195,41 @@ class _Launch:
         }
 
     def evict_descriptor(self) -> TensorDescriptor:
-        evict = self.plan.evict
-        batch, tokens = evict.shape
-        if evict.data_ptr() % 16 or (batch > 1 and tokens % 4):
-            padded = evict.new_empty(batch, triton.cdiv(tokens, 4) * 4)
-            padded[:, :tokens] = evict
-            evict = padded[:, :tokens]
-        strides = [evict.stride(0) if batch > 1 else 4, 1]
-        return TensorDescriptor(evict, [batch, tokens], strides, [1, self.blocks.k])
+        evict = _readable(self.plan.evict)
+        return TensorDescriptor(evict, list(evict.shape), [*_strides(evict), 1], [1, self.blocks.k])
 
 
 def _descriptor(x: Tensor, rows: int, chunk: int) -> TensorDescriptor:
-    """A descriptor of x [B, N, H, D] as [B, H, N, D] that reads [rows, chunk] of a head at a time.
-
-    The copy engine wants every address and stride in units of 16 bytes; what is not gets copied.
-    """
-    step = 16 // x.element_size()
+    """A descriptor of x [B, N, H, D] as [B, H, N, D] that reads [rows, chunk] of a head at a time."""
     batch, tokens, heads, dim = x.shape
-    by_batch, by_token, by_head, by_channel = x.stride()
-    # The stride along a dimension of size 1 says nothing.
-    strides = [
-        by_batch if batch > 1 else step,
-        by_head if heads > 1 else step,
-        by_token if tokens > 1 else step,
-    ]
-    if x.data_ptr() % 16 or by_channel != 1 or any(s == 0 or s % step for s in strides):
-        padded = x.new_empty(batch, tokens, heads, triton.cdiv(dim, step) * step)
-        padded[..., :dim] = x
-        return _descriptor(padded[..., :dim], rows, chunk)
-    return TensorDescriptor(x, [batch, heads, tokens, dim], [*strides, 1], [1, 1, rows, chunk])
+    by_batch, by_token, by_head = _strides(x)
+    return TensorDescriptor(
+        x, [batch, heads, tokens, dim], [by_batch, by_head, by_token, 1], [1, 1, rows, chunk]
+    )
 
 
-def _computable(x: Tensor) -> Tensor:
-    """x, but float32 for bfloat16 under the interpreter, which computes garbage with it."""
-    return x.float() if INTERPRETED and x.dtype == torch.bfloat16 else x
+def _strides(x: Tensor) -> list[int]:
+    """Of all dimensions but the last. That of a dimension of size 1 says nothing: it becomes 16 bytes."""
+    return [s if n > 1 else _step(x) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+
+
+def _step(x: Tensor) -> int:
+    """The elements in 16 bytes, the unit in which the copy engine wants every address and stride."""
+    return 16 // x.element_size()
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x where a descriptor can read it, else a copy.
+
+    Under the interpreter, which computes garbage with bfloat16, that becomes float32.
+    """
+    if INTERPRETED and x.dtype == torch.bfloat16:
+        x = x.float()
+    if x.data_ptr() % 16 or x.stride(-1) != 1 or any(s == 0 or s % _step(x) for s in _strides(x)):
+        padded = x.new_empty(*x.shape[:-1], triton.cdiv(x.shape[-1], _step(x)) * _step(x))
+        padded[..., : x.shape[-1]] = x
+        x = padded[..., : x.shape[-1]]
+    return x
 
 
 @cache

@@ -28,6 +28,7 @@ from mem1_core.triton.attention_tiles import (
     scaled,
     store,
     tile_lists,
+    visible_pairs,
     zeros,
 )
 
@@ -52,9 +53,7 @@ def _attend_backward(
         d_weight = products(d_out, v, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY)
         d_score = tl.exp2(score * scale - lse[:, None]) * (d_weight - delta[:, None])
         if MASKED:
-            j = first + tl.arange(0, BLOCK_K)
-            evict = evict_desc.load([row, first]).reshape(BLOCK_K)
-            d_score = tl.where((j[None, :] <= i[:, None]) & (i[:, None] < evict[None, :]), d_score, 0.0)
+            d_score = tl.where(visible_pairs(i, first, evict_desc, row, BLOCK_K), d_score, 0.0)
         dq = add_rows(dq, d_score, k, BLOCK_K, CHUNK, CHUNKS, LAZY, CAREFUL)
     return dq
 

@@ -30,6 +30,7 @@ from mem1_core.triton.attention_tiles import (
     scaled,
     store,
     tile_lists,
+    visible_pairs,
     zeros,
 )
 
@@ -56,9 +57,7 @@ def _attend(
             bad = bad_rows(v, BLOCK_K, CHUNK, CHUNKS, LAZY)
             score += tl.where(bad, float("nan"), 0.0)[None, :]
         if MASKED:
-            j = first + tl.arange(0, BLOCK_K)
-            evict = evict_desc.load([row, first]).reshape(BLOCK_K)  # 0 past the last token: seen by none
-            score = tl.where((j[None, :] <= i[:, None]) & (i[:, None] < evict[None, :]), score, -INFINITY)
+            score = tl.where(visible_pairs(i, first, evict_desc, row, BLOCK_K), score, -INFINITY)
         new_top = tl.maximum(top, tl.max(score, axis=1) * scale)
         base = new_top
         if MASKED:  # a row that has seen nothing yet

@@ -90,6 +90,11 @@ def products(
 
 
 @triton.jit
+def finite(x):
+    return tl.abs(x.to(tl.float32)) < INFINITY
+
+
+@triton.jit
 def add_rows(
     acc, weight, b, B_ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr,
     CAREFUL: tl.constexpr,
@@ -99,7 +104,7 @@ def add_rows(
     for c in tl.static_range(CHUNKS):
         rows = chunk(b, c, B_ROWS, CHUNK, LAZY)
         if CAREFUL:
-            rows = tl.where(tl.abs(rows.to(tl.float32)) < INFINITY, rows, 0.0)
+            rows = tl.where(finite(rows), rows, 0.0)
         chunks = chunks + (dot(weight.to(rows.dtype), rows, acc[c]),)
     return chunks
 
@@ -109,8 +114,7 @@ def bad_rows(operand, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.conste
     """bool [ROWS]: which rows hold a NaN or an infinity."""
     count = tl.zeros([ROWS], tl.int32)
     for c in tl.static_range(CHUNKS):
-        finite = tl.abs(chunk(operand, c, ROWS, CHUNK, LAZY).to(tl.float32)) < INFINITY
-        count += tl.sum(1 - finite.to(tl.int32), axis=1)
+        count += tl.sum(1 - finite(chunk(operand, c, ROWS, CHUNK, LAZY)).to(tl.int32), axis=1)
     return count > 0
 
 
@@ -119,8 +123,7 @@ def not_finite(acc, CHUNKS: tl.constexpr):
     """Whether anything in acc is a NaN or an infinity."""
     count = 0
     for c in tl.static_range(CHUNKS):
-        finite = tl.abs(acc[c]) < INFINITY
-        count += tl.sum(tl.sum(1 - finite.to(tl.int32), axis=1), axis=0)
+        count += tl.sum(tl.sum(1 - finite(acc[c]).to(tl.int32), axis=1), axis=0)
     return count > 0
 
 
@@ -179,3 +182,11 @@ def next_tile(tiles, n, end, PARTS: tl.constexpr):
 def first_token(tile, n, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """Of the n-th block, which lies in `tile`."""
     return tile * TILE + (n - n // PARTS * PARTS) * BLOCK
+
+
+@triton.jit
+def visible_pairs(i, first, evict_desc, row, BLOCK_K: tl.constexpr):
+    """bool [queries i, keys from `first` on], by the row of evict: 0 past the last token, seen by none."""
+    j = first + tl.arange(0, BLOCK_K)
+    evict = evict_desc.load([row, first]).reshape(BLOCK_K)
+    return (j[None, :] <= i[:, None]) & (i[:, None] < evict[None, :])
