@@ -77,6 +77,52 @@ def _tile_plan_cuda(evict: Tensor, block_q: int, block_k: int) -> tuple[Tensor, 
 torch.library.impl("mem1_core::tile_plan", "cuda", _tile_plan_cuda)
 
 
+@torch.library.register_fake("mem1_core::prune_kv_cache_")
+def _(
+    keys: list[Tensor],
+    values: list[Tensor],
+    mask: Tensor | None,
+    ranges: Tensor | None,
+    lengths: Tensor,
+    inv_freq: Tensor | None,
+    base_keys: list[Tensor],
+    base_positions: Tensor | None,
+    source_rows: Tensor | None,
+    target_rows: Tensor | None,
+    within_rows: bool,
+) -> Tensor:
+    rows = source_rows.shape[1] if within_rows and source_rows is not None else 1
+    return lengths.new_empty(lengths.shape[0] * rows)
+
+
+@torch.library.register_fake("mem1_core::prune_pages")
+def _(
+    block_table: Tensor,
+    lengths: Tensor,
+    mask: Tensor | None,
+    ranges: Tensor | None,
+    page_size: int,
+    pages: int,
+    within_pages: bool,
+) -> tuple[Tensor, ...]:
+    new = torch.empty_like(block_table), torch.empty_like(block_table), torch.empty_like(lengths)
+    return *new, block_table.new_empty(pages)
+
+
+def _on_current_stream(launch: Any, lengths_at: int, *arguments: Any) -> Any:
+    """`launch` with the stream that is current on the device of its tensors."""
+    device = arguments[lengths_at].device
+    with torch.cuda.device(device):
+        return launch(*arguments, torch.cuda.current_stream(device).cuda_stream)
+
+
+# Their lengths are the fifth and the second argument.
+torch.library.impl(
+    "mem1_core::prune_kv_cache_", "cuda", partial(_on_current_stream, ops._launch_prune_kv_cache_, 4)
+)
+torch.library.impl("mem1_core::prune_pages", "cuda", partial(_on_current_stream, ops._launch_prune_pages, 1))
+
+
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *plan_and_scale: Any) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=_lse_dtype(q))

@@ -57,6 +57,8 @@ def prune_kv_cache_(
     *,
     positions: Positions = "keep",
     inv_freq: Tensor | None = None,
+    base_keys: Tensor | None = None,
+    base_positions: Tensor | None = None,
 ) -> Tensor:
     """Remove entries from a KV cache in place and close the gaps; returns the new lengths, [B] as `lengths`.
 
@@ -64,14 +66,20 @@ def prune_kv_cache_(
     use, what `keep` says beyond them does not count. Survivors move to the front in their order; slots from
     the new length on hold whatever. `positions="keep"`: keys stay as they were encoded. `"compact"`: every
     entry was encoded at the position of its slot and is rotated to that of its new one, `inv_freq` [D / 2]
-    being RoPE's angular frequencies (rotate-half).
+    being RoPE's angular frequencies (rotate-half); with `base_keys` [L, B, S, Hkv, D], encoded at
+    `base_positions` [B, S], keys are made from these, which are pruned as well.
     """
     slots = torch.arange(kv.shape[3], device=kv.device)
     alive = keep & (slots < lengths[:, None])
     order = alive.to(torch.int8).argsort(dim=1, descending=True, stable=True)  # survivors first, in order
     moved = kv.gather(3, order[None, None, :, :, None, None].expand_as(kv))
     if positions == "compact":
-        moved[:, 0] = _rotate(moved[:, 0], slots - order, inv_freq)
+        source, encoded = moved[:, 0], order
+        if base_keys is not None and base_positions is not None:
+            base_keys.copy_(base_keys.gather(2, order[None, :, :, None, None].expand_as(base_keys)))
+            base_positions.copy_(base_positions.gather(1, order))
+            source, encoded = base_keys, base_positions
+        moved[:, 0] = _rotate(source, slots - encoded, inv_freq)
     kv.copy_(moved)
     return alive.sum(1).to(lengths.dtype)
 
@@ -82,34 +90,41 @@ def prune_paged_kv_cache_(
     block_table: Tensor,
     lengths: Tensor,
     *,
+    gaps: Literal["close", "leave"],
     positions: Positions = "keep",
     inv_freq: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The same for a paged cache: pages without a survivor are dropped unmoved, what is left closes the gaps.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for a paged cache: pages without a survivor are dropped unmoved, what is left closes the gaps,
+    across pages or (`gaps="leave"`) within each page.
 
     kv [L, 2, pages, page, Hkv, D]; block_table int [B, P]: the page of each `page` tokens of a sequence, -1
-    unused; keep bool [B, P * page]; lengths int [B]. `kv` and `block_table` change in place. Returns the
-    new lengths [B] and freed bool [pages], the pages that no sequence uses any more. A page shared by
-    several sequences must be kept whole, with all before it.
+    unused; keep bool [B, P * page]; lengths int [B]. `kv` and `block_table` change in place. Returns the new
+    lengths [B], the tokens of each page of the new table int32 [B, P], and freed bool [pages], the pages that
+    no sequence uses any more. A page shared by several sequences must be kept whole, with all before it.
     """
     page = kv.shape[3]
     before, after = torch.zeros(2, kv.shape[2], dtype=torch.bool, device=kv.device)
-    new_lengths = torch.zeros_like(lengths)
+    new_lengths, page_lengths = torch.zeros_like(lengths), torch.zeros_like(block_table, dtype=torch.int32)
     for b, length in enumerate(lengths.tolist()):
         table = block_table[b, : -(-length // page)].long()
         alive = keep[b, :length].nonzero()[:, 0]  # positions in the sequence
-        table_left = table[(alive // page).unique()]
+        left, counts = (alive // page).unique(return_counts=True)
         moved = kv[:, :, table[alive // page], alive % page]  # [L, 2, survivors, Hkv, D]
         target = torch.arange(len(alive), device=kv.device)
         if positions == "compact":
             moved[:, 0] = _rotate(moved[:, 0], target - alive, inv_freq)
-        kv[:, :, table_left[target // page], target % page] = moved
-        used = -(-len(alive) // page)
-        before[table], after[table_left[:used]] = True, True
+        if gaps == "leave":  # from the rank in the sequence to the rank in the page
+            target += torch.repeat_interleave(
+                torch.arange(len(left)) * page - counts.cumsum(0) + counts, counts
+            )
+        used = table[left[: int(target[-1]) // page + 1 if len(target) else 0]]
+        kv[:, :, used[target // page], target % page] = moved
+        before[table], after[used] = True, True
         block_table[b] = -1
-        block_table[b, :used] = table_left[:used].to(block_table.dtype)
+        block_table[b, : len(used)] = used.to(block_table.dtype)
+        page_lengths[b, : len(used)] = (target // page).bincount(minlength=len(used)).to(torch.int32)
         new_lengths[b] = len(alive)
-    return new_lengths, before & ~after
+    return new_lengths, page_lengths, before & ~after
 
 
 def linear_logprob(
@@ -275,7 +290,7 @@ def _rotate(key: Tensor, delta: Tensor, inv_freq: Tensor | None) -> Tensor:
     """Turn RoPE-encoded keys [.., S, Hkv, D] by `delta` [.., S] positions more; rotate-half convention."""
     if inv_freq is None:
         raise ValueError("inv_freq: wanted RoPE's frequencies [D / 2] for positions='compact', got None")
-    angle = delta[..., None, None] * _wide(inv_freq)
+    angle = delta[..., None, None] * inv_freq.to(_wide(key).dtype)
     first, second = _wide(key).chunk(2, dim=-1)
     turned = (first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin())
     return torch.cat(turned, dim=-1).to(key.dtype)

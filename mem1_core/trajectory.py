@@ -7,6 +7,7 @@ rollout's cache, peak tokens, dependency length and the picture of a trajectory.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Kind = Literal["prompt", "is", "query", "answer", "info"]
-Prune = Literal["action", "is", "never"]
+Prune = Literal["action", "is", "never"] | int  # a number of tokens: see evict_from_turns
 Regime = Literal["carry", "reencode", "paper"]
 
 POLICY_KINDS = ("is", "query", "answer")  # written by the policy; the rest comes from the environment
@@ -270,36 +271,38 @@ class TrajectoryMask:
 def evict_from_turns(segments: Iterable[Segment], prune: Prune = "action") -> Tensor:
     """int32 [N], the lifetimes of a trajectory's tokens; the tokens are those of `segments`, in order.
 
-    `prune` says when everything older than turn `t` (except the prompt) is dropped:
+    `prune` says which turns are dropped when, always whole ones and the oldest first; the prompt stays:
 
-    - `"action"`: when the action of turn `t` is complete. Its *last* token still sees the previous turn.
-    - `"is"`: at `</IS>`, the end of turn `t`'s `is` segment; where that is missing or empty, as `"action"`.
-    - `"never"`: not at all, the full-context agent.
+    - `"action"`: all before turn `t` when the action of `t` is complete. Its *last* token still sees them.
+    - `"is"`: likewise at `</IS>`, the end of turn `t`'s `is` segment; if missing or empty, as `"action"`.
+    - `"never"`: none, the full-context agent.
+    - a number `W >= 1`, the truncating agent, which forgets by age alone: as `"action"`, but only until the
+      turns that stay, `t` (up to its action) among them, have at most `W` tokens. `t` itself always stays.
 
-    A turn without an action prunes nothing; what is never pruned has `evict = N`. Raises ValueError naming
-    the segment that breaks the order prompt, then turns 1, 2, ... each of `is`, `query` or `answer`, `info`
-    (any of them may be missing).
+    A turn without an action prunes nothing; what is never pruned has `evict = N`. Raises ValueError for
+    another `prune`, or naming the segment that breaks the order prompt, then turns 1, 2, ... each of `is`,
+    `query` or `answer`, `info` (any of them may be missing).
     """
     segments = check_segments(segments)
-    if prune not in get_args(Prune):
-        raise ValueError(f"prune: wanted one of {get_args(Prune)}, got {prune!r}")
-    ends, total = [], 0
-    for segment in segments:
-        total += segment.length
-        ends.append(total)
-    events: dict[int, int] = {}  # turn -> the index from which on no older turn is seen
-    for segment, end in zip(segments, ends, strict=True):
-        if segment.kind in POLICY_KINDS and segment.length and prune != "never":
-            if prune == "action" or segment.turn not in events:
-                events[segment.turn] = end
-    # From the back: a turn ends with the first event of a later turn.
-    lifetimes, event, turn = [total] * len(segments), total, -1
-    for n in reversed(range(len(segments))):
-        if segments[n].turn != turn:
-            event, turn = events.get(turn, event), segments[n].turn
-        if segments[n].kind != "prompt":
-            lifetimes[n] = event
-    lengths = torch.tensor([segment.length for segment in segments], dtype=torch.int64)
+    check_prune(prune)
+    window = prune if isinstance(prune, int) else 0
+    turns: dict[int, tuple[int, int]] = {}  # turn -> its first token, and the one behind its last
+    events: dict[int, int] = {}  # turn -> the index from which on older turns may not be seen any more
+    total = 0
+    for kind, turn, length in segments:
+        begin, _ = turns.get(turn, (total, total))
+        total += length
+        turns[turn] = begin, total
+        if kind in POLICY_KINDS and length and prune != "never":
+            if prune != "is" or turn not in events:
+                events[turn] = total
+    # A turn leaves at the first event behind its end, a later turn's, that finds more than `window` tokens
+    # from its begin on: what stays is always a run of the newest turns.
+    ascending, lifetimes = list(events.values()), []
+    for turn, (begin, end) in turns.items():
+        n = bisect_right(ascending, max(end, begin + window))
+        lifetimes.append(ascending[n] if turn and n < len(ascending) else total)
+    lengths = torch.tensor([end - begin for begin, end in turns.values()], dtype=torch.int64)
     return torch.tensor(lifetimes, dtype=torch.int32).repeat_interleave(lengths)
 
 
@@ -321,6 +324,13 @@ def dependency_length(segments: Iterable[Segment], prune: Prune = "action") -> f
         start += segment.length
     # live counts the action's own first token, which is not context
     return float(sum((int(live[begin]) - 1 + n / 2) * n for begin, n in actions.values() if n))
+
+
+def check_prune(prune: Prune) -> None:
+    """Raises ValueError unless `prune` is a rule of `evict_from_turns`."""
+    number = isinstance(prune, int) and not isinstance(prune, bool) and prune >= 1
+    if not number and prune not in ("action", "is", "never"):
+        raise ValueError(f"prune: wanted 'action', 'is', 'never' or a number of tokens >= 1, got {prune!r}")
 
 
 def check_segments(segments: Iterable[Segment]) -> tuple[Segment, ...]:

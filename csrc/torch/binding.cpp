@@ -108,6 +108,22 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out, const
   return cpu::trajectory_attention_backward(d_out, d_lse_dense, q, k, v, out, lse.contiguous(), plan, scale);
 }
 
+Tensor prune_kv_cache_on_cpu(at::TensorList keys, at::TensorList values, const std::optional<Tensor>& mask,
+                             const std::optional<Tensor>& ranges, const Tensor& lengths,
+                             const std::optional<Tensor>& inv_freq, at::TensorList base_keys,
+                             const std::optional<Tensor>& base_positions, const std::optional<Tensor>& source_rows,
+                             const std::optional<Tensor>& target_rows, bool within_rows) {
+  return prune_kv_cache_(keys, values, mask, ranges, lengths, inv_freq, base_keys, base_positions, source_rows,
+                         target_rows, within_rows, 0);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> prune_pages_on_cpu(const Tensor& block_table, const Tensor& lengths,
+                                                              const std::optional<Tensor>& mask,
+                                                              const std::optional<Tensor>& ranges, int64_t page_size,
+                                                              int64_t pages, bool within_pages) {
+  return prune_pages(block_table, lengths, mask, ranges, page_size, pages, within_pages, 0);
+}
+
 }  // namespace
 }  // namespace mem1
 
@@ -128,12 +144,30 @@ TORCH_LIBRARY(mem1_core, m) {
     m.def(torch::schema(forward.c_str()));
     m.def(torch::schema(backward.c_str()));
   }
+  // The op itself, and what launches it on a CUDA stream: which one is current, only Python can tell here.
+  const std::string kv_cache =
+      "(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor? mask, Tensor? ranges, Tensor lengths, Tensor? inv_freq, "
+      "Tensor(c!)[] base_keys, Tensor(d!)? base_positions, Tensor? source_rows, Tensor? target_rows, bool within_rows";
+  m.def(torch::schema(("prune_kv_cache_" + kv_cache + ") -> Tensor").c_str()));
+  m.def(torch::schema(("_launch_prune_kv_cache_" + kv_cache + ", int stream) -> Tensor").c_str()));
+  const std::string pages =
+      "(Tensor block_table, Tensor lengths, Tensor? mask, Tensor? ranges, int page_size, int pages, bool within_pages";
+  const std::string result = ") -> (Tensor new_block_table, Tensor page_lengths, Tensor new_lengths, Tensor page_uses)";
+  m.def(torch::schema(("prune_pages" + pages + result).c_str()));
+  m.def(torch::schema(("_launch_prune_pages" + pages + ", int stream" + result).c_str()));
 }
 
 TORCH_LIBRARY_IMPL(mem1_core, CPU, m) {
   m.impl("tile_plan", &mem1::tile_plan);
   m.impl("trajectory_attention", &mem1::attention);
   m.impl("trajectory_attention_backward", &mem1::attention_backward);
+  m.impl("prune_kv_cache_", &mem1::prune_kv_cache_on_cpu);
+  m.impl("prune_pages", &mem1::prune_pages_on_cpu);
+}
+
+TORCH_LIBRARY_IMPL(mem1_core, CUDA, m) {
+  m.impl("_launch_prune_kv_cache_", &mem1::prune_kv_cache_);
+  m.impl("_launch_prune_pages", &mem1::prune_pages);
 }
 
 PYBIND11_MODULE(_C, m) {

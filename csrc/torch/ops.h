@@ -1,12 +1,22 @@
 // The functions behind the registered ops, one declaration per implementation.
 #pragma once
 
+#include "mem1/mem1.h"
+
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <optional>
+#include <stdexcept>
 #include <tuple>
 
 namespace mem1 {
+
+// Standard exceptions, which become a ValueError and a RuntimeError whether an op or a function of _C was called.
+inline void check(mem1_status status, const mem1_error& error) {
+  if (status == MEM1_INVALID_ARGUMENT) throw std::invalid_argument(error.message);
+  if (status != MEM1_OK) throw std::runtime_error(error.message);
+}
 
 using TilePlanTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 TilePlanTensors tile_plan(const at::Tensor& evict, int64_t block_q, int64_t block_k);
@@ -17,6 +27,19 @@ TilePlanTensors tile_plan(const at::Tensor& evict, int64_t block_q, int64_t bloc
 void tile_plan_cuda(uintptr_t stream, int32_t batch, int32_t length, int32_t block_q, int32_t block_k, uintptr_t evict,
                     uintptr_t key_ranges, uintptr_t full_offsets, uintptr_t full_tiles, uintptr_t partial_offsets,
                     uintptr_t partial_tiles);
+
+// Both devices: on CUDA the caller has made it current and names the stream. `keys`, `values`, `base_keys`: lists of
+// [layers, rows, slots, heads, dim]. Returns the new lengths, int32 [batch], within_rows: [batch * rows of a sequence].
+at::Tensor prune_kv_cache_(at::TensorList keys, at::TensorList values, const std::optional<at::Tensor>& mask,
+                           const std::optional<at::Tensor>& ranges, const at::Tensor& lengths,
+                           const std::optional<at::Tensor>& inv_freq, at::TensorList base_keys,
+                           const std::optional<at::Tensor>& base_positions,
+                           const std::optional<at::Tensor>& source_rows, const std::optional<at::Tensor>& target_rows,
+                           bool within_rows, int64_t cuda_stream);
+// Returns the new table, the survivors of each of its pages, the new lengths and the uses of each page of the cache.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> prune_pages(
+    const at::Tensor& block_table, const at::Tensor& lengths, const std::optional<at::Tensor>& mask,
+    const std::optional<at::Tensor>& ranges, int64_t page_size, int64_t pages, bool within_pages, int64_t cuda_stream);
 
 namespace cpu {
 struct Plan;

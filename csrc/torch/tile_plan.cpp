@@ -5,8 +5,6 @@
 #include <ATen/Functions.h>
 #include <ATen/core/Tensor.h>
 
-#include <stdexcept>
-
 namespace mem1 {
 namespace {
 
@@ -20,12 +18,6 @@ mem1_tile_plan_params params_of(mem1_device device, int32_t batch, int32_t lengt
   params.block_k = block_k;
   params.evict_stride_batch = length;
   return params;
-}
-
-// Standard exceptions, which become a ValueError and a RuntimeError whether an op or a function of _C was called.
-void check(mem1_status status, const mem1_error& error) {
-  if (status == MEM1_INVALID_ARGUMENT) throw std::invalid_argument(error.message);
-  if (status != MEM1_OK) throw std::runtime_error(error.message);
 }
 
 }  // namespace

@@ -26,6 +26,9 @@ from mem1.train import train
 from mem1.trajectory import Trajectory
 
 
+_PRUNE_HELP = "when older turns are dropped; a number: the oldest, when the turns have more than W tokens"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors of the user are one line on stderr and status 2."""
     options = _parser().parse_args(arguments)
@@ -70,7 +73,9 @@ def _eval(options: argparse.Namespace) -> None:
     configs = {n: _rollout_config(options, n) for n in options.objectives}
     model, tokenizer, _ = checkpoint.load(options.model)
     results: list[Result] = []
-    prunes: tuple[tuple[str, Prune], ...] = (("MEM1", options.prune), ("full context", "never"))
+    prunes: list[tuple[str, Prune]] = [("MEM1", options.prune), ("full context", "never")]
+    if options.truncate is not None:
+        prunes.append((f"truncated to {options.truncate}", options.truncate))
     for agent, prune in prunes:
         trajectories: list[Trajectory] = []
         for n, config in configs.items():
@@ -209,6 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--objectives", type=_positive, nargs="+", default=OBJECTIVES, help="questions per episode")
     add("--episodes", type=_positive, default=16, help="episodes per number of objectives")
     add("--seed", type=_seed, default=1_000_000, help="of the first episode; training counts from 0")
+    add("--truncate", type=_positive, metavar="W", help="compare with an agent that forgets by age alone too")
 
     add = command("rollout", _rollout, "let an agent play and print or save what it does").add_argument
     add("model", type=Path, help="checkpoint folder")
@@ -239,7 +245,7 @@ def _sampling() -> argparse.ArgumentParser:
     add = parser.add_argument_group("sampling").add_argument
     add("--slots", type=_positive, default=default.slots, help="episodes side by side")
     add("--regime", choices=get_args(Regime), default=default.regime, help="what a prune does to the cache")
-    add("--prune", choices=get_args(Prune), default=default.prune, help="when the previous turn is dropped")
+    add("--prune", type=_prune, default=default.prune, metavar="{action,is,never,W}", help=_PRUNE_HELP)
     add("--temperature", type=float, default=default.temperature, help="of the sampler")
     add("--top-p", type=float, default=default.top_p, help="nucleus of the sampler")
     add("--top-k", type=int, default=default.top_k, help="most likely tokens only; 0: all")
@@ -248,6 +254,11 @@ def _sampling() -> argparse.ArgumentParser:
     add("--max-info", type=int, help="tokens the environment may say in one turn; None: room for a passage")
     add("--max-turns", type=_positive, help="turns of one episode; None: at least twice the expert's")
     return parser
+
+
+def _prune(text: str) -> Prune | str:
+    """A number where it is one; RolloutConfig says what is wrong with the rest."""
+    return int(text) if text.isdecimal() else text
 
 
 def _positive(text: str) -> int:

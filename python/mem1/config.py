@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from mem1_core.trajectory import Prune, Regime
+from mem1_core.trajectory import Prune, Regime, check_prune
 
 
 def _require(condition: bool, name: str, wanted: str, value: object) -> None:
@@ -64,7 +64,7 @@ class RolloutConfig:
 
     slots: int = 32  # trajectories generated side by side
     regime: Regime = "carry"  # "paper" rolls out as "reencode"
-    prune: Prune = "action"  # "never": the full-context agent
+    prune: Prune = "action"  # "never": the full-context agent; a number of tokens: the truncating one
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: no limit
@@ -80,7 +80,7 @@ class RolloutConfig:
         for name in ("top_k", "max_info"):
             _require(getattr(self, name) >= 0, name, "an integer >= 0", getattr(self, name))
         _require(self.regime in get_args(Regime), "regime", f"one of {get_args(Regime)}", self.regime)
-        _require(self.prune in get_args(Prune), "prune", f"one of {get_args(Prune)}", self.prune)
+        check_prune(self.prune)
         _require(
             self.temperature > 0,
             "temperature",
@@ -118,6 +118,7 @@ class WarmStartConfig:
         _require_seconds(self.seconds)
         _require_rate("learning_rate", self.learning_rate)
         _require(0 <= self.auxiliary <= 1, "auxiliary", "a share in [0, 1]", self.auxiliary)
+        check_prune(self.prune)
         _require_objectives(self.objectives)
         _require_seed(self.seed)
 

@@ -1,5 +1,5 @@
-"""Evaluation: an agent with constant memory beside one that keeps everything, and the parity of their
-log-probs.
+"""Evaluation: an agent with constant memory beside others that keep everything or what fits, and the parity of
+their log-probs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mem1.config import Regime, RolloutConfig
+from mem1.config import Prune, Regime, RolloutConfig
 from mem1.envs.base import Environment
 from mem1.envs.multihop import MultiHopEnv
 from mem1.ppo import pack, recompute_logprobs, split
@@ -134,7 +134,7 @@ class Parity:
     """How far the log-probs that the trainer recomputes are from those that the rollout sampled with."""
 
     regime: str
-    prune: str
+    prune: Prune
     dtype: str
     trajectories: int
     turns: int  # of the longest trajectory

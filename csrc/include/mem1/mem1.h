@@ -32,6 +32,14 @@ typedef enum mem1_device {
   MEM1_CUDA = 1,
 } mem1_device;
 
+typedef enum mem1_dtype {
+  MEM1_FLOAT32 = 0,
+  MEM1_FLOAT16 = 1,
+  MEM1_BFLOAT16 = 2,
+  MEM1_FLOAT64 = 3,
+  MEM1_BITS8 = 4, /* any type of one byte; it can be moved, not computed with */
+} mem1_dtype;
+
 /* Filled by a call that fails, left alone by one that succeeds. May be NULL. */
 typedef struct mem1_error {
   char message[256];
@@ -78,6 +86,94 @@ typedef struct mem1_tile_plan_params {
 
 MEM1_API mem1_status mem1_tile_plan_ranges(const mem1_tile_plan_params* params, void* cuda_stream, mem1_error* error);
 MEM1_API mem1_status mem1_tile_plan_lists(const mem1_tile_plan_params* params, void* cuda_stream, mem1_error* error);
+
+/* Pruning of a KV cache, in place.
+ *
+ * The cache of a layer is two arrays (keys and values) [rows, row_slots, heads, head_dim]. Sequence b has
+ * sequence_rows * row_slots slots; slot s lies in row source_rows[b][s / row_slots] at s % row_slots. Without
+ * source_rows sequence b is row b (the plain cache: sequence_rows = 1, row_slots = capacity); a block-table cache has
+ * a page in each row. The first lengths[b] slots are in use. Which of them stay is told by ONE of
+ *   mask    a byte a slot, not zero: it stays; or
+ *   ranges  [begin, end) pairs of slots, in order, not overlapping, end <= lengths[b]; empty ones are fine
+ * (neither, with range_count 0: none stays).
+ *
+ * mem1_prune_kv_cache moves the survivors to the front in their order: the one of rank r goes to slot r of the rows
+ * target_rows[b][..] (NULL: source_rows). A target never lies behind its source in the order of the sequence, so one
+ * pass needs no scratch. With within_rows the survivors of a row move to the front of that row and not beyond it.
+ * What lies behind the survivors is undefined afterwards. No two sequences may move entries of the same row.
+ *
+ * With inv_freq the keys are turned as well (RoPE, rotate-half, in fp32; fp64 for fp64), by as many positions as lead
+ * from where they were encoded to their new slot. Without base_keys that is where they lay; turning rounded keys again
+ * and again adds up. With base_keys (the keys as they were once encoded, at base_positions, arrays of the same shape),
+ * each key is made from its base in one rounding, and the base moves along.
+ *
+ * A sequence that is refused (a length below 0 or beyond its slots, wrong ranges) is not touched. On the CPU then none
+ * is, and the call fails. On CUDA, where no value is known to the host, the others go on, and its new length is -1.
+ */
+typedef struct mem1_prune_kv_cache_params {
+  size_t struct_size; /* sizeof(mem1_prune_kv_cache_params) */
+  mem1_device device; /* where the arrays live; keys, values and base_keys themselves are lists on the host */
+  mem1_dtype dtype;
+  int32_t layers; /* at most 128 on CUDA, where all are one launch */
+  int32_t batch;
+  int32_t sequence_rows; /* rows of one sequence */
+  int32_t row_slots;
+  int32_t heads;
+  int32_t head_dim;
+  int32_t within_rows;  /* 0 or 1 */
+  void* const* keys;    /* [layers] -> [rows, row_slots, heads, head_dim], the last dimension contiguous */
+  void* const* values;  /* [layers] likewise */
+  int64_t stride_row;   /* in elements, as all strides; the same for keys and values of all layers */
+  int64_t stride_slot;
+  int64_t stride_head;
+  const int32_t* source_rows; /* [batch, sequence_rows] contiguous, or NULL; entries beyond the length are not read */
+  const int32_t* target_rows; /* [batch, sequence_rows] contiguous, or NULL */
+  const int32_t* lengths;     /* [batch] */
+  const uint8_t* mask;        /* [batch, sequence_rows * row_slots], or NULL */
+  int64_t mask_stride_batch;
+  const int32_t* ranges; /* [batch, range_count, 2] contiguous, or NULL */
+  int32_t range_count;
+  const float* inv_freq;         /* [head_dim / 2] angular frequencies, or NULL: positions are kept */
+  void* const* base_keys;        /* [layers] as keys, or NULL */
+  int64_t base_stride_row;
+  int64_t base_stride_slot;
+  int64_t base_stride_head;
+  const int32_t* base_positions; /* [batch, sequence_rows * row_slots] contiguous; with base_keys */
+  int32_t* new_base_positions;   /* the same, another array: those of the survivors; the rest is not written; or NULL */
+  int32_t* new_lengths;          /* [batch], within_rows: [batch, sequence_rows]; or NULL */
+} mem1_prune_kv_cache_params;
+
+MEM1_API mem1_status mem1_prune_kv_cache(const mem1_prune_kv_cache_params* params, void* cuda_stream,
+                                         mem1_error* error);
+
+/* The block tables of a paged cache after pruning; no key or value is read.
+ *
+ * Pages in which nothing survives leave the table; so do, unless within_pages, those left over when the survivors fill
+ * the pages before them. The rest close up in their order, -1 behind them. To prune a paged cache, call this and
+ * then mem1_prune_kv_cache with row_slots = page_size, source_rows = block_table, and target_rows = new_block_table
+ * (closing gaps across pages) or within_rows (each page by itself).
+ */
+typedef struct mem1_prune_pages_params {
+  size_t struct_size; /* sizeof(mem1_prune_pages_params) */
+  mem1_device device;
+  int32_t batch;
+  int32_t sequence_pages; /* the width of a table */
+  int32_t page_size;
+  int32_t pages; /* of the cache */
+  int32_t within_pages;
+  const int32_t* block_table; /* [batch, sequence_pages] contiguous, pages in use 0 <= page < pages */
+  const int32_t* lengths;     /* [batch] */
+  const uint8_t* mask;        /* as above: [batch, sequence_pages * page_size], or NULL */
+  int64_t mask_stride_batch;
+  const int32_t* ranges; /* [batch, range_count, 2], or NULL */
+  int32_t range_count;
+  int32_t* new_block_table; /* [batch, sequence_pages], another array */
+  int32_t* page_lengths;    /* [batch, sequence_pages]: survivors in each page of the new table, 0 behind */
+  int32_t* new_lengths;     /* [batch]; -1 for a sequence that CUDA refused: its table is copied as it is */
+  int32_t* page_uses;       /* [pages], zeroed by the caller: bit 0 a sequence has dropped the page, bit 1 one uses it */
+} mem1_prune_pages_params;
+
+MEM1_API mem1_status mem1_prune_pages(const mem1_prune_pages_params* params, void* cuda_stream, mem1_error* error);
 
 #ifdef __cplusplus
 }
