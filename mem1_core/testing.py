@@ -1,4 +1,4 @@
-"""What tests and benches share: the accuracy rule, evict tables, attention inputs, poison, the machine.
+"""What tests and benches share: the accuracy rule, evict tables, inputs, poison, the machine.
 
 Nothing here is imported by the library itself. Layering: torch <- trajectory <- reference <- testing.
 """
@@ -236,6 +236,80 @@ def attention_inputs(
     return q, k, v
 
 
+KV_LAYOUTS = ("tokens", "heads", "padded", "misaligned", "layers")
+
+
+def kv_cache(
+    layers: int,
+    rows: int,
+    slots: int,
+    heads: int,
+    head_dim: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    layout: str = "tokens",
+    seed: int = 0,
+) -> Any:
+    """A random cache [L, 2, rows, slots, Hkv, D]; the same numbers whatever the layout in memory.
+
+    rows are sequences, or the pages of a paged cache. layout: "tokens" (contiguous); "heads" (memory [..,
+    Hkv, slots, D]); "padded" (every row D of a longer one); "misaligned" (the same by one element, so that no
+    entry starts where a vector could be loaded); "layers" (a list of L separate pairs (key, value)).
+    """
+    shape = (layers, 2, rows, slots, heads, head_dim)
+    generator = _generator(seed)
+    if dtype.is_floating_point:
+        kv = torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
+    else:
+        kv = torch.randint(0, 256, shape, generator=generator, device="cpu").to(device, dtype)
+    if layout == "heads":
+        return kv.transpose(3, 4).contiguous().transpose(3, 4)
+    if layout == "padded":
+        return torch.nn.functional.pad(kv, (0, 8))[..., :head_dim]
+    if layout == "misaligned":
+        return torch.nn.functional.pad(kv, (1, 0))[..., 1:]
+    if layout == "layers":
+        return [(layer[0].clone(), layer[1].clone()) for layer in kv]
+    if layout != "tokens":
+        raise ValueError(f"layout: expected one of {KV_LAYOUTS}, got {layout!r}")
+    return kv
+
+
+KEEP_PATTERNS = ("random", "none", "all", "prefix", "suffix", "alternating", "mem1")
+
+
+def keep_mask(pattern: str, lengths: Sequence[int], slots: int, seed: int = 0) -> Tensor:
+    """bool [B, slots]: what stays of the first lengths[b] entries of each sequence; chance behind them.
+
+    "mem1" is what a turn of MEM1 leaves of the prompt, the previous turn and the action just written.
+    """
+    generator = _generator(seed)
+    keep = torch.rand(len(lengths), slots, generator=generator, device="cpu") < 0.5
+    for row, n in zip(keep, lengths, strict=True):
+        slot = torch.arange(n, device="cpu")
+        if pattern == "mem1":
+            row[:n] = (slot < 396 * n // 1016) | (slot >= 896 * n // 1016)
+        elif pattern != "random":
+            row[:n] = {
+                "none": slot < 0,
+                "all": slot >= 0,
+                "prefix": slot < n // 2,
+                "suffix": slot >= n // 2,
+                "alternating": slot % 2 == 1,
+            }[pattern]
+    return keep
+
+
+def ranges_of(keep: Tensor, lengths: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """A mask as sorted ranges [begin, end) for each sequence."""
+    ranges = []
+    for row, n in zip(keep.tolist(), lengths, strict=True):
+        edges = [s for s in range(n + 1) if (s < n and row[s]) != (s > 0 and row[s - 1])]
+        ranges.append(list(zip(edges[::2], edges[1::2], strict=True)))
+    return ranges
+
+
 def gradients(out: Tensor | Sequence[Tensor], inputs: Sequence[Tensor], seed: int = 1) -> tuple[Tensor, ...]:
     """Gradients of `inputs` for a random gradient of `out`.
 
@@ -285,6 +359,12 @@ def attention_backends() -> list[tuple[str, str]]:
 
         pairs += [("triton", "cpu")] if INTERPRETED else []
     return pairs
+
+
+def kv_cache_backends() -> list[tuple[str, str]]:
+    """(backend, device) pairs of `prune_kv_cache_` that this machine can run."""
+    pairs = [("cpu", "cpu"), ("reference", "cpu")]
+    return [*pairs, ("cuda", "cuda"), ("reference", "cuda")] if torch.cuda.is_available() else pairs
 
 
 def machine() -> dict[str, Any]:

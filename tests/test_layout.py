@@ -13,7 +13,7 @@ from mem1_core.trajectory import POLICY_KINDS, Prune, Regime, Segment, Trajector
 
 Context = list[tuple[int, int]]  # (token of the trajectory, position), in the order they were fed
 
-PRUNES: tuple[Prune, ...] = ("action", "is", "never")
+PRUNES: tuple[Prune, ...] = ("action", "is", "never", 6, 12)
 
 
 def random_segments(seed: int) -> list[Segment]:
@@ -72,8 +72,11 @@ def simulate(
         position += 1
         logits_of = list(context)
         saw.append(list(context))
-        if (prune == "action" and action_ends) or (prune == "is" and is_ends):
-            alive = [n for n, of in enumerate(turns) if of in (0, turn)]
+        if is_ends if prune == "is" else action_ends and prune != "never":
+            stay = [of for of in turns if of]
+            while stay[0] != turn and (not isinstance(prune, int) or len(stay) > prune):
+                stay = [of for of in stay if of != stay[0]]  # the oldest turn leaves
+            alive = [n for n, of in enumerate(turns) if of in (0, *stay)]
             context, turns = [context[n] for n in alive], [turns[n] for n in alive]
             if reencode:
                 context = [(of, place) for place, (of, _) in enumerate(context)]
@@ -100,6 +103,8 @@ def test_the_simulation_itself() -> None:
     at_is, _ = simulate(segments, "is", reencode=False)
     assert at_is[5] == carried[5], "the logits of </IS> came before the prune"
     assert simulate(segments, "is", reencode=True)[0][5] == [(0, 0), (4, 1)]
+    assert simulate(segments, 4, reencode=True)[0][7] == anew[7], "5 tokens in turns 1 and 2"
+    assert simulate(segments, 5, reencode=True) == simulate(segments, "never", reencode=True)
 
 
 @pytest.mark.parametrize("prune", PRUNES)
@@ -131,7 +136,7 @@ def test_reencode_is_what_a_re_encoding_rollout_saw(prune: Prune, seed: int) -> 
         assert (dense[rows].sum(1) == torch.arange(1, len(rows) + 1)).all()
 
 
-@pytest.mark.parametrize(("prune", "first"), [("action", 3), ("is", 2)])
+@pytest.mark.parametrize(("prune", "first"), [("action", 3), ("is", 2), (11, 4), (18, 5)])
 def test_paper_is_wrong_from_some_turn_on(prune: Prune, first: int) -> None:
     segments = [Segment("prompt", 0, 3)]
     for turn in range(1, 6):

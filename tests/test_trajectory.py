@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from mem1_core.testing import EVICT_TABLES
 from mem1_core.trajectory import (
+    POLICY_KINDS,
+    Kind,
     Prune,
     Segment,
     TrajectoryMask,
@@ -50,6 +54,9 @@ def spans(tokens: list[int], values: list[int]) -> list[int]:
         # `</IS>` of turn 2 is token 7, that of turn 3 token 13.
         ("is", spans([2, 5, 5, 4], [16, 8, 14, 16])),
         ("never", [16] * 16),
+        # Turns 1 and 2 have 7 tokens when the action of turn 2 is complete.
+        (6, spans([2, 5, 5, 4], [16, 9, 16, 16])),
+        (7, [16] * 16),
     ],
 )
 def test_evict_of_a_known_trajectory(prune: Prune, expected: list[int]) -> None:
@@ -83,6 +90,87 @@ def test_a_turn_without_an_action_prunes_nothing() -> None:
     assert evict_from_turns(segments).tolist() == [8] + [7] * 4 + [8] * 3
 
 
+def test_a_window_drops_several_turns_and_keeps_several() -> None:
+    segments = [Segment("prompt", 0, 4)]
+    for turn, state in enumerate((1, 1, 1, 5, 1), start=1):
+        segments += [Segment("is", turn, state), Segment("query", turn, 1), Segment("info", turn, 1)]
+    # Turn 4 has 7 tokens, the others 3. The actions end at 6, 9, 12, 19 and 22; N = 23. From turn 1 on there
+    # are 15 tokens at the fourth of them and 18 at the fifth, from turn 2 on 12 and 15, from turn 3 on 9
+    # and 12.
+    for window, lifetimes in {
+        2: [23, 9, 12, 19, 22, 23],
+        11: [23, 19, 19, 22, 23, 23],
+        14: [23, 19, 22, 23, 23, 23],
+        15: [23, 22, 23, 23, 23, 23],
+        18: [23] * 6,
+    }.items():
+        assert evict_from_turns(segments, window).tolist() == spans([4, 3, 3, 3, 7, 3], lifetimes), window
+    mask = TrajectoryMask.from_turns(segments, prune=11)
+    dense = mask.dense()[0]
+    assert dense[18, :19].all(), "the last token of an action still sees what leaves at it"
+    assert dense[19].nonzero()[:, 0].tolist() == [0, 1, 2, 3, *range(10, 20)]
+    assert mask.peak_tokens(prompt=False).tolist() == [15], "before the prune"
+    # Context at the begin of each action: the prompt, and turns 1 to 3 until they leave.
+    expected = (4 + 1) * 2 + (7 + 1) * 2 + (10 + 1) * 2 + (13 + 3) * 6 + (4 + 3 + 7 + 1) * 2
+    assert dependency_length(segments, 11) == expected
+
+
+def random_turns(seed: int) -> list[Segment]:
+    """1 to 12 turns; segments may be empty or missing."""
+    rng = random.Random(seed)
+    segments = [Segment("prompt", 0, rng.choice((0, 1, 5)))] if rng.random() < 0.9 else []
+    for turn in range(1, rng.randint(1, 12) + 1):
+        kinds: list[Kind] = ["is", "query", "info"]
+        chosen = [kind for kind in kinds if rng.random() < 0.85] or kinds[2:]
+        segments += [Segment(kind, turn, rng.choice((0, 1, 2, 3, 9))) for kind in chosen]
+    return segments
+
+
+def owners_and_actions(segments: list[Segment]) -> tuple[list[int], dict[int, int]]:
+    """The turn of each token, and where each turn's action ends, for turns in which the policy wrote."""
+    tokens = [(s.turn, s.kind) for s in segments for _ in range(s.length)]
+    ends = {turn: n + 1 for n, (turn, kind) in enumerate(tokens) if kind in POLICY_KINDS}
+    return [turn for turn, _ in tokens], ends
+
+
+def forget_by_age(segments: list[Segment], window: int) -> list[int]:
+    """The truncating agent played token by token."""
+    owners, ends = owners_and_actions(segments)
+    evict = [len(owners)] * len(owners)
+    held: dict[int, list[int]] = {}  # turn -> its tokens
+    for n, turn in enumerate(owners):
+        if turn > 0:
+            held.setdefault(turn, []).append(n)
+        if ends.get(turn) == n + 1:
+            while len(held) > 1 and sum(len(tokens) for tokens in held.values()) > window:
+                for gone in held.pop(min(held)):
+                    evict[gone] = n + 1
+    return evict
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 8, 13, 21, 40])
+def test_a_window_against_the_agent_played_token_by_token(window: int) -> None:
+    several = 0
+    for seed in range(60):
+        segments = random_turns(seed)
+        evict = evict_from_turns(segments, window).tolist()
+        assert evict == forget_by_age(segments, window), segments
+        owners, ends = owners_and_actions(segments)
+        for turn, end in ends.items():
+            live = [owners[n] for n in range(end) if owners[n] and evict[n] > end]
+            assert len(live) <= max(window, owners[:end].count(turn)), (segments, turn)
+            several += len(set(live)) > 1
+    assert (several > 0) == (window > 1), "wanted windows that hold more than one turn"
+
+
+def test_the_ends_of_the_windows_are_the_other_rules() -> None:
+    for seed in range(60):
+        segments = random_turns(seed)
+        tokens = sum(segment.length for segment in segments)
+        assert torch.equal(evict_from_turns(segments, 1), evict_from_turns(segments, "action"))
+        assert torch.equal(evict_from_turns(segments, tokens + 1), evict_from_turns(segments, "never"))
+
+
 def test_edges_of_from_turns() -> None:
     assert evict_from_turns([]).shape == (0,)
     assert TrajectoryMask.from_turns([]).shape == (1, 0)
@@ -111,8 +199,10 @@ def test_segments_out_of_order_are_named(segments: list[Segment], message: str) 
 
 
 def test_bad_arguments_of_from_turns_are_named() -> None:
-    with pytest.raises(ValueError, match="prune: wanted one of .* got 'sometimes'"):
-        TrajectoryMask.from_turns(TURNS, prune="sometimes")  # type: ignore[arg-type]
+    for prune in ("sometimes", True, 0, -1, 64.0, None, "64"):
+        wanted = f"prune: wanted 'action', 'is', 'never' or a number of tokens >= 1, got {prune!r}"
+        with pytest.raises(ValueError, match=f"^{re.escape(wanted)}$"):
+            TrajectoryMask.from_turns(TURNS, prune=prune)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="regime: wanted one of .* got 'copy'"):
         TrajectoryMask.from_turns(TURNS, regime="copy")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"segments\[0\]: wanted a Segment\(kind, turn, length\), got 'is'"):

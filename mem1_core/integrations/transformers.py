@@ -6,9 +6,9 @@
     mem1_transformers.check_model(model)
     logits = model(input_ids, position_ids=position_ids, mem1_mask=mask, use_cache=False).logits
 
-With `mem1_mask` (a `TrajectoryMask`) every layer runs `mem1_core.ops.trajectory_attention`; without it the
-model behaves exactly as with `attn_implementation="sdpa"`, so that one model object serves the trainer and a
-rollout with a KV cache.
+With `mem1_mask` (a `TrajectoryMask`) every layer runs `mem1_core.ops.trajectory_attention`; with `mem1_cache`
+(a `LayerCache`) it hands over to that, as a rollout engine with a KV cache of its own wants it; without
+either the model behaves exactly as with `attn_implementation="sdpa"`. So one model object serves all.
 
 A layer that is more than plain causal attention refuses the mask, and so does a model whose config tells of
 layers that are not attention. `check_model` finds the models that would drop the mask without a word.
@@ -16,7 +16,7 @@ layers that are not attention. `check_model` finds the models that would drop th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,16 @@ from mem1_core.trajectory import TrajectoryMask
 
 NAME = "mem1"
 _UNSUPPORTED = ("sliding_window", "softcap", "position_bias")  # what some decoders add to plain attention
+
+
+class LayerCache(Protocol):
+    """A KV cache that does the attention over itself."""
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Store key and value [B, Hkv, N, D] of the layer `module.layer_idx` and attend to what is there:
+        query [B, Hq, N, D] -> [B, N, Hq, D].
+        """
+        ...
 
 
 def register() -> None:
@@ -77,6 +87,7 @@ def attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     mem1_mask: TrajectoryMask | None = None,
+    mem1_cache: LayerCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of one layer.
@@ -89,9 +100,17 @@ def attention_forward(
     plain causal attention (window, soft cap, bias, dropout, values of another size than the keys), to a model
     that has other layers beside it (linear attention, state space, an encoder), with a filled cache, or
     together with an `attention_mask`. Attention sinks raise also without the mask, as "sdpa" drops them.
+
+    With `mem1_cache` the mask is its business (`attention_mask` is not looked at); the rest as above.
     """
     if kwargs.get("s_aux") is not None:
         raise ValueError(f"attn_implementation={NAME!r} in {_where(module)}: wanted no sinks, got s_aux")
+    if mem1_cache is not None:
+        problem = _problem(module, query, key, value, None, dropout, kwargs)
+        if problem:
+            raise ValueError(f"mem1_cache in {_where(module)}: {problem}")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return mem1_cache.attend(module, query, key, value, scale), None
     if mem1_mask is None:
         mask = attention_mask() if isinstance(attention_mask, DeferredMask) else attention_mask
         return sdpa_attention_forward(

@@ -26,9 +26,6 @@ from mem1.train import train
 from mem1.trajectory import Trajectory
 
 
-_PRUNE_HELP = "when older turns are dropped; a number: the oldest, when the turns have more than W tokens"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors of the user are one line on stderr and status 2."""
     options = _parser().parse_args(arguments)
@@ -245,7 +242,13 @@ def _sampling() -> argparse.ArgumentParser:
     add = parser.add_argument_group("sampling").add_argument
     add("--slots", type=_positive, default=default.slots, help="episodes side by side")
     add("--regime", choices=get_args(Regime), default=default.regime, help="what a prune does to the cache")
-    add("--prune", type=_prune, default=default.prune, metavar="{action,is,never,W}", help=_PRUNE_HELP)
+    add(
+        "--prune",
+        type=_prune,
+        default=default.prune,
+        metavar="{action,is,never,W}",
+        help="when the turns before are dropped; W: as 'action', but only the oldest beyond W tokens",
+    )
     add("--temperature", type=float, default=default.temperature, help="of the sampler")
     add("--top-p", type=float, default=default.top_p, help="nucleus of the sampler")
     add("--top-k", type=int, default=default.top_k, help="most likely tokens only; 0: all")

@@ -71,13 +71,18 @@ class RolloutConfig:
     greedy: bool = False
     max_action: int = 192  # tokens of one action, tags included
     max_info: int = 512  # tokens of environment text in one turn, tags excluded
+    max_prompt: int = 16384  # a longer one is an environment's error
     max_turns: int = 40
     prefill_tokens: int = 16384  # padded tokens of one prefill call
+    env_timeout: float = (
+        60.0  # seconds for one answer of an environment that is not `instant`, retries included
+    )
+    env_retries: int = 2  # after an OSError
 
     def __post_init__(self) -> None:
-        for name in ("slots", "max_action", "max_turns", "prefill_tokens"):
+        for name in ("slots", "max_action", "max_prompt", "max_turns", "prefill_tokens"):
             _require(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
-        for name in ("top_k", "max_info"):
+        for name in ("top_k", "max_info", "env_retries"):
             _require(getattr(self, name) >= 0, name, "an integer >= 0", getattr(self, name))
         _require(self.regime in get_args(Regime), "regime", f"one of {get_args(Regime)}", self.regime)
         check_prune(self.prune)
@@ -88,6 +93,7 @@ class RolloutConfig:
             self.temperature,
         )
         _require(0 < self.top_p <= 1, "top_p", "0 < top_p <= 1", self.top_p)
+        _require_rate("env_timeout", self.env_timeout)
 
 
 @dataclass(frozen=True)

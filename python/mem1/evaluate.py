@@ -1,5 +1,5 @@
-"""Evaluation: an agent with constant memory beside others that keep everything or what fits, and the parity of
-their log-probs.
+"""Evaluation: an agent with constant memory beside one that keeps everything and one that truncates, and the
+parity of their log-probs.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ import pytest
 
 from mem1 import checkpoint, train
 from mem1.cli import _parser, _rollout_config, main
-from mem1.config import PPOConfig, TrainConfig, WarmStartConfig
-from mem1.rollout import ENVIRONMENT_ERROR
+from mem1.config import PPOConfig, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.episode import ENVIRONMENT_ERROR
 from mem1.trajectory import Trajectory
 
 TINY = ["--warmstart-steps", "2", "--batch", "4", "--max-turns", "3", "--max-action", "24", "--slots", "4"]
@@ -62,17 +62,20 @@ def test_train_resume_eval_and_rollout(capsys, tmp_path):
     model = run  # stands for its last checkpoint
     capsys.readouterr()
     sizes = ["--objectives", "1", "2", "--episodes", "2", "--max-turns", "3", "--max-action", "24"]
-    assert main(["eval", model, *sizes]) == 0
+    assert main(["eval", model, *sizes, "--truncate", "30"]) == 0
     out = capsys.readouterr().out
     assert out.count("full context") >= 3
+    assert out.count("truncated to 30") == 3, "the title of its parity, and a row for 1 and 2 objectives"
     assert "peak_without_prompt" in out and "max_dlogp" in out
 
     assert main(["rollout", model, "--episodes", "1", "--max-turns", "40", "--scripted"]) == 0
     assert "answered, reward 1.000" in capsys.readouterr().out
     saved = tmp_path / "t.jsonl"
-    assert main(["rollout", model, "--episodes", "3", "--max-turns", "2", "--out", str(saved)]) == 0
+    few = ["--episodes", "3", "--max-turns", "2", "--prune", "40"]
+    assert main(["rollout", model, *few, "--out", str(saved)]) == 0
     played = [Trajectory.from_dict(json.loads(line)) for line in saved.read_text().splitlines()]
     assert sorted(t.seed for t in played) == [0, 1, 2]
+    assert {t.prune for t in played} == {40}
 
 
 def records(run: Path) -> list[dict]:
@@ -89,6 +92,10 @@ def records(run: Path) -> list[dict]:
         (["--seconds", "-1"], "seconds: wanted a number > 0"),
         (["--actor-lr", "nan"], "actor_lr: wanted a finite number > 0"),
         (["--kl", "-1"], "kl: wanted a finite number >= 0"),
+        (["--prune", "0"], "prune: wanted 'action', 'is', 'never' or a number of tokens >= 1, got 0"),
+        (["--prune", "-5"], "tokens >= 1, got '-5'"),
+        (["--prune", "0.5"], "tokens >= 1, got '0.5'"),
+        (["--prune", "sometimes"], "tokens >= 1, got 'sometimes'"),
         (["--resume", "--init", "somewhere"], "init: wanted None together with resume"),
     ],
 )
@@ -106,6 +113,12 @@ def test_the_parser_refuses(capsys, arguments):
     assert f"argument {arguments[0]}: wanted" in capsys.readouterr().err
 
 
+def test_a_window_of_no_tokens_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["eval", "somewhere", "--truncate", "0"])
+    assert "argument --truncate: wanted an integer >= 1, got 0" in capsys.readouterr().err
+
+
 def test_configs_refuse_what_would_fail_later():
     for make in (
         lambda: WarmStartConfig(objectives=(3, 2)),
@@ -113,6 +126,8 @@ def test_configs_refuse_what_would_fail_later():
         lambda: WarmStartConfig(seconds=0.0),
         lambda: PPOConfig(critic_lr=float("inf")),
         lambda: TrainConfig(seed=2**60),
+        lambda: RolloutConfig(prune=True),
+        lambda: WarmStartConfig(prune=0),
         lambda: TrainConfig(threads=0),
     ):
         with pytest.raises(ValueError, match="wanted"):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mem1.config import RolloutConfig
-from mem1.engine import Engine, sample
+from mem1.engine import Engine
+from mem1.sampling import sample
 from mem1_core.trajectory import TrajectoryMask
 
 
@@ -37,7 +38,7 @@ def test_ragged_feeding_is_one_forward(make_model, prefill_tokens):
             n = cursor[row]
             expected = whole_forward(model, streams[i][:n], list(range(n)), [n] * n)[-1]
             torch.testing.assert_close(hidden[i], expected, atol=2e-4, rtol=1e-4)
-    assert engine.lengths.tolist() == [29, 7, 0, 18]
+    assert engine.cache.lengths.tolist() == [29, 7, 0, 18]
 
 
 def test_pruning_is_masking_by_evict(make_model):
@@ -47,8 +48,8 @@ def test_pruning_is_masking_by_evict(make_model):
     engine = Engine(model, slots=2)
     engine.feed([1], [tokens[:12]], [list(range(12))])
     keep = torch.tensor([j % 3 != 1 for j in range(12)])
-    engine.prune(1, keep)
-    assert engine.lengths.tolist() == [0, 8]
+    engine.prune({1: keep})
+    assert engine.cache.lengths.tolist() == [0, 8]
     hidden = engine.feed([1], [tokens[12:]], [list(range(12, 20))])[0]
     evict = [20 if k else 12 for k in keep.tolist()] + [20] * 8
     torch.testing.assert_close(
@@ -63,7 +64,7 @@ def test_move_and_truncate(make_model):
     engine.feed([0, 2], [tokens[:4], tokens[:8]], [list(range(4)), list(range(8))])
     engine.move(2, 0)
     engine.truncate(0, 6)
-    assert engine.lengths.tolist() == [6, 0, 8]
+    assert engine.cache.lengths.tolist() == [6, 0, 8]
     hidden = engine.feed([0], [tokens[6:]], [[6, 7, 8]])[0]
     torch.testing.assert_close(
         hidden, whole_forward(model, tokens, list(range(9)), [9] * 9)[-1], atol=2e-4, rtol=1e-4
@@ -74,7 +75,7 @@ def test_prune_names_a_wrong_shape(make_model):
     engine = Engine(make_model(), slots=1)
     engine.feed([0], [[11, 12, 13]], [[0, 1, 2]])
     with pytest.raises(ValueError, match=r"keep: wanted shape \[3\], the length of slot 0, got \[4\]"):
-        engine.prune(0, torch.ones(4, dtype=torch.bool))
+        engine.prune({0: torch.ones(4, dtype=torch.bool)})
 
 
 def test_sliding_windows_are_refused(make_model):

@@ -4,10 +4,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from mem1 import agent
+from mem1.codec import Codec
 from mem1.envs.base import Action, Observation
 from mem1.envs.multihop import INSTRUCTION, MALFORMED, NOTHING_FOUND, MultiHopEnv
 from mem1.envs.words import NAMES
-from mem1.rollout import Codec
 from mem1.tasks.scripted import scripted_example
 from mem1_core.trajectory import Prune, TrajectoryMask
 

@@ -60,17 +60,17 @@ def test_a_row_is_the_mean_over_the_episodes():
 
 def test_every_agent_gets_the_same_episodes(make_model, tokenizer):
     prompts = []
-    for prune in ("action", "never"):
-        config = RolloutConfig(slots=4, max_action=12, max_turns=3, prune=prune)
+    for prune in ("action", "never", 20):
+        config, agent = RolloutConfig(slots=4, max_action=12, max_turns=3, prune=prune), f"agent {prune}"
         results, played = evaluate(
-            make_model(), tokenizer, config, agent=prune, objectives=(1, 3), episodes=2
+            make_model(), tokenizer, config, agent=agent, objectives=(1, 3), episodes=2
         )
-        assert [(r.agent, r.objectives, r.episodes) for r in results] == [(prune, 1, 2), (prune, 3, 2)]
+        assert [(r.agent, r.objectives, r.episodes) for r in results] == [(agent, 1, 2), (agent, 3, 2)]
         assert [t.objectives for t in played] == [1, 1, 3, 3]
         assert all(r.peak >= r.peak_without_prompt > 0 and r.seconds > 0 for r in results)
         by_seed = sorted(played, key=lambda t: (t.objectives, t.seed))
         prompts.append([t.tokens[: t.segments[0].length].tolist() for t in by_seed])
-    assert prompts[0] == prompts[1]
+    assert prompts[0] == prompts[1] == prompts[2]
 
 
 def test_the_script_answers_everything_at_every_size(tokenizer):
@@ -97,6 +97,20 @@ def test_memory_of_the_default_world_grows_far_slower_than_with_the_full_context
     assert ratio("MEM1, script, 400-token passages", "peak_without_prompt") <= 1.65
 
 
+def test_the_truncating_agent_holds_its_window_and_a_turn(tokenizer):
+    (row,), (played,) = evaluate_script(
+        tokenizer, RolloutConfig(prune=300), agent="truncated", objectives=(16,), episodes=1
+    )
+    sizes: dict[int, int] = {}
+    for segment in played.segments[1:]:
+        sizes[segment.turn] = sizes.get(segment.turn, 0) + segment.length
+    assert sum(sizes.values()) > 4 * 300
+    assert 300 < row.peak_without_prompt <= 300 + 2 * max(sizes.values()), "full until the action is complete"
+    assert row.answered == 1.0 and row.dependency == played.dependency_length()
+    again = Trajectory.from_dict(json.loads(played.to_json()))
+    assert again.prune == 300 and torch.equal(again.mask.evict, played.mask.evict)
+
+
 def test_a_table_is_markdown():
     text = table(
         [result("MEM1", 2, 1234.4), result("full context", 16, 5.25)], ("agent", "objectives", "peak")
@@ -108,6 +122,7 @@ def test_a_table_is_markdown():
         "| full context |         16 | 5.250 |",
     ]
     assert "1.2e-06" in table([Parity("carry", "action", "float32", 1, 4, 9, 1.2e-6, 1e-7, 0.0)])
+    assert "|    64 |" in table([Parity("carry", 64, "float32", 1, 4, 9, 0.0, 0.0, 0.0)], ("prune",))
 
 
 def test_growth_compares_16_with_2():

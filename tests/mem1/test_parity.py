@@ -9,6 +9,7 @@ from mem1.config import RolloutConfig
 from mem1.envs.multihop import MultiHopEnv
 from mem1.evaluate import Parity, parity
 from mem1.rollout import rollout
+from mem1_core.trajectory import Prune, evict_from_turns
 
 GATES = {torch.float32: {"max_dlogp": 5e-5}, torch.bfloat16: {"mean_dlogp": 5e-3, "kl": 1e-4}}
 
@@ -27,6 +28,11 @@ def measure(make_model, tokenizer, dtype, regime, prune, scripted, temperature=1
     assert len({t.tokens.numel() for t in played}) > 1, "wanted a ragged batch"
     assert sum(t.turns >= 4 for t in played) >= 2
     assert any(s.kind == "is" for t in played for s in t.segments)
+    if isinstance(prune, int):
+        others: list[Prune] = ["action", "never"]
+        for other in others:
+            differ = [not torch.equal(t.mask.evict[0], evict_from_turns(t.segments, other)) for t in played]
+            assert any(differ), f"wanted trajectories that prune={other!r} would prune otherwise"
     return parity(model, played, regime, temperature)
 
 
@@ -36,7 +42,7 @@ def within_gate(result: Parity, dtype: torch.dtype) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("regime", ["carry", "reencode"])
-@pytest.mark.parametrize("prune", ["action", "is", "never"])
+@pytest.mark.parametrize("prune", ["action", "is", "never", 48])
 @pytest.mark.parametrize("scripted", [False, True], ids=["sampled", "scripted"])
 def test_recomputed_logprobs_are_the_sampled_ones(make_model, tokenizer, dtype, regime, prune, scripted):
     result = measure(make_model, tokenizer, dtype, regime, prune, scripted)

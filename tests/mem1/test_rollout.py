@@ -9,15 +9,26 @@ import pytest
 import torch
 
 from mem1.agent import MemoryEfficientAgent
+from mem1.calls import outcome
+from mem1.codec import Codec
 from mem1.config import RolloutConfig
 from mem1.engine import Engine
 from mem1.envs.base import Action, Observation, ScriptedAction
 from mem1.envs.multihop import MultiHopEnv
-from mem1.rollout import ENVIRONMENT_ERROR, Codec, Episode, play_script, rollout
+from mem1.episode import ENVIRONMENT_ERROR, Episode
+from mem1.rollout import play_script, rollout
 from mem1.trajectory import Trajectory
 from mem1_core.trajectory import evict_from_turns
 
-CONFIG = RolloutConfig(slots=4, max_action=24, max_turns=6)
+CONFIG = RolloutConfig(slots=4, max_action=24, max_turns=6, env_retries=0)
+
+
+def settle(episode: Episode) -> Episode:
+    """Ask the environment what is open."""
+    question = episode.take_question()
+    if question is not None:
+        episode.hear(outcome(question))
+    return episode
 
 
 def test_a_seed_gives_the_same_trajectory_alone_and_in_a_batch(make_model, tokenizer):
@@ -42,7 +53,7 @@ def test_another_sampling_seed_gives_other_samples_of_the_same_episode(make_mode
 
 
 @pytest.mark.parametrize("regime", ["carry", "reencode"])
-@pytest.mark.parametrize("prune", ["action", "is", "never"])
+@pytest.mark.parametrize("prune", ["action", "is", "never", 48])
 def test_the_cache_holds_what_the_table_says(tokenizer, regime, prune):
     """Whenever the policy writes, the cache holds exactly the tokens whose evict is past the token to
     come.
@@ -50,7 +61,7 @@ def test_the_cache_holds_what_the_table_says(tokenizer, regime, prune):
     config = RolloutConfig(regime=regime, prune=prune, max_turns=20)
     episode = Episode(MultiHopEnv(4), 3, Codec(tokenizer), config, scripted=True)
     held: list[list[int]] = []
-    while not episode.finished:
+    while not settle(episode).finished:
         while episode.unread:
             episode.read()
         held.append(sorted(episode.cached))
@@ -72,7 +83,7 @@ def test_the_cache_stays_small(make_model, tokenizer, monkeypatch):
 
     def watched(engine, *arguments):
         hidden = feed(engine, *arguments)
-        lengths[prune] = max(lengths.get(prune, 0), int(engine.lengths.max()))
+        lengths[prune] = max(lengths.get(prune, 0), int(engine.cache.lengths.max()))
         return hidden
 
     monkeypatch.setattr(Engine, "feed", watched)
@@ -133,7 +144,7 @@ def test_a_prompt_may_show_the_tags(tokenizer):
             return "write <IS> name </IS> <query> name relation </query>"
 
     config = RolloutConfig(max_turns=3)
-    episode = Episode(Explains("anna"), 0, Codec(tokenizer), config)
+    episode = settle(Episode(Explains("anna"), 0, Codec(tokenizer), config))
     assert episode.segments == [("prompt", 0, 8)]
     assert not episode.finished
 
@@ -170,7 +181,7 @@ def test_a_faulty_environment_ends_its_own_episode_only(make_model, tokenizer):
 WRONG = [
     ("reset", 3, "TypeError: reset: wanted str, got int 3"),
     ("reset", None, "TypeError: reset: wanted str, got NoneType None"),
-    ("reset", " ", "ValueError: reset: wanted a prompt of at least one token, got ' '"),
+    ("reset", " ", "ValueError: reset: wanted a prompt of 1 to 16384 tokens, got 0: ' '"),
     ("step", None, "TypeError: step: wanted Observation, got NoneType None"),
     ("step", Observation(None, 0.0, False), "TypeError: step: text: wanted str, got NoneType None"),
     ("step", Observation("anna", 0.0, "no"), "TypeError: step: done: wanted bool, got str 'no'"),
@@ -189,7 +200,8 @@ WRONG = [
 @pytest.mark.parametrize(("method", "value", "message"), WRONG)
 def test_a_wrong_value_ends_its_own_episode_only(make_model, tokenizer, method, value, message):
     worlds = [MultiHopEnv(2), MultiHopEnv(2), MultiHopEnv(2)]
-    setattr(worlds[1], method, lambda *arguments: value)
+    sound = getattr(worlds[1], method)
+    setattr(worlds[1], method, lambda *arguments: (sound(*arguments), value)[1])
     make = iter(worlds).__next__
     played = {t.seed: t for t in rollout(make_model(), tokenizer, make, range(3), CONFIG, scripted=True)}
     assert played[1].finished.startswith(f"{ENVIRONMENT_ERROR}: {message}")
@@ -200,7 +212,7 @@ def test_a_wrong_value_ends_its_own_episode_only(make_model, tokenizer, method, 
 
 def test_an_environment_without_objectives_is_an_error_of_its_episode(tokenizer):
     world = SimpleNamespace(reset=lambda seed: "ada", step=None, score=None, expert_action=None)
-    episode = Episode(world, 0, Codec(tokenizer), CONFIG)
+    episode = settle(Episode(world, 0, Codec(tokenizer), CONFIG))
     assert episode.trajectory().finished.startswith("environment error: AttributeError:")
 
 
@@ -210,7 +222,7 @@ def test_the_agent_reports_an_empty_question_and_a_tool_that_gives_no_text(
     agent = MemoryEfficientAgent(make_model(), tokenizer, CONFIG)
     reply = agent.answer("", tool=str)
     assert reply.text is None and reply.trajectory.reward == 0.0
-    assert reply.trajectory.finished.endswith("wanted a prompt of at least one token, got ''")
+    assert reply.trajectory.finished.endswith("wanted a prompt of 1 to 16384 tokens, got 0: ''")
     script = iter(tokenizer.encode("<IS> ada boss </IS> <query> ada boss </query>"))
     monkeypatch.setattr(Episode, "forced", lambda episode: next(script))
     reply = agent.answer("ada boss ?", tool=lambda query: {"found": "carla"})
@@ -219,10 +231,11 @@ def test_the_agent_reports_an_empty_question_and_a_tool_that_gives_no_text(
 
 def test_an_action_without_end_is_malformed_and_cut(tokenizer):
     world = Talkative("anna", queries=2)
-    episode = Episode(world, 0, Codec(tokenizer), replace(CONFIG, max_action=10))
+    episode = settle(Episode(world, 0, Codec(tokenizer), replace(CONFIG, max_action=10)))
     state, word = (tokenizer.convert_tokens_to_ids(token) for token in ("</IS>", "emil"))
     for token in [word] * 10 + [state] + [word] * 9 + [word] * 9 + [state]:
         episode.write(token, -1.0)
+        settle(episode)
     assert world.asked == [
         Action("malformed", " ".join(["emil"] * 10)),
         Action("malformed", " ".join(["emil"] * 9)),

@@ -45,8 +45,14 @@ class Environment(Protocol):
 
     `objectives` is the number of objectives of the current episode (before the first `reset`: the most there
     can be). `step` answers every text, malformed ones included, and never raises because of what the policy
-    wrote. In a rollout, whatever a method raises or gives against its signature ends this episode, with
-    reward 0 and `finished` "environment error: ..." naming it.
+    wrote.
+
+    In a rollout, methods are called on a thread of their own while other episodes go on (an environment with
+    an attribute `instant = True`, which computes its answers in microseconds and cannot hang, is called
+    directly). An answer that takes longer than `RolloutConfig.env_timeout` and whatever a method raises or
+    gives against its signature ends this episode, with reward 0 and `finished` "environment error: ..."
+    naming it. Only a call that raises an OSError (ConnectionError, TimeoutError, ...) is made again,
+    `env_retries` times: it must have changed nothing.
     """
 
     objectives: int

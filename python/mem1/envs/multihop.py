@@ -39,6 +39,8 @@ class MultiHopEnv:
     share of questions answered exactly. Raises ValueError for an argument out of its range.
     """
 
+    instant = True  # a rollout need not ask on a thread
+
     def __init__(
         self,
         objectives: int | tuple[int, int] = 2,

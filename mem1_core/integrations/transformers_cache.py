@@ -1,0 +1,332 @@
+"""A KV cache of preallocated slots for plain Hugging Face models; it forgets entries in place.
+
+    cache = SlotCache(model, batch=1, capacity=4096)
+    logits = model(ids, past_key_values=cache).logits
+    cache.prune(keep)                                    # bool [1, entries], all layers, one call
+    logits = model(more, past_key_values=cache).logits   # positions go on where they were
+
+`mem1_core.integrations.transformers_generate` has the decoding loop for `model.generate`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from mem1_core.integrations.transformers import NAME, _config_problem
+from mem1_core.ops import prune_kv_cache_
+
+
+class SlotCache(Cache):
+    """One slot per row of the batch, all layers in one tensor that is allocated once.
+
+    Rows of equal length without padding (a batch of one, always) go through any model as they are:
+    `model(ids, past_key_values=cache)`. For ragged rows, or tokens padded on the right, it is
+    `model(ids, **cache.step(counts))`, under the attention implementations "sdpa", "eager" and "mem1".
+
+    kv: [L, 2, B, capacity, Hkv, D]. On the host: `lengths` int32 [B], the entries of each slot; `positions`
+    int32 [B], the position id of a row's next token, which is not the length once entries have left;
+    `entries` int32 [B, capacity], the position id of each entry; `runs`, of each row how many tokens were
+    given, written, given, ... (`prune_generate` keeps it).
+
+    Raises ValueError for a model that is not a decoder of full attention layers only.
+    """
+
+    def __init__(
+        self,
+        config_or_model: PreTrainedConfig | PreTrainedModel,
+        batch: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """`dtype` and `device` are by default the model's; with a config its dtype and the CPU."""
+        model = config_or_model if isinstance(config_or_model, PreTrainedModel) else None
+        config: Any = config_or_model if model is None else model.config
+        problem = _config_problem(config)
+        config = config.get_text_config(decoder=True)
+        if problem := problem or _config_problem(config) or _window_problem(config):
+            raise ValueError(f"SlotCache: {problem}")
+        if batch < 1 or capacity < 1:
+            raise ValueError(f"batch, capacity: wanted 1 or more, got {batch} and {capacity}")
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        dtype = dtype or (config.dtype if model is None else model.dtype) or torch.get_default_dtype()
+        device = device or ("cpu" if model is None else model.device)
+        shape = (config.num_hidden_layers, 2, batch, capacity, heads, dim)
+        # Zeros: what lies behind a length is masked, which helps only if it is finite.
+        self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        self.batch, self.capacity = batch, capacity
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device="cpu")
+        self.positions = torch.zeros_like(self.lengths)
+        self.entries = torch.zeros(batch, capacity, dtype=torch.int32, device="cpu")
+        self.runs: list[list[int]] = [[] for _ in range(batch)]
+        self._columns = torch.arange(capacity, device="cpu")
+        self._config, self._inv_freq = config, None if model is None else _frequencies(model)
+        self._step: _Step | None = None  # of the forward that is announced or under way
+        self._announced = False
+        super().__init__(layers=[_SlotLayer(self, layer) for layer in range(shape[0])])
+
+    @property
+    def used(self) -> int:
+        """The length of the longest slot."""
+        return int(self.lengths.max())
+
+    def step(self, new_tokens: int | Sequence[int] | Tensor) -> dict[str, Any]:
+        """Announce the next forward: how many of each row's tokens are real, the rest being padding behind.
+
+        `new_tokens` int [B], or one number for all; the forward has `max(new_tokens)` columns. Padding is
+        neither stored nor seen; a row with 0 stays as it is. Returns what the model wants beside its tokens:
+        `past_key_values`, `position_ids` [B, T] and `attention_mask`: bool [B, 1, T, used], True where a
+        token sees an entry ("eager" gets what it adds), or None where plain causality says the same.
+
+        Raises ValueError, the cache being as it was, when a slot is too small for its tokens, or for ragged
+        rows under an attention implementation that takes no such mask.
+        """
+        counts = torch.as_tensor(new_tokens, dtype=torch.int32, device="cpu").expand(self.batch)
+        if int(counts.min()) < 0 or int(counts.max()) < 1:
+            raise ValueError(f"new_tokens: wanted 0 or more for each row, not all 0, got {counts.tolist()}")
+        step, mask, device = self._plan(counts), None, self.kv.device
+        column = self._columns[: step.width]
+        if not step.alike:
+            implementation = self._config._attn_implementation
+            if implementation not in ("sdpa", "eager", NAME):
+                wanted = "attn_implementation 'sdpa', 'eager' or 'mem1' for rows that differ"
+                raise ValueError(f"SlotCache.step: wanted {wanted}, got {implementation!r}")
+            last = (self.lengths[:, None] + column).to(device)  # the last entry that each token sees
+            mask = (torch.arange(step.used, device=device) <= last[..., None])[:, None]
+            if implementation == "eager":
+                least = torch.finfo(self.kv.dtype).min
+                mask = torch.zeros_like(mask, dtype=self.kv.dtype).masked_fill(~mask, least)
+        # Padding repeats a position in use: where positions are looked up, it must exist.
+        place = (self.positions[:, None] + torch.minimum(column, counts[:, None] - 1)).clamp(min=0)
+        self._step, self._announced = step, True
+        return {"past_key_values": self, "position_ids": place.long().to(device), "attention_mask": mask}
+
+    def prune(self, keep: Any, positions: Any = "keep", *, inv_freq: Tensor | None = None) -> None:
+        """Drop entries in place, in all layers at once, by `mem1_core.ops.prune_kv_cache_`.
+
+        keep: bool [B, used], or ranges of slots as `prune_kv_cache_` takes them. `positions="keep"`:
+        survivors stay as they were encoded, and so does the position of the next token. `"compact"`: they
+        are turned to positions 0, 1, ...; for a cache whose entries stand at their slots, so never together
+        with "keep". `inv_freq` [D / 2] is by default the model's.
+
+        Raises ValueError and TypeError as `prune_kv_cache_` does, the cache being as it was. (On CUDA, ranges
+        that are wrong there raise after the other rows were pruned.) Waits for the device.
+        """
+        used, compact = self.used, positions == "compact"
+        if compact:
+            if not torch.equal(self.positions, self.lengths):
+                raise ValueError(
+                    "positions: wanted 'keep' for entries that are not at their slots' positions"
+                )
+            inv_freq = self._inv_freq if inv_freq is None else inv_freq
+            if inv_freq is None:
+                wanted = "RoPE's frequencies, or a cache made from a model that rotates halves by fixed ones"
+                raise ValueError(f"inv_freq: wanted {wanted}, got None")
+            inv_freq = inv_freq.to(self.kv.device)
+        is_mask = isinstance(keep, Tensor) and keep.dtype == torch.bool
+        lengths = prune_kv_cache_(
+            self.kv[:, :, :, :used],
+            keep.to(self.kv.device) if is_mask else keep,
+            self.lengths.to(self.kv.device),
+            positions=positions,
+            inv_freq=inv_freq,
+        ).tolist()
+        self._announced = False
+        rows = keep.cpu() if is_mask else [_in_ranges(ranges, used) for ranges in keep]
+        for row, (before, length) in enumerate(zip(self.lengths.tolist(), lengths, strict=True)):
+            if length >= 0:
+                left = self.entries[row, :before][rows[row][:before]]
+                self.entries[row, :length] = self._columns[:length] if compact else left
+                self.lengths[row] = length
+                if compact:
+                    self.positions[row] = length
+        if min(lengths) < 0:
+            row = lengths.index(-1)
+            raise ValueError(f"keep[{row}]: wanted ranges in order, up to {self.lengths[row]}, got others")
+
+    def reset(self) -> None:
+        """Empty all slots."""
+        for tensor in (self.kv, self.lengths, self.positions, self.entries):
+            tensor.zero_()
+        self.runs, self._announced = [[] for _ in range(self.batch)], False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens that each row has read; the next take their positions.
+
+        Raises ValueError for a number above 0, transformers' former way to say how many stay.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove: wanted 0 or less, got {tokens_to_remove}")
+        self.positions.add_(tokens_to_remove).clamp_(min=0)
+        stored = self._columns < self.lengths[:, None]
+        self.lengths.copy_((stored & (self.entries < self.positions[:, None])).sum(1))
+        self._announced = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Let row `n` hold what row `beam_idx[n]` holds, as beam search asks for; in place."""
+        used, order = self.used, beam_idx.to("cpu")
+        self.kv[:, :, :, :used] = self.kv[:, :, beam_idx.to(self.kv.device), :used]
+        for tensor in (self.lengths, self.positions, self.entries):
+            tensor.copy_(tensor[order])
+        self.runs = [list(self.runs[row]) for row in order.tolist()]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Raises ValueError: the number of slots is fixed."""
+        raise ValueError(f"SlotCache: wanted its batch of {self.batch} to stay, got {repeats} repeats")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Raises ValueError: the number of slots is fixed."""
+        raise ValueError(f"SlotCache: wanted its batch of {self.batch} to stay, got a selection of rows")
+
+    def _plan(self, counts: Tensor) -> _Step:
+        ends = self.lengths + counts
+        if int(ends.max()) > self.capacity:
+            slot = int(ends.argmax())
+            raise ValueError(
+                f"capacity: wanted room for {ends[slot]} tokens in slot {slot}, got {self.capacity}"
+            )
+        width = int(counts.max())
+        rows, columns = (self._columns[:width] < counts[:, None]).nonzero(as_tuple=True)
+        places = (rows, columns, self.lengths[rows] + columns)
+        stacked = torch.stack([self.lengths, counts, self.positions])
+        lengths_alike, counts_alike, positions_alike = (stacked == stacked[:, :1]).all(1).tolist()
+        even = lengths_alike and counts_alike
+        return _Step(
+            counts=counts,
+            width=width,
+            used=int(ends.max()),
+            alike=even and positions_alike,
+            places=places,
+            scatter=None if even else [index.to(self.kv.device) for index in places],
+        )
+
+    def _commit(self, step: _Step) -> None:
+        """The last layer has stored its keys and values: from here on the tokens of this forward count."""
+        rows, columns, slots = step.places
+        self.entries[rows, slots] = self.positions[rows] + columns.int()
+        self.lengths += step.counts
+        self.positions += step.counts
+
+
+class _Step(NamedTuple):
+    """One forward: what it stores where."""
+
+    counts: Tensor  # int32 [B]
+    width: int
+    used: int  # the length of the longest slot afterwards
+    alike: bool  # rows are alike in all that transformers' own masks and positions depend on
+    places: tuple[Tensor, Tensor, Tensor]  # of each real token its row, its column, and its place in the slot
+    scatter: (
+        list[Tensor] | None
+    )  # these on the cache's device; None: every column, to the same place in all rows
+
+
+class _SlotLayer(CacheLayerMixin):
+    """What transformers sees of one layer: `keys` and `values` are views [B, Hkv, capacity, D]."""
+
+    is_sliding = False
+    is_croppable = True
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, cache: SlotCache, layer: int) -> None:
+        super().__init__()
+        self.cache, self.layer = cache, layer
+        self.keys, self.values = cache.kv[layer].transpose(2, 3)
+        self.batch_size, self.dtype, self.device = cache.batch, cache.kv.dtype, cache.kv.device
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the cache allocates."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store new keys and values [B, Hkv, T, D] behind each row's entries; return what is in use, as views
+        [B, Hkv, used, D]. Raises ValueError, before the first entry is written, when they do not fit.
+        """
+        cache, width = self.cache, key_states.shape[-2]
+        if self.layer == 0 and not cache._announced:
+            cache._step = cache._plan(torch.full_like(cache.lengths, width))
+        step, cache._announced = cache._step, False  # a forward that fails leaves no announcement behind
+        if step is None or step.width != width:
+            announced = None if step is None else step.width
+            raise ValueError(f"SlotCache: wanted the {announced} columns that `step` announced, got {width}")
+        store = (self.keys, self.values)
+        for new, old in zip((key_states, value_states), store, strict=True):
+            wanted = (*old.shape[:2], width, old.shape[3])
+            if new.shape != wanted or new.dtype != old.dtype or new.device != old.device:
+                raise ValueError(
+                    f"SlotCache, layer {self.layer}: wanted keys and values {list(wanted)}, {old.dtype} on "
+                    f"{old.device}, got {list(new.shape)}, {new.dtype} on {new.device}"
+                )
+        for new, old in zip((key_states.detach(), value_states.detach()), store, strict=True):
+            if step.scatter is None:
+                old[:, :, step.used - width : step.used] = new
+            else:
+                rows, columns, slots = step.scatter
+                old.transpose(1, 2)[rows, slots] = new.transpose(1, 2)[rows, columns]
+        if self.layer == len(cache.layers) - 1:
+            cache._commit(step)
+        return self.keys[:, :, : step.used], self.values[:, :, : step.used]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Entries that a forward will see, and the position of the first, counted back from the last."""
+        cache = self.cache
+        step = cache._step if cache._announced else None
+        alike = (
+            cache._plan(torch.full_like(cache.lengths, query_length)).alike if step is None else step.alike
+        )
+        if not alike:
+            raise ValueError(
+                "SlotCache: wanted the attention_mask of `SlotCache.step`, as rows differ in length or "
+                "position, got one made by transformers"
+            )
+        length = int(cache.lengths[0])
+        return length + query_length, int(cache.positions[0]) - length
+
+    def get_seq_length(self) -> int:
+        """Tokens read so far, which is the position of the next, not the number of entries."""
+        return int(self.cache.positions.max())
+
+    def get_max_length(self) -> int:
+        return self.cache.capacity
+
+
+def _in_ranges(ranges: Any, used: int) -> Tensor:
+    mask = torch.zeros(used, dtype=torch.bool, device="cpu")
+    for begin, end in ranges.tolist() if isinstance(ranges, Tensor) else ranges:
+        mask[begin:end] = True
+    return mask
+
+
+def _window_problem(config: Any) -> str | None:
+    """What `layer_types` would say of configs that have none."""
+    if not getattr(config, "num_attention_heads", None):
+        return f"wanted attention layers, got {type(config).__name__} without num_attention_heads"
+    if getattr(config, "layer_types", None) is None:
+        for name in ("sliding_window", "attention_chunk_size"):
+            if getattr(config, name, None) is not None:
+                return f"wanted full attention, got {name}={getattr(config, name)}"
+    return None
+
+
+def _frequencies(model: PreTrainedModel) -> Tensor | None:
+    """RoPE's angular frequencies; None where they change with the length, or where not halves are turned."""
+    decoder = model.get_decoder()
+    rotary: Any = getattr(decoder, "rotary_emb", None)
+    rotate = getattr(sys.modules[type(decoder).__module__], "rotate_half", None)
+    if rotate is None or getattr(rotary, "rope_type", None) in (None, "dynamic", "longrope"):
+        return None
+    if rotate(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
+        return None
+    return getattr(rotary, "inv_freq", None)

@@ -1,0 +1,265 @@
+"""A decoding loop for `model.generate` that drops tokens from the KV cache in place while it writes.
+
+    rule = TurnRule(state_end=ids["</IS>"], query_end=ids["</query>"], answer_end=ids["</answer>"])
+    out = model.generate(**inputs, custom_generate=prune_generate, forget=rule, max_new_tokens=512)
+
+To go on after the environment's answer, give each call the same `past_key_values=SlotCache(...)`, and all
+tokens so far: the cache knows which of them it has read.
+
+What is generated has the log-probs that one forward over all tokens gives with positions 0 .. N-1 and the
+mask `TrajectoryMask.from_turns(rule.segments(tokens, cache.runs[row]), prune=rule.prune)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from mem1_core.integrations.transformers_cache import SlotCache
+from mem1_core.trajectory import Kind, Prune, Segment, evict_from_turns
+
+Forget = Callable[[list[int], list[int], bool], Tensor | None]
+
+# What `generate` hands to a loop for text; position ids follow from the mask.
+_UNDERSTOOD = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+
+
+class TurnRule:
+    """The rule by which a MEM1 policy forgets, as `evict_from_turns` states it: a value of `forget`.
+
+    state_end, query_end, answer_end: the token ids of `</IS>`, `</query>`, `</answer>`. They count only where
+    the policy has written them; where it stops, its action is complete in any case. prune: "action", "is" or
+    "never".
+    """
+
+    def __init__(
+        self, *, state_end: int, query_end: int, answer_end: int | None = None, prune: Prune = "action"
+    ) -> None:
+        evict_from_turns((), prune)  # refuses what is no rule
+        self.state_end, self.query_end, self.answer_end, self.prune = state_end, query_end, answer_end, prune
+
+    def __call__(self, tokens: list[int], runs: list[int], ended: bool) -> Tensor | None:
+        """See `prune_generate`, `forget`."""
+        events = (self.query_end, self.answer_end, *((self.state_end,) if self.prune == "is" else ()))
+        if not ended and tokens[-1] not in events:
+            return None
+        segments = self.segments(tokens, runs)
+        kind, turn, _ = segments[-1]
+        # What comes next decides what is over, so ask the table as if one more token were there.
+        following = Segment("query" if kind == "is" and not ended else "info", turn, 1)
+        return evict_from_turns([*segments, following], self.prune)[:-1] > len(tokens)
+
+    def segments(self, tokens: Sequence[int], runs: Sequence[int]) -> list[Segment]:
+        """A row in turns: what is given first is the prompt, later an `info`; what is written, actions."""
+        segments, turn, begin = [Segment("prompt", 0, runs[0])], 0, runs[0]
+        for n, length in enumerate(runs[1:]):
+            end = begin + length
+            if n % 2:
+                segments.append(Segment("info", turn, length))
+                begin = end
+            while begin < end:
+                turn, state, stop = turn + 1, 0, begin
+                while stop < end:
+                    stop += 1
+                    if tokens[stop - 1] in (self.query_end, self.answer_end):
+                        break
+                    if tokens[stop - 1] == self.state_end and not state:
+                        state = stop - begin
+                if state:
+                    segments.append(Segment("is", turn, state))
+                if rest := stop - begin - state:
+                    kind: Kind = "answer" if tokens[stop - 1] == self.answer_end else "query"
+                    segments.append(Segment(kind, turn, rest))
+                begin = stop
+        return segments
+
+
+def prune_generate(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    *,
+    forget: Forget | None = None,
+    capacity: int | None = None,
+    streamer: Any = None,
+    **model_kwargs: Any,
+) -> GenerateDecoderOnlyOutput | Tensor:
+    """Greedy decoding or sampling as transformers has it, over a `SlotCache` that is pruned as it goes.
+
+    For `model.generate(..., custom_generate=prune_generate, forget=..., capacity=...)`, which prepares all
+    else. Prompts may be padded anywhere, as `attention_mask` says; a row's positions count its own tokens.
+
+    Args:
+        forget: asked for each token that a row has written. Its arguments are the row's tokens, that one
+            included; their runs: how many were given, then written, given, ...; and whether the row writes no
+            more in this call. Returns bool [tokens], True for those that later ones may still see, or None
+            for all. The token just written is fed first: it sees what leaves.
+        capacity: of the cache that is made where none is given; by default the longest sequence that may come.
+        streamer: give it to `generate` and, as that hands none on, here:
+            `custom_generate=partial(prune_generate, streamer=streamer)`.
+        past_key_values: a `SlotCache`. It has read all tokens when the call returns, the last ones too. In
+            the next call `input_ids` holds, in each row, what it held before, what was written, and more. A
+            row without anything new writes nothing.
+
+    Returns:
+        As `model.generate`. Rows that are done are filled up with the pad token (0 where there is none).
+
+    Raises:
+        ValueError: for beam search, inputs other than text, attentions or hidden states as output, another
+            cache than `SlotCache`, tokens that are not those the cache has read, and as `SlotCache.step`. An
+            error on the way leaves the cache at a place that `reset` alone makes good.
+    """
+    cache, streams = _begin(model, input_ids, generation_config, capacity, model_kwargs)
+    pad = getattr(generation_config, "_pad_token_tensor", None)
+    pad = input_ids.new_zeros(()) if pad is None else pad.to(input_ids)
+    full_output = generation_config.return_dict_in_generate
+    scores: tuple[Tensor, ...] | None = () if full_output and generation_config.output_scores else None
+    raw: tuple[Tensor, ...] | None = () if full_output and generation_config.output_logits else None
+
+    # 1. Read what is new.
+    unread = [stream[read:] for stream, read in zip(streams, cache.positions.tolist(), strict=True)]
+    writing = [bool(tokens) for tokens in unread]
+    if not any(writing):
+        raise ValueError("input_ids: wanted tokens that the cache has not read, got none")
+    keeps_logits = "logits_to_keep" in model_kwargs
+    logits = _read(model, cache, unread, keeps_logits)
+    for stream, runs in zip(streams, cache.runs, strict=True):
+        if given := len(stream) - sum(runs):
+            _extend(runs, given, written=False)
+
+    last: list[list[int]] = [[] for _ in streams]  # of each row that is done: the token that is still unread
+    stays: list[Tensor | None] = [None] * len(streams)  # what its prune leaves, once that token is read
+    while any(writing):
+        # 2. Choose a token for each row that writes.
+        logits = logits.to(input_ids.device)
+        processed = logits_processor(input_ids, logits)
+        if scores is not None:
+            scores += (processed,)
+        if raw is not None:
+            raw += (logits,)
+        if generation_config.do_sample:
+            chosen = torch.multinomial(processed.softmax(-1), num_samples=1)[:, 0]
+        else:
+            chosen = processed.argmax(-1)
+        chosen = torch.where(torch.tensor(writing, device=chosen.device), chosen, pad)
+        input_ids = torch.cat([input_ids, chosen[:, None]], dim=1)
+        if streamer is not None:
+            streamer.put(chosen.cpu())
+
+        # 3. Ask what may leave after it.
+        unread = [[] for _ in streams]
+        due: list[Tensor | None] = [None] * len(streams)
+        over = stopping_criteria(input_ids, scores).tolist()
+        for row, token in enumerate(chosen.tolist()):
+            if writing[row]:
+                streams[row].append(token)
+                _extend(cache.runs[row], 1, written=True)
+                writing[row] = not over[row]
+                alive = None if forget is None else _ask(forget, streams[row], cache.runs[row], over[row])
+                if over[row]:
+                    last[row], stays[row] = [token], alive
+                else:
+                    unread[row], due[row] = [token], alive
+
+        # 4. Read it, then forget: it still sees what leaves.
+        if any(writing):
+            logits = _read(model, cache, unread, keeps_logits)
+            _forget(cache, due)
+
+    if full_output or model_kwargs.get("past_key_values") is cache:  # the cache outlives this call
+        _read(model, cache, last, keeps_logits)
+        _forget(cache, stays)
+    if streamer is not None:
+        streamer.end()
+    if full_output:
+        fields: dict[str, Any] = {"sequences": input_ids, "scores": scores, "logits": raw}
+        return GenerateDecoderOnlyOutput(**fields, past_key_values=cache)
+    return input_ids
+
+
+def _begin(
+    model: Any, input_ids: Tensor, config: Any, capacity: int | None, kwargs: dict[str, Any]
+) -> tuple[SlotCache, list[list[int]]]:
+    """The cache, and each row's tokens without padding. Refuses what the loop does not do."""
+    if config.num_beams != 1:
+        raise ValueError(f"prune_generate: wanted num_beams=1, got {config.num_beams}")
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name):
+            raise ValueError(f"prune_generate: wanted {name}=False, got True")
+    foreign = sorted(name for name, value in kwargs.items() if value is not None and name not in _UNDERSTOOD)
+    if foreign:
+        raise ValueError(
+            f"prune_generate: wanted input_ids and attention_mask, got {', '.join(foreign)} as well"
+        )
+    mask = kwargs.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    if mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: wanted the shape of input_ids, all tokens so far, {list(input_ids.shape)}, "
+            f"got {list(mask.shape)}"
+        )
+    streams = [row[real].tolist() for row, real in zip(input_ids, mask.bool(), strict=True)]
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, SlotCache):
+        if cache is not None and cache.get_seq_length():
+            raise ValueError(f"past_key_values: wanted a SlotCache, got a filled {type(cache).__name__}")
+        cache = SlotCache(model, len(streams), capacity or config.max_length)
+    if cache.batch != len(streams):
+        raise ValueError(f"past_key_values: wanted a SlotCache of {len(streams)} rows, got {cache.batch}")
+    for row, (stream, read) in enumerate(zip(streams, cache.positions.tolist(), strict=True)):
+        if sum(cache.runs[row]) > read:
+            raise ValueError(
+                f"past_key_values: wanted a cache that has read all of row {row} and kept its positions"
+            )
+        if len(stream) < read:
+            raise ValueError(
+                f"input_ids[{row}]: wanted all tokens so far, {read} or more as the cache has read these, "
+                f"got {len(stream)}"
+            )
+    return cache, streams
+
+
+def _read(model: Any, cache: SlotCache, tokens: list[list[int]], keeps_logits: bool) -> Tensor:
+    """Feed each row its tokens; the logits after its last one, fp32 [B, V] (without any, of no meaning)."""
+    counts = torch.tensor([len(row) for row in tokens])
+    width = int(counts.max())
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=cache.kv.device)
+    columns, index = (counts - 1).clamp(min=0).unique(return_inverse=True)
+    options: dict[str, Any] = {"logits_to_keep": columns.to(ids.device)} if keeps_logits else {}
+    out = model(input_ids=ids, use_cache=True, return_dict=True, **cache.step(counts), **options)
+    place = (index if keeps_logits else columns[index]).to(out.logits.device)
+    return out.logits[torch.arange(len(tokens), device=place.device), place].float()
+
+
+def _extend(runs: list[int], count: int, *, written: bool) -> None:
+    """Runs at even places were given, those at odd places written."""
+    if len(runs) % 2 == written:
+        runs.append(count)
+    else:
+        runs[-1] += count
+
+
+def _ask(forget: Forget, tokens: list[int], runs: list[int], ended: bool) -> Tensor | None:
+    alive = forget(tokens, runs, ended)
+    if alive is not None and (alive.dtype != torch.bool or alive.shape != (len(tokens),)):
+        raise ValueError(
+            f"forget: wanted bool [{len(tokens)}] or None, got {alive.dtype} {list(alive.shape)}"
+        )
+    return None if alive is None else alive.cpu()
+
+
+def _forget(cache: SlotCache, alive: list[Tensor | None]) -> None:
+    """Prune the rows for which there is an answer; in a row's tokens, an entry's index is its position."""
+    keep = torch.ones(cache.batch, cache.used, dtype=torch.bool, device="cpu")
+    for row, answer in enumerate(alive):
+        if answer is not None:
+            length = int(cache.lengths[row])
+            keep[row, :length] = answer[cache.entries[row, :length].long()]
+    if not keep.all():
+        cache.prune(keep)

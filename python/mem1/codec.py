@@ -1,0 +1,70 @@
+"""Between text and tokens: what the loop reads from an environment and what it asks of it."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from mem1.envs.base import Action, ScriptedAction
+from mem1.tokenizer import TAGS
+
+_CHARACTERS_PER_TOKEN = 16  # a first guess at what a limit of tokens is in characters
+
+
+class Codec:
+    """The tokenizer and the ids of the tags. Each tag must be one token; raises ValueError naming one that is
+    not.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.ids: dict[str, int] = {}
+        for tag in TAGS:
+            ids = tokenizer.encode(tag, add_special_tokens=False)
+            if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+                raise ValueError(
+                    f"tokenizer: wanted one token for the tag {tag}, got ids {ids}; add it to the vocabulary"
+                )
+            self.ids[tag] = ids[0]
+        self.stops = {self.ids["</query>"], self.ids["</answer>"], tokenizer.eos_token_id}
+        self._tags = set(self.ids.values())
+
+    def prompt(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def info(self, text: str, limit: int) -> list[int]:
+        """`<info> text </info>` with at most `limit` tokens of text. Tags inside the text are left out of it,
+        and a text of megabytes is read no further than the limit.
+        """
+        size = _CHARACTERS_PER_TOKEN * (limit + 1)
+        while True:
+            # A cut may split a word: leave it out.
+            piece = text if size >= len(text) else text[:size].rpartition(" ")[0]
+            tokens = self.tokenizer.encode(piece, add_special_tokens=False)
+            body = [token for token in tokens if token not in self._tags]
+            if size >= len(text) or len(body) >= limit:
+                return [self.ids["<info>"], *body[:limit], self.ids["</info>"]]
+            size *= 4
+
+    def script(self, step: ScriptedAction) -> list[int]:
+        """The tokens of an expert's action. Raises ValueError unless it is a query or an answer."""
+        kind, text = step.action
+        if kind not in ("query", "answer"):
+            raise ValueError(f"expert_action: wanted a query or an answer, got {reprlib.repr(kind)}")
+        written = f"<IS> {step.state} </IS> <{kind}> {text} </{kind}>"
+        return self.tokenizer.encode(written, add_special_tokens=False)
+
+    def action(self, tokens: list[int]) -> Action:
+        """What an action asks of the environment; `tokens` are the action's without its `is` segment."""
+        kinds: tuple[Literal["query", "answer"], ...] = ("query", "answer")
+        for kind in kinds:
+            begin, end = self.ids[f"<{kind}>"], self.ids[f"</{kind}>"]
+            if tokens and tokens[-1] == end and begin in tokens:
+                start = len(tokens) - tokens[::-1].index(begin)
+                return Action(kind, self._text(tokens[start:-1]))
+        return Action("malformed", self._text(tokens))
+
+    def _text(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens)).strip()

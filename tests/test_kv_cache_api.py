@@ -1,0 +1,262 @@
+"""prune_kv_cache_ and prune_paged_kv_cache_: what is refused, torch.compile, and what only a GPU shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from kv_memory import BACKENDS, copied, memory, same
+from torch import Tensor
+
+from mem1_core.ops import prune_kv_cache_, prune_paged_kv_cache_
+from mem1_core.testing import keep_mask, kv_cache, kv_cache_backends, ranges_of
+
+every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
+SLOTS, DIM = 12, 8
+KEY = (3, SLOTS, 2, DIM)  # of one layer
+
+# ---------------------------------------------------------------------------------------------- good calls
+
+
+def plain() -> dict[str, Any]:
+    return {
+        "kv": kv_cache(2, 3, SLOTS, 2, DIM),
+        "keep": keep_mask("random", [SLOTS] * 3, SLOTS),
+        "lengths": torch.tensor([SLOTS, 9, 10]),
+    }
+
+
+def compact() -> dict[str, Any]:
+    return {**plain(), "positions": "compact", "inv_freq": torch.rand(DIM // 2)}
+
+
+def based() -> dict[str, Any]:
+    base = kv_cache(2, 3, SLOTS, 2, DIM, seed=1)[:, 0]
+    return {**compact(), "base_keys": base, "base_positions": torch.arange(SLOTS).int().repeat(3, 1)}
+
+
+def paged() -> dict[str, Any]:
+    """3 sequences of up to 3 pages of 4."""
+    table = torch.tensor([[7, 2, 4], [0, 1, 5], [3, 6, 8]], dtype=torch.int32)
+    return {**plain(), "kv": kv_cache(2, 10, 4, 2, DIM), "block_table": table, "gaps": "close"}
+
+
+def call(arguments: dict[str, Any]) -> Any:
+    return (prune_paged_kv_cache_ if "block_table" in arguments else prune_kv_cache_)(**arguments)
+
+
+@every_backend
+@pytest.mark.parametrize("good", [plain, compact, based, paged])
+def test_good_input(backend: str, device: str, good: Callable[[], dict[str, Any]]) -> None:
+    """What the bad calls below differ from; a CPU list of ranges serves any device."""
+    for keep in (good()["keep"], [[(0, 2), (5, 6)], [], [(1, 10)]]):
+        arguments = {"backend": backend}
+        arguments |= {name: copied(value, device) for name, value in good().items()} | {
+            "keep": copied(keep, device)
+        }
+        before = memory(arguments)
+        call(arguments)
+        assert not same(memory(arguments), before)
+
+
+# ----------------------------------------------------------------------------------------------- bad calls
+
+
+def third_layer(key: Tensor, value: Tensor) -> list[tuple[Tensor, Tensor]]:
+    first, second = torch.ones(2, 2, *KEY)
+    return [(first[0].clone(), first[1].clone()), (second[0].clone(), second[1].clone()), (key, value)]
+
+
+def range_tensor(*row: tuple[int, int]) -> Tensor:
+    others = [(0, 0)] * (len(row) - 1)
+    return torch.tensor([[*others, (0, 2)], list(row), [*others, (0, 10)]])
+
+
+def elsewhere(*shape: int) -> Tensor:
+    return torch.ones(shape, device="meta").int()
+
+
+Case = tuple[Callable[[], dict[str, Any]], str, Callable[[], Any]]
+
+# What is wrong: (the good call, the argument that is another and that the message must name, that argument).
+ARGUMENTS: dict[str, Case] = {
+    "kv None": (plain, "kv", lambda: None),
+    "kv of rank 5": (plain, "kv", lambda: torch.zeros(2, *KEY)),
+    "kv of keys alone": (plain, "kv", lambda: torch.zeros(2, 1, *KEY)),
+    "kv without layers": (plain, "kv", list),
+    "kv a list of keys": (plain, "kv", lambda: [torch.zeros(KEY), torch.zeros(KEY)]),
+    "kv a list of None": (plain, "kv", lambda: [None, None]),
+    "kv of pairs of rank 3": (plain, "kv", lambda: [(torch.zeros(KEY[1:]),) * 2]),
+    "keep None": (plain, "keep", lambda: None),
+    "keep of bytes": (plain, "keep", lambda: torch.ones(3, SLOTS, dtype=torch.uint8)),
+    "keep of floats": (plain, "keep", lambda: torch.zeros(3, 1, 2)),
+    "keep of another batch": (plain, "keep", lambda: torch.ones(2, SLOTS).bool()),
+    "keep too narrow": (plain, "keep", lambda: torch.ones(3, SLOTS - 1).bool()),
+    "keep of one sequence": (plain, "keep", lambda: torch.ones(SLOTS).bool()),
+    "keep elsewhere": (plain, "keep", lambda: elsewhere(3, SLOTS).bool()),
+    "ranges of another batch": (plain, "keep", lambda: torch.zeros(2, 1, 2).int()),
+    "ranges of three": (plain, "keep", lambda: torch.zeros(3, 1, 3).int()),
+    "lists for fewer sequences": (plain, "keep", lambda: [[(0, 1)], []]),
+    "lists of three": (plain, "keep", lambda: [[(0, 1, 2)], [], []]),
+    "lists of floats": (plain, "keep", lambda: [[(0.0, 1.0)], [], []]),
+    "lists of booleans": (plain, "keep", lambda: [[True] * SLOTS] * 3),
+    "lengths a list": (plain, "lengths", lambda: [1, 2, 3]),
+    "lengths of floats": (plain, "lengths", lambda: torch.ones(3)),
+    "lengths of booleans": (plain, "lengths", lambda: torch.ones(3).bool()),
+    "lengths of another batch": (plain, "lengths", lambda: torch.ones(2).int()),
+    "lengths of rank 2": (plain, "lengths", lambda: torch.ones(3, 1).int()),
+    "lengths of rank 0": (plain, "lengths", lambda: torch.tensor(3)),
+    "lengths elsewhere": (plain, "lengths", lambda: elsewhere(3)),
+    "positions unknown": (plain, "positions", lambda: "drop"),
+    "backend unknown": (plain, "backend", lambda: "fast"),
+    "inv_freq to keep": (plain, "inv_freq", lambda: torch.rand(DIM // 2)),
+    "inv_freq missing": (compact, "inv_freq", lambda: None),
+    "inv_freq of wrong size": (compact, "inv_freq", lambda: torch.rand(DIM)),
+    "inv_freq of rank 2": (compact, "inv_freq", lambda: torch.rand(1, DIM // 2)),
+    "inv_freq elsewhere": (compact, "inv_freq", lambda: elsewhere(DIM // 2).float()),
+    "inv_freq for an odd dim": (
+        lambda: compact() | {"kv": torch.ones(2, 2, 3, SLOTS, 2, 7)},
+        "inv_freq",
+        lambda: torch.rand(3),
+    ),
+    "bytes to turn": (compact, "kv", lambda: kv_cache(2, 3, SLOTS, 2, DIM, dtype=torch.uint8)),
+    "base to keep": (lambda: based() | {"inv_freq": None, "positions": "keep"}, "base_keys", list),
+    "base without positions": (based, "base_positions", lambda: None),
+    "positions without base": (based, "base_keys", lambda: None),
+    "base of rank 4": (based, "base_keys", lambda: torch.zeros(KEY)),
+    "gaps unknown": (paged, "gaps", lambda: "fill"),
+    "compact and gaps left": (
+        lambda: compact() | paged() | {"gaps": "leave"},
+        "positions",
+        lambda: "compact",
+    ),
+    "table of int64": (paged, "block_table", lambda: paged()["block_table"].long()),
+    "table a list": (paged, "block_table", lambda: [[0, 1, 2]] * 3),
+    "table of rank 1": (paged, "block_table", lambda: torch.ones(3).int()),
+    "table elsewhere": (paged, "block_table", lambda: elsewhere(3, 3)),
+    "table strided": (paged, "block_table", lambda: paged()["block_table"].T.contiguous().T),
+    "paged: keep too wide": (paged, "keep", lambda: torch.ones(3, SLOTS + 1).bool()),
+    "paged: lengths of floats": (paged, "lengths", lambda: torch.ones(3)),
+    "paged: lengths for fewer sequences": (paged, "lengths", lambda: torch.ones(2).int()),
+    "paged: kv of rank 5": (paged, "kv", lambda: torch.zeros(2, 10, 4, 2, DIM)),
+    "paged: inv_freq missing": (lambda: compact() | paged(), "inv_freq", lambda: None),
+}
+# What PyTorch copes with, and with it the reference; a kernel does not.
+MEMORY: dict[str, Case] = {
+    "kv of integers": (plain, "kv", lambda: torch.zeros(2, 2, *KEY).int()),
+    "kv complex": (plain, "kv", lambda: torch.zeros(2, 2, *KEY).cfloat()),
+    "kv strided in D": (plain, "kv", lambda: torch.zeros(2, 2, *KEY[:3], 2 * DIM)[..., ::2]),
+    "kv transposed": (plain, "kv", lambda: torch.zeros(2, 2, *KEY).mT.contiguous().mT),
+    "kv of overlapping windows": (
+        plain,
+        "kv",
+        lambda: torch.zeros(4_000).as_strided((2, 2, *KEY), (1_200, 600, 40, 16, 8, 1)),
+    ),
+    "a value that is the key": (plain, "kv", lambda: [(key, key) for key in torch.ones(2, *KEY)]),
+    "a value that overlaps the key": (
+        plain,
+        "kv",
+        lambda: torch.zeros(2_000).as_strided((2, 2, *KEY), (1_000, 96, 192, 16, 8, 1)),
+    ),
+    "a layer twice": (plain, "kv", lambda: third_layer(*torch.ones(2, *KEY))[:1] * 2),
+    "another dtype": (plain, "kv", lambda: third_layer(*torch.ones(2, *KEY).half())),
+    "another shape": (plain, "kv", lambda: third_layer(*torch.ones(2, *KEY[:3], DIM + 1))),
+    "fewer slots": (plain, "kv", lambda: third_layer(*torch.ones(2, 3, SLOTS - 1, 2, DIM))),
+    "other strides": (plain, "kv", lambda: third_layer(*torch.ones(2, 3, 2, SLOTS, DIM).transpose(2, 3))),
+    "another device": (plain, "kv", lambda: third_layer(*torch.ones(2, *KEY, device="meta"))),
+    "values of another shape": (
+        plain,
+        "kv",
+        lambda: third_layer(torch.ones(KEY), torch.ones(3, SLOTS, 1, DIM)),
+    ),
+    "values of other strides": (
+        plain,
+        "kv",
+        lambda: third_layer(torch.ones(KEY), torch.ones(3, 2, SLOTS, DIM).transpose(1, 2)),
+    ),
+    "base of fewer layers": (based, "base_keys", lambda: torch.zeros(1, *KEY)),
+    "base of another shape": (based, "base_keys", lambda: torch.zeros(2, 3, SLOTS, 1, DIM)),
+    "base of another dtype": (based, "base_keys", lambda: torch.zeros(2, *KEY).half()),
+    "base strided in D": (based, "base_keys", lambda: torch.zeros(2, *KEY[:3], 2 * DIM)[..., ::2]),
+    "base expanded": (based, "base_keys", lambda: torch.zeros(2, 1, *KEY[1:]).expand(2, *KEY)),
+    "base_positions int64": (based, "base_positions", lambda: torch.zeros(3, SLOTS).long()),
+    "base_positions too few": (based, "base_positions", lambda: torch.zeros(3, 1).int()),
+    "base_positions strided": (based, "base_positions", lambda: torch.zeros(SLOTS, 3).int().T),
+    "paged: kv strided in D": (paged, "kv", lambda: torch.zeros(2, 2, 10, 4, 2, 2 * DIM)[..., ::2]),
+    "paged: kv expanded": (paged, "kv", lambda: torch.zeros(2, 2, 1, 4, 2, DIM).expand(2, 2, 10, 4, 2, DIM)),
+}
+for _dim in range(6):
+    _shape = (2, 2, *KEY)
+    MEMORY[f"kv expanded in dimension {_dim}"] = (
+        plain,
+        "kv",
+        lambda d=_dim: torch.zeros(_shape).narrow(d, 0, 1).expand(_shape),
+    )
+
+# Of the second sequence, which has 9 entries.
+WRONG_RANGES: dict[str, list[tuple[int, int]]] = {
+    "unsorted": [(4, 6), (1, 2)],
+    "overlapping": [(1, 5), (4, 6)],
+    "the same twice": [(1, 5), (1, 5)],
+    "backwards": [(5, 3)],
+    "negative": [(-1, 3)],
+    "both negative": [(-5, -3)],
+    "beyond the length": [(3, 10)],
+    "beyond the slots": [(3, SLOTS + 1)],
+    "empty behind the length": [(0, 3), (10, 10)],
+    "wrong after empty ones": [(0, 0), (4, 4), (3, 5)],
+    "end of 2^32 + 3": [(2, 2**32 + 3)],
+    "begin of 3 - 2^32": [(3 - 2**32, 4)],
+}
+# On a CUDA device not known to the host.
+VALUES: dict[str, Case] = {
+    "base: ranges": (based, "keep", lambda: [[], [(1, 5), (4, 6)], []]),
+    "base: length": (based, "lengths", lambda: torch.tensor([3, 3, 13])),
+    "paged: ranges": (paged, "keep", lambda: [[(0, 2), (5, 6)], [(1, 5), (4, 6)], []]),
+    "paged: ranges beyond the length": (paged, "keep", lambda: range_tensor((1, 5), (8, 10))),
+    "paged: length negative": (paged, "lengths", lambda: torch.tensor([3, 12, -1])),
+    "paged: length beyond the table": (paged, "lengths", lambda: torch.tensor([3, 13, 1])),
+}
+for _name, _row in WRONG_RANGES.items():
+    VALUES[f"ranges {_name}"] = (plain, "keep", lambda row=_row: [[(0, 2), (5, 6)], row, []])
+    VALUES[f"range tensor {_name}"] = (plain, "keep", lambda row=_row: range_tensor(*row))
+for _length in (-1, SLOTS + 1, 2**31, 2**32 + 3, 3 - 2**32):
+    VALUES[f"length {_length}"] = (plain, "lengths", lambda n=_length: torch.tensor([3, n, 3]))
+TABLES: dict[str, Case] = {}  # the reference looks at no table
+for _page in (-1, 10, 2**31 - 1, -(2**31)):
+    TABLES[f"page {_page}"] = (
+        paged,
+        "block_table",
+        lambda page=_page: torch.tensor([[7, 2, 4], [0, 1, 5], [3, 6, page]], dtype=torch.int32),
+    )
+CHECKED = {
+    ("cpu", "cpu"): ARGUMENTS | MEMORY | VALUES | TABLES,
+    ("reference", "cpu"): ARGUMENTS | VALUES,
+    ("cuda", "cuda"): ARGUMENTS | MEMORY,
+    ("reference", "cuda"): ARGUMENTS,
+}
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "wrong"),
+    [
+        pytest.param(*pair.values, wrong, id=f"{pair.id}-{wrong}", marks=pair.marks)
+        for pair in BACKENDS
+        for wrong in CHECKED[pair.values]
+    ],
+)
+def test_bad_input(backend: str, device: str, wrong: str) -> None:
+    good, name, value = (ARGUMENTS | MEMORY | VALUES | TABLES)[wrong]
+    arguments = {"backend": backend} | good() | {name: value()}
+    if wrong == "base to keep":
+        arguments["base_keys"] = based()["base_keys"]
+    # As it is where tensors share memory, which a copy would take apart.
+    shared = device == "cpu" and wrong in ("a value that is the key", "a layer twice")
+    arguments = arguments if shared else {key: copied(x, device) for key, x in arguments.items()}
+    before = memory(arguments)
+    with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b"):
+        call(arguments)
+    assert same(memory(arguments), before)
