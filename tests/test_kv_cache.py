@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from kv_memory import BACKENDS, DTYPES, copied, layers_of, memory, same
+from kv_cache_cases import BACKENDS, DTYPES, copied, layers_of, memory, padded, same
 from torch import Tensor
 from transformers import Qwen2Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -186,39 +186,7 @@ def test_a_large_cache_on_several_threads() -> None:
         torch.set_num_threads(threads)
 
 
-@every_backend
-def test_in_inference_mode_and_without_gradients(backend: str, device: str) -> None:
-    lengths = [12, 5]
-    keep = keep_mask("random", lengths, 12)
-    with torch.inference_mode():
-        check_mask(kv_cache(1, 2, 12, 1, 16, device=device), keep, lengths, backend, device)
-    kv = kv_cache(1, 2, 12, 1, 16, device=device).requires_grad_()
-    with torch.no_grad():
-        check_mask(kv, keep, lengths, backend, device)
-
-
-@every_backend
-def test_autograd_notices_the_change(backend: str, device: str) -> None:
-    """A backward pass that needs what stood in the cache is refused instead of wrong."""
-    kv, weight = kv_cache(1, 1, 8, 1, 4, device=device), torch.ones(4, device=device, requires_grad=True)
-    loss = (kv * weight).sum()
-    prune_kv_cache_(kv, [[(4, 8)]], torch.tensor([8], device=device), backend=backend)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
 # ------------------------------------------------------------------------------------------------- ranges
-
-
-def padded(ranges: list[list[tuple[int, int]]], front: bool = False) -> Tensor:
-    """[B, R, 2] with empty ranges behind (or before) the real ones."""
-    count = max(map(len, ranges), default=0)
-    rows = []
-    for row in ranges:
-        fill = (row[0][0],) * 2 if row and front else (row[-1][1],) * 2 if row else (0, 0)
-        more = [fill] * (count - len(row))
-        rows.append([*more, *row] if front else [*row, *more])
-    return torch.tensor(rows, dtype=torch.int64).reshape(len(ranges), count, 2)
 
 
 def check_ranges(

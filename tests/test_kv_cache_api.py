@@ -1,62 +1,42 @@
-"""prune_kv_cache_ and prune_paged_kv_cache_: what is refused, torch.compile, and what only a GPU shows."""
+"""prune_kv_cache_ and prune_paged_kv_cache_: what is refused, inference mode, autograd, torch.compile."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from kv_memory import BACKENDS, copied, memory, same
+from kv_cache_cases import (
+    BACKENDS,
+    DIM,
+    GOOD,
+    KEY,
+    SLOTS,
+    based,
+    call,
+    compact,
+    copied,
+    memory,
+    padded,
+    paged,
+    plain,
+    same,
+    tensors_of,
+)
 from torch import Tensor
 
-from mem1_core.ops import prune_kv_cache_, prune_paged_kv_cache_
-from mem1_core.testing import keep_mask, kv_cache, kv_cache_backends, ranges_of
+from mem1_core.testing import kv_cache, ranges_of
 
 every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
-SLOTS, DIM = 12, 8
-KEY = (3, SLOTS, 2, DIM)  # of one layer
-
-# ---------------------------------------------------------------------------------------------- good calls
-
-
-def plain() -> dict[str, Any]:
-    return {
-        "kv": kv_cache(2, 3, SLOTS, 2, DIM),
-        "keep": keep_mask("random", [SLOTS] * 3, SLOTS),
-        "lengths": torch.tensor([SLOTS, 9, 10]),
-    }
-
-
-def compact() -> dict[str, Any]:
-    return {**plain(), "positions": "compact", "inv_freq": torch.rand(DIM // 2)}
-
-
-def based() -> dict[str, Any]:
-    base = kv_cache(2, 3, SLOTS, 2, DIM, seed=1)[:, 0]
-    return {**compact(), "base_keys": base, "base_positions": torch.arange(SLOTS).int().repeat(3, 1)}
-
-
-def paged() -> dict[str, Any]:
-    """3 sequences of up to 3 pages of 4."""
-    table = torch.tensor([[7, 2, 4], [0, 1, 5], [3, 6, 8]], dtype=torch.int32)
-    return {**plain(), "kv": kv_cache(2, 10, 4, 2, DIM), "block_table": table, "gaps": "close"}
-
-
-def call(arguments: dict[str, Any]) -> Any:
-    return (prune_paged_kv_cache_ if "block_table" in arguments else prune_kv_cache_)(**arguments)
 
 
 @every_backend
-@pytest.mark.parametrize("good", [plain, compact, based, paged])
+@pytest.mark.parametrize("good", GOOD)
 def test_good_input(backend: str, device: str, good: Callable[[], dict[str, Any]]) -> None:
     """What the bad calls below differ from; a CPU list of ranges serves any device."""
     for keep in (good()["keep"], [[(0, 2), (5, 6)], [], [(1, 10)]]):
-        arguments = {"backend": backend}
-        arguments |= {name: copied(value, device) for name, value in good().items()} | {
-            "keep": copied(keep, device)
-        }
+        arguments = copied(good() | {"backend": backend, "keep": keep}, device)
         before = memory(arguments)
         call(arguments)
         assert not same(memory(arguments), before)
@@ -123,7 +103,7 @@ ARGUMENTS: dict[str, Case] = {
         lambda: torch.rand(3),
     ),
     "bytes to turn": (compact, "kv", lambda: kv_cache(2, 3, SLOTS, 2, DIM, dtype=torch.uint8)),
-    "base to keep": (lambda: based() | {"inv_freq": None, "positions": "keep"}, "base_keys", list),
+    "base to keep": (lambda: based() | {"inv_freq": None}, "positions", lambda: "keep"),
     "base without positions": (based, "base_positions", lambda: None),
     "positions without base": (based, "base_keys", lambda: None),
     "base of rank 4": (based, "base_keys", lambda: torch.zeros(KEY)),
@@ -166,7 +146,6 @@ MEMORY: dict[str, Case] = {
     "another shape": (plain, "kv", lambda: third_layer(*torch.ones(2, *KEY[:3], DIM + 1))),
     "fewer slots": (plain, "kv", lambda: third_layer(*torch.ones(2, 3, SLOTS - 1, 2, DIM))),
     "other strides": (plain, "kv", lambda: third_layer(*torch.ones(2, 3, 2, SLOTS, DIM).transpose(2, 3))),
-    "another device": (plain, "kv", lambda: third_layer(*torch.ones(2, *KEY, device="meta"))),
     "values of another shape": (
         plain,
         "kv",
@@ -189,11 +168,10 @@ MEMORY: dict[str, Case] = {
     "paged: kv expanded": (paged, "kv", lambda: torch.zeros(2, 2, 1, 4, 2, DIM).expand(2, 2, 10, 4, 2, DIM)),
 }
 for _dim in range(6):
-    _shape = (2, 2, *KEY)
     MEMORY[f"kv expanded in dimension {_dim}"] = (
         plain,
         "kv",
-        lambda d=_dim: torch.zeros(_shape).narrow(d, 0, 1).expand(_shape),
+        lambda d=_dim: torch.zeros(2, 2, *KEY).narrow(d, 0, 1).expand(2, 2, *KEY),
     )
 
 # Of the second sequence, which has 9 entries.
@@ -250,13 +228,80 @@ CHECKED = {
 )
 def test_bad_input(backend: str, device: str, wrong: str) -> None:
     good, name, value = (ARGUMENTS | MEMORY | VALUES | TABLES)[wrong]
-    arguments = {"backend": backend} | good() | {name: value()}
-    if wrong == "base to keep":
-        arguments["base_keys"] = based()["base_keys"]
-    # As it is where tensors share memory, which a copy would take apart.
-    shared = device == "cpu" and wrong in ("a value that is the key", "a layer twice")
-    arguments = arguments if shared else {key: copied(x, device) for key, x in arguments.items()}
+    arguments = copied({"backend": backend} | good() | {name: value()}, device)
     before = memory(arguments)
     with pytest.raises((TypeError, ValueError), match=rf"\b{name}\b"):
         call(arguments)
     assert same(memory(arguments), before)
+
+
+@every_backend
+def test_gaps_have_no_default(backend: str, device: str) -> None:
+    arguments = copied(paged() | {"backend": backend}, device)
+    del arguments["gaps"]
+    with pytest.raises(TypeError, match="gaps"):
+        call(arguments)
+
+
+# ------------------------------------------------------------------------------------------------ autograd
+
+
+@every_backend
+@pytest.mark.parametrize("good", GOOD)
+def test_in_inference_mode_and_without_gradients(
+    backend: str, device: str, good: Callable[[], dict[str, Any]]
+) -> None:
+    want = copied(good() | {"backend": backend}, device)
+    call(want)
+    with torch.inference_mode():
+        arguments = copied(good() | {"backend": backend}, device)
+        call(arguments)
+    assert same(memory(arguments), memory(want))
+    arguments = copied(good() | {"backend": backend}, device)
+    arguments["kv"].requires_grad_()
+    with pytest.raises(ValueError, match="^kv: wanted a cache without gradients"):
+        call(arguments)
+    with torch.no_grad():
+        call(arguments)
+    assert same(memory(arguments), memory(want))
+
+
+@every_backend
+@pytest.mark.parametrize("good", GOOD)
+def test_autograd_notices_the_change(backend: str, device: str, good: Callable[[], dict[str, Any]]) -> None:
+    """A backward pass that needs what stood in the cache is refused instead of wrong."""
+    arguments = copied(good() | {"backend": backend}, device)
+    weight = torch.ones(DIM, device=device, requires_grad=True)
+    loss = (arguments["kv"] * weight).sum()
+    call(arguments)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# ------------------------------------------------------------------------------------------- torch.compile
+
+
+@pytest.mark.parametrize(("backend", "device"), [x for x in BACKENDS if x.values[0] != "reference"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("good", GOOD)
+@pytest.mark.parametrize("keep", ["mask", "ranges", "lists"])
+def test_compile(
+    backend: str, device: str, good: Callable[[], dict[str, Any]], keep: str, dynamic: bool
+) -> None:
+    torch.compiler.reset()
+
+    def step(arguments: dict[str, Any]) -> tuple[Any, Tensor]:
+        arguments["kv"].mul_(2)
+        result = call(arguments)
+        return result, arguments["kv"].square() + 1
+
+    arguments = good() | {"backend": backend}
+    if keep != "mask":
+        lists = ranges_of(arguments["keep"], arguments["lengths"].tolist())
+        arguments["keep"] = padded(lists) if keep == "ranges" else lists
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    eager, graph = copied(arguments, device), copied(arguments, device)
+    (want, want_after), (got, got_after) = step(eager), compiled(graph)
+    for ours, theirs in zip(tensors_of([got, got_after]), tensors_of([want, want_after]), strict=True):
+        assert torch.equal(ours, theirs)
+    assert same(memory(graph), memory(eager))

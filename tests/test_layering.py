@@ -49,6 +49,9 @@ PYTHON = {
         "torch mem1_core._library mem1_core.backend mem1_core.reference mem1_core.trajectory"
     ),
     "mem1_core.integrations": May(""),
+    "mem1_core.integrations.transformers_*": May(
+        "torch transformers mem1_core.integrations mem1_core.ops mem1_core.trajectory"
+    ),
     "mem1_core.integrations.*": May("torch transformers mem1_core.ops mem1_core.trajectory"),
     "mem1.slots": May("torch mem1_core", call="flash_attn"),
     "mem1.plots": May("torch mem1 mem1_core", call="matplotlib"),

@@ -52,7 +52,12 @@ class SlotCache(Cache):
         config: Any = config_or_model if model is None else model.config
         problem = _config_problem(config)
         config = config.get_text_config(decoder=True)
-        if problem := problem or _config_problem(config) or _window_problem(config):
+        problem = problem or _config_problem(config) or _window_problem(config)
+        if not problem and model is not None and not model._supports_attention_backend:
+            problem = (
+                "wanted attention through the AttentionInterface of transformers, got a model with its own"
+            )
+        if problem:
             raise ValueError(f"SlotCache: {problem}")
         if batch < 1 or capacity < 1:
             raise ValueError(f"batch, capacity: wanted 1 or more, got {batch} and {capacity}")

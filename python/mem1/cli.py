@@ -211,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--objectives", type=_positive, nargs="+", default=OBJECTIVES, help="questions per episode")
     add("--episodes", type=_positive, default=16, help="episodes per number of objectives")
     add("--seed", type=_seed, default=1_000_000, help="of the first episode; training counts from 0")
-    add("--truncate", type=_positive, metavar="W", help="compare with an agent that forgets by age alone too")
+    add("--truncate", type=_positive, metavar="W", help="beside the full-context agent also --prune W")
 
     add = command("rollout", _rollout, "let an agent play and print or save what it does").add_argument
     add("model", type=Path, help="checkpoint folder")

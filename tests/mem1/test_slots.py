@@ -1,0 +1,125 @@
+"""The slot cache by itself, and the call of flash-attn against what that function is documented to do."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mem1 import slots
+from mem1.slots import SlotCache, Step
+
+
+def filled(lengths: list[int], capacity: int = 24) -> SlotCache:
+    cache = SlotCache(2, len(lengths), 2, 8, torch.float32, torch.device("cpu"))
+    cache.reserve(capacity)
+    cache.kv.copy_(torch.randn(cache.kv.shape, generator=torch.Generator().manual_seed(0)))
+    cache.lengths = torch.tensor(lengths)
+    return cache
+
+
+def test_reserve_grows_by_doubling_and_keeps_what_is_there():
+    cache = filled([5, 3])
+    assert not cache.reserve(128) and cache.capacity == 128
+    before = cache.kv.clone()
+    assert cache.reserve(129) and cache.capacity == 256
+    assert torch.equal(cache.kv[:, :, :, :128], before)
+    assert not cache.kv[:, :, :, 128:].any()
+
+
+def test_prune_is_one_call_for_all_slots_and_moves_nothing_else(monkeypatch):
+    cache = filled([10, 7, 20])
+    before, address = cache.kv.clone(), cache.kv.data_ptr()
+    calls = []
+    op = slots.prune_kv_cache_
+    monkeypatch.setattr(slots, "prune_kv_cache_", lambda *a: (calls.append(a), op(*a))[1])
+    first, last = torch.arange(10) % 3 > 0, torch.arange(20) >= 15
+    cache.prune({0: first, 2: last})
+    assert len(calls) == 1 and cache.kv.data_ptr() == address
+    assert cache.lengths.tolist() == [6, 7, 5]
+    assert torch.equal(cache.kv[:, :, 0, :6], before[:, :, 0, :10][:, :, first])
+    assert torch.equal(cache.kv[:, :, 1], before[:, :, 1])
+    assert torch.equal(cache.kv[:, :, 2, :5], before[:, :, 2, 15:20])
+    cache.prune({})
+    assert len(calls) == 1
+
+
+def test_a_wrong_mask_is_refused_before_anything_moves():
+    cache = filled([10, 7])
+    before = cache.kv.clone()
+    with pytest.raises(ValueError, match=r"keep: wanted shape \[7\], the length of slot 1, got \[8\]"):
+        cache.prune({0: torch.zeros(10, dtype=torch.bool), 1: torch.ones(8, dtype=torch.bool)})
+    assert torch.equal(cache.kv, before) and cache.lengths.tolist() == [10, 7]
+
+
+def naive_step(cache: SlotCache, rows, counts, query, key, value, scale):
+    """What a forward must compute, row by row and query by query: [b, T, Hq, D], NaN in padding."""
+    out = torch.full_like(query.transpose(1, 2), torch.nan)
+    new, group = query.shape[2], query.shape[1] // key.shape[1]
+    for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+        length = int(cache.lengths[row])
+        keys, values = (
+            torch.cat([cache.kv[0, which, row, :length], x[i, :, new - count :].transpose(0, 1)])
+            for which, x in enumerate((key, value))
+        )
+        for t in range(new - count, new):
+            seen = length + t - (new - count) + 1
+            for head in range(query.shape[1]):
+                score = keys[:seen, head // group] @ query[i, head, t] * scale
+                out[i, t, head] = score.softmax(0) @ values[:seen, head // group]
+    return out
+
+
+def documented_flash(q, k_cache, v_cache, *, cache_seqlens, cache_batch_idx, softmax_scale, causal):
+    """flash_attn_with_kvcache as its docstring has it: caches [B, S, Hkv, D], causal masks aligned to the
+    bottom right corner, a query that sees nothing gives 0.
+    """
+    assert causal and k_cache.stride(-1) == 1
+    rows = range(q.shape[0]) if cache_batch_idx is None else cache_batch_idx.tolist()
+    out, group = torch.zeros_like(q), q.shape[2] // k_cache.shape[2]
+    for i, row in enumerate(rows):
+        for t in range(q.shape[1]):
+            seen = int(cache_seqlens[i]) - q.shape[1] + t + 1
+            for head in range(q.shape[2] if seen > 0 else 0):
+                score = k_cache[row, :seen, head // group] @ q[i, t, head] * softmax_scale
+                out[i, t, head] = score.softmax(0) @ v_cache[row, :seen, head // group]
+    return out
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "flash"])
+@pytest.mark.parametrize(
+    ("rows", "counts"),
+    [([0, 1, 2], [1, 1, 1]), ([1, 2], [3, 5]), ([0, 2], [4, 2]), ([2], [6]), ([3, 0], [5, 1])],
+)
+def test_a_step_stores_and_attends(monkeypatch, backend, rows, counts):
+    if backend == "flash":
+        module = SimpleNamespace(flash_attn_with_kvcache=documented_flash)
+        monkeypatch.setitem(sys.modules, "flash_attn", module)
+        monkeypatch.setattr(slots, "use_flash_attention", lambda kv: True)
+    cache, new = filled([10, 7, 15, 0]), max(counts)
+    generator = torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(len(rows), heads, new, 8, generator=generator) for heads in (4, 2, 2))
+    expected = naive_step(cache, rows, counts, query, key, value, 0.3)
+    index, count = torch.tensor(rows), torch.tensor(counts)
+    ends = cache.lengths[index] + count
+    real = torch.arange(new) >= new - count[:, None]
+    columns = ends[:, None] + torch.arange(-new, 0)
+    contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
+    step = Step(
+        kv=cache.kv,
+        rows=slice(rows[0], rows[0] + len(rows)) if contiguous else index.int(),
+        real=None if bool(real.all()) else real,
+        slots=index[:, None].expand_as(columns)[real],
+        columns=columns[real],
+        ends=ends.int(),
+        used=int(ends.max()),
+    )
+    out = step.attend(SimpleNamespace(layer_idx=0), query, key, value, 0.3)
+    torch.testing.assert_close(out[real], expected[real])
+    assert out.isfinite().all(), "padding must not make NaN"
+    for i, row in enumerate(rows):
+        stored = cache.kv[0, :, row, cache.lengths[row] : ends[i]]
+        pair = torch.stack([x[i, :, new - counts[i] :].transpose(0, 1) for x in (key, value)])
+        assert torch.equal(stored, pair)
