@@ -132,7 +132,7 @@ def test_what_was_written_is_exact(family: str, implementation: str, prune: Prun
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_environment_answers(family: str, implementation: str, rows: int) -> None:
-    """A call for each turn, over one cache. Actions end at different steps, some by the limit; a row early."""
+    """A call for each turn, over one cache. Actions end at different steps or by the limit, a row early."""
     model = build(family, implementation)
     rule = TurnRule(state_end=STATE, query_end=QUERY)
     tokens = [ids(n, seed=n) for n in PROMPTS[:rows]]

@@ -20,7 +20,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from mem1_core.integrations.transformers import NAME, _config_problem
-from mem1_core.ops import prune_kv_cache_
+from mem1_core.ops.kv_cache import Keep, Positions, prune_kv_cache_
 
 
 class SlotCache(Cache):
@@ -54,9 +54,7 @@ class SlotCache(Cache):
         config = config.get_text_config(decoder=True)
         problem = problem or _config_problem(config) or _window_problem(config)
         if not problem and model is not None and not model._supports_attention_backend:
-            problem = (
-                "wanted attention through the AttentionInterface of transformers, got a model with its own"
-            )
+            problem = f"wanted attention through the AttentionInterface, got {type(model).__name__}'s own"
         if problem:
             raise ValueError(f"SlotCache: {problem}")
         if batch < 1 or capacity < 1:
@@ -115,7 +113,7 @@ class SlotCache(Cache):
         self._step, self._announced = step, True
         return {"past_key_values": self, "position_ids": place.long().to(device), "attention_mask": mask}
 
-    def prune(self, keep: Any, positions: Any = "keep", *, inv_freq: Tensor | None = None) -> None:
+    def prune(self, keep: Keep, positions: Positions = "keep", *, inv_freq: Tensor | None = None) -> None:
         """Drop entries in place, in all layers at once, by `mem1_core.ops.prune_kv_cache_`.
 
         keep: bool [B, used], or ranges of slots as `prune_kv_cache_` takes them. `positions="keep"`:
@@ -129,24 +127,22 @@ class SlotCache(Cache):
         used, compact = self.used, positions == "compact"
         if compact:
             if not torch.equal(self.positions, self.lengths):
-                raise ValueError(
-                    "positions: wanted 'keep' for entries that are not at their slots' positions"
-                )
+                raise ValueError("positions: wanted 'keep', as entries are not at their slots' positions")
             inv_freq = self._inv_freq if inv_freq is None else inv_freq
             if inv_freq is None:
                 wanted = "RoPE's frequencies, or a cache made from a model that rotates halves by fixed ones"
                 raise ValueError(f"inv_freq: wanted {wanted}, got None")
             inv_freq = inv_freq.to(self.kv.device)
-        is_mask = isinstance(keep, Tensor) and keep.dtype == torch.bool
+        mask = keep if isinstance(keep, Tensor) and keep.dtype == torch.bool else None
         lengths = prune_kv_cache_(
             self.kv[:, :, :, :used],
-            keep.to(self.kv.device) if is_mask else keep,
+            keep if mask is None else mask.to(self.kv.device),
             self.lengths.to(self.kv.device),
             positions=positions,
             inv_freq=inv_freq,
         ).tolist()
         self._announced = False
-        rows = keep.cpu() if is_mask else [_in_ranges(ranges, used) for ranges in keep]
+        rows = [_in_ranges(ranges, used) for ranges in keep] if mask is None else mask.cpu()
         for row, (before, length) in enumerate(zip(self.lengths.tolist(), lengths, strict=True)):
             if length >= 0:
                 left = self.entries[row, :before][rows[row][:before]]
@@ -232,7 +228,7 @@ class _Step(NamedTuple):
     places: tuple[Tensor, Tensor, Tensor]  # of each real token its row, its column, and its place in the slot
     scatter: (
         list[Tensor] | None
-    )  # these on the cache's device; None: every column, to the same place in all rows
+    )  # `places` on the cache's device; None: all columns go to one place in all rows
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -288,10 +284,8 @@ class _SlotLayer(CacheLayerMixin):
         """Entries that a forward will see, and the position of the first, counted back from the last."""
         cache = self.cache
         step = cache._step if cache._announced else None
-        alike = (
-            cache._plan(torch.full_like(cache.lengths, query_length)).alike if step is None else step.alike
-        )
-        if not alike:
+        step = step or cache._plan(torch.full_like(cache.lengths, query_length))
+        if not step.alike:
             raise ValueError(
                 "SlotCache: wanted the attention_mask of `SlotCache.step`, as rows differ in length or "
                 "position, got one made by transformers"

@@ -100,7 +100,7 @@ def prune_generate(
             included; their runs: how many were given, then written, given, ...; and whether the row writes no
             more in this call. Returns bool [tokens], True for those that later ones may still see, or None
             for all. The token just written is fed first: it sees what leaves.
-        capacity: of the cache that is made where none is given; by default the longest sequence that may come.
+        capacity: of the cache that is made where none is given; by default the longest possible sequence.
         streamer: give it to `generate` and, as that hands none on, here:
             `custom_generate=partial(prune_generate, streamer=streamer)`.
         past_key_values: a `SlotCache`. It has read all tokens when the call returns, the last ones too. In

@@ -50,6 +50,22 @@ def test_recomputed_logprobs_are_the_sampled_ones(make_model, tokenizer, dtype, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("regime", ["carry", "reencode"])
+@pytest.mark.parametrize("prune", ["action", "is"])
+@pytest.mark.parametrize("slots", [1, 64])
+def test_batches_of_one_and_of_64(make_model, tokenizer, dtype, regime, prune, slots):
+    """Episodes of 3 to 9 turns, each alone and all side by side."""
+    model, seeds = make_model(dtype), range(4 if slots == 1 else 64)
+    config = RolloutConfig(slots=slots, regime=regime, prune=prune, max_turns=12)
+    played = list(rollout(model, tokenizer, lambda: MultiHopEnv((1, 4)), seeds, config, scripted=True))
+    assert {t.seed for t in played} == set(seeds)
+    turns = {t.turns for t in played}
+    assert len(turns) >= (2 if slots == 1 else 4) and max(turns) >= 4, "wanted other ends"
+    result = parity(model, played, regime)
+    assert within_gate(result, dtype), result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("prune", ["action", "is"])
 def test_the_published_recipe_fails_the_same_gate(make_model, tokenizer, dtype, prune):
     result = measure(make_model, tokenizer, dtype, "paper", prune, scripted=True)

@@ -31,10 +31,12 @@ def settle(episode: Episode) -> Episode:
     return episode
 
 
-def test_a_seed_gives_the_same_trajectory_alone_and_in_a_batch(make_model, tokenizer):
-    model = make_model()
-    batch = {t.seed: t for t in rollout(model, tokenizer, lambda: MultiHopEnv((1, 3)), range(7), CONFIG)}
-    assert sorted(batch) == list(range(7))
+@pytest.mark.parametrize("slots", [7, 64])
+def test_a_seed_gives_the_same_trajectory_alone_and_in_a_batch(make_model, tokenizer, slots):
+    model, config = make_model(), replace(CONFIG, slots=slots)
+    batch = {t.seed: t for t in rollout(model, tokenizer, lambda: MultiHopEnv((1, 3)), range(slots), config)}
+    assert sorted(batch) == list(range(slots))
+    assert len({t.tokens.numel() for t in batch.values()}) > 1
     for seed in (0, 3, 6):
         alone = next(rollout(model, tokenizer, lambda: MultiHopEnv((1, 3)), [seed], replace(CONFIG, slots=1)))
         assert torch.equal(alone.tokens, batch[seed].tokens)
