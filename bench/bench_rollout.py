@@ -1,251 +1,187 @@
-"""Rollout throughput: `mem1.rollout` against Hugging Face `generate`, which encodes the pruned context anew in
+"""Rollout throughput: `mem1.rollout` against Hugging Face `generate`, which encodes the pruned context anew
 each turn; and what a rollout of 64 turns holds in memory.
 
-One model object with random weights serves all contenders. Such a policy never writes a tag, so the lengths
-come from a script: in ours an expert's words are forced after the sampler has chosen (all of its work is
-done), and `generate` writes as many tokens as the longest action of its batch has, since a batched agent loop
-waits for that one. Prompts, actions and answers have the same lengths everywhere, the answers come at once,
-and only ours keeps log-probs and tokenises the answers. The reference encodes with "sdpa" and transformers'
-own growing cache, as any Hugging Face model does.
+One model object with random weights serves all contenders; the peer runs it with "sdpa" and transformers' own
+growing cache. All play episodes of the same lengths, and environments answer at once: what else waiting costs
+a lock-step batch is not counted. See `rollout_task.py`.
 """
 
 from __future__ import annotations
 
-import random
 import resource
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from measure import Contender, Result
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from rollout_task import RandomWords, Workload, check_generated, check_ours, generate, play
 
-import mem1.rollout
-from mem1.config import ModelConfig, Regime, RolloutConfig
+from mem1.config import ModelConfig, Prune, Regime
 from mem1.engine import Engine
-from mem1.envs.base import Action, Observation, ScriptedAction
-from mem1.envs.words import FILLER
-from mem1.evaluate import parity
+from mem1.envs.base import Action, Observation
 from mem1.model import build_model
 from mem1.rollout import rollout
 from mem1.tokenizer import build_tokenizer
-from mem1.trajectory import Trajectory
-from mem1_core.integrations.transformers import NAME, register
 
 MIB = 2**20
-OURS, REENCODE, LOCK_STEP = "mem1.rollout, carry", "mem1.rollout, reencode", "HF generate, lock-step"
-LARGE = Qwen2Config(  # the shape of a Qwen2.5-0.5B
-    vocab_size=151_936,
-    hidden_size=896,
-    intermediate_size=4_864,
-    num_hidden_layers=24,
-    num_attention_heads=14,
-    num_key_value_heads=2,
-    max_position_embeddings=32_768,
-    tie_word_embeddings=True,
-)
+OURS, REENCODE = "mem1.rollout, carry", "mem1.rollout, reencode"
+LOCK_STEP = "HF generate, lock-step"
+ONE_BY_ONE = "HF generate, one at a time"
+CARRY: dict[str, Regime] = {OURS: "carry"}
+BOTH: dict[str, Regime] = {**CARRY, REENCODE: "reencode"}
+LARGE = ModelConfig(
+    layers=24, width=896, heads=14, kv_heads=2, mlp_width=4864, init_std=0.02, dtype="bfloat16"
+)  # with its vocabulary the shape of Qwen2.5-0.5B
+LARGE_VOCABULARY = 151_936
+# Keys and values of a token take 4 KiB: what is kept shows.
+HEAVY_CACHE = ModelConfig(layers=2, width=256, heads=4, kv_heads=4, mlp_width=64)
 
 
-class Lengths(NamedTuple):
-    """Tokens of one episode; actions and infos have one entry per turn."""
-
-    prompt: int
-    actions: list[int]
-    infos: list[int]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Episodes whose lengths are drawn, each from its own seed. A range includes both ends."""
-
-    episodes: int
-    turns: int = 8
-    prompt: tuple[int, int] = (360, 440)
-    action: tuple[int, int] = (64, 120)
-    info: tuple[int, int] = (300, 500)
-
-    def lengths(self, seed: int) -> Lengths:
-        generator = random.Random(seed)
-        actions, infos = (
-            [generator.randint(*span) for _ in range(self.turns)] for span in (self.action, self.info)
-        )
-        return Lengths(generator.randint(*self.prompt), actions, infos)
-
-    def all_lengths(self) -> list[Lengths]:
-        return [self.lengths(seed) for seed in range(self.episodes)]
-
-    def policy_tokens(self) -> int:
-        return sum(sum(drawn.actions) for drawn in self.all_lengths())
-
-    def config(self, slots: int, regime: Regime = "carry") -> RolloutConfig:
-        return RolloutConfig(slots=slots, regime=regime, max_turns=self.turns)
-
-    def __str__(self) -> str:
-        spans = (("prompt", self.prompt), ("action", self.action), ("info", self.info))
-        drawn = ", ".join(f"{name} {least} to {most}" for name, (least, most) in spans)
-        return f"{self.episodes} episodes of {self.turns} turns ({drawn})"
+def policy(config: ModelConfig, vocabulary: int = 0) -> Any:
+    """Random weights; `vocabulary`, if given, is more than the tokenizer's own."""
+    model = build_model(build_tokenizer(), config).eval()
+    model.generation_config.eos_token_id = None  # lengths are not its choice
+    if vocabulary:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    return model
 
 
-class RandomWords:
-    """An environment, and its expert, that say random words: one word is one token."""
-
-    objectives = 1
-    instant = True
-
-    def __init__(self, workload: Workload) -> None:
-        self.workload = workload
-
-    def reset(self, seed: int) -> str:
-        self.lengths, self.turn, self._words = self.workload.lengths(seed), 0, random.Random(seed)
-        return self._text(self.lengths.prompt)
-
-    def step(self, action: Action) -> Observation:
-        self.turn += 1
-        # Two tokens of an info are its tags, four of an action.
-        text = self._text(self.lengths.infos[self.turn - 1] - 2)
-        return Observation(text, 0.0, self.turn == self.workload.turns)
-
-    def score(self) -> dict[str, float]:
-        return {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
-
-    def expert_action(self) -> ScriptedAction:
-        words = self.lengths.actions[self.turn] - 4
-        kind = "answer" if self.turn + 1 == self.workload.turns else "query"
-        return ScriptedAction(self._text(words - words // 4), Action(kind, self._text(words // 4)))
-
-    def _text(self, words: int) -> str:
-        return " ".join(self._words.choices(FILLER, k=words))
+@pytest.fixture(scope="module")
+def small_model() -> Any:
+    return policy(ModelConfig())
 
 
-def play(
-    model: Any, tokenizer: PreTrainedTokenizerBase, workload: Workload, slots: int, regime: Regime = "carry"
-) -> list[Trajectory]:
-    """Ours."""
-    make, config = partial(RandomWords, workload), workload.config(slots, regime)
-    return list(rollout(model, tokenizer, make, range(workload.episodes), config, scripted=True))
+@pytest.fixture(scope="module")
+def large_model(bench: Any, device: str) -> Any:
+    if bench.measuring:
+        return policy(LARGE, LARGE_VOCABULARY).to(device)
+    return policy(replace(LARGE, layers=2, width=28 * 4, mlp_width=64), 1_000)
 
 
-class Turn(NamedTuple):
-    """What `generate` was given and gave, int64 [b] each: real tokens of the contexts, tokens written."""
-
-    contexts: Tensor
-    written: Tensor
-
-
-def generate(model: Any, workload: Workload, batch: int) -> list[Turn]:
-    """The peer: episodes in batches that go from turn to turn together, each turn one call of `generate` on
-    prompt, last action and last info.
-    """
-    turns, every = [], workload.all_lengths()
-    with plain_attention(model):
-        for begin in range(0, len(every), batch):
-            turns += generate_batch(model, every[begin : begin + batch])
-    return turns
+def sized(bench: Any, episodes: int, turns: int) -> Workload:
+    """The workload to measure, or a short one."""
+    if bench.measuring:
+        return Workload(episodes, turns)
+    return Workload(min(episodes, 5), min(turns, 3), prompt=(12, 20), action=(6, 14), info=(12, 24))
 
 
-def generate_batch(model: Any, episodes: Sequence[Lengths]) -> Iterator[Turn]:
-    device, generator = model.device, torch.Generator().manual_seed(0)
-
-    def words(length: int) -> Tensor:
-        return torch.randint(20, 120, (length,), generator=generator)
-
-    prompts = [words(episode.prompt) for episode in episodes]
-    contexts = prompts
-    for turn in range(len(episodes[0].actions)):
-        wanted = [episode.actions[turn] for episode in episodes]
-        longest = max(map(len, contexts))
-        ids = torch.zeros(len(episodes), longest, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for row, context in enumerate(contexts):
-            ids[row, longest - len(context) :] = context
-            mask[row, longest - len(context) :] = 1
-        settings = GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max(wanted), pad_token_id=0
-        )
-        given = {"attention_mask": mask.to(device), "generation_config": settings}
-        out = model.generate(ids.to(device), **given)[:, longest:].cpu()
-        yield Turn(mask.sum(1), torch.full((len(episodes),), out.shape[1]))
-        contexts = [
-            torch.cat([prompts[row], out[row, : wanted[row]], words(episodes[row].infos[turn])])
-            for row in range(len(episodes))
-        ]
-
-
-@contextmanager
-def plain_attention(model: Any) -> Iterator[None]:
-    model.set_attn_implementation("sdpa")
-    yield
-    model.set_attn_implementation(NAME)
-
-
-def check_ours(
-    model: Any, workload: Workload, regime: Regime, trajectories: list[Trajectory], checked: int = 4
-) -> None:
-    """All lengths are those drawn; the log-probs of some are those that a trainer computes."""
-    assert sorted(t.seed for t in trajectories) == list(range(workload.episodes))
-    for trajectory in trajectories:
-        lengths = workload.lengths(trajectory.seed)
-        assert trajectory.finished == "answered", trajectory.finished
-        of_kind = {kind: [s.length for s in trajectory.segments if s.kind == kind] for kind in ("is", "info")}
-        acted = [s.length for s in trajectory.segments if s.kind in ("query", "answer")]
-        assert trajectory.segments[0].length == lengths.prompt
-        assert [a + b for a, b in zip(of_kind["is"], acted, strict=True)] == lengths.actions
-        assert of_kind["info"] == lengths.infos[:-1]  # nothing is said to the answer
-    found = parity(model, trajectories[:checked], regime)
-    if found.dtype == "float32":
-        assert found.max_dlogp <= 5e-5, found
-    else:
-        assert found.mean_dlogp <= 5e-3, found
-        assert found.kl <= 1e-4, found
-
-
-def check_generated(workload: Workload, batch: int, turns: list[Turn]) -> None:
-    """Each context is prompt, last action, last info; each row has as many tokens as the longest wants."""
-    every, turn = workload.all_lengths(), iter(turns)
-    for begin in range(0, len(every), batch):
-        episodes = every[begin : begin + batch]
-        for t in range(workload.turns):
-            contexts = [e.prompt + (e.actions[t - 1] + e.infos[t - 1] if t else 0) for e in episodes]
-            contexts_given, written = next(turn)
-            assert contexts_given.tolist() == contexts
-            assert written.tolist() == [max(e.actions[t] for e in episodes)] * len(episodes)
-    assert next(turn, None) is None
-
-
-def contenders(model: Any, workload: Workload, slots: int, regimes: dict[str, Regime]) -> list[Contender]:
-    tokenizer = build_tokenizer()
-    ours = [
+def compare(
+    bench: Any, model: Any, workload: Workload, slots: int, regimes: dict[str, Regime], device: str = "cpu"
+) -> dict[str, Result]:
+    """One table, with the throughput of each row."""
+    contenders = [
         Contender(
             name,
-            partial(play, model, tokenizer, workload, slots, regime),
+            partial(play, model, workload, slots, regime),
             partial(check_ours, model, workload, regime),
         )
         for name, regime in regimes.items()
     ]
-    name = LOCK_STEP if slots > 1 else "HF generate, one at a time"
-    return [
-        *ours,
-        Contender(
-            name, partial(generate, model, workload, slots), partial(check_generated, workload, slots), peer=True
-        ),
-    ]
+    peer = partial(generate, model, workload, slots), partial(check_generated, workload, slots)
+    contenders.append(Contender(ONE_BY_ONE if slots == 1 else LOCK_STEP, *peer, peer=True))
+    config = model.config
+    title = (
+        f"rollout on {device}, {config.num_hidden_layers} layers x {config.hidden_size}, "
+        f"{str(model.dtype).removeprefix('torch.')}, {slots} side by side, {workload}"
+    )
+    # A call takes seconds: two rounds, or one where it takes many.
+    results = bench.compare(title, contenders, device=device, idle=True, budget_s=10, min_rounds=2)
+    if bench.measuring:
+        work = {"policy tokens/s": workload.policy_tokens(), "trajectories/s": workload.episodes}
+        for row in bench.tables[-1]["rows"]:
+            if row["ms"]:
+                row |= {name: amount / row["ms"] * 1e3 for name, amount in work.items()}
+                rates = ", ".join(f"{row[name]:,.2f} {name}" for name in work)
+                bench.print(f"  {row['name']}: {rates}")
+    return results
 
 
-def rates(bench: Any, results: dict[str, Result], workload: Workload) -> None:
-    """Adds the throughput to the rows of the last table."""
+@pytest.mark.parametrize("slots", [16, 32])
+def test_rollout(bench: Any, small_model: Any, slots: int) -> None:
+    if not bench.measuring:
+        slots //= 8
+    workload = sized(bench, episodes=2 * slots, turns=6)
+    results = compare(bench, small_model, workload, slots, BOTH)
+    bench.goal_speedup(results, OURS, LOCK_STEP, 3)
+
+
+def test_rollout_one_by_one(bench: Any, small_model: Any) -> None:
+    compare(bench, small_model, sized(bench, episodes=2, turns=6), 1, CARRY)
+
+
+def test_gpu_rollout(bench: Any, device: str, large_model: Any) -> None:
+    slots = 64 if bench.measuring else 3
+    results = compare(bench, large_model, sized(bench, episodes=slots, turns=4), slots, BOTH, device)
+    bench.goal_speedup(results, OURS, LOCK_STEP, 3)
+
+
+def test_gpu_rollout_one_by_one(bench: Any, device: str, large_model: Any) -> None:
+    compare(bench, large_model, sized(bench, episodes=1, turns=3), 1, CARRY, device)
+
+
+class Memory(NamedTuple):
+    """Bytes when a turn's action is complete."""
+
+    resident: int
+    cache: int
+
+
+class MeteredWords(RandomWords):
+    """Takes note of the memory at each step."""
+
+    def __init__(self, workload: Workload, engines: list[Engine], sizes: list[Memory]) -> None:
+        super().__init__(workload)
+        self.engines, self.sizes = engines, sizes
+
+    def step(self, action: Action) -> Observation:
+        self.sizes.append(Memory(resident_bytes(), self.engines[-1].cache.kv.nbytes))
+        return super().step(action)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def memory_by_turn(model: Any, workload: Workload, prune: Prune, engines: list[Engine]) -> list[Memory]:
+    """One trajectory; `resident` is the growth since before the rollout."""
+    sizes: list[Memory] = []
+    make = partial(MeteredWords, workload, engines, sizes)
+    config = replace(workload.config(slots=1), prune=prune)
+    before = resident_bytes()
+    (trajectory,) = rollout(model, build_tokenizer(), make, [0], config, scripted=True)
+    assert trajectory.turns == len(sizes) == workload.turns
+    return [Memory(size.resident - before, size.cache) for size in sizes]
+
+
+def test_memory(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Constant with MEM1's pruning, growing with the full-context agent."""
+    engines: list[Engine] = []
+
+    def recorded(*args: Any) -> Engine:
+        engines.append(Engine(*args))
+        return engines[-1]
+
+    monkeypatch.setattr("mem1.rollout.Engine", recorded)
+    turns = 64 if bench.measuring else 6
+    workload = Workload(1, turns, prompt=(40, 40), action=(12, 20), info=(220, 260))
+    model = policy(HEAVY_CACHE)
+    sizes = {prune: memory_by_turn(model, workload, prune, engines) for prune in ("action", "never")}
+    bounded, growing = ([memory.cache for memory in sizes[prune]] for prune in ("action", "never"))
+    assert bounded[-1] == bounded[2] < growing[-1]
     if not bench.measuring:
         return
-    for row in bench.tables[-1]["rows"]:
-        if row["ms"]:
-            row["policy tokens/s"] = workload.policy_tokens() / row["ms"] * 1e3
-            row["trajectories/s"] = workload.episodes / row["ms"] * 1e3
-            bench.print(
-                f"  {row['name']}: {row['policy tokens/s']:,.0f} policy tokens/s, "
-                f"{row['trajectories/s']:.2f} trajectories/s"
-            )
+    shown = [turn for turn in (1, 2, 4, 8, 16, 32, 64) if turn <= turns]
+    lines = [
+        f"memory of a rollout, MiB when the action of a turn is complete, {workload}",
+        "  turn".ljust(40),
+    ]
+    lines[-1] += "".join(f"{turn:>8}" for turn in shown)
+    for prune, agent in (("action", "MEM1"), ("never", "full context")):
+        for what in Memory._fields:
+            values = [getattr(sizes[prune][turn - 1], what) / MIB for turn in shown]
+            lines.append(f"  {agent}, {what}".ljust(40) + "".join(f"{value:8.1f}" for value in values))
+    bench.print("\n" + "\n".join(lines))
+    rows = [{"name": prune, "bytes": [m._asdict() for m in sizes[prune]]} for prune in sizes]
+    bench.tables.append({"title": lines[0], "rows": rows})

@@ -12,7 +12,19 @@ from typing import Any
 import ledger
 import pytest
 import torch
-from measure import Clock, Contender, DeviceClock, HostClock, Result, compare, matmuls, speedup, table
+from measure import (
+    COPY,
+    Clock,
+    Contender,
+    DeviceClock,
+    HostClock,
+    Result,
+    compare,
+    matmuls,
+    plain_copy,
+    speedup,
+    table,
+)
 
 from mem1_core import testing
 
@@ -64,6 +76,7 @@ class Bench:
         *,
         flops: float | None = None,
         dtype: Any = None,
+        moved_bytes: int = 0,
         device: str = "cpu",
         idle: bool = False,
         budget_s: float = 10.0,
@@ -72,8 +85,11 @@ class Bench:
         """Check and, when measuring, time the contenders (ours first); returns the results by name.
 
         flops with dtype adds TFLOP/s and the ratio to the best matrix product of that dtype, timed in the
-        same rounds. idle: see `DeviceClock`.
+        same rounds; moved_bytes (read and written) adds GB/s and a copy of as many bytes as the last row.
+        idle: see `DeviceClock`.
         """
+        if moved_bytes:
+            contenders = [*contenders, plain_copy(moved_bytes, device)]
         products = {}
         if flops is not None:
             products = matmuls(dtype, ROOFLINE_SIZES[device] if self.measuring else (64,), device)
@@ -88,7 +104,7 @@ class Bench:
                 best = max(rates, key=rates.__getitem__)
                 peak = rates[best]
                 title += f"; roofline {peak / 1e12:.3f} TFLOP/s ({best})"
-            text, rows = table(title, results, flops=flops, peak=peak)
+            text, rows = table(title, results, flops=flops, peak=peak, moved_bytes=moved_bytes)
             self.tables.append({"title": title, "roofline TFLOP/s": peak and peak / 1e12, "rows": rows})
             self.print("\n" + text)
             self.save()  # a run that is cut short keeps what it has
@@ -114,6 +130,11 @@ class Bench:
     def goal_speedup(self, results: dict[str, Result], ours: str, peer: str, wanted: float) -> None:
         if self.measuring:
             self.goal(f"{ours} against {peer}", speedup(results[ours], results[peer]), wanted)
+
+    def goal_of_copy(self, results: dict[str, Result], ours: str, wanted: float) -> None:
+        if self.measuring:
+            share = speedup(results[ours], results[COPY])
+            self.goal(f"{ours}, of a copy's speed", share and 100 * share, wanted, unit=" %")
 
     def fact(self, text: str, value: float, unit: str = "") -> None:
         """One more figure of the last table."""

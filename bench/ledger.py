@@ -12,7 +12,9 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-GPU_SOURCES = ("csrc/attention/*.h", "csrc/*/*.cu", "csrc/*/*.cuh", "mem1_core/triton/*.py")
+GPU_SOURCES = (
+    "csrc/attention/*.h", "csrc/kv_cache/*.h", "csrc/*/*.cu", "csrc/*/*.cuh", "mem1_core/triton/*.py",
+)  # fmt: skip
 # Distributions, not modules; peers among them.
 PACKAGES = (
     "triton", "numpy", "flash-attn", "flash-attn-3", "flash-attn-4", "flash-mask-2",

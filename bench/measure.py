@@ -13,8 +13,9 @@ import ctypes
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +24,8 @@ import torch
 
 SLOW_CALL_S = 3.0
 MAX_ROUNDS = 50
+WINDOW_S = 4e-3  # of calls that are timed as one
+COPY = "copy between two buffers"
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,11 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """Wall time of one call; peak memory is the growth of the resident set (Linux)."""
+    """Wall time; peak memory is the growth of the resident set (Linux).
+
+    Short calls are timed as many after one another as fill some milliseconds: one call alone would be judged
+    by what the contender before it left in the caches.
+    """
 
     def time(self, run: Callable[[], Any], calls: int = 1) -> Timing:
         start = time.perf_counter()
@@ -87,7 +94,7 @@ class HostClock:
         return timing, None if resident is None else max(0, _status_bytes("VmHWM") - resident)
 
     def calls(self, seconds: float) -> int:
-        return 1
+        return _calls_filling_window(seconds)
 
 
 class DeviceClock:
@@ -101,7 +108,7 @@ class DeviceClock:
     caller waits who has nothing else to run, launches included.
     """
 
-    WINDOW_S, LEAD_S = 4e-3, 4e-4  # of all calls; per call
+    LEAD_S = 4e-4  # per call
     CYCLES_PER_S, FLUSH_BYTES = 2e9, 2**29
 
     def __init__(self, idle: bool = False) -> None:
@@ -133,7 +140,11 @@ class DeviceClock:
         return timing, torch.cuda.max_memory_allocated() - before
 
     def calls(self, seconds: float) -> int:
-        return 1 if self.idle else max(1, min(100, math.ceil(self.WINDOW_S / max(seconds, 1e-6))))
+        return 1 if self.idle else _calls_filling_window(seconds)
+
+
+def _calls_filling_window(seconds: float) -> int:
+    return max(1, min(100, math.ceil(WINDOW_S / max(seconds, 1e-6))))
 
 
 def compare(
@@ -234,17 +245,53 @@ def matmuls(
     return products
 
 
+def plain_copy(moved_bytes: int, device: str = "cpu") -> Contender:
+    """From one buffer to another, so that as many bytes are read and written: the ceiling of what moves data.
+
+    On the CPU memmove on as many threads as torch has, each with a MiB or more; on a CUDA device `copy_`.
+    """
+    size = moved_bytes // 2
+    source, target = (torch.full((size,), n, dtype=torch.uint8, device=device) for n in (1, 2))
+
+    def check(_: Any) -> None:
+        assert torch.equal(source, target)
+
+    if device != "cpu":
+        return Contender(COPY, partial(target.copy_, source), check, note="copy_")
+    threads = max(1, min(torch.get_num_threads(), size // 2**20))
+    ends = [size * n // threads for n in range(threads + 1)]
+
+    def move(part: int) -> None:  # ctypes lets go of the GIL
+        begin, end = ends[part : part + 2]
+        ctypes.memmove(target.data_ptr() + begin, source.data_ptr() + begin, end - begin)
+
+    def run() -> None:
+        others = [_pool().submit(move, part) for part in range(1, threads)]
+        move(0)
+        for other in others:
+            other.result()
+
+    return Contender(COPY, run, check, note=f"memmove, {threads} thread{'s' * (threads > 1)}")
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads())
+
+
 def table(
     title: str,
     results: Sequence[Result],
     *,
     flops: float | None = None,
     peak: float | None = None,
+    moved_bytes: int = 0,
 ) -> tuple[str, list[dict[str, Any]]]:
     """Lay out one table, our row first; also its rows as dictionaries for JSON.
 
     flops: the work that the task needs (visible pairs only), the same for every row, whatever a row really
-    computes. peak: FLOP/s of the roofline.
+    computes. peak: FLOP/s of the roofline. moved_bytes: what the task has to read and write, likewise; the
+    last row is then that of `plain_copy`.
     """
     rows: list[dict[str, Any]] = []
     on_device = any(result.host_seconds for result in results)
@@ -259,13 +306,19 @@ def table(
         if flops and peak:
             row["TFLOP/s"] = took and flops / took / 1e12
             row["of peak"] = took and flops / took / peak
+        if moved_bytes:
+            row["GB/s"] = took and moved_bytes / took / 1e9
+            row["of copy"] = speedup(result, results[-1])
         row["peak MiB"] = None if result.peak_bytes is None else result.peak_bytes / 2**20
         notes = [result.note]
         if issued and took and issued > 0.9 * (took + DeviceClock.LEAD_S):
             notes.append("at the host's pace")  # the lead was not enough
         row["note"] = "; ".join(filter(None, notes))
         rows.append(row)
-    formats = {"host ms": ".3f", "x ours": ".2f", "TFLOP/s": ".3f", "of peak": ".1%", "peak MiB": ".1f"}
+    formats = {
+        "host ms": ".3f", "x ours": ".2f", "TFLOP/s": ".3f", "of peak": ".1%",
+        "GB/s": ".1f", "of copy": ".1%", "peak MiB": ".1f",
+    }  # fmt: skip
     cells = [list(rows[0])]
     for row in rows:
         shown = formats | {"ms": ".3f" if row["ms"] is not None and row["ms"] < 10 else ".2f"}

@@ -265,7 +265,10 @@ def assert_turned(got: Tensor, keys: Tensor, delta: Tensor, inv_freq: Tensor) ->
     """`got` are `keys` turned by `delta`, as well as it can be done in float32 (float64 for float64)."""
     wide = torch.promote_types(keys.dtype, torch.float32)
     eager = turned(keys, delta, inv_freq.to(wide)).to(keys.dtype)
-    assert_accurate(got, eager, turned(keys, delta, inv_freq.double()), name="keys")
+    exact = turned(keys, delta, inv_freq.double())
+    # Of values that could be rounded either way, or where eager code happens to be exact.
+    atol = 16 * torch.finfo(wide).eps * exact.abs().max().item() if exact.numel() else 0.0
+    assert_accurate(got, eager, exact, atol=atol, name="keys")
 
 
 def check_compact(

@@ -342,49 +342,54 @@ def test_a_shared_page_that_is_not_full(backend: str, device: str, gaps: str) ->
     assert not check_shared([[3, 6], [3, 6]], rows, [6, 6], backend, device, gaps).freed.any()
 
 
+SHARING = [[5, 2, 0], [5, 2, 1]]
+
+
 @pytest.mark.parametrize("form", ["mask", "ranges"])
 @pytest.mark.parametrize(
-    ("gaps", "positions", "first"),
+    ("gaps", "positions", "pages", "first"),
     [
-        ("close", "keep", [(1, 8)]),  # from the middle of a shared page
-        ("leave", "keep", [(1, 8)]),
-        ("leave", "keep", [(0, 2), (3, 8)]),
-        ("close", "keep", [(0, 3), (4, 8)]),  # the next page moves up into it
-        ("close", "keep", [(0, 4), (5, 8)]),
-        ("close", "compact", [(4, 8)]),  # stays where it is, but its keys would get other positions
+        ("close", "keep", SHARING, [(1, 8)]),  # a shared page loses its begin
+        ("leave", "keep", SHARING, [(1, 8)]),
+        ("leave", "keep", SHARING, [(0, 2), (3, 8)]),
+        ("close", "keep", SHARING, [(0, 3), (4, 8)]),
+        ("close", "keep", [[5, 0], [5, 1]], [(0, 3), (4, 8)]),  # the next page moves up into it
+        ("close", "keep", [[0, 5], [1, 5]], [(0, 3), (4, 8)]),  # it moves up into the page before it
+        ("close", "compact", SHARING, [(4, 8)]),  # it stays, but its keys would get other positions
     ],
     ids=str,
 )
 def test_a_shared_page_that_would_change_is_refused(
-    gaps: Any, positions: Any, first: list[tuple[int, int]], form: str
+    gaps: Any, positions: Any, pages: list[list[int]], first: list[tuple[int, int]], form: str
 ) -> None:
-    kv, table = kv_cache(1, 8, 4, 1, 8), torch.tensor([[5, 2, 0], [5, 2, 1]], dtype=torch.int32)
-    lengths, ranges = [8, 12], [first, [(0, 12)]]
+    kv, table = kv_cache(1, 8, 4, 1, 8), torch.tensor(pages, dtype=torch.int32)
+    width = 4 * table.shape[1]
+    ranges = [first, [(0, width)]]
     keep: Any = ranges
     if form == "mask":
-        keep = torch.zeros(2, 12, dtype=torch.bool)
+        keep = torch.zeros(2, width, dtype=torch.bool)
         for row, pairs in zip(keep, ranges, strict=True):
             for begin, end in pairs:
                 row[begin:end] = True
     options: dict[str, Any] = {"gaps": gaps, "positions": positions}
     if positions == "compact":
         options["inv_freq"] = torch.ones(4)
-    arguments = [kv, keep, table, torch.tensor(lengths)]
+    arguments = [kv, keep, table, torch.tensor([8, width])]
     before = memory(arguments)
     with pytest.raises(ValueError, match="keep: wanted page [25], which several sequences use"):
         prune_paged_kv_cache_(*arguments, **options)
     assert same(memory(arguments), before)
-    table[1, :2] = torch.tensor([6, 7])  # the same call with pages of its own
+    table[1] = torch.tensor([6, 7, 4])[: len(table[1])]  # the same call with pages of its own
     prune_paged_kv_cache_(*arguments, **options)
 
 
 def test_a_shared_page_keeps_its_positions() -> None:
     """Compact positions behind a shared prompt are fine."""
-    kv, table = kv_cache(1, 8, 4, 1, 8), torch.tensor([[5, 2, 0], [5, 2, 1]], dtype=torch.int32)
+    kv, table = kv_cache(1, 8, 4, 1, 8), torch.tensor(SHARING, dtype=torch.int32)
     before, rows = kv.clone(), [[(0, 8), (9, 11)], [(0, 8), (10, 12)]]
     n = torch.tensor([11, 12])
     prune_paged_kv_cache_(kv, rows, table, n, gaps="close", positions="compact", inv_freq=torch.ones(4))
-    assert table.tolist() == [[5, 2, 0], [5, 2, 1]]
+    assert table.tolist() == SHARING
     assert torch.equal(kv[:, :, [5, 2]], before[:, :, [5, 2]])
     assert torch.equal(kv[:, 1, 1, :2], before[:, 1, 1, 2:])
     assert not torch.equal(kv[:, 0, 1, :2], before[:, 0, 1, 2:])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_integration_transformers import FAMILIES, VOCABULARY, build, twin
+from test_integration_transformers import DEVICES, FAMILIES, VOCABULARY, build, twin
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -75,13 +75,14 @@ def test_a_batch_of_one_is_pruned_without_any_help(family: str, implementation: 
     assert cache.entries[0, :14].tolist() == [0, 1, 2, 5, 8, 10, 11, 12, 13, 15, 16, 17, 18, 19]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_ragged_rows_with_poisonous_padding(implementation: str) -> None:
+def test_ragged_rows_with_poisonous_padding(implementation: str, device: str) -> None:
     """Each row gets what it gets alone, though padding is NaN: it is neither stored nor seen."""
-    model = build("Qwen3", implementation)
+    model = build("Qwen3", implementation).to(device)
     model.get_input_embeddings().weight[0] = torch.nan
-    tokens, cache = ids(30, rows=3), SlotCache(model, 3, 16)
-    visible = torch.ones(3, 30, 30, dtype=torch.bool)
+    tokens, cache = ids(30, rows=3).to(device), SlotCache(model, 3, 16)
+    visible = torch.ones(3, 30, 30, dtype=torch.bool, device=device)
     got: list[list[Tensor]] = [[], [], []]
     read = [0, 0, 0]
     keeps = {2: {0: [1, 2, 5]}, 4: {0: [0], 2: [0, 1, 2, 3, 7]}}
@@ -93,7 +94,7 @@ def test_ragged_rows_with_poisonous_padding(implementation: str) -> None:
                 for token in cache.entries[row, gone].tolist():
                     visible[row, read[row] :, token] = False
             cache.prune(keep)
-        batch = torch.zeros(3, max(counts), dtype=torch.int64)
+        batch = torch.zeros(3, max(counts), dtype=torch.int64, device=device)
         for row, count in enumerate(counts):
             batch[row, :count] = tokens[row, read[row] : read[row] + count]
         logits = model(batch, **cache.step(counts)).logits
@@ -105,6 +106,16 @@ def test_ragged_rows_with_poisonous_padding(implementation: str) -> None:
     for row, parts in enumerate(got):
         n = read[row]
         close(torch.cat(parts), dense_logits(model, tokens[row, :n], visible[row, :n, :n]))
+
+
+def test_padding_needs_no_positions_of_its_own() -> None:
+    """Positions that are looked up end with the table, for rows that are full or still empty as well."""
+    model = build("GPTBigCode", "sdpa", max_position_embeddings=8, num_key_value_heads=1, head_dim=16)
+    cache, tokens = SlotCache(model, 3, 8), ids(8, rows=3)
+    model(tokens, **cache.step([8, 5, 0]))
+    got = model(tokens[:, 5:], **cache.step([0, 3, 2])).logits
+    close(got[1], model(tokens[1:2], use_cache=False).logits[0, 5:])
+    close(got[2, :2], model(tokens[2:, 5:7], use_cache=False).logits[0])
 
 
 @pytest.mark.parametrize(
@@ -172,7 +183,9 @@ def test_crop_reorder_reset_and_copy() -> None:
     assert cache.lengths.tolist() == [6, 2, 3] and cache.positions.tolist() == [6, 6, 6]
     twin_cache = copy.deepcopy(cache)
     place, before = cache.kv.data_ptr(), cache.kv.clone()
+    cache.runs = [[1], [2], [3]]
     cache.reorder_cache(torch.tensor([1, 1, 0]))
+    assert cache.runs == [[2], [2], [1]]
     assert cache.lengths.tolist() == [2, 2, 6] and cache.kv.data_ptr() == place
     assert torch.equal(cache.kv[:, :, 2, :6], before[:, :, 0, :6])
     assert torch.equal(twin_cache.kv, before)  # a copy has slots of its own, and its layers write to these

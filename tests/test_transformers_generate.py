@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_integration_transformers import FAMILIES, VOCABULARY, build, twin
+from test_integration_transformers import DEVICES, FAMILIES, VOCABULARY, build, twin
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
@@ -57,7 +57,7 @@ def generate(
     model: PreTrainedModel, rows: list[list[int]], script: list[dict[int, int]], **options: Any
 ) -> Any:
     """One call of `generate`, sampling, with each step's logits."""
-    inputs = padded(rows)
+    inputs = {name: tensor.to(model.device) for name, tensor in padded(rows).items()}
     script_processor = Script(script, inputs["input_ids"].shape[1])
     return model.generate(
         **inputs, custom_generate=prune_generate, logits_processor=LogitsProcessorList([script_processor]),
@@ -69,7 +69,8 @@ def generate(
 def recomputed(model: PreTrainedModel, tokens: list[int], mask: TrajectoryMask) -> Tensor:
     """[N, V], the log-probs behind each token, by one forward."""
     with torch.no_grad():
-        logits = twin(model, "mem1")(torch.tensor([tokens]), mem1_mask=mask, use_cache=False).logits
+        ids, mask = torch.tensor([tokens], device=model.device), mask.to(model.device)
+        logits = twin(model, "mem1")(ids, mem1_mask=mask, use_cache=False).logits
     return logits[0].log_softmax(-1)
 
 
@@ -128,12 +129,13 @@ def test_what_was_written_is_exact(family: str, implementation: str, prune: Prun
         generate(model, prompts, FOUR_TURNS[:rows], capacity=peak - 1, **options)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_environment_answers(family: str, implementation: str, rows: int) -> None:
+def test_an_environment_answers(family: str, implementation: str, rows: int, device: str) -> None:
     """A call for each turn, over one cache. Actions end at different steps or by the limit, a row early."""
-    model = build(family, implementation)
+    model = build(family, implementation).to(device)
     rule = TurnRule(state_end=STATE, query_end=QUERY)
     tokens = [ids(n, seed=n) for n in PROMPTS[:rows]]
     logits: list[dict[int, Tensor]] = [{} for _ in tokens]

@@ -43,14 +43,19 @@ __global__ void __launch_bounds__(kThreads) pages_kernel(const mem1_prune_pages_
     const int32_t first = base * p.page_size, stop = min(length - first, group * p.page_size) + first;
     int32_t of_group = 0;
     for (int32_t chunk = first; chunk < stop; chunk += Items::kMost) {
-      of_group += slots.run(min(stop - chunk, Items::kMost), [&](int32_t i) { return keep(chunk + i); });
+      of_group += slots.run(kept<kThreads>(keep, chunk, min(stop - chunk, Items::kMost)));
     }
     const auto count = [&](int32_t i) {
       if (group == 1) return of_group;
       return slots.rank(min((i + 1) * p.page_size, stop - first)) - slots.rank(i * p.page_size);
     };
     const int32_t group_pages = min(used - base, group);
-    const int32_t found = pages.run(group_pages, [&](int32_t i) { return count(i) > 0; });
+    uint32_t live = 0;
+#pragma unroll
+    for (int n = 0; n < Items::kItems; ++n) {
+      if (Items::item(n) < group_pages && count(Items::item(n)) > 0) live |= 1u << n;
+    }
+    const int32_t found = pages.run(live);
     for (int32_t i = threadIdx.x; i < group_pages; i += kThreads) {
       if (!pages.flagged(i)) {
         mark(p, table[base + i], kDropped);

@@ -60,7 +60,7 @@ def check_model(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     if config._attn_implementation != NAME:
         raise ValueError(f"{name}: wanted attn_implementation={NAME!r}, got {config._attn_implementation!r}")
-    problem = _config_problem(config)
+    problem = config_problem(config)
     if problem is None and not model._supports_attention_backend:
         problem = "wanted attention through the AttentionInterface of transformers, got a model with its own"
     if problem:
@@ -130,7 +130,7 @@ def _where(module: nn.Module) -> str:
     return type(module).__name__ if layer is None else f"{type(module).__name__} (layer {layer})"
 
 
-def _config_problem(config: Any) -> str | None:
+def config_problem(config: Any) -> str | None:
     """Why a model cannot run with the mask, whatever its attention layers are.
 
     Layers of another kind never call `attention_forward`: all it sees of them is the config that they share.
@@ -155,7 +155,7 @@ def _problem(
 ) -> str | None:
     """Why this layer cannot run with the mask. Attributes and sizes only, so that it traces to nothing."""
     config = getattr(module, "config", None)
-    if problem := _config_problem(config):
+    if problem := config_problem(config):
         return problem
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
@@ -196,7 +196,7 @@ def deferred_mask(**kwargs: Any) -> DeferredMask | Tensor | None:
     keeps a training step free of any [N, N] tensor and leaves every other use of the model as it is under
     "sdpa". (A 4D mask given by the caller never comes here: transformers passes it straight to the layers.)
     """
-    return sdpa_mask(**kwargs) if _config_problem(kwargs.get("config")) else DeferredMask(kwargs)
+    return sdpa_mask(**kwargs) if config_problem(kwargs.get("config")) else DeferredMask(kwargs)
 
 
 class DeferredMask:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from mem1_core.integrations.transformers import NAME, _config_problem
+from mem1_core.integrations.transformers import NAME, config_problem
 from mem1_core.ops.kv_cache import Keep, Positions, prune_kv_cache_
 
 
@@ -50,9 +50,9 @@ class SlotCache(Cache):
         """`dtype` and `device` are by default the model's; with a config its dtype and the CPU."""
         model = config_or_model if isinstance(config_or_model, PreTrainedModel) else None
         config: Any = config_or_model if model is None else model.config
-        problem = _config_problem(config)
+        problem = config_problem(config)
         config = config.get_text_config(decoder=True)
-        problem = problem or _config_problem(config) or _window_problem(config)
+        problem = problem or config_problem(config) or _window_problem(config)
         if not problem and model is not None and not model._supports_attention_backend:
             problem = f"wanted attention through the AttentionInterface, got {type(model).__name__}'s own"
         if problem:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mem1.slots import SlotCache, Step
+from mem1.slots import Slots, Step
 from mem1_core.integrations.transformers import NAME
 
 _GRAPH_TOKENS = 256  # captured decode steps see a multiple of this
@@ -49,7 +49,7 @@ class Engine:
         self.device, dtype = head.weight.device, head.weight.dtype
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.cache = SlotCache(config.num_hidden_layers, slots, kv_heads, head_dim, dtype, self.device)
+        self.cache = Slots(config.num_hidden_layers, slots, kv_heads, head_dim, dtype, self.device)
         # What a decode step reads: token, position and length before it, of each slot.
         self._inputs = torch.zeros(3, slots, dtype=torch.int64, device=self.device)
         self._graphs: dict[tuple[int, int], CapturedStep] = {}

@@ -20,7 +20,7 @@ from mem1_core.ops import prune_kv_cache_
 _FIRST_CAPACITY = 128  # tokens
 
 
-class SlotCache:
+class Slots:
     """kv: [layers, 2 (K, V), slots, capacity, Hkv, D]; it grows when a trajectory needs more.
 
     lengths: int64 [slots] on the host, the tokens in each slot.

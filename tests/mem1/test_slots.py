@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from mem1 import slots
-from mem1.slots import SlotCache, Step
+from mem1.slots import Slots, Step
 
 
-def filled(lengths: list[int], capacity: int = 24) -> SlotCache:
-    cache = SlotCache(2, len(lengths), 2, 8, torch.float32, torch.device("cpu"))
+def filled(lengths: list[int], capacity: int = 24) -> Slots:
+    cache = Slots(2, len(lengths), 2, 8, torch.float32, torch.device("cpu"))
     cache.reserve(capacity)
     cache.kv.copy_(torch.randn(cache.kv.shape, generator=torch.Generator().manual_seed(0)))
     cache.lengths = torch.tensor(lengths)
@@ -54,7 +54,7 @@ def test_a_wrong_mask_is_refused_before_anything_moves():
     assert torch.equal(cache.kv, before) and cache.lengths.tolist() == [10, 7]
 
 
-def naive_step(cache: SlotCache, rows, counts, query, key, value, scale):
+def naive_step(cache: Slots, rows, counts, query, key, value, scale):
     """What a forward must compute, row by row and query by query: [b, T, Hq, D], NaN in padding."""
     out = torch.full_like(query.transpose(1, 2), torch.nan)
     new, group = query.shape[2], query.shape[1] // key.shape[1]
