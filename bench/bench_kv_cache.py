@@ -3,8 +3,8 @@
 Peers: torch's gather into new memory, copied back; the slice cloned and copied back, where one range leaves;
 kvpress's way, a gather per layer into a new cache. GB/s count the entries that change their place, K and V of
 all layers, read once and written once, whatever a row really moves; a plain copy of as many bytes is the
-ceiling. In place, old and new places overlap and less memory is touched than by a copy: a figure somewhat
-over 100 % is no error.
+ceiling. In place, most of what is written over has just been read, so that less memory is touched than by a
+copy: a figure over 100 % is no error.
 
 On a CUDA device (`-k gpu`) figures are the time of the device, calls after one another, where a small cache
 stays in L2. In the tables of an idle device they are what a caller of one call waits, its launch included,

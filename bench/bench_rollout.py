@@ -165,7 +165,7 @@ def test_memory(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("mem1.rollout.Engine", recorded)
     turns = 64 if bench.measuring else 6
-    workload = Workload(1, turns, prompt=(40, 40), action=(12, 20), info=(220, 260))
+    workload = Workload(1, turns, prompt=(40, 40), action=(16, 16), info=(240, 240))
     model = policy(HEAVY_CACHE)
     sizes = {prune: memory_by_turn(model, workload, prune, engines) for prune in ("action", "never")}
     bounded, growing = ([memory.cache for memory in sizes[prune]] for prune in ("action", "never"))
@@ -175,9 +175,8 @@ def test_memory(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = [turn for turn in (1, 2, 4, 8, 16, 32, 64) if turn <= turns]
     lines = [
         f"memory of a rollout, MiB when the action of a turn is complete, {workload}",
-        "  turn".ljust(40),
+        "  turn".ljust(40) + "".join(f"{turn:>8}" for turn in shown),
     ]
-    lines[-1] += "".join(f"{turn:>8}" for turn in shown)
     for prune, agent in (("action", "MEM1"), ("never", "full context")):
         for what in Memory._fields:
             values = [getattr(sizes[prune][turn - 1], what) / MIB for turn in shown]

@@ -1,4 +1,4 @@
-"""What `bench_rollout.py` plays: episodes of drawn lengths; ours, and the peer, that play them; and their checks.
+"""What `bench_rollout.py` plays: episodes of drawn lengths; who plays them, ours and the peer; the checks of both.
 
 A policy with random weights never writes a tag, so lengths come from a script. In ours an expert's words are
 forced after the sampler has chosen (all of its work is done). `generate` writes, for each row, as many tokens

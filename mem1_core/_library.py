@@ -104,6 +104,7 @@ def _(
     page_size: int,
     pages: int,
     within_pages: bool,
+    compact: bool,
 ) -> tuple[Tensor, ...]:
     new = torch.empty_like(block_table), torch.empty_like(block_table), torch.empty_like(lengths)
     return *new, block_table.new_empty(pages)

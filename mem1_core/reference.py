@@ -114,9 +114,8 @@ def prune_paged_kv_cache_(
         if positions == "compact":
             moved[:, 0] = _rotate(moved[:, 0], target - alive, inv_freq)
         if gaps == "leave":  # from the rank in the sequence to the rank in the page
-            target += torch.repeat_interleave(
-                torch.arange(len(left)) * page - counts.cumsum(0) + counts, counts
-            )
+            shift = torch.arange(len(left), device=kv.device) * page - counts.cumsum(0) + counts
+            target += shift.repeat_interleave(counts)
         used = table[left[: int(target[-1]) // page + 1 if len(target) else 0]]
         kv[:, :, used[target // page], target % page] = moved
         before[table], after[used] = True, True

@@ -306,3 +306,23 @@ def test_compile(
     for ours, theirs in zip(tensors_of([got, got_after]), tensors_of([want, want_after]), strict=True):
         assert torch.equal(ours, theirs)
     assert same(memory(graph), memory(eager))
+
+
+@pytest.mark.parametrize("based", [False, True])
+def test_opcheck_prune_kv_cache(based: bool) -> None:
+    cache, length = torch.randn(3, 2, 2, 8, 2, 4), torch.tensor([8, 3], dtype=torch.int32)
+    keep = torch.rand(2, 8, generator=torch.Generator().manual_seed(0)) < 0.5
+    base = [torch.randn(2, 2, 8, 2, 4)] if based else []
+    encoded = torch.arange(16, dtype=torch.int32).view(2, 8) if based else None
+    inv_freq = torch.tensor([1.0, 0.1]) if based else None
+    keys, values = [cache[:2, 0].clone()], [cache[:2, 1].clone()]
+    arguments = keys, values, keep, None, length, inv_freq, base, encoded, None, None, False
+    torch.library.opcheck(_library.ops.prune_kv_cache_.default, arguments)
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_opcheck_prune_pages(within: bool) -> None:
+    table, length = torch.arange(6, dtype=torch.int32).view(2, 3), torch.tensor([11, 2], dtype=torch.int32)
+    ranges = torch.tensor([[[0, 2], [8, 11]], [[0, 0], [1, 2]]], dtype=torch.int32)
+    arguments = table, length, None, ranges, 4, 9, within, False
+    torch.library.opcheck(_library.ops.prune_pages.default, arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -154,9 +154,10 @@ def test_prune_paged_kv_cache_is_the_contiguous_one(positions: reference.Positio
     flat = kv[:, :, table.clamp(min=0).long()].flatten(3, 4)  # [2, 2, B, 12, H, D]
     wanted = reference.prune_kv_cache_(flat, keep, lengths, positions=positions, inv_freq=inv_freq)
     old_pages = set(table[table >= 0].tolist())
-    new, freed = reference.prune_paged_kv_cache_(
-        kv, keep, table, lengths, positions=positions, inv_freq=inv_freq
+    new, page_lengths, freed = reference.prune_paged_kv_cache_(
+        kv, keep, table, lengths, gaps="close", positions=positions, inv_freq=inv_freq
     )
+    assert torch.equal(page_lengths.sum(1), new)
     assert new.tolist() == wanted.tolist() and new[1] == 0
     assert 2 not in table and (table[1] == -1).all()
     for b, n in enumerate(new.tolist()):
@@ -167,13 +168,14 @@ def test_prune_paged_kv_cache_is_the_contiguous_one(positions: reference.Positio
     assert set(freed.nonzero()[:, 0].tolist()) == old_pages - set(table[table >= 0].tolist())
 
 
-def test_dropping_whole_pages_moves_nothing_and_shared_pages_stay() -> None:
+@pytest.mark.parametrize("gaps", ["close", "leave"])
+def test_dropping_whole_pages_moves_nothing_and_shared_pages_stay(gaps: Literal["close", "leave"]) -> None:
     kv = draw(1, 2, 6, 4, 1, 2)
     before = kv.clone()
     table = torch.tensor([[0, 1, 2], [0, 3, 4]])  # page 0 is a prompt that both share
     keep = torch.ones(2, 12, dtype=torch.bool)
     keep[:, 4:8] = False
-    new, freed = reference.prune_paged_kv_cache_(kv, keep, table, torch.tensor([11, 12]))
+    new, _, freed = reference.prune_paged_kv_cache_(kv, keep, table, torch.tensor([11, 12]), gaps=gaps)
     assert torch.equal(kv, before)
     assert table.tolist() == [[0, 2, -1], [0, 4, -1]] and new.tolist() == [7, 8]
     assert freed.tolist() == [False, True, False, True, False, False]

@@ -14,8 +14,8 @@ mem1_status validate_keep(const Params& p, int32_t rows, int32_t row_slots, mem1
              mem1_version(), p.struct_size);
   MEM1_CHECK(p.device == MEM1_CPU || p.device == MEM1_CUDA, error, "device: wanted MEM1_CPU or MEM1_CUDA, got %d",
              static_cast<int>(p.device));
-  MEM1_CHECK(p.batch >= 0 && rows >= 0 && row_slots >= 0, error,
-             "batch, rows, slots: wanted >= 0, got %d, %d, %d", p.batch, rows, row_slots);
+  MEM1_CHECK(p.batch >= 0 && rows >= 0 && row_slots >= 0, error, "batch, rows, slots: wanted >= 0, got %d, %d, %d",
+             p.batch, rows, row_slots);
   MEM1_CHECK(int64_t{rows} * row_slots <= (1 << 30), error, "slots: wanted at most 2^30 in a sequence, got %d x %d",
              rows, row_slots);
   MEM1_CHECK(int64_t{p.batch} * rows <= INT32_MAX, error, "batch: wanted at most 2^31 - 1 rows in all, got %d x %d",
@@ -34,11 +34,12 @@ mem1_status validate_keep(const Params& p, int32_t rows, int32_t row_slots, mem1
                static_cast<long long>(b), rows * row_slots, length);
     const Keep keep = keep_of(p, b);
     for (int32_t i = 0; keep.mask == nullptr && i < keep.range_count; ++i) {
-      MEM1_CHECK(range_is_valid(keep.ranges, i, length), error,
-                 "keep[%lld]: wanted ranges [begin, end) in order, not overlapping, up to the length %d, got [%d, %d) "
-                 "as range %d%s",
-                 static_cast<long long>(b), length, keep.ranges[2 * i], keep.ranges[2 * i + 1], i,
-                 i == 0 || keep.ranges[2 * i] >= keep.ranges[2 * i - 1] ? "" : ", which begins before the one before it ends");
+      MEM1_CHECK(
+          range_is_valid(keep.ranges, i, length), error,
+          "keep[%lld]: wanted ranges [begin, end) in order, not overlapping, up to the length %d, got [%d, %d) "
+          "as range %d%s",
+          static_cast<long long>(b), length, keep.ranges[2 * i], keep.ranges[2 * i + 1], i,
+          i == 0 || keep.ranges[2 * i] >= keep.ranges[2 * i - 1] ? "" : ", which begins before the one before it ends");
     }
   }
   return MEM1_OK;
@@ -83,6 +84,8 @@ mem1_status validate(const mem1_prune_pages_params* p, mem1_error* error) {
   MEM1_CHECK(p->pages >= 0, error, "pages: wanted >= 0, got %d", p->pages);
   MEM1_CHECK(p->within_pages == 0 || p->within_pages == 1, error, "within_pages: wanted 0 or 1, got %d",
              p->within_pages);
+  MEM1_CHECK(p->compact == 0 || (p->compact == 1 && p->within_pages == 0), error,
+             "compact: wanted 0, or 1 without within_pages, got %d", p->compact);
   if (p->batch == 0) return MEM1_OK;
   MEM1_CHECK(p->new_lengths != nullptr, error, "new_lengths: wanted a pointer, got NULL");
   MEM1_CHECK(p->page_uses != nullptr || p->pages == 0, error, "page_uses: wanted a pointer, got NULL");

@@ -17,19 +17,23 @@ constexpr int32_t kMostTurnedDim = 1024;
 // Bytes, 0 for what is no mem1_dtype.
 inline int32_t element_size(mem1_dtype dtype) {
   switch (dtype) {
-    case MEM1_FLOAT64: return 8;
-    case MEM1_FLOAT32: return 4;
+    case MEM1_FLOAT64:
+      return 8;
+    case MEM1_FLOAT32:
+      return 4;
     case MEM1_FLOAT16:
-    case MEM1_BFLOAT16: return 2;
-    case MEM1_BITS8: return 1;
+    case MEM1_BFLOAT16:
+      return 2;
+    case MEM1_BITS8:
+      return 1;
   }
   return 0;
 }
 
 // Which slots of a sequence stay; one way to ask for both forms.
 struct Keep {
-  const uint8_t* mask;     // [slots], or null
-  const int32_t* ranges;   // [range_count, 2]
+  const uint8_t* mask;    // [slots], or null
+  const int32_t* ranges;  // [range_count, 2]
   int32_t range_count;
 
   MEM1_HOST_DEVICE bool operator()(int32_t slot) const {

@@ -168,18 +168,23 @@ void turn_keys(const mem1_prune_kv_cache_params& p, int64_t b, const Piece& piec
   const Strides base{p.base_stride_row, p.base_stride_slot, p.base_stride_head};
   const Strides& read = p.base_keys == nullptr ? key : base;
   void* const* sources = p.base_keys == nullptr ? p.keys : p.base_keys;
-  const int64_t slots_of_sequence = int64_t{p.sequence_rows} * p.row_slots;
+  const int32_t* encoded =
+      p.base_keys == nullptr ? nullptr : p.base_positions + b * p.sequence_rows * p.row_slots + piece.source;
+  const auto delta = [&](int32_t i) {
+    return encoded == nullptr ? piece.target - piece.source : piece.target + i - encoded[i];
+  };
   const int32_t half = p.head_dim / 2;
-  for (int32_t i = 0; i < piece.slots; ++i) {
-    const int32_t source = piece.source + i;
-    const int32_t encoded = p.base_keys == nullptr ? source : p.base_positions[b * slots_of_sequence + source];
-    turn.set(piece.target + i - encoded, p.inv_freq, half);
+  for (int32_t begin = 0, end = 1; begin < piece.slots; begin = end, ++end) {
+    while (end < piece.slots && delta(end) == delta(begin)) ++end;
+    turn.set(delta(begin), p.inv_freq, half);
     for (int32_t layer = 0; layer < p.layers; ++layer) {
-      const T* from =
-          static_cast<const T*>(sources[layer]) + piece.from.row * read.row + (piece.from.slot + i) * read.slot;
-      T* to = static_cast<T*>(p.keys[layer]) + piece.to.row * key.row + (piece.to.slot + i) * key.slot;
-      for (int32_t h = 0; h < p.heads; ++h) {
-        turn_key(from + h * read.head, to + h * key.head, turn.cosine, turn.sine, half);
+      const T* from = static_cast<const T*>(sources[layer]) + piece.from.row * read.row + piece.from.slot * read.slot;
+      T* to = static_cast<T*>(p.keys[layer]) + piece.to.row * key.row + piece.to.slot * key.slot;
+      for (int32_t i = begin; i < end; ++i) {
+        for (int32_t h = 0; h < p.heads; ++h) {
+          turn_key(from + i * read.slot + h * read.head, to + i * key.slot + h * key.head, turn.cosine, turn.sine,
+                   half);
+        }
       }
     }
   }
@@ -235,11 +240,16 @@ void prune_kv_cache_cpu(const mem1_prune_kv_cache_params& p) {
     return;
   }
   switch (p.dtype) {
-    case MEM1_FLOAT64: return prune_turning<double, double>(p);
-    case MEM1_FLOAT32: return prune_turning<float, float>(p);
-    case MEM1_FLOAT16: return prune_turning<_Float16, float>(p);
-    case MEM1_BFLOAT16: return prune_turning<Bfloat16, float>(p);
-    case MEM1_BITS8: return;  // refused by the validation
+    case MEM1_FLOAT64:
+      return prune_turning<double, double>(p);
+    case MEM1_FLOAT32:
+      return prune_turning<float, float>(p);
+    case MEM1_FLOAT16:
+      return prune_turning<_Float16, float>(p);
+    case MEM1_BFLOAT16:
+      return prune_turning<Bfloat16, float>(p);
+    case MEM1_BITS8:
+      return;  // refused by the validation
   }
 }
 

@@ -59,6 +59,7 @@ struct Segment {
   int64_t b;
   int32_t index, first, stop;  // slots of the sequence
   bool reports;                // writes what is told once per segment, not per array
+  bool turns_itself;           // keys without a base: one whose page moves up in the table is turned where it lies
 };
 
 // Lists what the scan of the slots [first, first + count) has found. ranked: survivors of the segment before `first`.
@@ -98,7 +99,8 @@ __device__ void list_survivors(const Launch& a, const Segment& segment, const Sl
       list->sources[index[n]] = from[n];
       list->targets[index[n]] = to[n];
       if (kTurns) list->deltas[index[n]] = delta[n];
-      if (from[n].x != to[n].x || from[n].y != to[n].y) unmoved = min(unmoved, index[n]);
+      const bool moves = from[n].x != to[n].x || from[n].y != to[n].y || (segment.turns_itself && delta[n] != 0);
+      if (moves) unmoved = min(unmoved, index[n]);
     }
   }
   unmoved = __reduce_min_sync(kAllLanes, unmoved);
@@ -169,13 +171,15 @@ __global__ void __launch_bounds__(kThreads, std::is_void<T>::value ? 3 : 2)
   const int32_t sequence = at / a.columns / a.segments, b = sequence % p.batch, plane = sequence / p.batch;
 
   const int32_t length = p.lengths[b], segment_slots = a.segment_rows * p.row_slots;
-  Segment segment{b, index, index * segment_slots, 0, plane == 0 && column == 0 && strip == 0};
+  const bool turns = kTurns && plane < p.layers;
+  Segment segment{
+      b, index, index * segment_slots, 0, plane == 0 && column == 0 && strip == 0, turns && p.base_keys == nullptr};
   if (!sequence_is_valid<kThreads>(keep_of(p, b), length, static_cast<int64_t>(p.sequence_rows) * p.row_slots)) {
     return report(a, segment, [](int32_t) { return -1; });
   }
   segment.stop = segment.first + min(length - segment.first, segment_slots);
 
-  const int32_t halves = kTurns && plane < p.layers ? 2 : 1;  // a thread that turns has a unit of each
+  const int32_t halves = turns ? 2 : 1;  // a thread that turns has a unit of each
   const int32_t units = min(a.strip_units, a.column_units - strip * a.strip_units) / halves;
   const int32_t threads_per_row = max(units, 1), head_units = a.head_units / halves;
   Lane lane{static_cast<int32_t>(threadIdx.x) / threads_per_row, units == 0 ? 0 : kThreads / threads_per_row};
@@ -187,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, std::is_void<T>::value ? 3 : 2)
   };
   const Column own = column_of(a.arrays[plane], a.stride);
   if constexpr (kTurns) {
-    if (halves == 2) {
+    if (turns) {
       const bool has_base = p.base_keys != nullptr;
       const Column base = has_base ? column_of(a.arrays[2 * p.layers + plane], a.base_stride) : own;
       const Turner<Unit, T> turner(own, base, has_base, head_units * static_cast<int64_t>(sizeof(Unit)),

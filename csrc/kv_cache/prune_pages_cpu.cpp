@@ -55,9 +55,12 @@ int32_t changed_shared_page(const mem1_prune_pages_params& p) {
     for_each_page(p, b, [&](const Page& page) { ++p.page_uses[page.page]; });
   }
   for (int64_t b = 0; b < p.batch; ++b) {
-    bool aligned = true;  // so far the survivors fill whole pages
+    bool aligned = true;  // so far the survivors fill whole pages, and, if positions count, nothing has left
     for_each_page(p, b, [&](const Page& page) {
-      if (page.survivors == 0) return;
+      if (page.survivors == 0) {
+        aligned &= p.compact == 0;
+        return;
+      }
       const bool full = page.survivors == p.page_size;
       const bool kept = page.unmoved && (p.within_pages || (aligned && (full || page.last)));
       aligned &= full;

@@ -120,8 +120,8 @@ Tensor prune_kv_cache_on_cpu(at::TensorList keys, at::TensorList values, const s
 std::tuple<Tensor, Tensor, Tensor, Tensor> prune_pages_on_cpu(const Tensor& block_table, const Tensor& lengths,
                                                               const std::optional<Tensor>& mask,
                                                               const std::optional<Tensor>& ranges, int64_t page_size,
-                                                              int64_t pages, bool within_pages) {
-  return prune_pages(block_table, lengths, mask, ranges, page_size, pages, within_pages, 0);
+                                                              int64_t pages, bool within_pages, bool compact) {
+  return prune_pages(block_table, lengths, mask, ranges, page_size, pages, within_pages, compact, 0);
 }
 
 }  // namespace
@@ -151,7 +151,8 @@ TORCH_LIBRARY(mem1_core, m) {
   m.def(torch::schema(("prune_kv_cache_" + kv_cache + ") -> Tensor").c_str()));
   m.def(torch::schema(("_launch_prune_kv_cache_" + kv_cache + ", int stream) -> Tensor").c_str()));
   const std::string pages =
-      "(Tensor block_table, Tensor lengths, Tensor? mask, Tensor? ranges, int page_size, int pages, bool within_pages";
+      "(Tensor block_table, Tensor lengths, Tensor? mask, Tensor? ranges, int page_size, int pages, bool within_pages, "
+      "bool compact";
   const std::string result = ") -> (Tensor new_block_table, Tensor page_lengths, Tensor new_lengths, Tensor page_uses)";
   m.def(torch::schema(("prune_pages" + pages + result).c_str()));
   m.def(torch::schema(("_launch_prune_pages" + pages + ", int stream" + result).c_str()));

@@ -19,11 +19,16 @@ using OptionalTensor = std::optional<Tensor>;
 
 mem1_dtype dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case at::kFloat: return MEM1_FLOAT32;
-    case at::kHalf: return MEM1_FLOAT16;
-    case at::kBFloat16: return MEM1_BFLOAT16;
-    case at::kDouble: return MEM1_FLOAT64;
-    default: break;
+    case at::kFloat:
+      return MEM1_FLOAT32;
+    case at::kHalf:
+      return MEM1_FLOAT16;
+    case at::kBFloat16:
+      return MEM1_BFLOAT16;
+    case at::kDouble:
+      return MEM1_FLOAT64;
+    default:
+      break;
   }
   TORCH_CHECK_TYPE(t.element_size() == 1, "kv: wanted float32, bfloat16, float16, float64 or a type of one byte, got ",
                    t.scalar_type());
@@ -36,17 +41,74 @@ struct Arrays {
   int64_t stride_row, stride_slot, stride_head;
 };
 
-void check_no_overlap(const char* name, const Tensor& t) {
-  std::array<std::pair<int64_t, int64_t>, 5> dims;  // stride, size
+using Dims = std::array<std::pair<int64_t, int64_t>, 5>;  // stride, size; the largest stride first
+
+Dims dims_of(const Tensor& t) {
+  Dims dims;
   for (int64_t d = 0; d < 5; ++d) dims[d] = {t.size(d) == 1 ? 0 : t.stride(d), t.size(d)};
-  std::sort(dims.begin(), dims.end());
-  int64_t reach = 1;
-  for (const auto& [stride, size] : dims) {
-    if (size == 1) continue;
-    TORCH_CHECK_VALUE(stride >= reach, name, ": wanted no two entries at one address, got strides ", t.strides(),
-                      " for shape ", t.sizes());
-    reach = stride * size;
+  std::sort(dims.rbegin(), dims.rend());
+  return dims;
+}
+
+// Whether two entries of an array lie `distance` elements apart. Strides are nested: each is at least the extent of all
+// smaller ones, so only two steps along a dimension can lead there.
+bool reaches(const Dims& dims, size_t d, int64_t distance) {
+  if (d == dims.size()) return distance == 0;
+  const auto [stride, size] = dims[d];
+  if (size == 1) return reaches(dims, d + 1, distance);
+  const int64_t steps = distance / stride;
+  for (const int64_t step : {steps - 1, steps, steps + 1}) {
+    if (std::abs(step) < size && reaches(dims, d + 1, distance - step * stride)) return true;
   }
+  return false;
+}
+
+int64_t extent(const Dims& dims) {
+  int64_t last = 0;
+  for (const auto& [stride, size] : dims) last += stride * (size - 1);
+  return last + 1;
+}
+
+// No two entries of the cache at one address: within a tensor, nor in two of them.
+void check_apart(const std::vector<std::pair<const char*, Tensor>>& tensors) {
+  struct Array {
+    const char* name;
+    const char* begin;
+    const char* end;
+    Dims dims;
+    int64_t element;
+  };
+  std::vector<Array> arrays;
+  for (const auto& [name, t] : tensors) {
+    if (t.numel() == 0) continue;
+    const Dims dims = dims_of(t);
+    int64_t reach = 1;
+    for (auto dim = dims.rbegin(); dim != dims.rend(); ++dim) {
+      if (dim->second == 1) continue;
+      TORCH_CHECK_VALUE(dim->first >= reach, name, ": wanted no two entries at one address, got strides ", t.strides(),
+                        " for shape ", t.sizes());
+      reach = dim->first * dim->second;
+    }
+    const auto* begin = static_cast<const char*>(t.const_data_ptr());
+    arrays.push_back({name, begin, begin + extent(dims) * t.element_size(), dims, t.element_size()});
+  }
+  std::sort(arrays.begin(), arrays.end(), [](const Array& a, const Array& b) { return a.begin < b.begin; });
+  for (size_t n = 0; n < arrays.size(); ++n) {
+    for (size_t m = n + 1; m < arrays.size() && arrays[m].begin < arrays[n].end; ++m) {
+      // They interleave, as views of one tensor do. With the same strides it is clear whether they meet; else they may.
+      const int64_t bytes = arrays[m].begin - arrays[n].begin;
+      const bool alike = arrays[n].dims == arrays[m].dims && bytes % arrays[n].element == 0;
+      TORCH_CHECK_VALUE(alike && !reaches(arrays[n].dims, 0, bytes / arrays[n].element), arrays[m].name,
+                        ": wanted keys, values and layers apart in memory, got tensors that share some of it");
+    }
+  }
+}
+
+bool same_strides(const Tensor& t, const Tensor& first) {
+  for (int64_t d = 1; d < 4; ++d) {
+    if (t.size(d) != 1 && t.stride(d) != first.stride(d)) return false;
+  }
+  return true;
 }
 
 Arrays arrays_of(const char* name, at::TensorList tensors, const Tensor& first) {
@@ -58,17 +120,21 @@ Arrays arrays_of(const char* name, at::TensorList tensors, const Tensor& first) 
                      first.scalar_type(), ", got ", t.scalar_type());
     TORCH_CHECK_VALUE(t.device() == first.device(), name, ": wanted all layers on ", first.device(), ", got one on ",
                       t.device());
-    TORCH_CHECK_VALUE(t.strides().slice(1) == first.strides().slice(1), name, ": wanted one set of strides in all ",
-                      "layers, ", first.strides().slice(1), ", got ", t.strides().slice(1));
+    TORCH_CHECK_VALUE(same_strides(t, first), name, ": wanted one set of strides in all layers, ",
+                      first.strides().slice(1), ", got ", t.strides().slice(1));
     TORCH_CHECK_VALUE(t.stride(4) == 1 || t.size(4) <= 1, name, ": wanted a contiguous last dimension, got stride ",
                       t.stride(4));
-    if (t.numel() != 0) check_no_overlap(name, t);
     auto* data = static_cast<char*>(t.data_ptr());
     for (int64_t layer = 0; layer < t.size(0); ++layer) {
       arrays.pointers.push_back(data + layer * t.stride(0) * t.element_size());
     }
   }
   return arrays;
+}
+
+// Autograd then knows that what it saved is gone.
+void changed(at::TensorList tensors) {
+  for (const Tensor& t : tensors) t.unsafeGetTensorImpl()->bump_version();
 }
 
 const Tensor& checked(const char* name, const Tensor& t, const Tensor& like, at::ScalarType dtype,
@@ -102,8 +168,8 @@ void set_keep(Params& p, const OptionalTensor& mask, const OptionalTensor& range
     static const uint8_t kNothing = 0;  // an empty tensor has no address
     if (p.mask == nullptr) p.mask = &kNothing;
   } else {
-    TORCH_CHECK_VALUE(ranges->dim() == 3 && ranges->size(0) == p.batch && ranges->size(2) == 2,
-                      "keep: wanted ranges [", p.batch, ", count, 2], got shape ", ranges->sizes());
+    TORCH_CHECK_VALUE(ranges->dim() == 3 && ranges->size(0) == p.batch && ranges->size(2) == 2, "keep: wanted ranges [",
+                      p.batch, ", count, 2], got shape ", ranges->sizes());
     p.ranges = table("keep", ranges, lengths, ranges->sizes());
     p.range_count = static_cast<int32_t>(ranges->size(1));
   }
@@ -132,11 +198,24 @@ mem1_prune_kv_cache_params slice(mem1_prune_kv_cache_params p, int64_t b, int64_
   return p;
 }
 
-void prune_on_threads(mem1_prune_kv_cache_params p) {
+// Row numbers that the slots below `length` of sequence b are looked up in.
+void check_rows(const mem1_prune_kv_cache_params& p, const int32_t* table, int64_t b, int64_t length, int64_t rows) {
+  for (int64_t at = 0; table != nullptr && at * p.row_slots < length; ++at) {
+    const int32_t row = table[b * p.sequence_rows + at];
+    TORCH_CHECK_VALUE(row >= 0 && row < rows, "block_table[", b, ", ", at, "]: wanted a page below ", rows, ", got ",
+                      row);
+  }
+}
+
+void prune_on_threads(mem1_prune_kv_cache_params p, int64_t cache_rows) {
   mem1_error error{};
   const int64_t layers = p.layers;
   p.layers = 0;  // first no more than the checks and the counts: a refused call touches nothing
   check(mem1_prune_kv_cache(&p, nullptr, &error), error);
+  for (int64_t b = 0; b < p.batch; ++b) {
+    check_rows(p, p.source_rows, b, p.lengths[b], cache_rows);
+    if (p.within_rows == 0) check_rows(p, p.target_rows, b, p.new_lengths[b], cache_rows);
+  }
   std::vector<int32_t> rows;
   if (p.source_rows == nullptr) {
     for (int32_t b = 0; b < p.batch; ++b) rows.push_back(b);
@@ -220,15 +299,23 @@ Tensor prune_kv_cache_(at::TensorList keys, at::TensorList values, const Optiona
     new_base_positions = base_positions->clone();
     p.new_base_positions = new_base_positions.data_ptr<int32_t>();
   }
+  std::vector<std::pair<const char*, Tensor>> all;
+  for (const Tensor& t : keys) all.emplace_back("kv", t);
+  for (const Tensor& t : values) all.emplace_back("kv", t);
+  for (const Tensor& t : base_keys) all.emplace_back("base_keys", t);
+  check_apart(all);
   const Tensor new_lengths = at::empty({p.batch * (within_rows ? p.sequence_rows : 1)}, lengths.options());
   p.new_lengths = new_lengths.data_ptr<int32_t>();
   if (first.numel() == 0) p.layers = 0;  // there are no addresses, only counts
   if (p.device == MEM1_CPU) {
-    prune_on_threads(p);
+    prune_on_threads(p, first.size(1));
   } else {
     mem1_error error{};
     check(mem1_prune_kv_cache(&p, reinterpret_cast<void*>(cuda_stream), &error), error);
   }
+  changed(keys);
+  changed(values);
+  changed(base_keys);
   if (base_positions.has_value() && !base_keys.empty()) base_positions->copy_(new_base_positions);
   return new_lengths;
 }
@@ -236,7 +323,7 @@ Tensor prune_kv_cache_(at::TensorList keys, at::TensorList values, const Optiona
 std::tuple<Tensor, Tensor, Tensor, Tensor> prune_pages(const Tensor& block_table, const Tensor& lengths,
                                                        const OptionalTensor& mask, const OptionalTensor& ranges,
                                                        int64_t page_size, int64_t pages, bool within_pages,
-                                                       int64_t cuda_stream) {
+                                                       bool compact, int64_t cuda_stream) {
   TORCH_CHECK_VALUE(block_table.dim() == 2, "block_table: wanted [sequences, pages], got ", block_table.sizes());
   mem1_prune_pages_params p{};
   p.struct_size = sizeof(p);
@@ -246,6 +333,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prune_pages(const Tensor& block_table
   p.page_size = narrow("page_size", page_size);
   p.pages = narrow("pages", pages);
   p.within_pages = within_pages;
+  p.compact = compact;
   p.block_table = table("block_table", block_table, lengths, block_table.sizes());
   set_keep(p, mask, ranges, lengths, int64_t{p.sequence_pages} * p.page_size);
   const Tensor new_table = at::empty_like(block_table), page_lengths = at::empty_like(block_table);

@@ -39,7 +39,8 @@ at::Tensor prune_kv_cache_(at::TensorList keys, at::TensorList values, const std
 // Returns the new table, the survivors of each of its pages, the new lengths and the uses of each page of the cache.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> prune_pages(
     const at::Tensor& block_table, const at::Tensor& lengths, const std::optional<at::Tensor>& mask,
-    const std::optional<at::Tensor>& ranges, int64_t page_size, int64_t pages, bool within_pages, int64_t cuda_stream);
+    const std::optional<at::Tensor>& ranges, int64_t page_size, int64_t pages, bool within_pages, bool compact,
+    int64_t cuda_stream);
 
 namespace cpu {
 struct Plan;

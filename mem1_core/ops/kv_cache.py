@@ -198,7 +198,7 @@ def prune_paged_kv_cache_(
         _copy_back(values, stacked[:, 1])
         return PagedPrune(*result)
     table, page_lengths, new_lengths, uses = _library.ops.prune_pages(
-        block_table, lengths_32, mask, ranges, page, pages, within
+        block_table, lengths_32, mask, ranges, page, pages, within, positions == "compact"
     )
     _library.ops.prune_kv_cache_(
         keys,
@@ -224,16 +224,23 @@ def _layers(kv: KVCache, name: str) -> tuple[list[Tensor], list[Tensor]]:
             raise ValueError(f"{name}: wanted [layers, 2, rows, slots, heads, dim], got {_told(kv)}")
         keys, values = [kv[:, 0]], [kv[:, 1]]
     else:
+        if not isinstance(kv, Sequence):
+            raise TypeError(f"{name}: wanted a tensor or a sequence of layers, got {_told(kv)}")
         layers: list[Any] = list(kv)
         if not layers:
             raise ValueError(f"{name}: wanted at least one layer, got none")
         for n, pair in enumerate(layers):
-            if len(pair) != 2 or not all(isinstance(x, Tensor) and x.dim() == 4 for x in pair):
-                raise ValueError(f"{name}[{n}]: wanted a pair of tensors [rows, slots, heads, dim]")
+            if not isinstance(pair, Tensor | Sequence) or not all(isinstance(x, Tensor) for x in pair):
+                raise TypeError(f"{name}[{n}]: wanted a pair of tensors, got {_told(pair)}")
+            if len(pair) != 2 or not all(x.dim() == 4 for x in pair):
+                got = [list(x.shape) for x in pair]
+                raise ValueError(f"{name}[{n}]: wanted two of [rows, slots, heads, dim], got {got}")
         keys, values = ([pair[which][None] for pair in layers] for which in (0, 1))
     for tensor in (*keys, *values):
         if torch.is_grad_enabled() and tensor.requires_grad:
             raise ValueError(f"{name}: wanted a cache without gradients, got one that requires them")
+    if keys[0].element_size() == 1:  # which of the types of one byte does not matter to who moves them
+        keys, values = ([x.view(torch.uint8) for x in tensors] for tensors in (keys, values))
     return keys, values
 
 
@@ -256,7 +263,7 @@ def _integers(name: str, values: Tensor, like: Tensor) -> Tensor:
         raise TypeError(f"{name}: wanted an integer tensor, got {_told(values)}")
     if values.device != like.device:
         raise ValueError(f"{name}: wanted the device of kv, {like.device}, got {values.device}")
-    return values if values.dtype == torch.int32 else values.clamp(-1, _MOST).to(torch.int32)
+    return values if values.dtype == torch.int32 else values.long().clamp(-1, _MOST).int()
 
 
 def _keep(keep: Keep, batch: int, slots: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -280,11 +287,15 @@ def _keep(keep: Keep, batch: int, slots: int, like: Tensor) -> tuple[Tensor | No
 
 
 def _padded(keep: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
-    rows = [[tuple(pair) for pair in row] for row in keep]
-    for n, row in enumerate(rows):
-        if any(len(pair) != 2 or not all(isinstance(x, int) for x in pair) for pair in row):
-            raise TypeError(f"keep[{n}]: wanted pairs (begin, end) of integers, got {row}")
-    count = max(map(len, rows), default=0)
+    if not isinstance(keep, Sequence):
+        raise TypeError(f"keep: wanted a mask or ranges, got {_told(keep)}")
+    rows: list[list[Any]] = []
+    for n, row in enumerate(keep):
+        sound = isinstance(row, Sequence) and all(isinstance(pair, Sequence) for pair in row)
+        if not sound or any(len(pair) != 2 or not all(isinstance(x, int) for x in pair) for pair in row):
+            raise TypeError(f"keep[{n}]: wanted pairs (begin, end) of integers, got {row!r}")
+        rows.append([tuple(pair) for pair in row])
+    count = max([0, *map(len, rows)])
     ends = [row[-1][1] if row else 0 for row in rows]  # padding is empty ranges behind the last
     filled = [[*row, *[(end, end)] * (count - len(row))] for row, end in zip(rows, ends, strict=True)]
     return torch.tensor(filled, dtype=torch.int64, device="cpu").reshape(len(rows), count, 2)

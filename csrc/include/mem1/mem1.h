@@ -120,10 +120,10 @@ typedef struct mem1_prune_kv_cache_params {
   int32_t row_slots;
   int32_t heads;
   int32_t head_dim;
-  int32_t within_rows;  /* 0 or 1 */
-  void* const* keys;    /* [layers] -> [rows, row_slots, heads, head_dim], the last dimension contiguous */
-  void* const* values;  /* [layers] likewise */
-  int64_t stride_row;   /* in elements, as all strides; the same for keys and values of all layers */
+  int32_t within_rows; /* 0 or 1 */
+  void* const* keys;   /* [layers] -> [rows, row_slots, heads, head_dim], the last dimension contiguous */
+  void* const* values; /* [layers] likewise */
+  int64_t stride_row;  /* in elements, as all strides; the same for keys and values of all layers */
   int64_t stride_slot;
   int64_t stride_head;
   const int32_t* source_rows; /* [batch, sequence_rows] contiguous, or NULL; entries beyond the length are not read */
@@ -133,8 +133,8 @@ typedef struct mem1_prune_kv_cache_params {
   int64_t mask_stride_batch;
   const int32_t* ranges; /* [batch, range_count, 2] contiguous, or NULL */
   int32_t range_count;
-  const float* inv_freq;         /* [head_dim / 2] angular frequencies, or NULL: positions are kept */
-  void* const* base_keys;        /* [layers] as keys, or NULL */
+  const float* inv_freq;  /* [head_dim / 2] angular frequencies, or NULL: positions are kept */
+  void* const* base_keys; /* [layers] as keys, or NULL */
   int64_t base_stride_row;
   int64_t base_stride_slot;
   int64_t base_stride_head;
@@ -161,6 +161,7 @@ typedef struct mem1_prune_pages_params {
   int32_t page_size;
   int32_t pages; /* of the cache */
   int32_t within_pages;
+  int32_t compact; /* 0 or 1: keys get the positions of their new slots, which changes pages that do not move */
   const int32_t* block_table; /* [batch, sequence_pages] contiguous, pages in use 0 <= page < pages */
   const int32_t* lengths;     /* [batch] */
   const uint8_t* mask;        /* as above: [batch, sequence_pages * page_size], or NULL */
@@ -170,7 +171,7 @@ typedef struct mem1_prune_pages_params {
   int32_t* new_block_table; /* [batch, sequence_pages], another array */
   int32_t* page_lengths;    /* [batch, sequence_pages]: survivors in each page of the new table, 0 behind */
   int32_t* new_lengths;     /* [batch]; -1 for a sequence that CUDA refused: its table is copied as it is */
-  int32_t* page_uses;       /* [pages], zeroed by the caller: bit 0 a sequence has dropped the page, bit 1 one uses it */
+  int32_t* page_uses; /* [pages], zeroed by the caller: bit 0 a sequence has dropped the page, bit 1 one uses it */
 } mem1_prune_pages_params;
 
 MEM1_API mem1_status mem1_prune_pages(const mem1_prune_pages_params* params, void* cuda_stream, mem1_error* error);
