@@ -1,7 +1,7 @@
-"""What `bench_rollout.py` plays: episodes of drawn lengths; who plays them, ours and the peer; the checks of both.
+"""The task of `bench_rollout.py`: episodes of drawn lengths, who plays them, and how both are checked.
 
 A policy with random weights never writes a tag, so lengths come from a script. In ours an expert's words are
-forced after the sampler has chosen (all of its work is done). `generate` writes, for each row, as many tokens
+forced after the sampler has chosen: all of its work is done. `generate` writes, for every row, as many tokens
 as the longest action of its batch has, since a batched agent loop waits for that one, and goes on with as
 many of them as the row's own action has. It keeps no log-probs and need not tokenise the answers.
 """
@@ -65,8 +65,8 @@ class Workload:
 
     def __str__(self) -> str:
         spans = (("prompt", self.prompt), ("action", self.action), ("info", self.info))
-        drawn = ", ".join(f"{name} {least} to {most}" for name, (least, most) in spans)
-        return f"{self.episodes} episodes of {self.turns} turns ({drawn})"
+        drawn = ", ".join(f"{name} {'-'.join(map(str, sorted({*span})))}" for name, span in spans)
+        return f"{self.episodes} episode{'s' * (self.episodes > 1)} of {self.turns} turns ({drawn})"
 
 
 class RandomWords:

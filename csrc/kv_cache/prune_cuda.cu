@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int64_t kEnoughBlocks = 1024;  // fewer: narrower strips
+constexpr int64_t kEnoughBlocks = 256;  // two for each multiprocessor of a large GPU; fewer: narrower strips
 
 using Slots = Scan<kThreads>;
 
@@ -45,13 +45,13 @@ struct Launch {
 };
 static_assert(sizeof(Launch) <= 4096, "kernel parameters");
 
-// The survivors of a chunk of slots; the last entries are written for nothing.
+// The survivors of a chunk of slots. One that is left as it is and where it is has no place: its rows are -1.
 template <bool kTurns>
 struct Survivors {
-  int2 sources[Slots::kMost + 1];
-  int2 targets[Slots::kMost + 1];
-  int32_t deltas[kTurns ? Slots::kMost + 1 : 1];  // positions by which the key is turned
-  int32_t unmoved[kWarps];                        // the first one not in its place, found by each warp
+  int2 sources[Slots::kMost];
+  int2 targets[Slots::kMost];
+  int32_t deltas[kTurns ? Slots::kMost : 1];  // positions by which the key is turned
+  int32_t first_touched[kWarps];              // the first one with a place, found by each warp
 };
 
 // What a block prunes.
@@ -59,7 +59,7 @@ struct Segment {
   int64_t b;
   int32_t index, first, stop;  // slots of the sequence
   bool reports;                // writes what is told once per segment, not per array
-  bool turns_itself;           // keys without a base: one whose page moves up in the table is turned where it lies
+  bool turns;                  // the array's entries are turned
 };
 
 // Lists what the scan of the slots [first, first + count) has found. ranked: survivors of the segment before `first`.
@@ -74,11 +74,11 @@ __device__ void list_survivors(const Launch& a, const Segment& segment, const Sl
   const auto place = [&](const int32_t* rows, int32_t row, int32_t slot) {
     return make_int2(rows == nullptr ? static_cast<int32_t>(b) : rows[row], slot - row * p.row_slots);
   };
-  int32_t unmoved = Slots::kMost;
+  int32_t first_touched = Slots::kMost;
 #pragma unroll 1
   for (int32_t at = threadIdx.x; at < count; at += kTogether * kThreads) {
     // Tables first, without a branch, so that these reads are on their way at once; a slot that does not stay acts as
-    // the first one and is listed nowhere.
+    // the first one meanwhile.
     int2 from[kTogether], to[kTogether];
     int32_t index[kTogether], delta[kTogether];
 #pragma unroll
@@ -89,22 +89,28 @@ __device__ void list_survivors(const Launch& a, const Segment& segment, const Sl
       // A row begins in this chunk or, when it is larger than a chunk, is all of its segment.
       const int32_t before_row = slots.rank(max(row_item, 0)) - (row_item < 0 ? ranked : 0);
       const int32_t target = p.within_rows ? first + row_item + rank - before_row : ranked + rank;
-      index[n] = stays ? rank : Slots::kMost;
+      index[n] = stays ? rank : -1;
       from[n] = place(source_rows, row, slot);
       to[n] = place(target_rows, a.row_slots(target), target);
       delta[n] = kTurns ? target - (p.base_keys == nullptr ? slot : p.base_positions[sequence + slot]) : 0;
     }
 #pragma unroll
     for (int n = 0; n < kTogether; ++n) {
+      if (index[n] < 0) continue;
+      // A key in its place may still have to be turned: pages before its own have left, or it is made from its base.
+      const bool turns = segment.turns && (p.base_keys != nullptr || delta[n] != 0);
+      if (from[n].x == to[n].x && from[n].y == to[n].y && !turns) {
+        from[n].x = to[n].x = -1;
+      } else {
+        first_touched = min(first_touched, index[n]);
+      }
       list->sources[index[n]] = from[n];
       list->targets[index[n]] = to[n];
       if (kTurns) list->deltas[index[n]] = delta[n];
-      const bool moves = from[n].x != to[n].x || from[n].y != to[n].y || (segment.turns_itself && delta[n] != 0);
-      if (moves) unmoved = min(unmoved, index[n]);
     }
   }
-  unmoved = __reduce_min_sync(kAllLanes, unmoved);
-  if (threadIdx.x % kWarp == 0) list->unmoved[threadIdx.x / kWarp] = unmoved;
+  first_touched = __reduce_min_sync(kAllLanes, first_touched);
+  if (threadIdx.x % kWarp == 0) list->first_touched[threadIdx.x / kWarp] = first_touched;
 }
 
 __device__ void write_positions(const mem1_prune_kv_cache_params& p, const Segment& segment, const Slots& slots,
@@ -150,10 +156,10 @@ __device__ void prune(const Launch& a, const Segment& segment, Worker worker, La
     __syncthreads();
     survivors += found;
     if (lane.rows == 0) continue;
-    int32_t unmoved = found;
+    int32_t begin = found;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) unmoved = min(unmoved, list->unmoved[w]);
-    stream(worker, *list, worker.begin(unmoved), found, lane);
+    for (int w = 0; w < kWarps; ++w) begin = min(begin, list->first_touched[w]);
+    stream(worker, *list, begin, found, lane);
   }
   if (!small_rows || segment.first >= segment.stop) report(a, segment, [&](int32_t) { return survivors; });
 }
@@ -172,8 +178,7 @@ __global__ void __launch_bounds__(kThreads, std::is_void<T>::value ? 3 : 2)
 
   const int32_t length = p.lengths[b], segment_slots = a.segment_rows * p.row_slots;
   const bool turns = kTurns && plane < p.layers;
-  Segment segment{
-      b, index, index * segment_slots, 0, plane == 0 && column == 0 && strip == 0, turns && p.base_keys == nullptr};
+  Segment segment{b, index, index * segment_slots, 0, plane == 0 && column == 0 && strip == 0, turns};
   if (!sequence_is_valid<kThreads>(keep_of(p, b), length, static_cast<int64_t>(p.sequence_rows) * p.row_slots)) {
     return report(a, segment, [](int32_t) { return -1; });
   }
@@ -186,14 +191,14 @@ __global__ void __launch_bounds__(kThreads, std::is_void<T>::value ? 3 : 2)
   if (lane.row >= lane.rows) lane.row = Slots::kMost;  // would have an incomplete row: idle
   const int32_t unit = strip * a.strip_units / halves + static_cast<int32_t>(threadIdx.x) % threads_per_row;
   const int64_t head = column + unit / head_units, offset = unit % head_units * static_cast<int64_t>(sizeof(Unit));
-  const auto column_of = [&](char* array, const Strides& stride) {
-    return Column{array + head * stride.head + offset, stride.row, stride.slot};
+  const auto column_of = [&](int32_t array, const Strides& stride) {
+    return Column{a.arrays[array] + head * stride.head + offset, stride.row, stride.slot};
   };
-  const Column own = column_of(a.arrays[plane], a.stride);
+  const Column own = column_of(plane, a.stride);
   if constexpr (kTurns) {
     if (turns) {
       const bool has_base = p.base_keys != nullptr;
-      const Column base = has_base ? column_of(a.arrays[2 * p.layers + plane], a.base_stride) : own;
+      const Column base = column_of(has_base ? 2 * p.layers + plane : plane, has_base ? a.base_stride : a.stride);
       const Turner<Unit, T> turner(own, base, has_base, head_units * static_cast<int64_t>(sizeof(Unit)),
                                    p.inv_freq + offset / sizeof(T));
       return prune(a, segment, turner, lane, &slots, &list);
@@ -253,8 +258,7 @@ Access lay_out(const mem1_prune_kv_cache_params& p, int64_t blocks, Launch* a) {
       bits |= reinterpret_cast<uintptr_t>(of_layer[i]);
     }
   }
-  const bool across_heads =
-      p.heads == 1 || (p.stride_head == p.head_dim && (!has_base || p.base_stride_head == p.head_dim));
+  const bool across_heads = p.heads == 1 || p.stride_head == p.head_dim;
   const int64_t column = p.head_dim * element * (across_heads ? p.heads : 1);
   // What is only moved is one stretch, whatever the head dim; the halves of heads are turned each in its place.
   const int64_t head = turns ? p.head_dim * element : column;

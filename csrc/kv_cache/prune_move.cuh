@@ -24,9 +24,6 @@ struct Mover {
   using Piece = Unit;
   Column column;
 
-  // Told how many of the listed survivors, the first ones, lie in their places; answers with which one to begin.
-  __device__ int32_t begin(int32_t unmoved) { return unmoved; }
-
   __device__ void load(int2 source, Piece* piece) const { *piece = *reinterpret_cast<const Unit*>(column.at(source)); }
   template <typename List>
   __device__ void store(const List&, int32_t, int2 target, const Piece& piece) {
@@ -68,23 +65,16 @@ struct Turner {
   bool has_base;
   int64_t half;              // bytes from the first half to the second
   const float* frequencies;  // of the first element
-  int32_t unmoved;
   int32_t delta;
   Wide cosine[kElements], sine[kElements];
 
   __device__ Turner(Column keys, Column base, bool has_base, int64_t half, const float* frequencies)
-      : keys(keys), base(base), has_base(has_base), half(half), frequencies(frequencies), unmoved(0), delta(0) {
+      : keys(keys), base(base), has_base(has_base), half(half), frequencies(frequencies), delta(0) {
 #pragma unroll
     for (int e = 0; e < kElements; ++e) {
       cosine[e] = 1;
       sine[e] = 0;
     }
-  }
-
-  // A key is made anew from its base wherever that lies.
-  __device__ int32_t begin(int32_t unmoved_survivors) {
-    unmoved = unmoved_survivors;
-    return has_base ? 0 : unmoved;
   }
 
   __device__ void load(int2 source, Piece* piece) const {
@@ -113,7 +103,7 @@ struct Turner {
     memcpy(&turned.first, first, sizeof(Unit));
     memcpy(&turned.second, second, sizeof(Unit));
     put(keys, target, turned);
-    if (has_base && i >= unmoved) put(base, target, piece);
+    if (has_base && (list.sources[i].x != target.x || list.sources[i].y != target.y)) put(base, target, piece);
   }
 
   __device__ void put(const Column& column, int2 target, const Piece& piece) const {
@@ -130,7 +120,7 @@ struct Lane {
 
 // Moves the survivors [begin, count) of the list. In place this needs no scratch: targets ascend with their sources and
 // never lie behind them, so that what a tile stores lies before the sources of all later tiles, which may be loaded
-// already. Only within a tile must the loads come before the stores, which takes one barrier.
+// already. Only within a tile must the loads come before the stores: one barrier when two tiles have been loaded.
 template <typename Worker, typename List>
 __device__ void stream(Worker& worker, const List& list, int32_t begin, int32_t count, Lane lane) {
   constexpr int kPieces = Worker::kPieces;
@@ -144,7 +134,7 @@ __device__ void stream(Worker& worker, const List& list, int32_t begin, int32_t 
 #pragma unroll
     for (int k = 0; k < kPieces; ++k) {
       const int32_t i = at + k * lane.rows + lane.row;
-      if (i < count) visit(k, i, of_row[k]);
+      if (i < count && of_row[k].x >= 0) visit(k, i, of_row[k]);
     }
   };
   const auto load = [&](Piece(&pieces)[kPieces], int32_t at) {
@@ -163,7 +153,6 @@ __device__ void stream(Worker& worker, const List& list, int32_t begin, int32_t 
     __syncthreads();
     store(even, at);
     load(even, at + 2 * tile);
-    __syncthreads();
     store(odd, at + tile);
   }
 }
