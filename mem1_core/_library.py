@@ -77,6 +77,13 @@ def _tile_plan_cuda(evict: Tensor, block_q: int, block_k: int) -> tuple[Tensor, 
 torch.library.impl("mem1_core::tile_plan", "cuda", _tile_plan_cuda)
 
 
+@torch.library.register_fake("mem1_core::cached_attention")
+def _(
+    q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, lengths: Tensor, counts: Tensor, scale: float
+) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
 @torch.library.register_fake("mem1_core::prune_kv_cache_")
 def _(
     keys: list[Tensor],

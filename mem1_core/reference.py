@@ -50,6 +50,27 @@ def trajectory_attention(
     return (out, score.logsumexp(-1)) if return_lse else out
 
 
+def cached_attention(
+    q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, lengths: Tensor, counts: Tensor, scale: float
+) -> Tensor:
+    """Row b of q [B, T, Hq, D] holds the last counts[b] of the lengths[b] tokens in slot rows[b] of keys and
+    values [slots, capacity, Hkv, D], padded on the left: query t sees the entries before `lengths - T + t +
+    1`. Returns [B, T, Hq, D], 0 for padding. rows, lengths, counts int [B].
+    """
+    out, group = torch.zeros_like(q), q.shape[2] // keys.shape[2]
+    for b, (row, length, count) in enumerate(
+        zip(rows.tolist(), lengths.tolist(), counts.tolist(), strict=True)
+    ):
+        first = q.shape[1] - count
+        key, value = (_wide(x[row, :length]).repeat_interleave(group, 1) for x in (keys, values))
+        score = torch.einsum("thd,shd->hts", _wide(q[b, first:]), key) * scale
+        last = length - count + torch.arange(count, device=q.device)
+        hidden = torch.arange(length, device=q.device) > last[:, None]
+        prob = score.masked_fill(hidden, -torch.inf).softmax(-1)
+        out[b, first:] = torch.einsum("hts,shd->thd", prob, value).to(q.dtype)
+    return out
+
+
 def prune_kv_cache_(
     kv: Tensor,
     keep: Tensor,

@@ -223,14 +223,15 @@ void forward(const Plan& plan, const at::Tensor& q, const at::Tensor& k, const a
       transpose(w.out.data(), shape.padded_dim, shape.columns, shape.columns, w.out_rows.data(), shape.padded_dim);
       for (int64_t c = 0; c < shape.columns; ++c) {
         const int64_t i = task.first_query + c % plan.block_q, head = task.first_head + c / plan.block_q;
-        if (i >= shape.length) continue;
+        if (i < shape.first_query || i >= shape.length) continue;
         const bool empty = w.sum[c] == S(0);
         const S inverse = empty ? S(0) : S(1) / w.sum[c];
-        In* row = out_view.row(task.batch, i, head);
+        const int64_t asked = i - shape.first_query;
+        In* row = out_view.row(task.batch, asked, head);
         for (int64_t d = 0; d < shape.dim; ++d) {
           row[d] = static_cast<In>(w.out_rows[c * shape.padded_dim + d] * inverse);
         }
-        lse_data[(task.batch * shape.query_heads + head) * shape.length + i] =
+        lse_data[(task.batch * shape.query_heads + head) * q.size(1) + asked] =
             empty ? -std::numeric_limits<S>::infinity() : (w.running_max[c] + std::log2(w.sum[c])) * S(kLn2);
       }
     }
@@ -249,6 +250,14 @@ std::tuple<at::Tensor, at::Tensor> trajectory_attention(const at::Tensor& q, con
   dispatch(q.scalar_type(),
            [&](auto in, auto t) { forward<decltype(in), decltype(t)>(plan, q, k, v, scale, out, lse); });
   return {out, lse};
+}
+
+void last_queries(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Plan& plan, double scale,
+                  at::Tensor& out) {
+  at::Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)},
+                             q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+  dispatch(q.scalar_type(),
+           [&](auto in, auto t) { forward<decltype(in), decltype(t)>(plan, q, k, v, scale, out, lse); });
 }
 
 }  // namespace mem1::cpu

@@ -30,12 +30,18 @@ inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1)
 // Sizes. A "pair" is one (batch, KV head); "columns" are the queries of a task: heads of the group times block_q.
 struct Shape {
   int64_t batch, length, query_heads, kv_heads, dim;
-  int64_t group, task_heads, columns, padded_dim, query_tiles, pairs, tasks;
+  int64_t first_query;  // queries are the last of the stream: those before this one are not asked for
+  int64_t group, task_heads, columns, padded_dim, query_tiles, first_tile, pairs, tasks;
   int64_t chunk,
       padded_length;  // transposed keys are stored in chunks of this many; a short stream has one short chunk
 
   Shape(const at::Tensor& q, const at::Tensor& k, const Plan& plan)
-      : batch(q.size(0)), length(q.size(1)), query_heads(q.size(2)), kv_heads(k.size(2)), dim(q.size(3)) {
+      : batch(q.size(0)),
+        length(k.size(1)),
+        query_heads(q.size(2)),
+        kv_heads(k.size(2)),
+        dim(q.size(3)),
+        first_query(length - q.size(1)) {
     group = query_heads / kv_heads;
     task_heads = std::min(group, kMaxHeads);
     while (group % task_heads != 0) --task_heads;
@@ -44,8 +50,9 @@ struct Shape {
     padded_length = round_up(length, chunk);
     padded_dim = round_up(dim, 16);
     query_tiles = (length + plan.block_q - 1) / plan.block_q;
+    first_tile = first_query / plan.block_q;
     pairs = batch * kv_heads;
-    tasks = pairs * (group / task_heads) * query_tiles;
+    tasks = pairs * (group / task_heads) * (query_tiles - first_tile);
   }
 };
 
@@ -53,8 +60,9 @@ struct Shape {
 struct Task {
   int64_t pair, batch, kv_head, first_head, query_tile, first_query;
   Task(const Shape& shape, const Plan& plan, int64_t number) {
-    query_tile = number % shape.query_tiles;
-    const int64_t rest = number / shape.query_tiles, splits = shape.group / shape.task_heads;
+    const int64_t tiles = shape.query_tiles - shape.first_tile;
+    query_tile = shape.first_tile + number % tiles;
+    const int64_t rest = number / tiles, splits = shape.group / shape.task_heads;
     pair = rest / splits;
     batch = pair / shape.kv_heads;
     kv_head = pair % shape.kv_heads;
@@ -86,6 +94,11 @@ struct PackedKeys {
 template <typename In, typename T>
 PackedKeys pack_keys(const Shape& shape, const at::Tensor& k, const at::Tensor& v, bool backward);
 
+// The forward for the last queries of a stream, into `out`: q and out [batch, some, heads, dim], k and v [batch, all,
+// ..].
+void last_queries(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Plan& plan, double scale,
+                  at::Tensor& out);
+
 // Sets the scores [run, columns] of invisible pairs to -inf.
 template <typename S>
 void mask_scores(const Shape& shape, const Plan& plan, const Task& task, const Run& run, const uint8_t* poison,
@@ -100,14 +113,15 @@ View<const T> const_view_of(const at::Tensor& t) {
   return {t.const_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// The queries of a task (or rows shaped like them) as dense rows [columns, padded_dim]; zero past the stream's end.
+// The queries of a task (or rows shaped like them) as dense rows [columns, padded_dim]; zero for those there are not.
 template <typename In, typename T>
 void pack_queries(const Shape& shape, const Plan& plan, const Task& task, View<const In> in, T* rows) {
   for (int64_t c = 0; c < shape.columns; ++c) {
     const int64_t i = task.first_query + c % plan.block_q;
     T* out = rows + c * shape.padded_dim;
-    if (i < shape.length) {
-      pack_row(in.row(task.batch, i, task.first_head + c / plan.block_q), shape.dim, shape.padded_dim, out);
+    if (i >= shape.first_query && i < shape.length) {
+      pack_row(in.row(task.batch, i - shape.first_query, task.first_head + c / plan.block_q), shape.dim,
+               shape.padded_dim, out);
     } else {
       std::fill(out, out + shape.padded_dim, T(0));
     }

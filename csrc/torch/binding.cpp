@@ -108,6 +108,38 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out, const
   return cpu::trajectory_attention_backward(d_out, d_lse_dense, q, k, v, out, lse.contiguous(), plan, scale);
 }
 
+Tensor cached_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& rows,
+                        const Tensor& lengths, const Tensor& counts, double scale) {
+  check_input("q", q, q);
+  for (const auto& [name, t] : {std::pair{"keys", &keys}, std::pair{"values", &values}}) {
+    TORCH_CHECK_TYPE(t->scalar_type() == q.scalar_type(), name, ": wanted the dtype of q, ", q.scalar_type(), ", got ",
+                     t->scalar_type());
+    TORCH_CHECK_VALUE(t->dim() == 4 && t->sizes() == keys.sizes() && t->size(3) == q.size(3), name,
+                      ": wanted [slots, capacity, heads, ", q.size(3), "], got ", t->sizes());
+    TORCH_CHECK_VALUE(t->stride(3) == 1 || t->size(3) <= 1, name, ": wanted a contiguous last dimension, got stride ",
+                      t->stride(3));
+  }
+  TORCH_CHECK_VALUE(keys.size(2) > 0 && q.size(2) % keys.size(2) == 0, "q: wanted a multiple of the ", keys.size(2),
+                    " heads of the cache, got ", q.size(2));
+  for (const auto& [name, t] :
+       {std::pair{"rows", &rows}, std::pair{"lengths", &lengths}, std::pair{"counts", &counts}}) {
+    TORCH_CHECK_TYPE(t->scalar_type() == at::kInt, name, ": wanted int32, got ", t->scalar_type());
+    TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == q.size(0) && t->is_contiguous(), name, ": wanted contiguous [",
+                      q.size(0), "], got ", t->sizes());
+  }
+  const int32_t *row = rows.const_data_ptr<int32_t>(), *length = lengths.const_data_ptr<int32_t>(),
+                *count = counts.const_data_ptr<int32_t>();
+  for (int64_t b = 0; b < q.size(0); ++b) {
+    TORCH_CHECK_VALUE(row[b] >= 0 && row[b] < keys.size(0), "rows[", b, "]: wanted a slot below ", keys.size(0),
+                      ", got ", row[b]);
+    TORCH_CHECK_VALUE(length[b] >= 0 && length[b] <= keys.size(1), "lengths[", b, "]: wanted 0 to ", keys.size(1),
+                      ", got ", length[b]);
+    TORCH_CHECK_VALUE(count[b] >= 0 && count[b] <= q.size(1) && count[b] <= length[b], "counts[", b,
+                      "]: wanted at most ", q.size(1), " queries and the length ", length[b], ", got ", count[b]);
+  }
+  return cpu::cached_attention(q, keys, values, rows, lengths, counts, scale);
+}
+
 Tensor prune_kv_cache_on_cpu(at::TensorList keys, at::TensorList values, const std::optional<Tensor>& mask,
                              const std::optional<Tensor>& ranges, const Tensor& lengths,
                              const std::optional<Tensor>& inv_freq, at::TensorList base_keys,
@@ -144,6 +176,9 @@ TORCH_LIBRARY(mem1_core, m) {
     m.def(torch::schema(forward.c_str()));
     m.def(torch::schema(backward.c_str()));
   }
+  m.def(
+      "cached_attention(Tensor q, Tensor keys, Tensor values, Tensor rows, Tensor lengths, Tensor counts, float scale) "
+      "-> Tensor");
   // The op itself, and what launches it on a CUDA stream: which one is current, only Python can tell here.
   const std::string kv_cache =
       "(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor? mask, Tensor? ranges, Tensor lengths, Tensor? inv_freq, "
@@ -162,6 +197,7 @@ TORCH_LIBRARY_IMPL(mem1_core, CPU, m) {
   m.impl("tile_plan", &mem1::tile_plan);
   m.impl("trajectory_attention", &mem1::attention);
   m.impl("trajectory_attention_backward", &mem1::attention_backward);
+  m.impl("cached_attention", &mem1::cached_attention);
   m.impl("prune_kv_cache_", &mem1::prune_kv_cache_on_cpu);
   m.impl("prune_pages", &mem1::prune_pages_on_cpu);
 }

@@ -49,5 +49,8 @@ std::tuple<at::Tensor, at::Tensor> trajectory_attention(const at::Tensor& q, con
 std::tuple<at::Tensor, at::Tensor, at::Tensor> trajectory_attention_backward(
     const at::Tensor& d_out, const at::Tensor& d_lse, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     const at::Tensor& out, const at::Tensor& lse, const Plan& plan, double scale);
+// The checked arguments of the op of this name; rows, lengths, counts int32 [batch].
+at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values,
+                            const at::Tensor& rows, const at::Tensor& lengths, const at::Tensor& counts, double scale);
 }  // namespace cpu
 }  // namespace mem1
