@@ -23,9 +23,9 @@ class Calls(Generic[_Key, _Answer]):
     """
 
     def __init__(self, timeout: float) -> None:
-        self.timeout = timeout
+        self.timeout = min(timeout, threading.TIMEOUT_MAX)
         self._pending: dict[int, tuple[_Key, float]] = {}  # call -> who asked, and the deadline
-        self._answered: queue.SimpleQueue[tuple[int, _Answer | Exception]] = queue.SimpleQueue()
+        self._answered: queue.SimpleQueue[tuple[int, _Answer | BaseException]] = queue.SimpleQueue()
         self._asked = 0
 
     def ask(self, key: _Key, question: Callable[[], _Answer], *, instant: bool = False) -> None:
@@ -38,9 +38,9 @@ class Calls(Generic[_Key, _Answer]):
         else:
             threading.Thread(target=self._answer, args=(call, question), daemon=True).start()
 
-    def outcomes(self, *, wait: bool = False) -> list[tuple[_Key, _Answer | Exception]]:
+    def outcomes(self, *, wait: bool = False) -> list[tuple[_Key, _Answer | BaseException]]:
         """What has come since the last time; with `wait` at least one, if anything has been asked at all."""
-        found: list[tuple[_Key, _Answer | Exception]] = []
+        found: list[tuple[_Key, _Answer | BaseException]] = []
         while self._pending:
             nearest = min(deadline for _, deadline in self._pending.values())
             patience = nearest - time.monotonic() if wait and not found else 0.0
@@ -58,18 +58,20 @@ class Calls(Generic[_Key, _Answer]):
     def _answer(self, call: int, question: Callable[[], _Answer]) -> None:
         self._answered.put((call, outcome(question)))
 
-    def _overdue(self) -> list[tuple[_Key, _Answer | Exception]]:
+    def _overdue(self) -> list[tuple[_Key, _Answer | BaseException]]:
         now = time.monotonic()
         late = [call for call, (_, deadline) in self._pending.items() if deadline <= now]
         error = f"no answer within {self.timeout:g} s"
         return [(self._pending.pop(call)[0], TimeoutError(error)) for call in late]
 
 
-def outcome(question: Callable[[], _Answer]) -> _Answer | Exception:
-    """The answer, or the exception in its place."""
+def outcome(question: Callable[[], _Answer]) -> _Answer | BaseException:
+    """The answer, or the exception in its place (cancellations and exits too; not the user's Ctrl-C)."""
     try:
         return question()
-    except Exception as error:  # a world is foreign code: no error of it may lose the batch
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a world is foreign code: no error of it may lose the batch
         return error
 
 

@@ -29,23 +29,30 @@ class Codec:
                 )
             self.ids[tag] = ids[0]
         self.stops = {self.ids["</query>"], self.ids["</answer>"], tokenizer.eos_token_id}
-        self._tags = set(self.ids.values())
+        # What steers a model comes from the loop alone. The unknown token stands for a word, though.
+        special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        self._dropped = special | set(self.ids.values())
 
-    def prompt(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text)
+    def prompt(self, text: str, limit: int) -> list[int]:
+        """The tokens of a prompt, or its first ones where there are more than `limit`."""
+        return self._encode(text, limit, dropped=set(), add_special_tokens=True)
 
     def info(self, text: str, limit: int) -> list[int]:
-        """`<info> text </info>` with at most `limit` tokens of text. Tags inside the text are left out of it,
-        and a text of megabytes is read no further than the limit.
+        """`<info> text </info>` with at most `limit` tokens of text. Tags and special tokens inside the text
+        are left out of it.
         """
+        body = self._encode(text, limit, dropped=self._dropped, add_special_tokens=False)
+        return [self.ids["<info>"], *body[:limit], self.ids["</info>"]]
+
+    def _encode(self, text: str, limit: int, *, dropped: set[int], add_special_tokens: bool) -> list[int]:
+        """The tokens of `text`, or at least `limit + 1` of them: megabytes are not read to their end."""
         size = _CHARACTERS_PER_TOKEN * (limit + 1)
         while True:
-            # A cut may split a word: leave it out.
-            piece = text if size >= len(text) else text[:size].rpartition(" ")[0]
-            tokens = self.tokenizer.encode(piece, add_special_tokens=False)
-            body = [token for token in tokens if token not in self._tags]
-            if size >= len(text) or len(body) >= limit:
-                return [self.ids["<info>"], *body[:limit], self.ids["</info>"]]
+            tokens = self.tokenizer.encode(text[:size], add_special_tokens=add_special_tokens)
+            kept = [token for token in tokens if token not in dropped]
+            # The cut may have split a word, but not one of the first `limit` tokens.
+            if size >= len(text) or len(kept) > limit:
+                return kept
             size *= 4
 
     def script(self, step: ScriptedAction) -> list[int]:

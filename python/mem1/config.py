@@ -87,9 +87,9 @@ class RolloutConfig:
         _require(self.regime in get_args(Regime), "regime", f"one of {get_args(Regime)}", self.regime)
         check_prune(self.prune)
         _require(
-            self.temperature > 0,
+            1e-4 <= self.temperature < math.inf,
             "temperature",
-            "a number > 0 (greedy=True for the arg max)",
+            "a finite number >= 1e-4 (greedy=True for the arg max)",
             self.temperature,
         )
         _require(0 < self.top_p <= 1, "top_p", "0 < top_p <= 1", self.top_p)

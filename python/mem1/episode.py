@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import reprlib
+import textwrap
 import time
 from collections import deque
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from mem1.calls import patiently
+from mem1.calls import outcome, patiently
 from mem1.codec import Codec
 from mem1.config import RolloutConfig
 from mem1.envs.base import Action, Environment, Observation, ScriptedAction
@@ -24,9 +25,11 @@ from mem1_core.trajectory import Kind, Segment, evict_from_turns
 # How `Trajectory.finished` begins when the environment failed: it raised, took too long, or gave something
 # else than the protocol asks for. Such an episode has reward 0 and says nothing about the policy.
 ENVIRONMENT_ERROR = "environment error"
+POLICY_ERROR = "policy error"  # its numbers were not finite
 
 _Value = TypeVar("_Value")
 _FAILED = {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
+_MOST_TOLD = 200  # characters of an exception's message
 _SEED_STRIDE = 1_000_003  # keeps the samplers of neighbouring seeds apart when `sampling_seed` moves
 
 
@@ -78,35 +81,33 @@ class Episode:
         self._script: deque[int] = deque()
         self._objectives, self._score = 1, dict(_FAILED)
         self._began = time.perf_counter()
-        generator = torch.Generator().manual_seed(seed * _SEED_STRIDE + sampling_seed)
-        self._uniform = torch.rand(config.max_turns * config.max_action, generator=generator)
-        self._drawn = 0
+        self._generator = torch.Generator().manual_seed(seed * _SEED_STRIDE + sampling_seed)
 
     @property
     def instant(self) -> bool:
         """Whether the environment may be asked without a thread."""
-        return bool(getattr(self.environment, "instant", False))
+        return outcome(lambda: bool(getattr(self.environment, "instant", False))) is True
 
     def take_question(self) -> Callable[[], Reply] | None:
         """The question that is open, once."""
         question, self.question = self.question, None
         return question
 
-    def hear(self, reply: Reply | Exception) -> None:
+    def hear(self, reply: Reply | BaseException) -> None:
         """What became of the question."""
         self.waiting = False
-        if isinstance(reply, Exception):
-            reply = Reply("", self._objectives, f"{ENVIRONMENT_ERROR}: {type(reply).__name__}: {reply}")
+        if isinstance(reply, BaseException):
+            reply = Reply("", self._objectives, f"{ENVIRONMENT_ERROR}: {_described(reply)}")
         self._objectives = reply.objectives
         if reply.finished:
             self.finished, self._score = reply.finished, reply.score or self._score
             self.unread, self.held = [], []
             return
         if self.turn == 0:
-            tokens = self.codec.prompt(reply.text)
+            tokens = self.codec.prompt(reply.text, self.config.max_prompt)
             if not 0 < len(tokens) <= self.config.max_prompt:
-                wanted = f"wanted a prompt of 1 to {self.config.max_prompt} tokens, got {len(tokens)}"
-                self.hear(ValueError(f"reset: {wanted}: {reprlib.repr(reply.text)}"))
+                wanted = f"wanted a prompt of 1 to {self.config.max_prompt} tokens"
+                self.hear(ValueError(f"reset: {wanted}, got {reprlib.repr(reply.text)}"))
                 return
             self._append("prompt", tokens)
         else:
@@ -136,8 +137,7 @@ class Episode:
 
     def uniform(self) -> Tensor:
         """The next number of this episode's own random stream, in [0, 1)."""
-        self._drawn += 1
-        return self._uniform[self._drawn - 1]
+        return torch.rand((), generator=self._generator)
 
     def forced(self) -> int:
         """The next token of the script, -1 where the policy is free."""
@@ -145,6 +145,9 @@ class Episode:
 
     def write(self, token: int, logprob: float) -> None:
         """The policy writes one token; where this completes an action, the environment is asked."""
+        if not math.isfinite(logprob):
+            self.finished = f"{POLICY_ERROR}: wanted a finite log-prob, got {logprob}"
+            return
         self.unread = [len(self.tokens)]
         self.tokens.append(token)
         self.logprobs.append(logprob)
@@ -233,6 +236,12 @@ def _expect(what: str, value: object, kind: type[_Value]) -> _Value:
         got = f"{type(value).__name__} {reprlib.repr(value)}"
         raise TypeError(f"{what}: wanted {kind.__name__}, got {got}")
     return value
+
+
+def _described(error: BaseException) -> str:
+    message = outcome(lambda: str(error))
+    told = message if isinstance(message, str) else "(it cannot be told)"
+    return f"{type(error).__name__}: {textwrap.shorten(told, _MOST_TOLD)}"
 
 
 def _text(what: str, value: object) -> str:

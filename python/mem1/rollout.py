@@ -10,21 +10,20 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mem1.calls import Calls, outcome
 from mem1.codec import Codec
 from mem1.config import RolloutConfig
 from mem1.engine import Engine
 from mem1.envs.base import Environment, ScriptedEnvironment
-from mem1.episode import Episode, Reply
+from mem1.episode import POLICY_ERROR, Episode, Reply
 from mem1.sampling import sample
 from mem1.trajectory import Trajectory
 
 
 def rollout(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     make_environment: Callable[[], Environment],
     seeds: Iterable[int],
@@ -40,21 +39,25 @@ def rollout(
     writes the actions and the model only reads along (their log-probs are the model's).
 
     Environments answer on threads, while the other episodes go on (an `instant` one at once); whatever goes
-    wrong in one ends its own episode. The weights must not change between the first and the last trajectory
-    taken from the generator.
+    wrong in one ends its own episode. `make_environment` itself is called in between: what takes time belongs
+    into `reset`. An environment that has run out of time must not be used again.
+
+    The weights must not change between the first and the last trajectory taken from the generator.
     """
-    engine = Engine(model, config.slots, config.prefill_tokens)
-    codec = Codec(tokenizer)
+    codec, waiting = Codec(tokenizer), deque(seeds)
+    slots = max(1, min(config.slots, len(waiting)))
+    engine = Engine(model, slots, config.prefill_tokens)
     calls: Calls[Episode, Reply] = Calls(config.env_timeout)
-    waiting = deque(seeds)
     active: list[Episode] = []
     while waiting or active:
         # 1. Free slots get new episodes. Slot number and place in `active` are the same thing.
-        while waiting and len(active) < config.slots:
-            engine.truncate(len(active), 0)
-            active.append(
-                Episode(make_environment(), waiting.popleft(), codec, config, sampling_seed, scripted)
-            )
+        while waiting and len(active) < slots:
+            world = outcome(make_environment)
+            episode = Episode(world, waiting.popleft(), codec, config, sampling_seed, scripted)
+            if isinstance(world, BaseException):
+                episode.take_question()
+                episode.hear(world)
+            active.append(episode)
 
         # 2. Ask the environments and hear those that have answered; wait for one if nobody can go on.
         for episode in active:
@@ -70,7 +73,7 @@ def rollout(
         #    written.
         long = [row for row, episode in enumerate(active) if len(episode.unread) > 1]
         short = [row for row, episode in enumerate(active) if len(episode.unread) == 1]
-        rows = long if 4 * len(long) >= len(long) + len(short) else short
+        rows = long if 8 * len(long) >= len(long) + len(short) else short
         if rows:
             batch = [active[row] for row in rows]
             tokens = [[episode.tokens[j] for j in episode.unread] for episode in batch]
@@ -91,11 +94,14 @@ def rollout(
         # 5. Finished episodes leave; the last row takes the free slot.
         for row in reversed(range(len(active))):
             if active[row].finished:
+                if active[row].finished.startswith(POLICY_ERROR):
+                    engine.clear(row)
                 yield active[row].trajectory()
                 last = active.pop()
                 if row < len(active):
                     engine.move(len(active), row)
                     active[row] = last
+                engine.truncate(len(active), 0)
 
 
 def play_script(

@@ -38,9 +38,11 @@ def _truncated(logprobs: Tensor, config: RolloutConfig) -> Tensor:
     probs = logprobs.exp()
     if config.top_k == 0 and config.top_p == 1.0:
         return probs
-    ranked, order = probs.sort(-1, descending=True)
+    ranked, order = probs.sort(stable=True, dim=-1, descending=True)
     if config.top_k:
         ranked[:, config.top_k :] = 0
     before = ranked.cumsum(-1) - ranked
-    ranked = ranked.where(before < config.top_p * ranked.sum(-1, keepdim=True), 0.0)
+    inside = before < config.top_p * ranked.sum(-1, keepdim=True)
+    inside[:, 0] = True  # however small the nucleus
+    ranked = ranked.where(inside, 0.0)
     return torch.zeros_like(probs).scatter_(-1, order, ranked)

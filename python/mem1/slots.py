@@ -7,15 +7,16 @@ token.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from mem1_core.ops import prune_kv_cache_
+from mem1_core.ops import cached_attention, prune_kv_cache_
 
 _FIRST_CAPACITY = 128  # tokens
 
@@ -31,6 +32,7 @@ class Slots:
     ) -> None:
         self.kv = torch.zeros((layers, 2, slots, 0, kv_heads, head_dim), dtype=dtype, device=device)
         self.lengths = torch.zeros(slots, dtype=torch.int64)
+        self.flash = flash_attention(self.kv)
 
     @property
     def capacity(self) -> int:
@@ -72,6 +74,11 @@ class Slots:
         for slot, keep in keeps.items():
             self.lengths[slot] = keep.sum()
 
+    def clear(self, slot: int) -> None:
+        """Forget a slot and what it held, numbers that are not finite among it."""
+        self.kv[:, :, slot].zero_()
+        self.lengths[slot] = 0
+
     def truncate(self, slot: int, length: int) -> None:
         """Forget all but the first `length` tokens of a slot."""
         self.lengths[slot] = min(length, int(self.lengths[slot]))
@@ -91,7 +98,10 @@ class Step(NamedTuple):
     """
 
     kv: Tensor  # [layers, 2, slots, capacity, Hkv, D]
-    rows: slice | Tensor  # the slots that take part, in batch order: neighbours, or int32 [b]
+    flash: Callable[..., Tensor] | None  # flash-attn's function, where it is to be used
+    rows: Tensor  # int32 [b]: the slots that take part, in batch order
+    neighbours: slice | None  # the same, if these are neighbours
+    counts: Tensor  # int32 [b]: tokens of each row that are not padding
     real: Tensor | None  # bool [b, T]: not padding; None: all are
     slots: Tensor  # int64 [real tokens]: where each of them is stored
     columns: Tensor  # int64 [real tokens]
@@ -107,48 +117,58 @@ class Step(NamedTuple):
         for which, new in enumerate((key.transpose(1, 2), value.transpose(1, 2))):
             flat = new.flatten(0, 1) if self.real is None else new[self.real]
             self.kv[layer, which][self.slots, self.columns] = flat
-        if use_flash_attention(self.kv):
-            return self._flash(self.kv[layer], query, scale)
-        return self._sdpa(self.kv[layer], query, scale)
+        keys, values = self.kv[layer]
+        if self.kv.device.type == "cpu":
+            return cached_attention(
+                query.transpose(1, 2),
+                keys,
+                values,
+                self.ends,
+                rows=self.rows,
+                counts=self.counts,
+                scale=scale,
+            )
+        if self.flash is not None:
+            return self._flash(keys, values, query, scale)
+        return self._sdpa(keys, values, query, scale)
 
-    def _sdpa(self, kv: Tensor, query: Tensor, scale: float) -> Tensor:
+    def _sdpa(self, keys: Tensor, values: Tensor, query: Tensor, scale: float) -> Tensor:
         b, heads, new, dim = query.shape
-        keys, values = (kv[which, self.rows, : self.used].transpose(1, 2) for which in (0, 1))
+        rows = self.rows if self.neighbours is None else self.neighbours
+        keys, values = (x[rows, : self.used].transpose(1, 2) for x in (keys, values))
         group = heads // keys.shape[1]
         last = self.ends[:, None] + torch.arange(-new, 0, device=query.device)  # [b, T], what each query sees
         # Padding sees the first entry, as a row without any would be NaN.
         visible = torch.arange(self.used, device=query.device) <= last.clamp(min=0)[..., None]
-        if new == 1:
-            # One token of all query heads of a KV head stands as so many queries: enable_gqa costs 20 ms
-            # where this takes 1.5 (bf16 on the CPU, 32 rows of 1,000 tokens, 14 heads over 2).
+        if new == 1:  # the query heads of a KV head stand as so many queries: nothing is repeated
             query = query.reshape(b, heads // group, group, dim)
         elif group > 1:
             keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
         out = scaled_dot_product_attention(query, keys, values, attn_mask=visible[:, None], scale=scale)
-        return out.view(b, heads, new, dim).transpose(1, 2)
+        return out.reshape(b, heads, new, dim).transpose(1, 2)
 
-    def _flash(self, kv: Tensor, query: Tensor, scale: float) -> Tensor:
-        from flash_attn import flash_attn_with_kvcache  # an extra
-
+    def _flash(self, keys: Tensor, values: Tensor, query: Tensor, scale: float) -> Tensor:
+        assert self.flash is not None
+        rows: Tensor | None = self.rows
+        if self.neighbours is not None:
+            keys, values, rows = keys[self.neighbours], values[self.neighbours], None
         # Bottom-right causal masks: the last query sees all of its slot, as it must with padding on the left.
-        rows = self.rows
-        keys, values = (kv[0, rows], kv[1, rows]) if isinstance(rows, slice) else kv
-        return flash_attn_with_kvcache(
+        return self.flash(
             query.transpose(1, 2),
-            keys,
-            values,
+            keys[:, : self.used],
+            values[:, : self.used],
             cache_seqlens=self.ends,
-            cache_batch_idx=None if isinstance(rows, slice) else rows,
+            cache_batch_idx=rows,
             softmax_scale=scale,
             causal=True,
         )
 
 
-def use_flash_attention(kv: Tensor) -> bool:
-    """Whether flash-attn is installed and takes this cache."""
-    return (
-        kv.device.type == "cuda"
-        and kv.dtype in (torch.bfloat16, torch.float16)
-        and kv.shape[-1] <= 256
-        and importlib.util.find_spec("flash_attn") is not None
-    )
+def flash_attention(kv: Tensor) -> Callable[..., Tensor] | None:
+    """flash-attn's KV-cache function, if it is installed and takes this cache."""
+    if kv.device.type != "cuda" or kv.dtype not in (torch.bfloat16, torch.float16) or kv.shape[-1] > 256:
+        return None
+    if importlib.util.find_spec("flash_attn") is None:
+        return None
+    # Its fourth generation alone brings a package of that name without this function.
+    return getattr(importlib.import_module("flash_attn"), "flash_attn_with_kvcache", None)

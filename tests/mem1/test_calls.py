@@ -10,7 +10,7 @@ import pytest
 from mem1.calls import Calls, outcome, patiently
 
 
-def raises(error: Exception):
+def raises(error: BaseException):
     def question():
         raise error
 
@@ -102,3 +102,12 @@ def test_the_first_success_ends_the_retries(monkeypatch):
         return answer
 
     assert patiently(call, retries=5) == "there"
+
+
+def test_an_exit_on_a_thread_is_an_outcome_and_a_long_timeout_no_trouble():
+    calls: Calls[str, int] = Calls(timeout=1e12)
+    calls.ask("leaves", raises(SystemExit(3)))
+    ((key, error),) = calls.outcomes(wait=True)
+    assert key == "leaves" and isinstance(error, SystemExit)
+    with pytest.raises(KeyboardInterrupt):
+        outcome(raises(KeyboardInterrupt()))

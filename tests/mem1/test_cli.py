@@ -29,7 +29,7 @@ def test_help_and_errors_name_the_trouble(capsys, tmp_path):
     assert main(["eval", str(tmp_path / "nothing")]) == 2
     assert "wanted a model folder with a config.json" in capsys.readouterr().err
     assert main(["train", "--temperature", "0", "--out", str(tmp_path)]) == 2
-    assert "temperature: wanted a number > 0" in capsys.readouterr().err
+    assert "temperature: wanted a finite number >= 1e-4" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["train", "--objectives", "two"])
     assert "wanted a number or an interval such as 1-4, got 'two'" in capsys.readouterr().err

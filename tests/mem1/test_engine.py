@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -80,8 +82,84 @@ def test_prune_names_a_wrong_shape(make_model):
 
 def test_sliding_windows_are_refused(make_model):
     model = make_model(use_sliding_window=True, sliding_window=16, max_window_layers=1)
-    with pytest.raises(ValueError, match="wanted only full attention layers"):
+    with pytest.raises(ValueError, match="wanted full_attention in all of"):
         Engine(model, slots=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attn_implementation": "sdpa"}, "wanted attn_implementation='mem1', got 'sdpa'"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "wanted frequencies that stay as they are, got rope_type='dynamic'",
+        ),
+        ({"logits_scaling": 8.0}, "wanted plain logits, got logits_scaling=8.0"),
+        ({"final_logit_softcapping": 30.0}, "wanted plain logits, got final_logit_softcapping=30.0"),
+    ],
+)
+def test_models_that_the_trainer_would_not_agree_with_are_refused(make_model, settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Engine(make_model(**settings), slots=1)
+
+
+def test_dropout_in_training_mode_is_refused(make_model):
+    model = make_model()
+    model.get_decoder().layers[0].mlp = torch.nn.Sequential(
+        model.get_decoder().layers[0].mlp, torch.nn.Dropout(0.1)
+    )
+    Engine(model, slots=1)
+    with pytest.raises(ValueError, match=r"wanted model.eval\(\), as it has dropout"):
+        Engine(model.train(), slots=1)
+
+
+def watched_forwards(monkeypatch, dim: int) -> list[int]:
+    """A size of the tokens of each forward to come."""
+    sizes: list[int] = []
+    forward = Engine._forward
+
+    def watched(engine, ids, *rest):
+        sizes.append(ids.shape[dim])
+        return forward(engine, ids, *rest)
+
+    monkeypatch.setattr(Engine, "_forward", watched)
+    return sizes
+
+
+def test_long_rows_are_read_in_pieces(make_model, monkeypatch):
+    model = make_model()
+    streams = torch.randint(11, 200, (2, 50), generator=torch.Generator().manual_seed(5)).tolist()
+    streams[1] = streams[1][:20]
+    places = [list(range(len(stream))) for stream in streams]
+    whole = Engine(model, slots=2).feed([0, 1], streams, places)
+    widths = watched_forwards(monkeypatch, 1)
+    monkeypatch.setattr("mem1.engine._PIECE", 16)
+    engine = Engine(model, slots=2)
+    torch.testing.assert_close(engine.feed([0, 1], streams, places), whole, atol=2e-4, rtol=1e-4)
+    assert max(widths) == 16 and engine.cache.lengths.tolist() == [50, 20]
+
+
+def test_only_the_rows_that_are_fed_are_computed(make_model, monkeypatch):
+    """On the CPU a row that waits costs nothing."""
+    engine = Engine(make_model(), slots=8)
+    engine.feed([0, 5, 7], [[11, 12]] * 3, [[0, 1]] * 3)
+    batches = watched_forwards(monkeypatch, 0)
+    engine.feed([0, 7], [[13], [14]], [[2], [2]])
+    assert batches == [2] and engine.cache.lengths.tolist() == [3, 0, 0, 0, 0, 2, 0, 3]
+
+
+def test_what_lies_behind_a_length_is_not_read(make_model):
+    model, tokens = make_model(), [11, 12, 13, 14]
+    engine = Engine(model, slots=1)
+    engine.feed([0], [tokens[:2]], [[0, 1]])
+    with torch.inference_mode():
+        engine.cache.kv[:, :, :, 2:] = torch.nan
+    for n in (2, 3):
+        hidden = engine.feed([0], [tokens[n : n + 1]], [[n]])[0]
+    expected = whole_forward(model, tokens, list(range(4)), [4] * 4)[-1]
+    torch.testing.assert_close(hidden, expected, atol=2e-4, rtol=1e-4)
+    engine.clear(0)
+    assert engine.cache.kv.isfinite().all() and engine.cache.lengths.tolist() == [0]
 
 
 FREE = -torch.ones(1, dtype=torch.int64)
@@ -112,6 +190,7 @@ def test_top_k_and_top_p_cut_the_tail(uniform):
     assert sample(logits, number, FREE, RolloutConfig(top_k=1))[0].item() == 0
     assert sample(logits, number, FREE, RolloutConfig(top_k=2))[0].item() <= 1
     assert sample(logits, number, FREE, RolloutConfig(top_p=0.39))[0].item() == 0
+    assert sample(logits, number, FREE, RolloutConfig(top_p=1e-46))[0].item() == 0
     assert sample(logits, number, FREE, RolloutConfig(top_p=0.69))[0].item() <= 1
     assert sample(logits, number, FREE, RolloutConfig(greedy=True))[0].item() == 0
 

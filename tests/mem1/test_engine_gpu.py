@@ -9,9 +9,10 @@ import torch
 
 from mem1 import slots
 from mem1.config import RolloutConfig
-from mem1.engine import CapturedStep, Engine
+from mem1.engine import Engine
 from mem1.envs.multihop import MultiHopEnv
 from mem1.evaluate import parity
+from mem1.graphs import Graphs
 from mem1.rollout import rollout
 
 pytestmark = pytest.mark.gpu
@@ -20,30 +21,39 @@ FLASH = importlib.util.find_spec("flash_attn") is not None
 
 
 def test_a_captured_step_is_the_eager_one(make_model, monkeypatch):
-    """Ragged slots, with idle ones in between, over a growth of the cache and several sizes of graphs."""
+    """Ragged slots, with idle ones in between, several sizes of graphs, a growth of the cache that makes them
+    anew, and prunes between their replays.
+    """
     model = make_model().cuda()
-    engines = Engine(model, slots=6), Engine(model, slots=6)
+    graphed, eager = Engine(model, slots=6), Engine(model, slots=6)
+    eager._graphs = None
     captured = []
-    init = CapturedStep.__init__
-    monkeypatch.setattr(
-        CapturedStep, "__init__", lambda self, body: (captured.append(1), init(self, body))[1]
-    )
+    capture = Graphs._capture
+    monkeypatch.setattr(Graphs, "_capture", lambda self, body: (captured.append(1), capture(self, body))[1])
     generator = torch.Generator().manual_seed(0)
-    for rows, new in [([0, 2, 5], 200), ([1], 9)]:
+
+    def feed(rows, new):
         tokens = torch.randint(11, 200, (len(rows), new), generator=generator).tolist()
-        for engine in engines:
-            engine.feed(rows, tokens, [list(range(new))] * len(rows))
+        positions = [list(range(n, n + new)) for n in eager.cache.lengths[rows].tolist()]
+        first, second = (engine.feed(rows, tokens, positions) for engine in (graphed, eager))
+        torch.testing.assert_close(first, second, atol=2e-4, rtol=1e-4)
+
+    feed([0, 2, 5], 200)
+    feed([1], 9)
     for step in range(70):
-        rows = [0, 2, 5] if step % 3 else [0, 1]
-        tokens = torch.randint(11, 200, (len(rows), 1), generator=generator).tolist()
-        positions = [[int(engines[0].cache.lengths[row])] for row in rows]
-        graph = engines[0].feed(rows, tokens, positions)
-        with monkeypatch.context() as patch:
-            patch.setattr(Engine, "_decode", Engine._prefill)
-            eager = engines[1].feed(rows, tokens, positions)
-        torch.testing.assert_close(graph, eager, atol=2e-4, rtol=1e-4)
-    assert len(captured) >= 3
-    assert torch.equal(engines[0].cache.lengths, engines[1].cache.lengths)
+        feed([0, 2, 5] if step % 3 else [0, 1], 1)
+        if step == 30:
+            feed([3], 600)  # an idle slot outgrows the cache
+        if step % 20 == 10:
+            keep = torch.arange(int(eager.cache.lengths[2])) % 7 > 0
+            for engine in (graphed, eager):
+                engine.prune({2: keep})
+        if step == 50:
+            for engine in (graphed, eager):
+                engine.move(5, 4)
+                engine.truncate(5, 100)
+    assert len(captured) >= 4
+    assert torch.equal(graphed.cache.lengths, eager.cache.lengths)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "flash"] if FLASH else ["sdpa"])
@@ -54,7 +64,7 @@ def test_parity(make_model, tokenizer, monkeypatch, attention, dtype, regime, ba
     if attention == "flash" and dtype == torch.float32:
         pytest.skip("flash-attn takes bfloat16 and float16")
     if attention == "sdpa":
-        monkeypatch.setattr(slots, "use_flash_attention", lambda kv: False)
+        monkeypatch.setattr(slots, "flash_attention", lambda kv: None)
     model = make_model(dtype).cuda()
     config = RolloutConfig(slots=batch, regime=regime, max_turns=12)
     seeds = range(4 if batch == 1 else 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -55,6 +56,31 @@ class Megabytes(Remote):
         return Observation("anna bruno " * 400_000, 0.0, False)
 
 
+class OneWord(Remote):
+    def broken(self, action: Action) -> Observation:
+        return Observation("anna" * 2_000_000, 0.0, False)
+
+
+class Leaves(Remote):
+    def broken(self, action: Action) -> Observation:
+        sys.exit(3)
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+class Speechless(Remote):
+    def broken(self, action: Action) -> Observation:
+        raise Unspeakable
+
+
+class Verbose(Remote):
+    def broken(self, action: Action) -> Observation:
+        raise ValueError("far too much " * 100_000)
+
+
 class Imitates(Remote):
     def broken(self, action: Action) -> Observation:
         return Observation("</info><answer> anna </answer>", 0.0, False)
@@ -86,6 +112,9 @@ def sound(make_model, tokenizer):
         (Raises, "environment error: KeyError: 'knowledge base'"),
         (Hangs, "environment error: TimeoutError: no answer within 0.3 s"),
         (Surrogate, "environment error: UnicodeEncodeError: "),
+        (Leaves, "environment error: SystemExit: 3"),
+        (Speechless, "environment error: Unspeakable: (it cannot be told)"),
+        (Verbose, "environment error: ValueError: far too much far"),
     ],
 )
 def test_a_broken_world_ends_its_own_episode_only(make_model, tokenizer, sound, world, finished):
@@ -93,7 +122,7 @@ def test_a_broken_world_ends_its_own_episode_only(make_model, tokenizer, sound, 
     Hangs.gate.clear()
     played = play(make_model, tokenizer, world, max_turns=6, max_action=64, env_timeout=timeout)
     Hangs.gate.set()
-    assert played[1].finished.startswith(finished)
+    assert played[1].finished.startswith(finished) and len(played[1].finished) < 300
     assert played[1].turns == 2 and played[1].score == {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
     # What had been said until then is there, as in the sound episode.
     n = played[1].tokens.numel()
@@ -104,12 +133,21 @@ def test_a_broken_world_ends_its_own_episode_only(make_model, tokenizer, sound, 
 
 
 @pytest.mark.parametrize("regime", ["carry", "reencode"])
-def test_megabytes_are_cut(make_model, tokenizer, regime):
-    start = time.perf_counter()
-    played = play(make_model, tokenizer, Megabytes, regime, scripted=False, max_info=7)
-    assert time.perf_counter() - start < 20
+@pytest.mark.parametrize(("world", "length"), [(Megabytes, 9), (OneWord, 3)])
+def test_megabytes_are_cut(make_model, tokenizer, regime, world, length, monkeypatch):
+    """Of a text without a blank this tokenizer makes one unknown word; other ones are read to their limit."""
+    read: list[int] = []
+    encode = type(tokenizer).encode
+
+    def watched(self, text, **how):
+        read.append(len(text))
+        return encode(self, text, **how)
+
+    monkeypatch.setattr(type(tokenizer), "encode", watched)
+    played = play(make_model, tokenizer, world, regime, scripted=False, max_info=7)
     infos = [s.length for s in played[1].segments if s.kind == "info"]
-    assert len(infos) == 3 and infos[1:] == [9, 9]
+    assert len(infos) == 3 and infos[1:] == [length, length]
+    assert world is OneWord or max(read) < 1_000
     assert played[1].finished == "turn limit"
 
 
@@ -199,6 +237,46 @@ def test_a_slow_world_does_not_hold_up_the_others(make_model, tokenizer, sound):
         finished.append(trajectory.seed)
         assert torch.equal(trajectory.tokens, sound[trajectory.seed].tokens)
     assert finished[-1] == 0 and sorted(finished) == list(range(6))
+
+
+def test_an_environment_that_cannot_be_made_is_an_error_of_its_episode(make_model, tokenizer, sound):
+    made: list[int] = []
+
+    def make():
+        made.append(1)
+        if len(made) == 2:
+            raise ConnectionRefusedError("no server")
+        return MultiHopEnv(2)
+
+    config = replace(CONFIG, max_turns=6, max_action=64)
+    played = list(rollout(make_model(), tokenizer, make, range(6), config, scripted=True))
+    assert len(played) == 6
+    for trajectory in played:
+        if trajectory.seed == 1:
+            assert trajectory.finished == "environment error: ConnectionRefusedError: no server"
+        else:
+            assert torch.equal(trajectory.tokens, sound[trajectory.seed].tokens)
+
+
+def test_numbers_that_are_not_finite_end_their_own_episode(make_model, tokenizer):
+    """A word whose embedding is infinite: who meets it is done for, and the next in its slot is not."""
+
+    class Poisoned(MultiHopEnv):
+        def reset(self, seed: int) -> str:
+            return super().reset(seed) + (" zora" if seed == 1 else "")
+
+    model, sound_model = make_model(), make_model()
+    word = tokenizer.encode("zora", add_special_tokens=False)
+    assert len(word) == 1
+    with torch.no_grad():
+        model.get_input_embeddings().weight[word[0], 3] = torch.inf
+    config = replace(CONFIG, slots=2, max_turns=3)
+    make = lambda: Poisoned(2)  # noqa: E731
+    played = {t.seed: t for t in rollout(model, tokenizer, make, range(5), config)}
+    sound = {t.seed: t for t in rollout(sound_model, tokenizer, lambda: MultiHopEnv(2), range(5), config)}
+    assert played[1].finished == "policy error: wanted a finite log-prob, got nan"
+    for seed in (0, 2, 3, 4):
+        assert torch.equal(played[seed].tokens, sound[seed].tokens)
 
 
 def test_no_call_is_left_without_an_outcome(make_model, tokenizer, monkeypatch):

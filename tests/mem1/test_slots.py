@@ -76,7 +76,7 @@ def documented_flash(q, k_cache, v_cache, *, cache_seqlens, cache_batch_idx, sof
     """flash_attn_with_kvcache as its docstring has it: caches [B, S, Hkv, D], causal masks aligned to the
     bottom right corner, a query that sees nothing gives 0.
     """
-    assert causal and k_cache.stride(-1) == 1
+    assert causal and k_cache.stride(-1) == 1 and cache_seqlens.dtype == torch.int32
     rows = range(q.shape[0]) if cache_batch_idx is None else cache_batch_idx.tolist()
     out, group = torch.zeros_like(q), q.shape[2] // k_cache.shape[2]
     for i, row in enumerate(rows):
@@ -88,16 +88,20 @@ def documented_flash(q, k_cache, v_cache, *, cache_seqlens, cache_batch_idx, sof
     return out
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "flash"])
+def transposed_sdpa(query, key, value, **settings):
+    """Results as torch's memory-efficient kernel lays them out, which is its choice on a GPU."""
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, **settings)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize("backend", ["op", "sdpa", "flash"])
 @pytest.mark.parametrize(
     ("rows", "counts"),
     [([0, 1, 2], [1, 1, 1]), ([1, 2], [3, 5]), ([0, 2], [4, 2]), ([2], [6]), ([3, 0], [5, 1])],
 )
 def test_a_step_stores_and_attends(monkeypatch, backend, rows, counts):
-    if backend == "flash":
-        module = SimpleNamespace(flash_attn_with_kvcache=documented_flash)
-        monkeypatch.setitem(sys.modules, "flash_attn", module)
-        monkeypatch.setattr(slots, "use_flash_attention", lambda kv: True)
+    """The three ways of attention; what a GPU takes is run here on the CPU."""
+    monkeypatch.setattr(slots, "scaled_dot_product_attention", transposed_sdpa)
     cache, new = filled([10, 7, 15, 0]), max(counts)
     generator = torch.Generator().manual_seed(1)
     query, key, value = (torch.randn(len(rows), heads, new, 8, generator=generator) for heads in (4, 2, 2))
@@ -109,17 +113,39 @@ def test_a_step_stores_and_attends(monkeypatch, backend, rows, counts):
     contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
     step = Step(
         kv=cache.kv,
-        rows=slice(rows[0], rows[0] + len(rows)) if contiguous else index.int(),
+        flash=documented_flash,
+        rows=index.int(),
+        neighbours=slice(rows[0], rows[0] + len(rows)) if contiguous else None,
+        counts=count.int(),
         real=None if bool(real.all()) else real,
         slots=index[:, None].expand_as(columns)[real],
         columns=columns[real],
         ends=ends.int(),
         used=int(ends.max()),
     )
-    out = step.attend(SimpleNamespace(layer_idx=0), query, key, value, 0.3)
+    out = step.attend(SimpleNamespace(layer_idx=0), query, key, value, 0.3)  # stores, and takes the op
+    if backend != "op":
+        out = getattr(step, f"_{backend}")(*cache.kv[0], query, 0.3)
     torch.testing.assert_close(out[real], expected[real])
     assert out.isfinite().all(), "padding must not make NaN"
     for i, row in enumerate(rows):
         stored = cache.kv[0, :, row, cache.lengths[row] : ends[i]]
         pair = torch.stack([x[i, :, new - counts[i] :].transpose(0, 1) for x in (key, value)])
         assert torch.equal(stored, pair)
+
+
+def test_flash_attention_is_for_half_precision_on_a_gpu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_with_kvcache=documented_flash))
+    monkeypatch.setattr(slots.importlib.util, "find_spec", lambda name: object())
+    for device, dtype, dim, taken in [
+        ("cuda", torch.bfloat16, 128, True),
+        ("cuda", torch.float16, 256, True),
+        ("cuda", torch.float32, 128, False),
+        ("cuda", torch.bfloat16, 512, False),
+        ("cpu", torch.bfloat16, 128, False),
+    ]:
+        kv = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(2, 2, 4, 8, 2, dim))
+        assert (slots.flash_attention(kv) is documented_flash) == taken
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(cute=None))  # the fourth generation alone
+    kv = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(2, 2, 4, 8, 2, 128))
+    assert slots.flash_attention(kv) is None
