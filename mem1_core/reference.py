@@ -67,7 +67,10 @@ def cached_attention(
         last = length - count + torch.arange(count, device=q.device)
         hidden = torch.arange(length, device=q.device) > last[:, None]
         prob = score.masked_fill(hidden, -torch.inf).softmax(-1)
-        out[b, first:] = torch.einsum("hts,shd->thd", prob, value).to(q.dtype)
+        # 0 * NaN is NaN: what is not finite is put back for those who see it.
+        bad = torch.einsum("ts,shd->thd", (~hidden).to(value.dtype), (~value.isfinite()).to(value.dtype)) > 0
+        product = torch.einsum("hts,shd->thd", prob, value.nan_to_num(0.0, 0.0, 0.0))
+        out[b, first:] = product.masked_fill(bad, torch.nan).to(q.dtype)
     return out
 
 

@@ -160,7 +160,7 @@ void prefetch(const In* row, int64_t dim) {
 // as these lie side by side in memory; with few rows a task takes fewer heads.
 template <typename In>
 void decode(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const int32_t* rows,
-            const int32_t* lengths, double scale, at::Tensor& out) {
+            const int32_t* lengths, const int32_t* counts, double scale, at::Tensor& out) {
   const auto q_in = const_view_of<In>(q), k_in = const_view_of<In>(keys), v_in = const_view_of<In>(values);
   const auto out_view = view_of<In>(out);
   const int64_t batch = q.size(0), kv_heads = keys.size(2), group = q.size(2) / kv_heads, dim = q.size(3);
@@ -176,6 +176,7 @@ void decode(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& value
     std::vector<Running> running(heads);
     for (int64_t n = begin; n < end; ++n) {
       const int64_t b = n / splits, first_kv = n % splits * task_heads, first_head = first_kv * group;
+      if (counts[b] == 0) continue;
       for (int64_t h = 0; h < heads; ++h) {
         const In* query = q_in.row(b, 0, first_head + h);
         for (int64_t d = 0; d < dim; ++d) {
@@ -230,11 +231,11 @@ at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& keys, const a
                 *count = counts.const_data_ptr<int32_t>();
   if (pieces == 1 && keys.stride(1) == values.stride(1)) {
     if (q.scalar_type() == at::kFloat) {
-      decode<float>(q, keys, values, row, length, scale, out);
+      decode<float>(q, keys, values, row, length, count, scale, out);
       return out;
     }
     if (q.scalar_type() == at::kBFloat16) {
-      decode<at::BFloat16>(q, keys, values, row, length, scale, out);
+      decode<at::BFloat16>(q, keys, values, row, length, count, scale, out);
       return out;
     }
   }

@@ -45,7 +45,8 @@ def cached_attention(
             and SDPA do this.
 
     Returns:
-        [B, T, Hq, D] in the dtype of q; 0 for padding.
+        [B, T, Hq, D] in the dtype of q; 0 for padding. A NaN or an infinity in an entry shows in the queries
+        that see it and in no others; in which of their channels is not defined.
 
     Raises:
         TypeError, ValueError: an argument that is not as above; the message names it.
@@ -80,7 +81,7 @@ def cached_attention(
     if not scale > 0 or not math.isfinite(scale):
         raise ValueError(f"scale: wanted a finite number > 0, got {scale}")
     chosen = choose_backend("cached_attention", q, backend, _AVAILABLE)
-    arguments = q, keys, values, rows, lengths.contiguous(), counts.contiguous(), scale
+    arguments = q, keys, values, rows.contiguous(), lengths.contiguous(), counts.contiguous(), scale
     if chosen == "reference":
         return reference.cached_attention(*arguments)
     return _library.ops.cached_attention(*arguments)

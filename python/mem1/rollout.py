@@ -73,7 +73,7 @@ def rollout(
         #    written.
         long = [row for row, episode in enumerate(active) if len(episode.unread) > 1]
         short = [row for row, episode in enumerate(active) if len(episode.unread) == 1]
-        rows = long if 8 * len(long) >= len(long) + len(short) else short
+        rows = long if 6 * len(long) >= len(long) + len(short) else short
         if rows:
             batch = [active[row] for row in rows]
             tokens = [[episode.tokens[j] for j in episode.unread] for episode in batch]
