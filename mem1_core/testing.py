@@ -343,6 +343,16 @@ def poisoned_memory() -> Iterator[None]:
         settings.fill_uninitialized_memory = filled
 
 
+@contextlib.contextmanager
+def no_wait() -> Iterator[None]:
+    """Inside, a torch op that makes the host wait for the device is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 # ---------------------------------------------------------------------------------------------- machine
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,23 +23,13 @@ from kv_cache_cases import (
 )
 
 import mem1_core
-from mem1_core.testing import keep_mask, ranges_of
+from mem1_core.testing import keep_mask, no_wait, ranges_of
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not mem1_core.cuda_architectures(), reason="built without nvcc"),
 ]
 PAGE = 4
-
-
-@contextmanager
-def no_wait() -> Iterator[None]:
-    """Inside, a torch op that makes the host wait for the device is an error."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def assert_as_on_the_host(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from mem1_core import _library
-from mem1_core.testing import EVICT_TABLES, adversarial_evict, mem1_segments, poisoned_memory, random_evict
+from mem1_core.testing import (
+    EVICT_TABLES,
+    adversarial_evict,
+    mem1_segments,
+    no_wait,
+    poisoned_memory,
+    random_evict,
+)
 from mem1_core.trajectory import TilePlan, TrajectoryMask, evict_from_turns
 
 BLOCKS = [(128, 128), (64, 64), (16, 64), (64, 32), (7, 13)]
@@ -164,16 +169,6 @@ def test_a_plan_that_the_device_could_not_index_is_refused() -> None:
         plan(one.expand(64, 2**20), 128, 128)
     with pytest.raises(ValueError, match=r"^block_q: wanted 1 to 2\^20, got 0"):
         _library._C.tile_plan_cuda(0, 1, 1, 0, 64, *[0] * 6)
-
-
-@contextlib.contextmanager
-def no_wait() -> Iterator[None]:
-    """Inside, a torch op that makes the host wait for the device is an error."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

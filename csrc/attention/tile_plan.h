@@ -1,13 +1,8 @@
 // The tile plan's backends: the same two passes for either device. Arguments were validated by tile_plan.cpp.
 #pragma once
 
+#include "common/host_device.h"
 #include "mem1/mem1.h"
-
-#if defined(__CUDACC__)
-#define MEM1_HOST_DEVICE __host__ __device__
-#else
-#define MEM1_HOST_DEVICE
-#endif
 
 namespace mem1::tile_plan {
 

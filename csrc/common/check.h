@@ -13,6 +13,11 @@ mem1_status fail(mem1_error* error, mem1_status status, const char* format, Args
   return status;
 }
 
+inline mem1_status not_compiled(mem1_error* error) {
+  return fail(error, MEM1_NOT_COMPILED, "device: MEM1_CUDA, but this build of mem1_core has no CUDA code%s",
+              " (nvcc was not found, or MEM1_CUDA=OFF)");
+}
+
 }  // namespace mem1
 
 #define MEM1_CHECK(condition, error, ...) \

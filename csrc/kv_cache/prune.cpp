@@ -97,13 +97,6 @@ mem1_status validate(const mem1_prune_pages_params* p, mem1_error* error) {
   return MEM1_OK;
 }
 
-#if !defined(MEM1_WITH_CUDA)
-mem1_status not_compiled(mem1_error* error) {
-  return fail(error, MEM1_NOT_COMPILED, "device: MEM1_CUDA, but this build of mem1_core has no CUDA code%s",
-              " (nvcc was not found, or MEM1_CUDA=OFF)");
-}
-#endif
-
 }  // namespace
 
 #if !defined(MEM1_WITH_CUDA)

@@ -1,13 +1,8 @@
 // Pruning's backends, and what both make of the parameters. Arguments were validated by prune.cpp.
 #pragma once
 
+#include "common/host_device.h"
 #include "mem1/mem1.h"
-
-#if defined(__CUDACC__)
-#define MEM1_HOST_DEVICE __host__ __device__
-#else
-#define MEM1_HOST_DEVICE
-#endif
 
 namespace mem1::kv_cache {
 

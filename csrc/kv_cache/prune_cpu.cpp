@@ -1,17 +1,10 @@
 #include "kv_cache/prune.h"
 
-#include "common/check.h"
+#include "common/clones.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-
-#if defined(__x86_64__) && defined(__GNUC__)
-// By feature, not by arch=...: clones by arch= are chosen by CPU model, and on AMD the baseline would run.
-#define MEM1_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define MEM1_CLONES
-#endif
 
 namespace mem1::kv_cache {
 namespace {

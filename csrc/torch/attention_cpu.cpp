@@ -241,23 +241,21 @@ void forward(const Plan& plan, const at::Tensor& q, const at::Tensor& k, const a
 
 }  // namespace
 
+at::Tensor last_queries(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Plan& plan, double scale,
+                        at::Tensor& out) {
+  at::Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)},
+                             q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
+  if (q.numel() == 0) return lse.fill_(-std::numeric_limits<double>::infinity());
+  dispatch(q.scalar_type(),
+           [&](auto in, auto t) { forward<decltype(in), decltype(t)>(plan, q, k, v, scale, out, lse); });
+  return lse;
+}
+
 std::tuple<at::Tensor, at::Tensor> trajectory_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                                                         const Plan& plan, double scale) {
   at::Tensor out = at::empty(q.sizes(), q.options());
-  at::Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)},
-                             q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
-  if (q.numel() == 0) return {out, lse.fill_(-std::numeric_limits<double>::infinity())};
-  dispatch(q.scalar_type(),
-           [&](auto in, auto t) { forward<decltype(in), decltype(t)>(plan, q, k, v, scale, out, lse); });
+  at::Tensor lse = last_queries(q, k, v, plan, scale, out);
   return {out, lse};
-}
-
-void last_queries(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Plan& plan, double scale,
-                  at::Tensor& out) {
-  at::Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)},
-                             q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
-  dispatch(q.scalar_type(),
-           [&](auto in, auto t) { forward<decltype(in), decltype(t)>(plan, q, k, v, scale, out, lse); });
 }
 
 }  // namespace mem1::cpu

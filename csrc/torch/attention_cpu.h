@@ -94,10 +94,10 @@ struct PackedKeys {
 template <typename In, typename T>
 PackedKeys pack_keys(const Shape& shape, const at::Tensor& k, const at::Tensor& v, bool backward);
 
-// The forward for the last queries of a stream, into `out`: q and out [batch, some, heads, dim], k and v [batch, all,
-// ..].
-void last_queries(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Plan& plan, double scale,
-                  at::Tensor& out);
+// The forward for the last queries of a stream, into `out`; returns the log-sum-exps. q and out [batch, some, heads,
+// dim], k and v [batch, all, ..].
+at::Tensor last_queries(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Plan& plan, double scale,
+                        at::Tensor& out);
 
 // Sets the scores [run, columns] of invisible pairs to -inf.
 template <typename S>

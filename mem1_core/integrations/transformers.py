@@ -189,6 +189,13 @@ def _problem(
     return None
 
 
+def cache_shape(config: Any) -> tuple[int, int, int]:
+    """Layers, KV heads and head dim of a decoder's KV cache."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers, heads, dim
+
+
 def deferred_mask(**kwargs: Any) -> DeferredMask | Tensor | None:
     """The mask function: `sdpa_mask`, at once for models that cannot run with `mem1_mask`, else later.
 

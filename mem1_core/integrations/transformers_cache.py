@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from mem1_core.integrations.transformers import NAME, config_problem
+from mem1_core.integrations.transformers import NAME, cache_shape, config_problem
 from mem1_core.ops.kv_cache import Keep, Positions, prune_kv_cache_
 
 
@@ -59,11 +59,10 @@ class SlotCache(Cache):
             raise ValueError(f"SlotCache: {problem}")
         if batch < 1 or capacity < 1:
             raise ValueError(f"batch, capacity: wanted 1 or more, got {batch} and {capacity}")
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        layers, heads, dim = cache_shape(config)
         dtype = dtype or (config.dtype if model is None else model.dtype) or torch.get_default_dtype()
         device = device or ("cpu" if model is None else model.device)
-        shape = (config.num_hidden_layers, 2, batch, capacity, heads, dim)
+        shape = (layers, 2, batch, capacity, heads, dim)
         # Zeros: what lies behind a length is masked, which helps only if it is finite.
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.batch, self.capacity = batch, capacity

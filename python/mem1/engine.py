@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from mem1.graphs import Graphs
 from mem1.slots import Slots, Step
-from mem1_core.integrations.transformers import check_model
+from mem1_core.integrations.transformers import cache_shape, check_model
 
 _GRAPH_TOKENS = 256  # captured decode steps see a multiple of this
 _PIECE = 2048  # tokens of a row in one forward: the mask that SDPA wants has so many rows
@@ -34,7 +34,6 @@ class Engine:
 
     def __init__(self, model: PreTrainedModel, slots: int, prefill_tokens: int = 16384) -> None:
         check_model(model)
-        config: Any = model.config
         _check_policy(model)
         head: Any = model.get_output_embeddings()
         self.trunk: Any = model.get_decoder()
@@ -44,9 +43,8 @@ class Engine:
         self.prefill_tokens = prefill_tokens
         weight = next(self.trunk.parameters())
         self.device = weight.device
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.cache = Slots(config.num_hidden_layers, slots, kv_heads, head_dim, weight.dtype, self.device)
+        layers, kv_heads, head_dim = cache_shape(model.config)
+        self.cache = Slots(layers, slots, kv_heads, head_dim, weight.dtype, self.device)
         # What a captured decode step reads: token, position and length before it, of each slot.
         self._inputs = torch.zeros(3, slots, dtype=torch.int64, device=self.device)
         self._graphs: Graphs | None = Graphs(self.device) if self.device.type == "cuda" else None
@@ -138,6 +136,7 @@ class Engine:
             columns=column[real].to(self.device),
             ends=ends.int().to(self.device),
             used=int(ends.max()),
+            width=longest,
         )
         hidden = self._forward(ids.to(self.device), place.to(self.device), step)
         lengths[index] = ends
@@ -177,6 +176,7 @@ class Engine:
             columns=lengths,
             ends=(lengths + 1).int(),
             used=used,
+            width=1,
         )
         return self._forward(tokens[:, None], positions[:, None], step)
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +92,8 @@ class Slots:
         self.lengths[target] = length
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """One forward over some of the slots: `mem1_cache` of `mem1_core.integrations.transformers`.
 
     Rows are padded on the left, so that the last query of each is its last token. Every tensor is on the
@@ -107,6 +110,7 @@ class Step(NamedTuple):
     columns: Tensor  # int64 [real tokens]
     ends: Tensor  # int32 [b]: length of each slot after this forward
     used: int  # no end is behind it
+    width: int  # T
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Store key and value [b, Hkv, T, D] and attend to all that their slots hold.
@@ -132,19 +136,24 @@ class Step(NamedTuple):
             return self._flash(keys, values, query, scale)
         return self._sdpa(keys, values, query, scale)
 
+    @cached_property
+    def _visible(self) -> Tensor:
+        """bool [b, 1, T, used], which entries each query sees; the same in every layer."""
+        device = self.ends.device
+        last = self.ends[:, None] + torch.arange(-self.width, 0, device=device)
+        # Padding sees the first entry, as a row without any would be NaN.
+        return (torch.arange(self.used, device=device) <= last.clamp(min=0)[..., None])[:, None]
+
     def _sdpa(self, keys: Tensor, values: Tensor, query: Tensor, scale: float) -> Tensor:
         b, heads, new, dim = query.shape
         rows = self.rows if self.neighbours is None else self.neighbours
         keys, values = (x[rows, : self.used].transpose(1, 2) for x in (keys, values))
         group = heads // keys.shape[1]
-        last = self.ends[:, None] + torch.arange(-new, 0, device=query.device)  # [b, T], what each query sees
-        # Padding sees the first entry, as a row without any would be NaN.
-        visible = torch.arange(self.used, device=query.device) <= last.clamp(min=0)[..., None]
         if new == 1:  # the query heads of a KV head stand as so many queries: nothing is repeated
             query = query.reshape(b, heads // group, group, dim)
         elif group > 1:
             keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
-        out = scaled_dot_product_attention(query, keys, values, attn_mask=visible[:, None], scale=scale)
+        out = scaled_dot_product_attention(query, keys, values, attn_mask=self._visible, scale=scale)
         return out.reshape(b, heads, new, dim).transpose(1, 2)
 
     def _flash(self, keys: Tensor, values: Tensor, query: Tensor, scale: float) -> Tensor:

@@ -122,6 +122,7 @@ def test_a_step_stores_and_attends(monkeypatch, backend, rows, counts):
         columns=columns[real],
         ends=ends.int(),
         used=int(ends.max()),
+        width=new,
     )
     out = step.attend(SimpleNamespace(layer_idx=0), query, key, value, 0.3)  # stores, and takes the op
     if backend != "op":
