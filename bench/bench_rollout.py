@@ -73,10 +73,11 @@ def compare(
     bench: Any, model: Any, workload: Workload, slots: int, regimes: dict[str, Regime], device: str = "cpu"
 ) -> dict[str, Result]:
     """One table, with the throughput of each row."""
+    engine = Engine(model, slots)  # kept from call to call, as a trainer does
     contenders = [
         Contender(
             name,
-            partial(play, model, workload, slots, regime),
+            partial(play, engine, workload, regime),
             partial(check_ours, model, workload, regime),
         )
         for name, regime in regimes.items()

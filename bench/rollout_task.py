@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from mem1.config import Regime, RolloutConfig
+from mem1.engine import Engine
 from mem1.envs.base import Action, Observation, ScriptedAction
 from mem1.envs.words import FILLER
 from mem1.evaluate import parity
@@ -100,10 +101,11 @@ class RandomWords:
         return " ".join(self._words.choices(FILLER, k=words))
 
 
-def play(model: Any, workload: Workload, slots: int, regime: Regime = "carry") -> list[Trajectory]:
+def play(engine: Engine, workload: Workload, regime: Regime = "carry") -> list[Trajectory]:
     """Ours."""
-    make, config = partial(RandomWords, workload), workload.config(slots, regime)
-    return list(rollout(model, build_tokenizer(), make, range(workload.episodes), config, scripted=True))
+    make, config = partial(RandomWords, workload), workload.config(engine.slots, regime)
+    seeds, tokenizer = range(workload.episodes), build_tokenizer()
+    return list(rollout(engine.model, tokenizer, make, seeds, config, scripted=True, engine=engine))
 
 
 class Turn(NamedTuple):

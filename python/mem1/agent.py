@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mem1 import checkpoint
 from mem1.config import RolloutConfig
+from mem1.engine import Engine
 from mem1.envs.base import Action, Environment, Observation
 from mem1.rollout import rollout
 from mem1.trajectory import Trajectory
@@ -44,6 +45,7 @@ class MemoryEfficientAgent:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.config = replace(config or RolloutConfig(), slots=1)
+        self._engine = Engine(model, 1, self.config.prefill_tokens)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], config: RolloutConfig | None = None) -> MemoryEfficientAgent:
@@ -52,8 +54,9 @@ class MemoryEfficientAgent:
         return cls(loaded.model, loaded.tokenizer, config)
 
     def run(self, environment: Environment, seed: int = 0) -> Trajectory:
-        """One episode. The same seed gives the same episode and the same samples."""
-        return next(rollout(self.model, self.tokenizer, lambda: environment, [seed], self.config))
+        """One episode at a time. The same seed gives the same episode and the same samples."""
+        make, engine = (lambda: environment), self._engine
+        return next(rollout(self.model, self.tokenizer, make, [seed], self.config, engine=engine))
 
     def answer(self, question: str, tool: Callable[[str], str], seed: int = 0) -> Reply:
         """Answer a question with a tool that takes the text of a query and returns the text the agent is

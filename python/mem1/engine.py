@@ -6,16 +6,18 @@ business.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from itertools import accumulate, chain, repeat
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mem1.graphs import Graphs
-from mem1.slots import Slots, Step
+from mem1.slots import Rows, Slots, Step
 from mem1_core.integrations.transformers import cache_shape, check_model
 
 _GRAPH_TOKENS = 256  # captured decode steps see a multiple of this
@@ -34,12 +36,9 @@ class Engine:
 
     def __init__(self, model: PreTrainedModel, slots: int, prefill_tokens: int = 16384) -> None:
         check_model(model)
-        _check_policy(model)
-        head: Any = model.get_output_embeddings()
-        self.trunk: Any = model.get_decoder()
-        # Logits are made in fp32 here and in the trainer: in bf16 their rounding alone would hide whether the
-        # two agree.
-        self.head = head.weight.detach().float()
+        self.model, self.trunk = model, cast(Any, model.get_decoder())
+        self._busy = False
+        self._refresh()
         self.prefill_tokens = prefill_tokens
         weight = next(self.trunk.parameters())
         self.device = weight.device
@@ -50,6 +49,39 @@ class Engine:
         self._graphs: Graphs | None = Graphs(self.device) if self.device.type == "cuda" else None
         # A 4D mask goes straight to the layers, which do not look at it: transformers makes none of its own.
         self._no_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=self.device)
+
+    @property
+    def slots(self) -> int:
+        return len(self.cache.lengths)
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps of one token for each row come from a graph."""
+        return self._graphs is not None
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """One rollout: the weights as they are now (training may have changed them in place), and empty slots
+        when it is over. RuntimeError while there is another one.
+        """
+        if self._busy:
+            raise RuntimeError("engine: wanted one that is free, got one that another rollout uses")
+        self._refresh()
+        self._busy = True
+        try:
+            yield
+        finally:
+            for slot, length in enumerate(self.cache.lengths):
+                if length:
+                    self.clear(slot)
+            self._busy = False
+
+    def _refresh(self) -> None:
+        _check_policy(self.model)
+        head: Any = self.model.get_output_embeddings()
+        # Logits are made in fp32 here and in the trainer: in bf16 their rounding alone would hide whether the
+        # two agree.
+        self.head = head.weight.detach().float()
 
     @torch.inference_mode()
     def feed(self, rows: list[int], tokens: list[list[int]], positions: list[list[int]]) -> Tensor:
@@ -68,23 +100,30 @@ class Engine:
             )
             tokens, positions = [t[-_PIECE:] for t in tokens], [p[-_PIECE:] for p in positions]
         lengths = self.cache.lengths
-        self._reserve(max(int(lengths[row]) + len(t) for row, t in zip(rows, tokens, strict=True)))
+        self._reserve(max(lengths[row] + len(t) for row, t in zip(rows, tokens, strict=True)))
         if self._graphs is not None and max(map(len, tokens)) == 1:
             return self._decode(rows, tokens, positions, self._graphs)
-        hidden: list[Tensor] = [torch.empty(0)] * len(rows)
+        groups = self._grouped(rows, tokens)
+        if groups == [list(range(len(rows)))]:
+            return self._read(rows, tokens, positions)
+        hidden = [
+            self._read(*([of_row[i] for i in group] for of_row in (rows, tokens, positions)))
+            for group in groups
+        ]
+        order = torch.tensor(list(chain.from_iterable(groups)), device=self.device)
+        return torch.cat(hidden)[order.argsort()]
+
+    def _grouped(self, rows: list[int], tokens: list[list[int]]) -> list[list[int]]:
+        """Places in `rows` of each forward, those with one token before the others, else by slot."""
         order = sorted(range(len(rows)), key=lambda i: (len(tokens[i]), rows[i]))
-        while order:
-            group = [order.pop()]
-            longest = len(tokens[group[0]])
-            while order and (len(group) + 1) * longest <= self.prefill_tokens:
-                group.append(order.pop())
-            group.sort(key=lambda i: rows[i])
-            out = self._read(
-                [rows[i] for i in group], [tokens[i] for i in group], [positions[i] for i in group]
-            )
-            for i, row in zip(group, out, strict=True):
-                hidden[i] = row
-        return torch.stack(hidden)
+        ones = [i for i in order if len(tokens[i]) == 1]
+        long, groups = order[len(ones) :], []
+        while long:
+            group, longest = [], len(tokens[long[-1]])
+            while long and (not group or (len(group) + 1) * longest <= self.prefill_tokens):
+                group.append(long.pop())
+            groups.append(sorted(group, key=lambda i: rows[i]))
+        return [ones + groups[0], *groups[1:]] if groups else [ones]
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -115,32 +154,29 @@ class Engine:
             self._graphs.clear()
 
     def _read(self, rows: list[int], tokens: list[list[int]], positions: list[list[int]]) -> Tensor:
-        """One forward, padded on the left; padding is not stored and no token sees it."""
-        longest, lengths = max(map(len, tokens)), self.cache.lengths
-        count = torch.tensor([len(t) for t in tokens])
-        ids = torch.tensor([[0] * (longest - len(t)) + t for t in tokens])
-        place = torch.tensor([[0] * (longest - len(p)) + p for p in positions])
-        index = torch.tensor(rows)
-        ends = lengths[index] + count
-        column = ends[:, None] + torch.arange(-longest, 0)  # [b, T], where each token is stored
-        real = torch.arange(longest) >= longest - count[:, None]
-        contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
-        step = Step(
-            kv=self.cache.kv,
-            flash=self.cache.flash,
-            rows=index.int().to(self.device),
-            neighbours=slice(rows[0], rows[0] + len(rows)) if contiguous else None,
-            counts=count.int().to(self.device),
-            real=None if bool(real.all()) else real.to(self.device),
-            slots=index[:, None].expand_as(column)[real].to(self.device),
-            columns=column[real].to(self.device),
-            ends=ends.int().to(self.device),
-            used=int(ends.max()),
-            width=longest,
+        """One forward over all tokens, row after row; rows with one token are the first."""
+        lengths, counts = self.cache.lengths, [len(t) for t in tokens]
+        begins, ones = [lengths[row] for row in rows], counts.count(1)
+        ends = [begin + count for begin, count in zip(begins, counts, strict=True)]
+        of_tokens = (
+            chain.from_iterable(tokens),
+            chain.from_iterable(positions),
+            chain.from_iterable(map(repeat, rows, counts)),
+            chain.from_iterable(map(range, begins, ends)),
         )
-        hidden = self._forward(ids.to(self.device), place.to(self.device), step)
-        lengths[index] = ends
-        return hidden
+        packed = torch.tensor([list(of_token) for of_token in of_tokens])
+        ids, places, slots, columns = packed.to(self.device)
+        parts = [
+            Rows.of(rows[part], counts[part], ends[part], self.device)
+            for part in (slice(0, ones), slice(ones, None))
+            if rows[part]
+        ]
+        hidden = self._forward(ids, places, Step(self.cache.kv, self.cache.flash, slots, columns, parts))
+        for row, end in zip(rows, ends, strict=True):
+            lengths[row] = end
+        if ones == len(rows):
+            return hidden
+        return hidden[torch.tensor([*accumulate(counts)], device=self.device) - 1]
 
     def _decode(
         self, rows: list[int], tokens: list[list[int]], positions: list[list[int]], graphs: Graphs
@@ -148,47 +184,45 @@ class Engine:
         """One token for each of `rows`, by a graph. Slots in between run along: they write behind their end,
         where no query looks.
         """
-        lengths = self.cache.lengths
-        self._reserve(int(lengths.max()) + 1)  # every slot has a place behind its end
-        inputs = torch.zeros(3, lengths.shape[0], dtype=torch.int64)
-        inputs[2] = lengths
-        index = torch.tensor(rows)
-        inputs[0, index], inputs[1, index] = torch.tensor(tokens)[:, 0], torch.tensor(positions)[:, 0]
+        lengths, longest = self.cache.lengths, max(self.cache.lengths) + 1
+        self._reserve(longest)  # every slot has a place behind its end
+        inputs = torch.zeros(3, len(lengths), dtype=torch.int64)
+        inputs[0, rows], inputs[1, rows] = torch.tensor(tokens)[:, 0], torch.tensor(positions)[:, 0]
+        inputs[2] = torch.tensor(lengths)
         self._inputs.copy_(inputs, non_blocking=True)
-        span = min(1 << max(rows).bit_length(), lengths.shape[0])
-        used = min(-(-(int(lengths.max()) + 1) // _GRAPH_TOKENS) * _GRAPH_TOKENS, self.cache.capacity)
+        span = min(1 << max(rows).bit_length(), len(lengths))
+        used = min(-(-longest // _GRAPH_TOKENS) * _GRAPH_TOKENS, self.cache.capacity)
         hidden = graphs.run((span, used), partial(self._decode_step, span, used))
-        lengths[index] += 1
-        return hidden[index.to(self.device)]
+        for row in rows:
+            lengths[row] += 1
+        return hidden[torch.tensor(rows, device=self.device)]
 
     def _decode_step(self, span: int, used: int) -> Tensor:
         """The device's part of `_decode`: sizes are numbers, all else is read from `_inputs`."""
         tokens, positions, lengths = self._inputs[:, :span]
         slots = torch.arange(span, device=self.device)
-        step = Step(
-            kv=self.cache.kv,
-            flash=self.cache.flash,
-            rows=slots.int(),
+        part = Rows(
+            slots=slots.int(),
             neighbours=slice(0, span),
             counts=torch.ones_like(slots, dtype=torch.int32),
-            real=None,
-            slots=slots,
-            columns=lengths,
             ends=(lengths + 1).int(),
             used=used,
             width=1,
+            real=None,
+            tokens=span,
         )
-        return self._forward(tokens[:, None], positions[:, None], step)
+        step = Step(self.cache.kv, self.cache.flash, slots, lengths, [part])
+        return self._forward(tokens, positions, step)
 
-    def _forward(self, ids: Tensor, positions: Tensor, step: Step) -> Tensor:
-        """Hidden state of the last token of each row, [b, H]."""
+    def _forward(self, tokens: Tensor, positions: Tensor, step: Step) -> Tensor:
+        """Hidden states [N, H] of tokens int64 [N]."""
         return self.trunk(
-            input_ids=ids,
-            position_ids=positions,
+            input_ids=tokens[None],
+            position_ids=positions[None],
             attention_mask=self._no_mask,
             use_cache=False,
             mem1_cache=step,
-        ).last_hidden_state[:, -1]
+        ).last_hidden_state[0]
 
 
 def _check_policy(model: PreTrainedModel) -> None:

@@ -30,6 +30,7 @@ POLICY_ERROR = "policy error"  # its numbers were not finite
 _Value = TypeVar("_Value")
 _FAILED = {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
 _MOST_TOLD = 200  # characters of an exception's message
+_DRAWN = 64  # random numbers at a time
 _SEED_STRIDE = 1_000_003  # keeps the samplers of neighbouring seeds apart when `sampling_seed` moves
 
 
@@ -81,6 +82,7 @@ class Episode:
         self._script: deque[int] = deque()
         self._objectives, self._score = 1, dict(_FAILED)
         self._began = time.perf_counter()
+        self._uniform: list[float] = []  # drawn and not yet used, the next one last
         self._generator = torch.Generator().manual_seed(seed * _SEED_STRIDE + sampling_seed)
 
     @property
@@ -135,9 +137,11 @@ class Episode:
         self._alive = None
         return keep
 
-    def uniform(self) -> Tensor:
+    def uniform(self) -> float:
         """The next number of this episode's own random stream, in [0, 1)."""
-        return torch.rand((), generator=self._generator)
+        if not self._uniform:
+            self._uniform = torch.rand(_DRAWN, generator=self._generator).tolist()[::-1]
+        return self._uniform.pop()
 
     def forced(self) -> int:
         """The next token of the script, -1 where the policy is free."""

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mem1.config import Prune, Regime, RolloutConfig
+from mem1.engine import Engine
 from mem1.envs.base import Environment
 from mem1.envs.multihop import MultiHopEnv
 from mem1.ppo import pack, recompute_logprobs, split
@@ -85,10 +86,12 @@ def evaluate(
     the same episodes and training (which counts from 0) never saw them.
     """
     results, trajectories = [], []
+    seeds = range(seed, seed + episodes)
+    engine = Engine(model, max(1, min(config.slots, episodes)), config.prefill_tokens)
     for n in objectives:
         start = time.perf_counter()
-        seeds = range(seed, seed + episodes)
-        played = list(rollout(model, tokenizer, partial(make_environment, n), seeds, config))
+        world = partial(make_environment, n)
+        played = list(rollout(model, tokenizer, world, seeds, config, engine=engine))
         results.append(summarize(agent, n, played, time.perf_counter() - start))
         trajectories += played
     return results, trajectories

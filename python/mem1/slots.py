@@ -26,14 +26,14 @@ _FIRST_CAPACITY = 128  # tokens
 class Slots:
     """kv: [layers, 2 (K, V), slots, capacity, Hkv, D]; it grows when a trajectory needs more.
 
-    lengths: int64 [slots] on the host, the tokens in each slot.
+    lengths: the tokens in each slot.
     """
 
     def __init__(
         self, layers: int, slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.kv = torch.zeros((layers, 2, slots, 0, kv_heads, head_dim), dtype=dtype, device=device)
-        self.lengths = torch.zeros(slots, dtype=torch.int64)
+        self.lengths = [0] * slots
         self.flash = flash_attention(self.kv)
 
     @property
@@ -56,25 +56,25 @@ class Slots:
         slots, layers, keys and values in one call, in place.
         """
         for slot, keep in keeps.items():
-            if keep.shape != (int(self.lengths[slot]),):
+            if keep.shape != (self.lengths[slot],):
                 raise ValueError(
-                    f"keep: wanted shape [{int(self.lengths[slot])}], the length of slot {slot}, got "
+                    f"keep: wanted shape [{self.lengths[slot]}], the length of slot {slot}, got "
                     f"{list(keep.shape)}"
                 )
         if not keeps:
             return
-        used = int(self.lengths.max())
+        used = max(self.lengths)
         mask = torch.ones(len(self.lengths), used, dtype=torch.bool)
         for slot, keep in keeps.items():
             mask[slot, : len(keep)] = keep
-        lengths, device = self.lengths.to(torch.int32), self.kv.device
+        lengths, device = torch.tensor(self.lengths, dtype=torch.int32), self.kv.device
         prune_kv_cache_(
             self.kv[:, :, :, :used],
             mask.to(device, non_blocking=True),
             lengths.to(device, non_blocking=True),
         )
         for slot, keep in keeps.items():
-            self.lengths[slot] = keep.sum()
+            self.lengths[slot] = int(keep.sum())
 
     def clear(self, slot: int) -> None:
         """Forget a slot and what it held, numbers that are not finite among it."""
@@ -83,87 +83,99 @@ class Slots:
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget all but the first `length` tokens of a slot."""
-        self.lengths[slot] = min(length, int(self.lengths[slot]))
+        self.lengths[slot] = min(length, self.lengths[slot])
 
     def move(self, source: int, target: int) -> None:
         """Let slot `target` hold what slot `source` holds."""
-        length = int(self.lengths[source])
+        length = self.lengths[source]
         self.kv[:, :, target, :length] = self.kv[:, :, source, :length]
         self.lengths[target] = length
 
 
 @dataclass(frozen=True)
-class Step:
-    """One forward over some of the slots: `mem1_cache` of `mem1_core.integrations.transformers`.
+class Rows:
+    """Rows of a forward that attend in one call: their new tokens lie side by side in it.
 
-    Rows are padded on the left, so that the last query of each is its last token. Every tensor is on the
-    device of the cache.
+    For the call they are padded on the left, so that the last query of each is its last token. Every tensor
+    is on the device of the cache.
     """
 
-    kv: Tensor  # [layers, 2, slots, capacity, Hkv, D]
-    flash: Callable[..., Tensor] | None  # flash-attn's function, where it is to be used
-    rows: Tensor  # int32 [b]: the slots that take part, in batch order
+    slots: Tensor  # int32 [b]
     neighbours: slice | None  # the same, if these are neighbours
-    counts: Tensor  # int32 [b]: tokens of each row that are not padding
-    real: Tensor | None  # bool [b, T]: not padding; None: all are
-    slots: Tensor  # int64 [real tokens]: where each of them is stored
-    columns: Tensor  # int64 [real tokens]
+    counts: Tensor  # int32 [b]: new tokens of each row
     ends: Tensor  # int32 [b]: length of each slot after this forward
     used: int  # no end is behind it
-    width: int  # T
+    width: int  # T, the highest count
+    real: Tensor | None  # bool [b, T]: not padding; None: all are
+    tokens: int  # sum of counts
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Store key and value [b, Hkv, T, D] and attend to all that their slots hold.
-
-        query [b, Hq, T, D] -> [b, T, Hq, D]. Query t of a row sees the entries before `ends - T + t + 1`.
-        """
-        layer: Any = module.layer_idx
-        for which, new in enumerate((key.transpose(1, 2), value.transpose(1, 2))):
-            flat = new.flatten(0, 1) if self.real is None else new[self.real]
-            self.kv[layer, which][self.slots, self.columns] = flat
-        keys, values = self.kv[layer]
-        if self.kv.device.type == "cpu":
-            return cached_attention(
-                query.transpose(1, 2),
-                keys,
-                values,
-                self.ends,
-                rows=self.rows,
-                counts=self.counts,
-                scale=scale,
-            )
-        if self.flash is not None:
-            return self._flash(keys, values, query, scale)
-        return self._sdpa(keys, values, query, scale)
+    @classmethod
+    def of(cls, slots: list[int], counts: list[int], ends: list[int], device: torch.device) -> Rows:
+        width, together = max(counts), slice(slots[0], slots[0] + len(slots))
+        index, count, end = torch.tensor([slots, counts, ends], dtype=torch.int32).to(device)
+        padded = min(counts) < width
+        return cls(
+            slots=index,
+            neighbours=together if slots == list(range(together.start, together.stop)) else None,
+            counts=count,
+            ends=end,
+            used=max(ends),
+            width=width,
+            real=torch.arange(width, device=device) >= width - count[:, None] if padded else None,
+            tokens=sum(counts),
+        )
 
     @cached_property
-    def _visible(self) -> Tensor:
+    def visible(self) -> Tensor:
         """bool [b, 1, T, used], which entries each query sees; the same in every layer."""
         device = self.ends.device
         last = self.ends[:, None] + torch.arange(-self.width, 0, device=device)
         # Padding sees the first entry, as a row without any would be NaN.
         return (torch.arange(self.used, device=device) <= last.clamp(min=0)[..., None])[:, None]
 
-    def _sdpa(self, keys: Tensor, values: Tensor, query: Tensor, scale: float) -> Tensor:
-        b, heads, new, dim = query.shape
-        rows = self.rows if self.neighbours is None else self.neighbours
-        keys, values = (x[rows, : self.used].transpose(1, 2) for x in (keys, values))
+    def attend(
+        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, flash: Callable[..., Tensor] | None
+    ) -> Tensor:
+        """query [tokens, Hq, D], keys and values [slots, capacity, Hkv, D] -> [tokens, Hq, D].
+
+        Query t of a row sees the entries of its slot before `ends - count + t + 1`.
+        """
+        if self.real is None:
+            padded = query.unflatten(0, (-1, self.width))
+        else:
+            padded = query.new_zeros(*self.real.shape, *query.shape[1:])
+            padded[self.real] = query
+        if query.device.type == "cpu":
+            settings = {"rows": self.slots, "counts": self.counts, "scale": scale}
+            out = cached_attention(padded, keys, values, self.ends, **settings)
+        elif flash is not None:
+            out = self._flash(flash, padded, keys, values, scale)
+        else:
+            out = self._sdpa(padded, keys, values, scale)
+        return out.flatten(0, 1) if self.real is None else out[self.real]
+
+    def _sdpa(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        b, new, heads, dim = query.shape
+        rows = self.slots if self.neighbours is None else self.neighbours
+        query, keys, values = (x.transpose(1, 2) for x in (query, keys[rows], values[rows]))
+        keys, values = keys[:, :, : self.used], values[:, :, : self.used]
         group = heads // keys.shape[1]
         if new == 1:  # the query heads of a KV head stand as so many queries: nothing is repeated
             query = query.reshape(b, heads // group, group, dim)
         elif group > 1:
             keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
-        out = scaled_dot_product_attention(query, keys, values, attn_mask=self._visible, scale=scale)
+        out = scaled_dot_product_attention(query, keys, values, attn_mask=self.visible, scale=scale)
         return out.reshape(b, heads, new, dim).transpose(1, 2)
 
-    def _flash(self, keys: Tensor, values: Tensor, query: Tensor, scale: float) -> Tensor:
-        assert self.flash is not None
-        rows: Tensor | None = self.rows
+    def _flash(
+        self, flash: Callable[..., Tensor], query: Tensor, keys: Tensor, values: Tensor, scale: float
+    ) -> Tensor:
+        rows: Tensor | None = self.slots
         if self.neighbours is not None:
             keys, values, rows = keys[self.neighbours], values[self.neighbours], None
         # Bottom-right causal masks: the last query sees all of its slot, as it must with padding on the left.
-        return self.flash(
-            query.transpose(1, 2),
+        return flash(
+            query,
             keys[:, : self.used],
             values[:, : self.used],
             cache_seqlens=self.ends,
@@ -171,6 +183,34 @@ class Step:
             softmax_scale=scale,
             causal=True,
         )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward over some of the slots: `mem1_cache` of `mem1_core.integrations.transformers`.
+
+    Its tokens are one sequence to the model, [1, N], row after row: nothing is padded but where rows attend.
+    """
+
+    kv: Tensor  # [layers, 2, slots, capacity, Hkv, D]
+    flash: Callable[..., Tensor] | None  # flash-attn's function, where it is to be used
+    slots: Tensor  # int64 [N]: where each token is stored
+    columns: Tensor  # int64 [N]
+    parts: list[Rows]  # in the order of the tokens
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Store key and value [1, Hkv, N, D] and let each query attend to all that its row's slot holds.
+
+        query [1, Hq, N, D] -> [1, N, Hq, D].
+        """
+        layer: Any = module.layer_idx
+        self.kv[layer][:, self.slots, self.columns] = torch.cat((key, value)).transpose(1, 2)
+        (keys, values), out, begin = self.kv[layer], [], 0
+        for part in self.parts:
+            of_part = query[0, :, begin : begin + part.tokens].transpose(0, 1)
+            out.append(part.attend(of_part, keys, values, scale, self.flash))
+            begin += part.tokens
+        return (out[0] if len(out) == 1 else torch.cat(out))[None]
 
 
 def flash_attention(kv: Tensor) -> Callable[..., Tensor] | None:

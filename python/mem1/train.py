@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from mem1 import checkpoint
 from mem1.checkpoint import LAST, whole_file
 from mem1.config import TrainConfig
+from mem1.engine import Engine
 from mem1.envs.multihop import MultiHopEnv
 from mem1.episode import ENVIRONMENT_ERROR
 from mem1.model import build_critic, build_model
@@ -47,7 +49,8 @@ def train(
     skipped, and counts. An exception or Ctrl-C leaves the checkpoint of the last complete update; only if it
     comes in the middle of an update, when the weights are half-way, that of the last `save_every`.
     """
-    MultiHopEnv(**config.environment())  # an argument that is out of range fails before any work
+    make_world = partial(MultiHopEnv, **config.environment())
+    make_world()  # an argument that is out of range fails before any work
     if resume and init is not None:
         raise ValueError(f"init: wanted None together with resume, got {str(init)!r}")
     lessons = replace(
@@ -84,6 +87,7 @@ def train(
             reference.load_state_dict(state["reference"])
         ppo.load_state_dict(state["ppo"])
 
+    engine = Engine(actor.eval(), min(config.rollout.slots, config.batch), config.rollout.prefill_tokens)
     began, slowest, complete = time.perf_counter(), 0.0, True
     try:
         while ppo.updates < config.updates:
@@ -93,9 +97,7 @@ def train(
             first = config.seed + ppo.updates * config.batch
             seeds = range(first, first + config.batch)
             actor.eval()
-            trajectories = list(
-                rollout(actor, tokenizer, lambda: MultiHopEnv(**config.environment()), seeds, config.rollout)
-            )
+            trajectories = list(rollout(actor, tokenizer, make_world, seeds, config.rollout, engine=engine))
             rolled = time.perf_counter()
             record: dict[str, Any] = {"phase": "ppo", "step": ppo.updates + 1, **describe(trajectories)}
             sound = [t for t in trajectories if not t.finished.startswith(ENVIRONMENT_ERROR)]

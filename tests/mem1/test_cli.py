@@ -199,10 +199,10 @@ def test_no_update_still_leaves_a_checkpoint(tiny, make_model, tokenizer, tmp_pa
 def test_an_interrupted_run_keeps_its_complete_updates(tiny, tmp_path, monkeypatch):
     rollout = train.rollout
 
-    def interrupted(actor, tokenizer, make_environment, seeds, config):
+    def interrupted(actor, tokenizer, make_environment, seeds, config, *, engine):
         if seeds[0] >= 4:
             raise KeyboardInterrupt
-        return rollout(actor, tokenizer, make_environment, seeds, config)
+        return rollout(actor, tokenizer, make_environment, seeds, config, engine=engine)
 
     monkeypatch.setattr(train, "rollout", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -40,7 +40,7 @@ def test_ragged_feeding_is_one_forward(make_model, prefill_tokens):
             n = cursor[row]
             expected = whole_forward(model, streams[i][:n], list(range(n)), [n] * n)[-1]
             torch.testing.assert_close(hidden[i], expected, atol=2e-4, rtol=1e-4)
-    assert engine.cache.lengths.tolist() == [29, 7, 0, 18]
+    assert engine.cache.lengths == [29, 7, 0, 18]
 
 
 def test_pruning_is_masking_by_evict(make_model):
@@ -51,7 +51,7 @@ def test_pruning_is_masking_by_evict(make_model):
     engine.feed([1], [tokens[:12]], [list(range(12))])
     keep = torch.tensor([j % 3 != 1 for j in range(12)])
     engine.prune({1: keep})
-    assert engine.cache.lengths.tolist() == [0, 8]
+    assert engine.cache.lengths == [0, 8]
     hidden = engine.feed([1], [tokens[12:]], [list(range(12, 20))])[0]
     evict = [20 if k else 12 for k in keep.tolist()] + [20] * 8
     torch.testing.assert_close(
@@ -66,7 +66,7 @@ def test_move_and_truncate(make_model):
     engine.feed([0, 2], [tokens[:4], tokens[:8]], [list(range(4)), list(range(8))])
     engine.move(2, 0)
     engine.truncate(0, 6)
-    assert engine.cache.lengths.tolist() == [6, 0, 8]
+    assert engine.cache.lengths == [6, 0, 8]
     hidden = engine.feed([0], [tokens[6:]], [[6, 7, 8]])[0]
     torch.testing.assert_close(
         hidden, whole_forward(model, tokens, list(range(9)), [9] * 9)[-1], atol=2e-4, rtol=1e-4
@@ -113,14 +113,14 @@ def test_dropout_in_training_mode_is_refused(make_model):
         Engine(model.train(), slots=1)
 
 
-def watched_forwards(monkeypatch, dim: int) -> list[int]:
-    """A size of the tokens of each forward to come."""
+def watched_forwards(monkeypatch) -> list[int]:
+    """The number of tokens of each forward to come."""
     sizes: list[int] = []
     forward = Engine._forward
 
-    def watched(engine, ids, *rest):
-        sizes.append(ids.shape[dim])
-        return forward(engine, ids, *rest)
+    def watched(engine, tokens, *rest):
+        sizes.append(tokens.numel())
+        return forward(engine, tokens, *rest)
 
     monkeypatch.setattr(Engine, "_forward", watched)
     return sizes
@@ -132,20 +132,36 @@ def test_long_rows_are_read_in_pieces(make_model, monkeypatch):
     streams[1] = streams[1][:20]
     places = [list(range(len(stream))) for stream in streams]
     whole = Engine(model, slots=2).feed([0, 1], streams, places)
-    widths = watched_forwards(monkeypatch, 1)
+    sizes = watched_forwards(monkeypatch)
     monkeypatch.setattr("mem1.engine._PIECE", 16)
     engine = Engine(model, slots=2)
     torch.testing.assert_close(engine.feed([0, 1], streams, places), whole, atol=2e-4, rtol=1e-4)
-    assert max(widths) == 16 and engine.cache.lengths.tolist() == [50, 20]
+    assert sizes == [2, 16, 20, 32] and engine.cache.lengths == [50, 20]
 
 
 def test_only_the_rows_that_are_fed_are_computed(make_model, monkeypatch):
     """On the CPU a row that waits costs nothing."""
     engine = Engine(make_model(), slots=8)
     engine.feed([0, 5, 7], [[11, 12]] * 3, [[0, 1]] * 3)
-    batches = watched_forwards(monkeypatch, 0)
+    sizes = watched_forwards(monkeypatch)
     engine.feed([0, 7], [[13], [14]], [[2], [2]])
-    assert batches == [2] and engine.cache.lengths.tolist() == [3, 0, 0, 0, 0, 2, 0, 3]
+    assert sizes == [2] and engine.cache.lengths == [3, 0, 0, 0, 0, 2, 0, 3]
+
+
+def test_a_session_sees_the_weights_as_they_are_and_leaves_nothing(make_model):
+    model = make_model(torch.bfloat16)  # whose head is a copy in fp32
+    engine = Engine(model, slots=2)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(2)
+    with engine.session():
+        assert torch.equal(engine.head, model.get_output_embeddings().weight.float())
+        engine.feed([1], [[11, 12]], [[0, 1]])
+        with pytest.raises(RuntimeError, match="wanted one that is free"), engine.session():
+            pass
+        assert engine.cache.lengths == [0, 2]
+    assert engine.cache.lengths == [0, 0] and not engine.cache.kv.any()
+    with engine.session():
+        pass
 
 
 def test_what_lies_behind_a_length_is_not_read(make_model):
@@ -159,7 +175,7 @@ def test_what_lies_behind_a_length_is_not_read(make_model):
     expected = whole_forward(model, tokens, list(range(4)), [4] * 4)[-1]
     torch.testing.assert_close(hidden, expected, atol=2e-4, rtol=1e-4)
     engine.clear(0)
-    assert engine.cache.kv.isfinite().all() and engine.cache.lengths.tolist() == [0]
+    assert engine.cache.kv.isfinite().all() and engine.cache.lengths == [0]
 
 
 FREE = -torch.ones(1, dtype=torch.int64)

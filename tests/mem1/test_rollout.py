@@ -44,6 +44,55 @@ def test_a_seed_gives_the_same_trajectory_alone_and_in_a_batch(make_model, token
         torch.testing.assert_close(alone.logprobs, batch[seed].logprobs, atol=5e-5, rtol=0)
 
 
+def test_an_engine_may_be_kept(make_model, tokenizer):
+    """The second rollout is what it is with an engine of its own, even if nobody waited for the first."""
+    model = make_model()
+    engine = Engine(model, slots=3)
+    world, config = (lambda: MultiHopEnv((1, 3))), replace(CONFIG, slots=7)
+    next(rollout(model, tokenizer, world, range(10, 20), config, engine=engine))
+    kept = {t.seed: t for t in rollout(model, tokenizer, world, range(7), config, engine=engine)}
+    fresh = {t.seed: t for t in rollout(model, tokenizer, world, range(7), replace(config, slots=3))}
+    assert kept.keys() == fresh.keys() == set(range(7))
+    for seed, trajectory in fresh.items():
+        assert torch.equal(kept[seed].tokens, trajectory.tokens)
+        assert torch.equal(kept[seed].logprobs, trajectory.logprobs)
+
+
+def test_an_engine_of_another_model_or_in_use_is_refused(make_model, tokenizer):
+    model = make_model()
+    engine = Engine(model, slots=1)
+    with pytest.raises(ValueError, match="engine: wanted one of this model"):
+        next(rollout(make_model(), tokenizer, lambda: MultiHopEnv(2), [0], CONFIG, engine=engine))
+    first = rollout(model, tokenizer, lambda: MultiHopEnv(2), [0, 1], CONFIG, engine=engine)
+    next(first)
+    with pytest.raises(RuntimeError, match="wanted one that is free"):
+        next(rollout(model, tokenizer, lambda: MultiHopEnv(2), [0], CONFIG, engine=engine))
+    assert next(first).seed == 1
+
+
+def test_where_decode_steps_are_captured_long_rows_wait_for_each_other(make_model, tokenizer, monkeypatch):
+    """What a GPU does, on the CPU: a feed is one token for each row, or at least a sixth of it is long."""
+    fed = []
+    feed = Engine.feed
+
+    def watched(engine, rows, tokens, positions):
+        fed.append([len(t) for t in tokens])
+        return feed(engine, rows, tokens, positions)
+
+    monkeypatch.setattr(Engine, "feed", watched)
+    config = replace(CONFIG, slots=24)
+    played = []
+    for captures in (False, True):
+        monkeypatch.setattr(Engine, "captures", captures)
+        fed.clear()
+        episodes = rollout(make_model(), tokenizer, lambda: MultiHopEnv((1, 4)), range(24), config)
+        played.append({t.seed: t for t in episodes})
+        shares = {sum(n > 1 for n in counts) / len(counts) for counts in fed}
+        assert any(0 < share < 1 / 6 for share in shares) != captures
+    for seed, trajectory in played[0].items():
+        assert torch.equal(trajectory.tokens, played[1][seed].tokens)
+
+
 def test_another_sampling_seed_gives_other_samples_of_the_same_episode(make_model, tokenizer):
     model = make_model()
     one, two = (
@@ -85,7 +134,7 @@ def test_the_cache_stays_small(make_model, tokenizer, monkeypatch):
 
     def watched(engine, *arguments):
         hidden = feed(engine, *arguments)
-        lengths[prune] = max(lengths.get(prune, 0), int(engine.cache.lengths.max()))
+        lengths[prune] = max(lengths.get(prune, 0), max(engine.cache.lengths))
         return hidden
 
     monkeypatch.setattr(Engine, "feed", watched)

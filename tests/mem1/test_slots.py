@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from mem1 import slots
-from mem1.slots import Slots, Step
+from mem1.slots import Rows, Slots, Step
 
 
 def filled(lengths: list[int], capacity: int = 24) -> Slots:
     cache = Slots(2, len(lengths), 2, 8, torch.float32, torch.device("cpu"))
     cache.reserve(capacity)
     cache.kv.copy_(torch.randn(cache.kv.shape, generator=torch.Generator().manual_seed(0)))
-    cache.lengths = torch.tensor(lengths)
+    cache.lengths = list(lengths)
     return cache
 
 
@@ -38,7 +38,7 @@ def test_prune_is_one_call_for_all_slots_and_moves_nothing_else(monkeypatch):
     first, last = torch.arange(10) % 3 > 0, torch.arange(20) >= 15
     cache.prune({0: first, 2: last})
     assert len(calls) == 1 and cache.kv.data_ptr() == address
-    assert cache.lengths.tolist() == [6, 7, 5]
+    assert cache.lengths == [6, 7, 5]
     assert torch.equal(cache.kv[:, :, 0, :6], before[:, :, 0, :10][:, :, first])
     assert torch.equal(cache.kv[:, :, 1], before[:, :, 1])
     assert torch.equal(cache.kv[:, :, 2, :5], before[:, :, 2, 15:20])
@@ -51,24 +51,24 @@ def test_a_wrong_mask_is_refused_before_anything_moves():
     before = cache.kv.clone()
     with pytest.raises(ValueError, match=r"keep: wanted shape \[7\], the length of slot 1, got \[8\]"):
         cache.prune({0: torch.zeros(10, dtype=torch.bool), 1: torch.ones(8, dtype=torch.bool)})
-    assert torch.equal(cache.kv, before) and cache.lengths.tolist() == [10, 7]
+    assert torch.equal(cache.kv, before) and cache.lengths == [10, 7]
 
 
 def naive_step(cache: Slots, rows, counts, query, key, value, scale):
-    """What a forward must compute, row by row and query by query: [b, T, Hq, D], NaN in padding."""
-    out = torch.full_like(query.transpose(1, 2), torch.nan)
-    new, group = query.shape[2], query.shape[1] // key.shape[1]
-    for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
-        length = int(cache.lengths[row])
+    """What a forward must compute, row by row and query by query: query [N, Hq, D] -> [N, Hq, D]."""
+    out, group = torch.empty_like(query), query.shape[1] // key.shape[1]
+    begin = 0
+    for row, count in zip(rows, counts, strict=True):
+        length, new = cache.lengths[row], slice(begin, begin + count)
+        begin += count
         keys, values = (
-            torch.cat([cache.kv[0, which, row, :length], x[i, :, new - count :].transpose(0, 1)])
-            for which, x in enumerate((key, value))
+            torch.cat([cache.kv[0, which, row, :length], x[new]]) for which, x in enumerate((key, value))
         )
-        for t in range(new - count, new):
-            seen = length + t - (new - count) + 1
+        for t in range(count):
+            seen = length + t + 1
             for head in range(query.shape[1]):
-                score = keys[:seen, head // group] @ query[i, head, t] * scale
-                out[i, t, head] = score.softmax(0) @ values[:seen, head // group]
+                score = keys[:seen, head // group] @ query[new][t, head] * scale
+                out[new][t, head] = score.softmax(0) @ values[:seen, head // group]
     return out
 
 
@@ -94,45 +94,51 @@ def transposed_sdpa(query, key, value, **settings):
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def attend_like_a_gpu(monkeypatch, parts: list[Rows], flash: bool) -> None:
+    """Let `Rows.attend` go the way it goes on a GPU, on the CPU."""
+    monkeypatch.setattr(slots, "scaled_dot_product_attention", transposed_sdpa)
+
+    def attention(query, keys, values, ends, *, rows, counts, scale):
+        (part,) = (part for part in parts if part.slots is rows)
+        if flash:
+            return part._flash(documented_flash, query, keys, values, scale)
+        return part._sdpa(query, keys, values, scale)
+
+    monkeypatch.setattr(slots, "cached_attention", attention)
+
+
 @pytest.mark.parametrize("backend", ["op", "sdpa", "flash"])
 @pytest.mark.parametrize(
     ("rows", "counts"),
-    [([0, 1, 2], [1, 1, 1]), ([1, 2], [3, 5]), ([0, 2], [4, 2]), ([2], [6]), ([3, 0], [5, 1])],
+    [([0, 1, 2], [1, 1, 1]), ([1, 2], [3, 5]), ([0, 2], [4, 2]), ([2], [6]), ([3, 0, 1, 2], [1, 1, 5, 3])],
 )
 def test_a_step_stores_and_attends(monkeypatch, backend, rows, counts):
     """The three ways of attention; what a GPU takes is run here on the CPU."""
-    monkeypatch.setattr(slots, "scaled_dot_product_attention", transposed_sdpa)
-    cache, new = filled([10, 7, 15, 0]), max(counts)
-    generator = torch.Generator().manual_seed(1)
-    query, key, value = (torch.randn(len(rows), heads, new, 8, generator=generator) for heads in (4, 2, 2))
+    cache, generator = filled([10, 7, 15, 0]), torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(sum(counts), heads, 8, generator=generator) for heads in (4, 2, 2))
     expected = naive_step(cache, rows, counts, query, key, value, 0.3)
-    index, count = torch.tensor(rows), torch.tensor(counts)
-    ends = cache.lengths[index] + count
-    real = torch.arange(new) >= new - count[:, None]
-    columns = ends[:, None] + torch.arange(-new, 0)
-    contiguous = rows == list(range(rows[0], rows[0] + len(rows)))
-    step = Step(
-        kv=cache.kv,
-        flash=documented_flash,
-        rows=index.int(),
-        neighbours=slice(rows[0], rows[0] + len(rows)) if contiguous else None,
-        counts=count.int(),
-        real=None if bool(real.all()) else real,
-        slots=index[:, None].expand_as(columns)[real],
-        columns=columns[real],
-        ends=ends.int(),
-        used=int(ends.max()),
-        width=new,
-    )
-    out = step.attend(SimpleNamespace(layer_idx=0), query, key, value, 0.3)  # stores, and takes the op
+    ends = [cache.lengths[row] + count for row, count in zip(rows, counts, strict=True)]
+    ones = counts.count(1)
+    parts = [
+        Rows.of(rows[part], counts[part], ends[part], torch.device("cpu"))
+        for part in (slice(0, ones), slice(ones, None))
+        if rows[part]
+    ]
+    stored = [(row, ends[i] - counts[i] + t) for i, row in enumerate(rows) for t in range(counts[i])]
+    where, columns = torch.tensor(stored).T
     if backend != "op":
-        out = getattr(step, f"_{backend}")(*cache.kv[0], query, 0.3)
-    torch.testing.assert_close(out[real], expected[real])
-    assert out.isfinite().all(), "padding must not make NaN"
-    for i, row in enumerate(rows):
-        stored = cache.kv[0, :, row, cache.lengths[row] : ends[i]]
-        pair = torch.stack([x[i, :, new - counts[i] :].transpose(0, 1) for x in (key, value)])
-        assert torch.equal(stored, pair)
+        attend_like_a_gpu(monkeypatch, parts, backend == "flash")
+    step = Step(cache.kv, None, where, columns, parts)
+    packed = (x.transpose(0, 1)[None] for x in (query, key, value))
+    out = step.attend(SimpleNamespace(layer_idx=0), *packed, 0.3)
+    torch.testing.assert_close(out, expected[None])
+    assert torch.equal(cache.kv[0, :, where, columns], torch.stack([key, value]))
+
+
+def test_neighbours_are_named_by_a_slice():
+    for rows, expected in (([1, 2], slice(1, 3)), ([4], slice(4, 5)), ([0, 2], None), ([2, 1], None)):
+        ones = [1] * len(rows)
+        assert Rows.of(rows, ones, ones, torch.device("cpu")).neighbours == expected
 
 
 def test_flash_attention_is_for_half_precision_on_a_gpu(monkeypatch):
