@@ -89,8 +89,8 @@ def compare(
         f"rollout on {device}, {config.num_hidden_layers} layers x {config.hidden_size}, vocabulary "
         f"{config.vocab_size:,}, {str(model.dtype).removeprefix('torch.')}, {slots} side by side, {workload}"
     )
-    # A call takes seconds: two rounds, or one where it takes many.
-    results = bench.compare(title, contenders, device=device, idle=True, budget_s=10, min_rounds=2)
+    # A call takes seconds: three rounds, or two where it takes many.
+    results = bench.compare(title, contenders, device=device, idle=True, budget_s=10, min_rounds=3)
     if bench.measuring:
         work = {"policy tokens/s": workload.policy_tokens(), "trajectories/s": workload.episodes}
         for row in bench.tables[-1]["rows"]:
