@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU_SOURCES = (
-    "csrc/attention/*.h", "csrc/kv_cache/*.h", "csrc/*/*.cu", "csrc/*/*.cuh", "mem1_core/triton/*.py",
+    "csrc/attention/*.h", "csrc/kv_cache/*.h", "csrc/ppo_loss/*.h", "csrc/gae/*.h",
+    "csrc/*/*.cu", "csrc/*/*.cuh", "mem1_core/triton/*.py",
 )  # fmt: skip
 # Distributions, not modules; peers among them.
 PACKAGES = (

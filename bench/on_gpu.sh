@@ -29,6 +29,6 @@ build 2>&1 | tee "$out/build.log"
 status=0
 within "$tests_s" python3 -m pytest -m gpu --durations=10 tests 2>&1 | tee "$out/tests.log" || status=$?
 # The short ones first: a run that is cut short has them.
-within $((limit_s - SECONDS)) python3 -m pytest bench/bench_kv_cache.py bench/ --benchmark -k gpu --benchmark-out="$out/bench.json" 2>&1 |
+within $((limit_s - SECONDS)) python3 -m pytest bench/bench_kv_cache.py bench/bench_ppo_loss.py bench/ --benchmark -k gpu --benchmark-out="$out/bench.json" 2>&1 |
   tee "$out/bench.log" || status=$?
 exit "$status"

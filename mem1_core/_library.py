@@ -117,18 +117,23 @@ def _(
     return *new, block_table.new_empty(pages)
 
 
-def _on_current_stream(launch: Any, lengths_at: int, *arguments: Any) -> Any:
-    """`launch` with the stream that is current on the device of its tensors."""
-    device = arguments[lengths_at].device
+def on_current_stream(op: Any, device: torch.device, *arguments: Any) -> Any:
+    """`op`, whose last argument is the CUDA stream that is current on `device`; 0 on the CPU, which has
+    none.
+    """
+    if device.type == "cpu":
+        return op(*arguments, 0)
     with torch.cuda.device(device):
-        return launch(*arguments, torch.cuda.current_stream(device).cuda_stream)
+        return op(*arguments, torch.cuda.current_stream(device).cuda_stream)
+
+
+def _launched(op: Any, lengths_at: int, *arguments: Any) -> Any:
+    return on_current_stream(op, arguments[lengths_at].device, *arguments)
 
 
 # Their lengths are the fifth and the second argument.
-torch.library.impl(
-    "mem1_core::prune_kv_cache_", "cuda", partial(_on_current_stream, ops._launch_prune_kv_cache_, 4)
-)
-torch.library.impl("mem1_core::prune_pages", "cuda", partial(_on_current_stream, ops._launch_prune_pages, 1))
+torch.library.impl("mem1_core::prune_kv_cache_", "cuda", partial(_launched, ops._launch_prune_kv_cache_, 4))
+torch.library.impl("mem1_core::prune_pages", "cuda", partial(_launched, ops._launch_prune_pages, 1))
 
 
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *plan_and_scale: Any) -> tuple[Tensor, Tensor]:

@@ -151,18 +151,26 @@ def prune_paged_kv_cache_(
 
 
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, target: Tensor, temperature: float | Tensor = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of `target` and entropy under `softmax(hidden @ weight.T / temperature)`.
+    """Log-probability of `target` and entropy under `softmax((hidden @ weight.T + bias) / temperature)`.
 
-    hidden [T, H], weight [V, H], target int [T], temperature a number or [T] -> logprob and entropy [T],
-    fp32 (fp64).
+    hidden [T, H], weight [V, H], bias [V], target int [T], temperature a number or [T] -> logprob and entropy
+    [T], fp32 (fp64). A row of nothing but -inf has logprob -inf and entropy 0.
     """
     heat = _wide(temperature).reshape(-1, 1) if isinstance(temperature, Tensor) else temperature
-    logits = _wide(hidden) @ _wide(weight).T / heat
-    logprob = logits.log_softmax(-1)
-    entropy = -(logprob.exp() * logprob).sum(-1)
-    return logprob.gather(1, target.long()[:, None])[:, 0], entropy
+    logits = _wide(hidden) @ _wide(weight).T
+    logits = (logits if bias is None else logits + _wide(bias)) / heat
+    dead = (logits == -torch.inf).all(-1)
+    every = logits.masked_fill(dead[:, None], 0.0).log_softmax(-1)
+    prob = every.exp()
+    entropy = -(prob * every.masked_fill(prob == 0, 0.0)).sum(-1)
+    logprob = every.gather(1, target.long()[:, None])[:, 0]
+    return logprob.masked_fill(dead, -torch.inf), entropy.masked_fill(dead, 0.0)
 
 
 def fused_linear_ppo_loss(
@@ -173,6 +181,7 @@ def fused_linear_ppo_loss(
     advantage: Tensor,
     loss_mask: Tensor,
     *,
+    bias: Tensor | None = None,
     ref_logprob: Tensor | None = None,
     sampler_logprob: Tensor | None = None,
     sequence: Tensor | None = None,
@@ -189,9 +198,9 @@ def fused_linear_ppo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's policy loss over the rows of `loss_mask`, from the last hidden states; returns (loss, metrics).
 
-    hidden [T, H], weight [V, H], target int [T], loss_mask bool [T], old_logprob and advantage [T].
-    Differentiable in hidden and weight. With r = exp(logprob - old_logprob), A the token's advantage, the
-    loss of a token is
+    hidden [T, H], weight [V, H], bias [V], target int [T], loss_mask bool [T], old_logprob and advantage
+    [T]. Differentiable in hidden, weight and bias. With r = exp(logprob - old_logprob), A the token's
+    advantage, the loss of a token is
     ```
     max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))      Schulman et al. 2017 (PPO)
         for A < 0 at most -A dual_clip                      Ye et al. 2020 (dual clip; usually 3)
@@ -212,19 +221,19 @@ def fused_linear_ppo_loss(
     rows = loss_mask.nonzero()[:, 0]  # the others never reach the matrix product
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(target.shape)[rows]
-    logprob, entropy = linear_logprob(hidden[rows], weight, target[rows], temperature)
-    old, adv = _wide(old_logprob.detach()[rows]), _wide(advantage.detach()[rows])
+    logprob, entropy = linear_logprob(hidden[rows], weight, target[rows], temperature, bias)
+    old, adv = (x.detach()[rows].to(logprob.dtype) for x in (old_logprob, advantage))
     ratio = _ratio(logprob, old)
     plain, clipped = -adv * ratio, -adv * ratio.clamp(1 - clip_low, 1 + clip_high)
     policy = torch.maximum(plain, clipped)
     if dual_clip is not None:
         policy = torch.where(adv < 0, policy.minimum(-adv * dual_clip), policy)
     if sampler_logprob is not None:
-        policy = policy * _ratio(old, _wide(sampler_logprob.detach()[rows])).clamp(max=sampler_cap)
+        policy = policy * _ratio(old, sampler_logprob.detach()[rows].to(old.dtype)).clamp(max=sampler_cap)
     per_token = policy - entropy_coef * entropy
     tracked = {"entropy": entropy, "clip_fraction": (clipped > plain).to(ratio.dtype)}
     if ref_logprob is not None:
-        tracked["kl"] = kl_estimate(logprob, _wide(ref_logprob.detach()[rows]), kl_estimator)
+        tracked["kl"] = kl_estimate(logprob, ref_logprob.detach()[rows].to(old.dtype), kl_estimator)
         per_token = per_token + kl_coef * tracked["kl"]
     elif kl_coef:
         raise ValueError(f"ref_logprob: wanted a tensor for kl_coef = {kl_coef}, got None")
@@ -261,7 +270,8 @@ def gae(
     tokens t = 0, 1, ...: `delta_t = reward_t + gamma value_{t+1} - value_t`, `advantage_t = delta_t + gamma
     lam advantage_{t+1}`, `returns = advantage + value`.
     """
-    reward, value = _wide(reward.detach()), _wide(value.detach())
+    dtype = torch.promote_types(_wide(reward).dtype, _wide(value).dtype)
+    reward, value = reward.detach().to(dtype), value.detach().to(dtype)
     advantage = torch.zeros_like(value)
     next_value, carried = torch.zeros(2, value.shape[0], dtype=value.dtype, device=value.device)
     for t in reversed(range(value.shape[1])):

@@ -7,13 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from loss_cases import NOISE, OPTIONS, SEQUENCE, batch, draw
 from torch import Tensor
 
 from mem1_core import reference
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_linear_logprob() -> None:
@@ -27,21 +24,6 @@ def test_linear_logprob() -> None:
         torch.testing.assert_close(entropy, expected.entropy())
     low, _ = reference.linear_logprob(hidden.bfloat16(), weight.bfloat16(), target)
     assert low.dtype == torch.float32
-
-
-def batch(tokens: int = 12) -> dict[str, Any]:
-    """A batch in which ratios fall on both sides of the clip, advantages of both signs."""
-    hidden, weight = draw(tokens, 4), draw(6, 4, seed=1)
-    target = torch.randint(0, 6, (tokens,), generator=torch.Generator().manual_seed(2))
-    logprob, _ = reference.linear_logprob(hidden, weight, target)
-    return {
-        "hidden": hidden,
-        "weight": weight,
-        "target": target,
-        "old_logprob": logprob + 0.6 * draw(tokens, seed=3),
-        "advantage": 2 * draw(tokens, seed=4),
-        "loss_mask": torch.arange(tokens) % 4 != 2,
-    }
 
 
 def by_hand(given: dict[str, Any], options: dict[str, Any]) -> tuple[float, dict[str, float]]:
@@ -88,32 +70,6 @@ def by_hand(given: dict[str, Any], options: dict[str, Any]) -> tuple[float, dict
     if kls:
         metrics["kl"] = sum(kls) / n
     return total / options.get("normalizer", default), metrics
-
-
-NOISE = draw(12, seed=9)
-SEQUENCE = torch.tensor([3, 3, 3, 3, 3, 0, 0, 0, 7, 7, 7, 7])
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "asymmetric clip": {"clip_low": 0.1, "clip_high": 0.4},
-    "dual clip": {"dual_clip": 1.3},
-    "k1": {"ref_logprob": NOISE - 1.5, "kl_coef": 0.3, "kl_estimator": "k1"},
-    "k2": {"ref_logprob": NOISE - 1.5, "kl_coef": 0.3, "kl_estimator": "k2"},
-    "k3": {"ref_logprob": NOISE - 1.5, "kl_coef": 0.3, "kl_estimator": "k3"},
-    "kl only reported": {"ref_logprob": NOISE - 1.5},
-    "entropy": {"entropy_coef": 0.2},
-    "temperature": {"temperature": 0.7, "entropy_coef": 0.2},
-    "temperature per token": {"temperature": NOISE.abs() + 0.5, "entropy_coef": 0.2},
-    "stale sampler": {"sampler_logprob": batch()["old_logprob"] + NOISE, "sampler_cap": 1.5},
-    "sum": {"aggregation": "sum"},
-    "sum, normalised": {"aggregation": "sum", "normalizer": 32.0},
-    "tokens, normalised": {"normalizer": 100},
-    "sequences": {"aggregation": "sequence-mean", "sequence": SEQUENCE},
-    "sequences, normalised": {"aggregation": "sequence-mean", "sequence": SEQUENCE, "normalizer": 8},
-}
-OPTIONS["everything"] = {
-    **OPTIONS["k3"], **OPTIONS["dual clip"], **OPTIONS["asymmetric clip"], **OPTIONS["temperature per token"],
-    **OPTIONS["stale sampler"], **OPTIONS["sequences, normalised"],
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", OPTIONS)

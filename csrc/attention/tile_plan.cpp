@@ -7,12 +7,7 @@ namespace mem1::tile_plan {
 namespace {
 
 mem1_status validate(const mem1_tile_plan_params* p, bool lists, mem1_error* error) {
-  MEM1_CHECK(p != nullptr, error, "params: wanted a mem1_tile_plan_params, got NULL");
-  MEM1_CHECK(p->struct_size == sizeof(mem1_tile_plan_params), error,
-             "struct_size: wanted %zu (mem1 %s), got %zu: rebuild against this version's mem1.h",
-             sizeof(mem1_tile_plan_params), mem1_version(), p->struct_size);
-  MEM1_CHECK(p->device == MEM1_CPU || p->device == MEM1_CUDA, error, "device: wanted MEM1_CPU or MEM1_CUDA, got %d",
-             static_cast<int>(p->device));
+  MEM1_CHECK_PARAMS(p, mem1_tile_plan_params, error);
   MEM1_CHECK(p->batch >= 0, error, "batch: wanted >= 0, got %d", p->batch);
   MEM1_CHECK(p->length >= 0 && p->length <= (1 << 30), error, "length: wanted 0 to 2^30, got %d", p->length);
   MEM1_CHECK(p->block_q >= 1 && p->block_q <= (1 << 20), error, "block_q: wanted 1 to 2^20, got %d", p->block_q);

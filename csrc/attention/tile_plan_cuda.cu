@@ -3,7 +3,7 @@
 // between.
 #include "attention/tile_plan.h"
 
-#include "common/check.h"
+#include "common/launched.h"
 
 #include <cuda_runtime.h>
 
@@ -104,12 +104,6 @@ __global__ void __launch_bounds__(kThreads) scan_kernel(int32_t* full, int32_t* 
 
 unsigned blocks_for(int64_t warps) { return static_cast<unsigned>((warps + kWarpsPerBlock - 1) / kWarpsPerBlock); }
 
-mem1_status launched(mem1_error* error) {
-  const cudaError_t status = cudaGetLastError();
-  if (status == cudaSuccess) return MEM1_OK;
-  return fail(error, MEM1_DEVICE_ERROR, "tile plan: CUDA says %s", cudaGetErrorString(status));
-}
-
 }  // namespace
 
 mem1_status ranges_cuda(const mem1_tile_plan_params& p, void* stream, mem1_error* error) {
@@ -121,13 +115,13 @@ mem1_status ranges_cuda(const mem1_tile_plan_params& p, void* stream, mem1_error
     rows_kernel<false><<<blocks_for(rows), kThreads, 0, cuda_stream>>>(p);
   }
   scan_kernel<<<2, kThreads, 0, cuda_stream>>>(p.full_offsets, p.partial_offsets, rows);
-  return launched(error);
+  return launched("tile plan", error);
 }
 
 mem1_status lists_cuda(const mem1_tile_plan_params& p, void* stream, mem1_error* error) {
   const int64_t rows = static_cast<int64_t>(p.batch) * tiles(p.length, p.block_q);
   if (rows > 0) rows_kernel<true><<<blocks_for(rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  return launched(error);
+  return launched("tile plan", error);
 }
 
 }  // namespace mem1::tile_plan

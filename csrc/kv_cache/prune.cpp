@@ -9,11 +9,6 @@ namespace {
 // What the two parameter structs have in common, under the names that a caller knows.
 template <typename Params>
 mem1_status validate_keep(const Params& p, int32_t rows, int32_t row_slots, mem1_error* error) {
-  MEM1_CHECK(p.struct_size == sizeof(Params), error,
-             "struct_size: wanted %zu (mem1 %s), got %zu: rebuild against this version's mem1.h", sizeof(Params),
-             mem1_version(), p.struct_size);
-  MEM1_CHECK(p.device == MEM1_CPU || p.device == MEM1_CUDA, error, "device: wanted MEM1_CPU or MEM1_CUDA, got %d",
-             static_cast<int>(p.device));
   MEM1_CHECK(p.batch >= 0 && rows >= 0 && row_slots >= 0, error, "batch, rows, slots: wanted >= 0, got %d, %d, %d",
              p.batch, rows, row_slots);
   MEM1_CHECK(int64_t{rows} * row_slots <= (1 << 30), error, "slots: wanted at most 2^30 in a sequence, got %d x %d",
@@ -46,7 +41,7 @@ mem1_status validate_keep(const Params& p, int32_t rows, int32_t row_slots, mem1
 }
 
 mem1_status validate(const mem1_prune_kv_cache_params* p, mem1_error* error) {
-  MEM1_CHECK(p != nullptr, error, "params: wanted a mem1_prune_kv_cache_params, got NULL");
+  MEM1_CHECK_PARAMS(p, mem1_prune_kv_cache_params, error);
   const mem1_status status = validate_keep(*p, p->sequence_rows, p->row_slots, error);
   if (status != MEM1_OK) return status;
   MEM1_CHECK(element_size(p->dtype) != 0, error, "dtype: wanted a mem1_dtype, got %d", static_cast<int>(p->dtype));
@@ -77,7 +72,7 @@ mem1_status validate(const mem1_prune_kv_cache_params* p, mem1_error* error) {
 }
 
 mem1_status validate(const mem1_prune_pages_params* p, mem1_error* error) {
-  MEM1_CHECK(p != nullptr, error, "params: wanted a mem1_prune_pages_params, got NULL");
+  MEM1_CHECK_PARAMS(p, mem1_prune_pages_params, error);
   const mem1_status status = validate_keep(*p, p->sequence_pages, p->page_size, error);
   if (status != MEM1_OK) return status;
   MEM1_CHECK(p->page_size >= 1, error, "page_size: wanted >= 1, got %d", p->page_size);

@@ -3,7 +3,7 @@
 
 #include "kv_cache/prune.h"
 
-#include "common/check.h"
+#include "common/launched.h"
 
 #include <cuda_runtime.h>
 
@@ -103,12 +103,6 @@ __device__ bool sequence_is_valid(const Keep& keep, int32_t length, int64_t slot
     wrong |= !range_is_valid(keep.ranges, i, length);
   }
   return __syncthreads_or(wrong) == 0;
-}
-
-inline mem1_status launched(const char* op, mem1_error* error) {
-  const cudaError_t status = cudaGetLastError();
-  if (status == cudaSuccess) return MEM1_OK;
-  return fail(error, MEM1_DEVICE_ERROR, "%s: CUDA says %s", op, cudaGetErrorString(status));
 }
 
 }  // namespace mem1::kv_cache

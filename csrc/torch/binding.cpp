@@ -193,7 +193,29 @@ TORCH_LIBRARY(mem1_core, m) {
   m.def(torch::schema(("_launch_prune_pages" + pages + ", int stream" + result).c_str()));
 }
 
+TORCH_LIBRARY_FRAGMENT(mem1_core, m) {
+  // For mem1_core.ops, which allocates what they read. `stream` is CUDA's; the CPU does not look at it.
+  const std::string rows = "Tensor? bias, Tensor target, Tensor temperature, ";
+  m.def(torch::schema(("_rows_logprob(Tensor logits, " + rows + "int stream) -> Tensor").c_str()));
+  m.def(torch::schema(("_rows_backward_(Tensor(a!) logits, " + rows +
+                       "Tensor top, Tensor log_mass, Tensor entropy, Tensor d_logprob, Tensor d_entropy, "
+                       "ScalarType gradient_dtype, "
+                       "int stream) -> ()")
+                          .c_str()));
+  m.def(torch::schema(("_rows_ppo_(Tensor(a!) logits, " + rows +
+                       "Tensor old_logprob, Tensor advantage, Tensor scale, Tensor? ref_logprob, "
+                       "Tensor? sampler_logprob, float clip_low, float clip_high, float? dual_clip, float sampler_cap, "
+                       "float kl_coef, str kl_estimator, float entropy_coef, bool with_gradient, "
+                       "ScalarType gradient_dtype, int stream) -> Tensor")
+                          .c_str()));
+  m.def("_gae(Tensor reward, Tensor value, Tensor mask, float gamma, float lam, int stream) -> (Tensor, Tensor)");
+}
+
 TORCH_LIBRARY_IMPL(mem1_core, CPU, m) {
+  m.impl("_rows_logprob", &mem1::rows_logprob);
+  m.impl("_rows_backward_", &mem1::rows_backward_);
+  m.impl("_rows_ppo_", &mem1::rows_ppo_);
+  m.impl("_gae", &mem1::gae);
   m.impl("tile_plan", &mem1::tile_plan);
   m.impl("trajectory_attention", &mem1::attention);
   m.impl("trajectory_attention_backward", &mem1::attention_backward);
@@ -203,6 +225,10 @@ TORCH_LIBRARY_IMPL(mem1_core, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(mem1_core, CUDA, m) {
+  m.impl("_rows_logprob", &mem1::rows_logprob);
+  m.impl("_rows_backward_", &mem1::rows_backward_);
+  m.impl("_rows_ppo_", &mem1::rows_ppo_);
+  m.impl("_gae", &mem1::gae);
   m.impl("_launch_prune_kv_cache_", &mem1::prune_kv_cache_);
   m.impl("_launch_prune_pages", &mem1::prune_pages);
 }

@@ -2,7 +2,7 @@
 // by that: a kernel of its own keeps the query heads of a KV head together and never looks behind a row's length.
 // Longer pieces are the last queries of a causal stream, which the tiles of trajectory attention do.
 #include "torch/attention_cpu.h"
-#include "torch/exp2_cpu.h"
+#include "common/exp2_cpu.h"
 #include "torch/ops.h"
 
 #include <c10/util/BFloat16.h>

@@ -42,6 +42,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> prune_pages(
     const std::optional<at::Tensor>& ranges, int64_t page_size, int64_t pages, bool within_pages, bool compact,
     int64_t cuda_stream);
 
+// Rows of logits [rows, vocabulary], fp32 or fp64, the other tensors of their dtype; see mem1.h. On CUDA as above.
+// Returns logprob, entropy, top and log_mass, [4, rows].
+at::Tensor rows_logprob(const at::Tensor& logits, const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                        const at::Tensor& temperature, int64_t cuda_stream);
+// The gradient replaces the logits, in `gradient_dtype`.
+void rows_backward_(const at::Tensor& logits, const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                    const at::Tensor& temperature, const at::Tensor& top, const at::Tensor& log_mass,
+                    const at::Tensor& entropy, const at::Tensor& d_logprob, const at::Tensor& d_entropy,
+                    at::ScalarType gradient_dtype, int64_t cuda_stream);
+// Likewise; returns loss, logprob, entropy, ratio, clipped and kl, [6, rows].
+at::Tensor rows_ppo_(const at::Tensor& logits, const std::optional<at::Tensor>& bias, const at::Tensor& target,
+                     const at::Tensor& temperature, const at::Tensor& old_logprob, const at::Tensor& advantage,
+                     const at::Tensor& scale, const std::optional<at::Tensor>& ref_logprob,
+                     const std::optional<at::Tensor>& sampler_logprob, double clip_low, double clip_high,
+                     std::optional<double> dual_clip, double sampler_cap, double kl_coef, c10::string_view kl_estimator,
+                     double entropy_coef, bool with_gradient, at::ScalarType gradient_dtype, int64_t cuda_stream);
+// Advantage and returns.
+std::tuple<at::Tensor, at::Tensor> gae(const at::Tensor& reward, const at::Tensor& value, const at::Tensor& mask,
+                                       double gamma, double lam, int64_t cuda_stream);
+
 namespace cpu {
 struct Plan;
 std::tuple<at::Tensor, at::Tensor> trajectory_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,

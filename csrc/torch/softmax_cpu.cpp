@@ -1,6 +1,6 @@
 #include "torch/softmax_cpu.h"
 
-#include "torch/exp2_cpu.h"
+#include "common/exp2_cpu.h"
 
 #include <bit>
 #include <limits>

@@ -19,14 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from mem1.config import PPOConfig, Regime
 from mem1.trajectory import Trajectory
 from mem1_core.layout import TrajectoryLayout
-from mem1_core.reference import (
-    clipped_value_loss,
-    fused_linear_ppo_loss,
-    gae,
-    kl_estimate,
-    linear_logprob,
-    masked_whiten,
-)
+from mem1_core.ops import clipped_value_loss, fused_linear_ppo_loss, gae, linear_logprob, masked_whiten
+from mem1_core.reference import kl_estimate
 
 
 @dataclass(frozen=True)

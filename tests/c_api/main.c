@@ -1,17 +1,12 @@
-/* Plans the tiles of a small trajectory and prunes small caches through the C API; exit status 0 when all is right. */
+/* Plans the tiles of a small trajectory, prunes small caches and runs losses.c, all through the C API; exit status 0
+ * when all is right. */
 #include <stdio.h>
 #include <string.h>
 
+#include "expect.h"
 #include "mem1/mem1.h"
 
 #define LENGTH 6
-#define EXPECT(condition)                                                       \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
-      fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition); \
-      return 1;                                                                 \
-    }                                                                           \
-  } while (0)
 
 static int plan_tiles(void) {
   /* Tokens 0 and 1 live to the end, 2 and 3 are evicted at 4. Tiles of 2 x 2:
@@ -179,8 +174,6 @@ static int prune_cache(void) {
   return 0;
 }
 
-static int near(float a, double b) { return a - b < 1e-5 && b - a < 1e-5; }
-
 static int turn_keys(void) {
   /* Slots 0 and 3 of the first row stay; key 3 turns by -2, or with a base encoded at 5, by 1 - 5 = -4. */
   const uint8_t mask[SLOTS] = {1, 0, 0, 1};
@@ -298,7 +291,9 @@ static int prune_pages(void) {
 }
 
 int main(void) {
-  if (plan_tiles() != 0 || prune_cache() != 0 || turn_keys() != 0 || prune_pages() != 0) return 1;
+  if (plan_tiles() != 0 || prune_cache() != 0 || turn_keys() != 0 || prune_pages() != 0 || losses() != 0) {
+    return 1;
+  }
   printf("mem1_core %s, CUDA code for [%s]\n", mem1_version(), mem1_cuda_architectures());
   return 0;
 }

@@ -176,6 +176,101 @@ typedef struct mem1_prune_pages_params {
 
 MEM1_API mem1_status mem1_prune_pages(const mem1_prune_pages_params* params, void* cuda_stream, mem1_error* error);
 
+/* Rows of logits: log-probs, PPO's policy loss, and gradients in their place.
+ *
+ * With z = logits[i] + bias, T = temperature[i], p = softmax(z / T), t = target[i]:
+ *   top = max_v z_v,  log_mass = log sum_v exp((z_v - top) / T),  logprob = (z_t - top) / T - log_mass,
+ *   entropy = -sum_v p_v log p_v.
+ * The gradient of f(logprob, entropy) with a = df/dlogprob, b = df/dentropy is local to the row:
+ *   df/dz_v = (a ([v = t] - p_v) - b p_v (log p_v + entropy)) / T,
+ * and replaces the logits where it is asked for, in gradient_dtype, from the same address of the row on.
+ *   MEM1_ROWS_LOGPROB   writes logprob, entropy, top, log_mass
+ *   MEM1_ROWS_BACKWARD  reads top, log_mass, entropy, and a, b from d_logprob, d_entropy; writes the gradient
+ *   MEM1_ROWS_PPO_LOSS  writes logprob, entropy, loss, kl, ratio, clipped; with_gradient: the gradient of loss
+ * PPO's loss, with every log-ratio clamped to +-20, r = exp(logprob - old_logprob), A = advantage, d = logprob -
+ * ref_logprob:
+ *   policy = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), for A < 0 at most -A dual_clip,
+ *            times min(exp(old_logprob - sampler_logprob), sampler_cap)
+ *   kl     = d (K1), d^2 / 2 (K2) or exp(-d) - 1 + d (K3)
+ *   loss   = scale (policy + kl_coef kl - entropy_coef entropy)
+ * A row of nothing but -inf has logprob and top -inf, log_mass, entropy and gradient 0. A target outside of the
+ * vocabulary is refused on the CPU; on CUDA, where no value is known to the host, its row becomes NaN.
+ */
+typedef enum mem1_rows_task {
+  MEM1_ROWS_LOGPROB = 0,
+  MEM1_ROWS_BACKWARD = 1,
+  MEM1_ROWS_PPO_LOSS = 2,
+} mem1_rows_task;
+
+typedef enum mem1_kl_estimator {
+  MEM1_KL_K1 = 1,
+  MEM1_KL_K2 = 2,
+  MEM1_KL_K3 = 3,
+} mem1_kl_estimator;
+
+typedef struct mem1_logit_rows_params {
+  size_t struct_size; /* sizeof(mem1_logit_rows_params) */
+  mem1_device device;
+  mem1_rows_task task;
+  mem1_dtype dtype;          /* of logits and of every array [rows] but target: MEM1_FLOAT32 or MEM1_FLOAT64 */
+  mem1_dtype gradient_dtype; /* dtype; on CUDA for MEM1_FLOAT32 also MEM1_BFLOAT16 or MEM1_FLOAT16 */
+  int32_t with_gradient;     /* 0 or 1 */
+  int64_t rows;
+  int64_t vocabulary;
+  void* logits;                /* [rows, vocabulary], the last dimension contiguous */
+  int64_t stride_row;          /* in elements of dtype */
+  const void* bias;            /* [vocabulary], or NULL */
+  const int64_t* target;       /* [rows] */
+  const void* temperature;     /* [rows], > 0 (not checked) */
+  const void* d_logprob;       /* [rows] */
+  const void* d_entropy;       /* [rows] */
+  const void* old_logprob;     /* [rows] */
+  const void* advantage;       /* [rows] */
+  const void* ref_logprob;     /* [rows], or NULL: kl is not written */
+  const void* sampler_logprob; /* [rows], or NULL: weight 1 */
+  const void* scale;           /* [rows] */
+  double clip_low;
+  double clip_high;
+  double dual_clip; /* 0: none */
+  double sampler_cap;
+  double kl_coef; /* 0 without ref_logprob */
+  mem1_kl_estimator kl_estimator;
+  double entropy_coef;
+  void* logprob; /* [rows], as all that follow */
+  void* entropy;
+  void* top;
+  void* log_mass;
+  void* loss;
+  void* kl;      /* with ref_logprob */
+  void* ratio;   /* r */
+  void* clipped; /* 1 where the clipped term was the larger, else 0 */
+} mem1_logit_rows_params;
+
+MEM1_API mem1_status mem1_logit_rows(const mem1_logit_rows_params* params, void* cuda_stream, mem1_error* error);
+
+/* Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438) over the tokens of a mask.
+ *
+ * Over the masked-in tokens t = 0, 1, ... of a row, with value 0 and advantage 0 behind the last one:
+ *   advantage_t = reward_t + gamma value_{t+1} - value_t + gamma lambda advantage_{t+1},  returns_t = advantage_t +
+ *   value_t. At the others both are 0; their reward and value are not used.
+ */
+typedef struct mem1_gae_params {
+  size_t struct_size; /* sizeof(mem1_gae_params) */
+  mem1_device device;
+  mem1_dtype dtype; /* of reward, value, advantage, returns: MEM1_FLOAT32 or MEM1_FLOAT64 */
+  int32_t batch;
+  int32_t length;
+  const void* reward;  /* [batch, length] contiguous, as all */
+  const void* value;   /* [batch, length] */
+  const uint8_t* mask; /* [batch, length], not zero: a step */
+  double gamma;
+  double lambda;
+  void* advantage; /* [batch, length] */
+  void* returns;   /* [batch, length] */
+} mem1_gae_params;
+
+MEM1_API mem1_status mem1_gae(const mem1_gae_params* params, void* cuda_stream, mem1_error* error);
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,0 +1,164 @@
+// Rows of logits on the CPU: a pass for the maximum, one for the sums, one for the gradient. A row of 150,000 floats
+// stays in the second-level cache between them, so only the first waits for memory.
+#include "ppo_loss/rows.h"
+
+#include "common/clones.h"
+#include "common/exp2_cpu.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace mem1::ppo_loss {
+namespace {
+
+using cpu::exp2_of;
+
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr int64_t kBlock = 1024;  // sums of a block are kept in Real, sums of blocks in double
+
+// z = logits + bias; `bias` may be null. Exponents x = (z - shift) * heat are in base 2.
+template <typename Real>
+MEM1_INLINE Real highest_of(const Real* logits, const Real* bias, int64_t count) {
+  constexpr int kLanes = 64;
+  Real best[kLanes];
+  std::fill(best, best + kLanes, -std::numeric_limits<Real>::infinity());
+  const auto z_of = [&](int64_t v) { return logits[v] + (bias == nullptr ? Real(0) : bias[v]); };
+  int64_t v = 0;
+  for (; v + kLanes <= count; v += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const Real z = z_of(v + lane);
+      best[lane] = z > best[lane] ? z : best[lane];
+    }
+  }
+  for (; v < count; ++v) best[0] = z_of(v) > best[0] ? z_of(v) : best[0];
+  return *std::max_element(best, best + kLanes);
+}
+
+struct Sums {
+  double mass, moment;  // of 2^x, of x 2^x
+};
+
+template <typename Real>
+MEM1_INLINE Sums sums_of(const Real* logits, const Real* bias, int64_t count, Real shift, Real heat) {
+  Sums total{0, 0};
+  for (int64_t v = 0; v < count; v += kBlock) {
+    const int64_t end = std::min(v + kBlock, count);
+    Real mass = 0, moment = 0;
+#pragma omp simd reduction(+ : mass, moment)
+    for (int64_t u = v; u < end; ++u) {
+      Real x = (logits[u] + (bias == nullptr ? Real(0) : bias[u]) - shift) * heat;
+      x = x < Real(-2000) ? Real(-2000) : x;  // 0 * -inf would be NaN
+      const Real power = exp2_of(x);
+      mass += power;
+      moment += power * x;
+    }
+    total.mass += mass;
+    total.moment += moment;
+  }
+  return total;
+}
+
+// logits[v] becomes 2^x (level + slope x).
+template <typename Real>
+MEM1_INLINE void gradient_of(Real* logits, const Real* bias, int64_t count, Real shift, Real heat, Real level,
+                             Real slope) {
+#pragma omp simd
+  for (int64_t v = 0; v < count; ++v) {
+    Real x = (logits[v] + (bias == nullptr ? Real(0) : bias[v]) - shift) * heat;
+    x = x < Real(-2000) ? Real(-2000) : x;
+    logits[v] = exp2_of(x) * (level + slope * x);
+  }
+}
+
+template <typename Real>
+struct Passes {
+  Real (*highest)(const Real*, const Real*, int64_t);
+  Sums (*sums)(const Real*, const Real*, int64_t, Real, Real);
+  void (*gradient)(Real*, const Real*, int64_t, Real, Real, Real, Real);
+};
+
+#define MEM1_PASSES(Real)                                                                                     \
+  MEM1_CLONES Real highest(const Real* logits, const Real* bias, int64_t count) {                             \
+    return bias == nullptr ? highest_of<Real>(logits, nullptr, count) : highest_of(logits, bias, count);      \
+  }                                                                                                           \
+  MEM1_CLONES Sums sums(const Real* logits, const Real* bias, int64_t count, Real shift, Real heat) {         \
+    return bias == nullptr ? sums_of<Real>(logits, nullptr, count, shift, heat)                               \
+                           : sums_of(logits, bias, count, shift, heat);                                       \
+  }                                                                                                           \
+  MEM1_CLONES void gradient(Real* logits, const Real* bias, int64_t count, Real shift, Real heat, Real level, \
+                            Real slope) {                                                                     \
+    return bias == nullptr ? gradient_of<Real>(logits, nullptr, count, shift, heat, level, slope)             \
+                           : gradient_of(logits, bias, count, shift, heat, level, slope);                     \
+  }
+MEM1_PASSES(float)
+MEM1_PASSES(double)
+#undef MEM1_PASSES
+
+template <typename Real>
+bool has_nan(const Real* logits, const Real* bias, int64_t count) {
+  for (int64_t v = 0; v < count; ++v) {
+    if (std::isnan(logits[v] + (bias == nullptr ? Real(0) : bias[v]))) return true;
+  }
+  return false;
+}
+
+template <typename Real>
+void row(const mem1_logit_rows_params& p, int64_t i) {
+  const auto in = [i](const void* array) { return static_cast<double>(static_cast<const Real*>(array)[i]); };
+  const auto out = [i](void* array, double value) { static_cast<Real*>(array)[i] = static_cast<Real>(value); };
+  Real* logits = static_cast<Real*>(p.logits) + i * p.stride_row;
+  const Real* bias = static_cast<const Real*>(p.bias);
+  const int64_t target = p.target[i];
+  const double temperature = in(p.temperature);
+  const Real heat = static_cast<Real>(kLog2E / temperature);
+  constexpr Real kNone = -std::numeric_limits<Real>::infinity();
+  Real top;
+  double log_mass = 0, entropy = 0;
+  Slopes<Real> slopes;
+  if (p.task == MEM1_ROWS_BACKWARD) {
+    top = static_cast<const Real*>(p.top)[i];
+    log_mass = in(p.log_mass);
+    entropy = in(p.entropy);
+    slopes = {static_cast<const Real*>(p.d_logprob)[i], static_cast<const Real*>(p.d_entropy)[i]};
+  } else {
+    top = highest(logits, bias, p.vocabulary);
+    double logprob = kNone;
+    if (top != kNone) {
+      const Sums total = sums(logits, bias, p.vocabulary, top, heat);
+      const Real chosen = logits[target] + (bias == nullptr ? Real(0) : bias[target]);
+      log_mass = std::log(total.mass);
+      logprob = (static_cast<double>(chosen) - static_cast<double>(top)) / temperature - log_mass;
+      entropy = log_mass - kLn2 * total.moment / total.mass;
+    } else if (has_nan(logits, bias, p.vocabulary)) {
+      logprob = log_mass = entropy = std::numeric_limits<double>::quiet_NaN();  // NaN is above nothing
+    }
+    out(p.logprob, logprob);
+    out(p.entropy, entropy);
+    if (p.task == MEM1_ROWS_LOGPROB) {
+      out(p.top, top);
+      out(p.log_mass, log_mass);
+      return;
+    }
+    slopes = ppo_row<Real>(p, i, static_cast<Real>(logprob), static_cast<Real>(entropy));
+    if (p.with_gradient == 0) return;
+  }
+  if (top == kNone) {
+    std::fill(logits, logits + p.vocabulary, static_cast<Real>(0 * entropy));
+    return;
+  }
+  const double share = std::exp(-log_mass), d_logprob = slopes.logprob / temperature;
+  const double d_entropy = slopes.entropy / temperature;
+  gradient(logits, bias, p.vocabulary, top, heat,
+           static_cast<Real>(share * (-d_logprob - d_entropy * (entropy - log_mass))),
+           static_cast<Real>(-share * d_entropy * kLn2));
+  logits[target] += static_cast<Real>(d_logprob);
+}
+
+}  // namespace
+
+void logit_rows_cpu(const mem1_logit_rows_params& p) {
+  for (int64_t i = 0; i < p.rows; ++i) p.dtype == MEM1_FLOAT64 ? row<double>(p, i) : row<float>(p, i);
+}
+
+}  // namespace mem1::ppo_loss

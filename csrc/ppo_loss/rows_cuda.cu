@@ -1,0 +1,240 @@
+// Rows of logits on the device: a block owns a row, so its result depends on nothing else. It reads the row once for
+// the sums (online softmax), and once more to put the gradient in its place: 16-bit gradients overwrite what all
+// threads have read before.
+#include "ppo_loss/rows.h"
+
+#include "common/launched.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace mem1::ppo_loss {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / 32;
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+// 2^kSmall is 0 in every type, and kSmall 2^kSmall as well; -inf would make NaN of the latter.
+constexpr double kSmall = -2000;
+
+template <typename Real>
+constexpr int kVector = 16 / sizeof(Real);  // elements of one load
+constexpr int kVectors = 4;                 // loads of a thread that are under way at once
+template <typename Real>
+constexpr int kTile = kThreads * kVectors * kVector<Real>;
+
+template <typename Real>
+__device__ Real none() {
+  return static_cast<Real>(-INFINITY);
+}
+
+__device__ float power_of_two(float x) { return exp2f(x); }
+__device__ double power_of_two(double x) { return exp2(x); }
+
+// Sums over some elements z, the largest of which is top: of 2^x and of x 2^x with x = (z - top) heat.
+template <typename Real>
+struct Sums {
+  Real top, mass, moment;
+
+  // The same sums seen from a top that is no lower.
+  __device__ void raise(Real higher, Real heat) {
+    if (top == none<Real>() || higher == top) {
+      top = higher;
+      return;
+    }
+    const Real x = (top - higher) * heat, factor = power_of_two(x);
+    moment = factor * (moment + x * mass);
+    mass *= factor;
+    top = higher;
+  }
+  __device__ void add(Sums other, Real heat) {
+    const Real higher = other.top > top ? other.top : top;
+    if (higher != none<Real>()) {
+      raise(higher, heat);
+      other.raise(higher, heat);
+    }
+    mass += other.mass;
+    moment += other.moment;
+  }
+};
+
+template <typename Real>
+__device__ Sums<Real> sum_over_block(Sums<Real> own, Real heat) {
+  __shared__ Sums<Real> of_warp[kWarps];
+  for (int lanes = 16; lanes > 0; lanes /= 2) {
+    Sums<Real> other;
+    other.top = __shfl_xor_sync(~0u, own.top, lanes);
+    other.mass = __shfl_xor_sync(~0u, own.mass, lanes);
+    other.moment = __shfl_xor_sync(~0u, own.moment, lanes);
+    own.add(other, heat);
+  }
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = own;
+  __syncthreads();
+  own = of_warp[0];
+  for (int warp = 1; warp < kWarps; ++warp) own.add(of_warp[warp], heat);  // all threads alike, in one order
+  return own;
+}
+
+// z = logit + bias of a tile of the row; -inf behind its end.
+template <typename Real, bool kBias>
+struct Tile {
+  Real z[kVectors * kVector<Real>];
+
+  // The element that place n of this thread holds. A row that is not aligned is read one by one, in the same order.
+  __device__ static int64_t index(int64_t first, int n) {
+    return first + (int64_t{n / kVector<Real>} * kThreads + threadIdx.x) * kVector<Real> + n % kVector<Real>;
+  }
+  __device__ Tile(const Real* row, const Real* bias, int64_t first, int64_t count, bool aligned) {
+#pragma unroll
+    for (int n = 0; n < kVectors * kVector<Real>; n += kVector<Real>) {
+      const int64_t at = index(first, n);
+      if (aligned && at + kVector<Real> <= count) {
+        *reinterpret_cast<uint4*>(z + n) = *reinterpret_cast<const uint4*>(row + at);
+      } else {
+#pragma unroll
+        for (int m = 0; m < kVector<Real>; ++m) z[n + m] = at + m < count ? row[at + m] : none<Real>();
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kVectors * kVector<Real>; ++n) {
+      if (kBias && index(first, n) < count) z[n] += bias[index(first, n)];
+    }
+  }
+};
+
+__device__ void store(float* to, float value) { *to = value; }
+__device__ void store(double* to, double value) { *to = value; }
+__device__ void store(__nv_bfloat16* to, float value) { *to = __float2bfloat16(value); }
+__device__ void store(__half* to, float value) { *to = __float2half(value); }
+
+template <typename Real, typename Gradient, bool kBias>
+__global__ void __launch_bounds__(kThreads, 2) rows_kernel(const mem1_logit_rows_params p) {
+  const int64_t i = blockIdx.x, count = p.vocabulary;
+  const auto in = [i](const void* array) { return static_cast<const Real*>(array)[i]; };
+  const auto out = [i](void* array, Real value) { static_cast<Real*>(array)[i] = value; };
+  Real* row = static_cast<Real*>(p.logits) + i * p.stride_row;
+  const Real* bias = static_cast<const Real*>(p.bias);
+  const bool aligned = reinterpret_cast<uintptr_t>(row) % 16 == 0;
+  const Real temperature = in(p.temperature), heat = static_cast<Real>(kLog2E) / temperature;
+  const Real ln2 = static_cast<Real>(kLn2), small = static_cast<Real>(kSmall);
+  const int64_t target = p.target[i];
+  const bool valid = target >= 0 && target < count;
+
+  Real top, log_mass, entropy;
+  Slopes<Real> slopes;
+  bool nothing;  // not a single finite logit: the gradient is 0
+  if (p.task == MEM1_ROWS_BACKWARD) {
+    top = in(p.top);
+    log_mass = in(p.log_mass);
+    entropy = in(p.entropy);
+    slopes = {in(p.d_logprob), in(p.d_entropy)};
+    nothing = top == none<Real>() && log_mass == 0;
+  } else {
+    Sums<Real> own{none<Real>(), 0, 0};
+    for (int64_t first = 0; first < count; first += kTile<Real>) {
+      const Tile<Real, kBias> tile(row, bias, first, count, aligned);
+      Real highest = own.top;
+#pragma unroll
+      for (int n = 0; n < kVectors * kVector<Real>; ++n) highest = tile.z[n] > highest ? tile.z[n] : highest;
+      const Real base = highest == none<Real>() ? Real(0) : highest;
+      if (highest != none<Real>()) own.raise(highest, heat);
+#pragma unroll
+      for (int n = 0; n < kVectors * kVector<Real>; ++n) {
+        Real x = (tile.z[n] - base) * heat;
+        x = x < small ? small : x;
+        const Real power = power_of_two(x);
+        own.mass += power;
+        own.moment += power * x;
+      }
+    }
+    const Sums<Real> all = sum_over_block(own, heat);
+    top = all.top;
+    nothing = top == none<Real>() && all.mass == 0;
+    // NaN without a single finite logit leaves the top where it was, but shows in the mass.
+    log_mass = nothing ? Real(0) : log(all.mass);
+    entropy = nothing ? Real(0) : log_mass - ln2 * all.moment / all.mass;
+    Real logprob = static_cast<Real>(NAN);
+    if (valid) {
+      const Real z = row[target] + (kBias ? bias[target] : Real(0));
+      logprob = nothing ? none<Real>() : (z - top) / temperature - log_mass;
+    }
+    __shared__ Slopes<Real> shared;
+    if (threadIdx.x == 0) {
+      out(p.logprob, logprob);
+      out(p.entropy, entropy);
+      if (p.task == MEM1_ROWS_LOGPROB) {
+        out(p.top, top);
+        out(p.log_mass, log_mass);
+      } else {
+        shared = ppo_row<Real>(p, i, logprob, entropy);
+      }
+    }
+    if (p.with_gradient == 0 || p.task == MEM1_ROWS_LOGPROB) return;
+    __syncthreads();
+    slopes = shared;
+  }
+  // With x = (z - top) heat, df/dz is 2^x (level + slope x), and at the target d_logprob more.
+  const Real share = exp(-log_mass), d_logprob = slopes.logprob / temperature;
+  const Real d_entropy = slopes.entropy / temperature;
+  const Real level = share * (-d_logprob - d_entropy * (entropy - log_mass)), slope = -share * d_entropy * ln2;
+
+  Gradient* gradient = reinterpret_cast<Gradient*>(row);
+  for (int64_t first = 0; first < count; first += kTile<Real>) {
+    const Tile<Real, kBias> tile(row, bias, first, count, aligned);
+    if (!std::is_same_v<Gradient, Real>) __syncthreads();  // a narrow gradient lies where others are still reading
+#pragma unroll
+    for (int n = 0; n < kVectors * kVector<Real>; n += kVector<Real>) {
+      alignas(16) Gradient made[kVector<Real>];
+      const int64_t at = tile.index(first, n);
+#pragma unroll
+      for (int m = 0; m < kVector<Real>; ++m) {
+        Real x = (tile.z[n + m] - top) * heat;
+        x = x < small ? small : x;
+        Real value = nothing ? Real(0) : power_of_two(x) * (level + slope * x);
+        if (at + m == target && !nothing) value += d_logprob;
+        store(made + m, valid ? value : static_cast<Real>(NAN));
+      }
+      if (aligned && at + kVector<Real> <= count) {
+        using Word = std::conditional_t<sizeof(made) == 16, uint4, uint2>;
+        *reinterpret_cast<Word*>(gradient + at) = *reinterpret_cast<const Word*>(made);
+      } else {
+#pragma unroll
+        for (int m = 0; m < kVector<Real>; ++m) {
+          if (at + m < count) gradient[at + m] = made[m];
+        }
+      }
+    }
+  }
+}
+
+template <typename Real, typename Gradient>
+void launch(const mem1_logit_rows_params& p, cudaStream_t stream) {
+  const auto kernel = p.bias != nullptr ? rows_kernel<Real, Gradient, true> : rows_kernel<Real, Gradient, false>;
+  kernel<<<static_cast<unsigned>(p.rows), kThreads, 0, stream>>>(p);
+}
+
+}  // namespace
+
+mem1_status logit_rows_cuda(const mem1_logit_rows_params& p, void* stream, mem1_error* error) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  switch (p.gradient_dtype) {
+    case MEM1_BFLOAT16:
+      launch<float, __nv_bfloat16>(p, on);
+      break;
+    case MEM1_FLOAT16:
+      launch<float, __half>(p, on);
+      break;
+    case MEM1_FLOAT64:
+      launch<double, double>(p, on);
+      break;
+    default:
+      launch<float, float>(p, on);
+  }
+  return launched("logit rows", error);
+}
+
+}  // namespace mem1::ppo_loss

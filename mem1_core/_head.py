@@ -1,0 +1,232 @@
+"""The output layer in chunks: logits of some rows at a time, in fp32 (fp64), and the gradients behind them.
+
+Matrix products are the vendor's. Half precision: on CUDA its tensor cores multiply as they are and keep fp32
+sums; on the CPU blocks of the weight are widened, as no vendor library that torch brings keeps fp32 sums
+there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_ALIGNED = 16  # rows of a chunk, and bytes of a row of logits: what vector loads and matrix products like
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_WIDENED_BYTES = 16 * 2**20  # of a block of the weight
+
+
+class Head:
+    """logits = hidden @ weight.T + bias for chosen rows of hidden.
+
+    hidden [T, H] and weight [V, H] of one dtype; rows int64 [n]: those to compute, None for all. One chunk's
+    logits take at most `workspace_bytes`. The wanted gradients are summed up over the chunks: `d_hidden` (as
+    hidden), `d_weight` and `d_bias`, the latter two in fp32 until `gradients` hands them out.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        workspace_bytes: int,
+        wanted: tuple[bool, bool, bool] = (False, False, False),
+    ) -> None:
+        self.hidden, self.weight, self.rows = hidden, weight, rows
+        self.count = len(hidden) if rows is None else len(rows)
+        self.dtype = torch.promote_types(hidden.dtype, torch.float32)
+        self.bias = None if bias is None else bias.to(self.dtype).contiguous()
+        self.bias_dtype = None if bias is None else bias.dtype
+        self.narrow = hidden.dtype != self.dtype
+        on_cpu = hidden.device.type == "cpu"
+        self.widens = self.narrow and on_cpu
+        # What the matrix products of the backward read: on CUDA in the dtype of the weight.
+        self.gradient_dtype = self.dtype if on_cpu else hidden.dtype
+        want_hidden, want_weight, want_bias = wanted
+        self.d_hidden = torch.zeros_like(hidden) if want_hidden else None
+        self.d_weight = weight.new_empty(weight.shape, dtype=self.dtype) if want_weight else None
+        self.d_bias = weight.new_zeros(weight.shape[0], dtype=self.dtype) if want_bias else None
+        self._fresh = True
+        element = self.dtype.itemsize
+        self._columns = -(-weight.shape[0] * element // _ALIGNED) * _ALIGNED // element
+        fitting = workspace_bytes // (self._columns * element)
+        self.chunk = max(fitting // _ALIGNED * _ALIGNED, min(fitting, _ALIGNED), 1)
+        self._buffer = weight.new_empty(min(self.chunk, self.count), self._columns, dtype=self.dtype)
+
+    def chunks(self) -> Iterator[slice]:
+        """Places in `rows` of each chunk; where one begins does not depend on how many rows there are."""
+        for begin in range(0, self.count, self.chunk):
+            yield slice(begin, min(begin + self.chunk, self.count))
+
+    def logits(self, part: slice) -> Tensor:
+        """fp32 (fp64) [rows of the chunk, V], without the bias; in the workspace, which the next call
+        overwrites.
+        """
+        self._hidden = self.hidden[part] if self.rows is None else self.hidden[self.rows[part]]
+        out = self._buffer[: len(self._hidden), : self.weight.shape[0]]
+        if self.widens:
+            wide = self._hidden.to(self.dtype)
+            for columns in self._blocks():
+                torch.mm(wide, self.weight[columns].to(self.dtype).T, out=out[:, columns])
+        elif self.narrow:
+            torch.mm(self._hidden, self.weight.T, out_dtype=self.dtype, out=out)
+        else:
+            torch.mm(self._hidden, self.weight.T, out=out)
+        return out
+
+    def add_gradient(self, part: slice, logits: Tensor) -> None:
+        """Gradients have taken the place of the chunk's `logits`, in `gradient_dtype`."""
+        d_logits = logits
+        if self.gradient_dtype != self.dtype:  # from the same address of each row on
+            d_logits = logits.view(self.gradient_dtype)[:, : logits.shape[1]]
+        if self.d_hidden is not None:
+            own = self._backward(d_logits)
+            if self.rows is None:
+                self.d_hidden[part] = own
+            else:
+                self.d_hidden.index_copy_(0, self.rows[part], own)
+        if self.d_weight is not None:
+            self._add_to_weight(d_logits, self.d_weight)
+        if self.d_bias is not None:
+            self.d_bias += d_logits.sum(0, dtype=self.dtype)
+        self._fresh = False
+
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """d_hidden, d_weight and d_bias in the dtypes of their tensors; empty where not wanted."""
+        d_hidden, d_weight, d_bias = (
+            self.hidden.new_empty(0) if x is None else x for x in (self.d_hidden, self.d_weight, self.d_bias)
+        )
+        if self._fresh and self.d_weight is not None:
+            d_weight.zero_()
+        del self._buffer
+        d_weight = _narrowed(d_weight, self.weight.dtype)
+        return d_hidden, d_weight, d_bias.to(self.bias_dtype) if self.bias_dtype else d_bias
+
+    def _backward(self, d_logits: Tensor) -> Tensor:
+        if not self.widens:
+            own = d_logits.new_empty(len(d_logits), self.weight.shape[1])
+            return torch.mm(d_logits, self.weight, out=own)  # with out= autocast changes nothing
+        own = torch.zeros_like(self._hidden, dtype=self.dtype)
+        for columns in self._blocks():
+            own.addmm_(d_logits[:, columns], self.weight[columns].to(self.dtype))
+        return own.to(self.hidden.dtype)
+
+    def _add_to_weight(self, d_logits: Tensor, d_weight: Tensor) -> None:
+        hidden, rows = self._hidden.to(d_logits.dtype), d_logits.T
+        if self.gradient_dtype == self.dtype:
+            torch.addmm(d_weight, rows, hidden, beta=0 if self._fresh else 1, out=d_weight)
+        elif self._fresh:
+            torch.mm(rows, hidden, out_dtype=self.dtype, out=d_weight)
+        else:
+            torch.addmm(d_weight, rows, hidden, out_dtype=self.dtype, out=d_weight)
+
+    def _blocks(self) -> Iterator[slice]:
+        step = max(_WIDENED_BYTES // (self.weight.shape[1] * self.dtype.itemsize), 1)
+        for begin in range(0, self.weight.shape[0], step):
+            yield slice(begin, begin + step)
+
+
+def _narrowed(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """`wide` [n, ..] in a dtype of half its size, at the same address, so that nothing is allocated.
+
+    Rows [a, 2 a) come to lie where the rows [a / 2, a) have been read: they overlap no source of their own.
+    The storage stays as large as it was.
+    """
+    if wide.dtype == dtype:
+        return wide
+    narrow = wide.view(-1).view(dtype)[: wide.numel()].view(wide.shape)
+    narrow[:1] = wide[:1].to(dtype)  # a copy, as this one does overlap itself
+    begin = 1
+    while begin < len(wide):
+        narrow[begin : 2 * begin].copy_(wide[begin : 2 * begin])
+        begin *= 2
+    return narrow
+
+
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: float | Tensor
+) -> Tensor:
+    """Raise TypeError or ValueError, naming the argument, for what is no output layer; else the temperature
+    of each row, [T] in the dtype of the logits.
+    """
+    for name, x, dims in (("hidden", hidden, "T, H"), ("weight", weight, "V, H"), ("bias", bias, "V")):
+        if x is None and name == "bias":
+            continue
+        if not isinstance(x, Tensor) or x.dim() != len(dims.split(", ")) or x.dtype not in _DTYPES:
+            raise TypeError(
+                f"{name}: wanted a float32, bfloat16, float16 or float64 tensor [{dims}], got {told(x)}"
+            )
+        if x.dtype != hidden.dtype or x.device != hidden.device:
+            raise ValueError(
+                f"{name}: wanted dtype and device of hidden, {hidden.dtype} on {hidden.device}, got "
+                f"{x.dtype} on {x.device}"
+            )
+    tokens, width = hidden.shape
+    vocabulary = weight.shape[0]
+    if weight.shape[1] != width or width == 0 or vocabulary == 0:
+        raise ValueError(f"weight: wanted [V, {width}] with V and {width} >= 1, got {list(weight.shape)}")
+    if bias is not None and len(bias) != vocabulary:
+        raise ValueError(f"bias: wanted [{vocabulary}], got {list(bias.shape)}")
+    check_rows("target", target, hidden, integral=True)
+    if isinstance(temperature, Tensor):
+        if temperature.dim():
+            check_rows("temperature", temperature, hidden)
+    elif not isinstance(temperature, (int, float)) or not temperature > 0 or temperature == float("inf"):
+        raise ValueError(
+            f"temperature: wanted a finite number > 0 or a tensor [{tokens}], got {temperature!r}"
+        )
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    if isinstance(temperature, Tensor):
+        return temperature.detach().to(hidden.device, dtype).expand(tokens)
+    return hidden.new_full((), temperature, dtype=dtype).expand(tokens)
+
+
+def check_rows(name: str, x: Tensor, hidden: Tensor, *, integral: bool = False) -> None:
+    """Raise TypeError or ValueError unless `x` is a tensor [T] on the device of hidden: of integers, of
+    booleans (for `loss_mask`), or of floating point numbers.
+    """
+    kind = "an integer" if integral else "a bool" if name == "loss_mask" else "a floating point"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: wanted {kind} tensor [{len(hidden)}], got {told(x)}")
+    if integral:
+        fits = not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
+    else:
+        fits = x.dtype == torch.bool if name == "loss_mask" else x.is_floating_point()
+    if not fits:
+        raise TypeError(f"{name}: wanted {kind} tensor [{len(hidden)}], got {told(x)}")
+    if x.shape != hidden.shape[:1]:
+        raise ValueError(f"{name}: wanted [{len(hidden)}], one for each row of hidden, got {list(x.shape)}")
+    if x.device != hidden.device:
+        raise ValueError(f"{name}: wanted the device of hidden, {hidden.device}, got {x.device}")
+
+
+def check_targets(target: Tensor, vocabulary: int, rows: Tensor | None = None) -> None:
+    """ValueError for the first target, of those at `rows`, that is out of range; on the CPU, where looking
+    costs nothing.
+    """
+    if target.device.type != "cpu":
+        return
+    bad = (target < 0) | (target >= vocabulary)
+    if rows is not None:
+        bad &= torch.zeros_like(bad).index_fill(0, rows, True)
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        raise ValueError(f"target[{i}]: wanted 0 to {vocabulary - 1}, got {int(target[i])}")
+
+
+def check_normalizer(normalizer: float | Tensor | None, device: torch.device) -> None:
+    """Raise ValueError unless it is None, a number > 0 or a tensor [] on `device`."""
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() or normalizer.device != device:
+            raise ValueError(
+                f"normalizer: wanted a number or a tensor [] on {device}, got {told(normalizer)} on "
+                f"{normalizer.device}"
+            )
+    elif normalizer is not None and not (isinstance(normalizer, (int, float)) and normalizer > 0):
+        raise ValueError(f"normalizer: wanted a number > 0 or a tensor [], got {normalizer!r}")
+
+
+def told(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

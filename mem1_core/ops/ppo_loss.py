@@ -1,0 +1,318 @@
+"""fused_linear_ppo_loss: PPO's policy loss from hidden states, whose gradients are made in the forward."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mem1_core import _library, reference
+from mem1_core._head import Head, check_head, check_normalizer, check_rows, check_targets
+from mem1_core.backend import choose_backend
+from mem1_core.ops.logprob import AVAILABLE, fake_gradients, no_second_derivative, workspace
+from mem1_core.reference import Aggregation, KLEstimator
+
+
+def fused_linear_ppo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    loss_mask: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ref_logprob: Tensor | None = None,
+    sampler_logprob: Tensor | None = None,
+    sequence: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    sampler_cap: float = 2.0,
+    kl_coef: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
+    entropy_coef: float = 0.0,
+    aggregation: Aggregation = "token-mean",
+    normalizer: float | Tensor | None = None,
+    workspace_bytes: int | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""PPO's policy loss over the rows of `loss_mask`. Differentiable in hidden, weight and bias.
+
+    With the log-prob of `target` and the entropy H of `linear_logprob`, :math:`r = \exp(\text{logprob} -
+    \text{old\_logprob})`, A the token's advantage and d = logprob - ref_logprob:
+
+    .. math:: \ell = w \max(-A r, -A \operatorname{clip}(r, 1 - c_l, 1 + c_h))
+              + \beta\, \mathrm{kl}(d) - \eta H
+
+    (Schulman et al. 2017, arXiv 1707.06347), where for A < 0 the maximum is at most -A `dual_clip` (Ye et al.
+    2020, arXiv 1912.09729), w = min(exp(old_logprob - sampler_logprob), `sampler_cap`), and kl is d, d^2 / 2
+    or exp(-d) - 1 + d (k1, k2, k3: Schulman 2020). Every log-ratio is clamped to +-20.
+
+    Once the log-sum-exp of a row is known, its gradient needs nothing else: it replaces the logits of a
+    chunk, and the backward only scales what the forward has summed up. That is 6 T H V FLOPs, where
+    recomputation takes 8, and no [T, V] tensor. Rows outside of `loss_mask` are not computed.
+
+    Args:
+        hidden, weight, target, temperature, bias, workspace_bytes, backend: as for `linear_logprob`. The
+            weight's gradient is summed up in float32 and, for half precision, narrowed where it lies: its
+            storage stays twice its size.
+        old_logprob: floating point [T]: log-probs of the policy before the update.
+        advantage: floating point [T], one for each token.
+        loss_mask: bool [T].
+        ref_logprob: floating point [T]; wanted for `kl_coef`, without it a metric.
+        sampler_logprob: floating point [T]: log-probs that a stale sampler drew with.
+        sequence: integers [T]: which sequence a token belongs to; wanted for "sequence-mean".
+        clip_low, clip_high: 0 <= clip_low <= 1, clip_high >= 0.
+        dual_clip: a number > 1 (usually 3), or None.
+        sampler_cap: > 0.
+        kl_coef, entropy_coef: weights of the two terms.
+        kl_estimator: "k1", "k2" or "k3".
+        aggregation: what the sum of the losses is divided by: "token-mean" the tokens, "sequence-mean" the
+            sequences (each first averaged over its own tokens), "sum" 1.
+        normalizer: a number or a tensor [] in the place of these counts. Give the whole batch's where it is
+            split over micro-batches or devices: the parts then add up. (A loss scaler for float16 belongs
+            here too, as its reciprocal: the gradients are made before the backward.)
+
+    Returns:
+        The loss, float32 (float64 for float64) [], and the metrics, all detached: means over the tokens
+        `entropy`, `clip_fraction` (the clipped term was the larger) and, with ref_logprob, `kl`; `ratio_max`,
+        the largest r; `logprob` [T], 0 where not in the loss. No tokens: loss 0, metrics 0. The loss of a row
+        does not depend on the others; nothing is atomic.
+
+    Raises:
+        TypeError, ValueError: an argument that is not as above; the message names it.
+        NotImplementedError: no such backend for this device; a second derivative.
+
+    Equivalent to:
+        >>> logprob, entropy = linear_logprob(hidden[loss_mask], weight, target[loss_mask], temperature)
+        >>> r = (logprob - old_logprob[loss_mask]).clamp(-20, 20).exp()
+        >>> a, d = advantage[loss_mask], logprob - ref_logprob[loss_mask]
+        >>> loss = torch.maximum(-a * r, -a * r.clamp(1 - clip_low, 1 + clip_high))
+        >>> loss = (loss + kl_coef * (torch.expm1(-d) + d) - entropy_coef * entropy).sum() / loss_mask.sum()
+    """
+    heat = check_head(hidden, weight, bias, target, temperature)
+    _check(
+        hidden,
+        {"old_logprob": old_logprob, "advantage": advantage, "loss_mask": loss_mask},
+        {"ref_logprob": ref_logprob, "sampler_logprob": sampler_logprob},
+    )
+    _check_settings(clip_low, clip_high, dual_clip, sampler_cap, kl_coef, kl_estimator, entropy_coef)
+    if kl_coef and ref_logprob is None:
+        raise ValueError(f"ref_logprob: wanted a tensor for kl_coef = {kl_coef}, got None")
+    _check_aggregation(hidden, aggregation, sequence, normalizer)
+    chosen = choose_backend("fused_linear_ppo_loss", hidden, backend, AVAILABLE)
+    if chosen == "reference":
+        return reference.fused_linear_ppo_loss(
+            hidden,
+            weight,
+            target,
+            old_logprob,
+            advantage,
+            loss_mask,
+            bias=bias,
+            ref_logprob=ref_logprob,
+            sampler_logprob=sampler_logprob,
+            sequence=sequence,
+            temperature=heat,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            sampler_cap=sampler_cap,
+            kl_coef=kl_coef,
+            kl_estimator=kl_estimator,
+            entropy_coef=entropy_coef,
+            aggregation=aggregation,
+            normalizer=normalizer,
+        )
+    if normalizer is not None and not isinstance(normalizer, Tensor):
+        normalizer = heat.new_full((), normalizer)
+    with_grad = torch.is_grad_enabled()
+    loss, means, logprob, *_ = _library.ops.fused_linear_ppo_loss(
+        hidden,
+        weight,
+        bias,
+        target.long(),
+        old_logprob,
+        advantage,
+        loss_mask,
+        ref_logprob,
+        sampler_logprob,
+        sequence,
+        heat,
+        normalizer,
+        clip_low,
+        clip_high,
+        dual_clip,
+        sampler_cap,
+        kl_coef,
+        kl_estimator,
+        entropy_coef,
+        aggregation,
+        workspace(workspace_bytes, hidden),
+        [x is not None and with_grad and x.requires_grad for x in (hidden, weight, bias)],
+    )
+    entropy, ratio_max, clip_fraction, kl = means.unbind()
+    metrics = {"entropy": entropy, "clip_fraction": clip_fraction, "ratio_max": ratio_max, "logprob": logprob}
+    return loss, metrics if ref_logprob is None else metrics | {"kl": kl}
+
+
+def _check(hidden: Tensor, given: dict[str, Tensor], optional: dict[str, Tensor | None]) -> None:
+    for name, x in (given | optional).items():
+        if x is not None or name in given:
+            check_rows(name, x, hidden)  # type: ignore[arg-type]
+
+
+def _check_settings(
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    sampler_cap: float,
+    kl_coef: float,
+    kl_estimator: str,
+    entropy_coef: float,
+) -> None:
+    for name, x, holds, wanted in (
+        ("clip_low", clip_low, lambda x: 0 <= x <= 1, "0 to 1"),
+        ("clip_high", clip_high, lambda x: x >= 0, "a number >= 0"),
+        ("dual_clip", dual_clip, lambda x: x > 1, "a number > 1 or None"),
+        ("sampler_cap", sampler_cap, lambda x: x > 0, "a number > 0"),
+        ("kl_coef", kl_coef, lambda x: -math.inf < x < math.inf, "a finite number"),
+        ("entropy_coef", entropy_coef, lambda x: -math.inf < x < math.inf, "a finite number"),
+    ):
+        if name == "dual_clip" and x is None:
+            continue
+        if not isinstance(x, (int, float)) or not holds(x):
+            raise ValueError(f"{name}: wanted {wanted}, got {x!r}")
+    if kl_estimator not in ("k1", "k2", "k3"):
+        raise ValueError(f"kl_estimator: wanted 'k1', 'k2' or 'k3', got {kl_estimator!r}")
+
+
+def _check_aggregation(
+    hidden: Tensor, aggregation: str, sequence: Tensor | None, normalizer: float | Tensor | None
+) -> None:
+    if aggregation not in ("token-mean", "sequence-mean", "sum"):
+        raise ValueError(f"aggregation: wanted 'token-mean', 'sequence-mean' or 'sum', got {aggregation!r}")
+    if sequence is not None:
+        check_rows("sequence", sequence, hidden, integral=True)
+    elif aggregation == "sequence-mean":
+        raise ValueError(f"sequence: wanted a tensor for aggregation={aggregation!r}, got None")
+    check_normalizer(normalizer, hidden.device)
+
+
+torch.library.define(
+    "mem1_core::fused_linear_ppo_loss",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor old_logprob, Tensor advantage, "
+    "Tensor loss_mask, Tensor? ref_logprob, Tensor? sampler_logprob, Tensor? sequence, Tensor temperature, "
+    "Tensor? normalizer, float clip_low, float clip_high, float? dual_clip, float sampler_cap, "
+    "float kl_coef, str kl_estimator, float entropy_coef, str aggregation, int workspace_bytes, "
+    "bool[] wanted) -> "
+    "(Tensor loss, Tensor means, Tensor logprob, Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
+)
+
+
+@torch.library.impl("mem1_core::fused_linear_ppo_loss", ("cpu", "cuda"))
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    old_logprob: Tensor,
+    advantage: Tensor,
+    loss_mask: Tensor,
+    ref_logprob: Tensor | None,
+    sampler_logprob: Tensor | None,
+    sequence: Tensor | None,
+    temperature: Tensor,
+    normalizer: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    sampler_cap: float,
+    kl_coef: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    aggregation: str,
+    space: int,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    rows = loss_mask.nonzero()[:, 0]  # where the host learns how many there are
+    check_targets(target, weight.shape[0], rows)
+    head = Head(hidden, weight, bias, rows, space, (wanted[0], wanted[1], wanted[2]))
+    dtype = temperature.dtype
+    scale = 1 / _divisor(sequence, rows, aggregation, normalizer, dtype)
+    of_rows = [
+        None if x is None else x[rows].to(dtype)
+        for x in (old_logprob, advantage, ref_logprob, sampler_logprob)
+    ]
+    old, adv, ref, sampler = of_rows
+    target, temperature = target[rows], temperature[rows]
+    settings = clip_low, clip_high, dual_clip, sampler_cap, kl_coef, kl_estimator, entropy_coef, any(wanted)
+    stats = temperature.new_empty(6, head.count)
+    for part in head.chunks():
+        logits = head.logits(part)
+        tensors = (
+            None if x is None else x[part] for x in (target, temperature, old, adv, scale, ref, sampler)
+        )
+        given = logits, head.bias, *tensors, *settings, head.gradient_dtype
+        stats[:, part] = _library.on_current_stream(_library.ops._rows_ppo_, hidden.device, *given)
+        if any(wanted):
+            head.add_gradient(part, logits)
+    loss, logprob, entropy, ratio, clipped, kl = stats
+    mean = 1 / max(head.count, 1)
+    largest = ratio.amax() if head.count else ratio.sum()
+    means = torch.stack([entropy.sum() * mean, largest, clipped.sum() * mean, kl.sum() * mean])
+    everywhere = logprob.new_zeros(len(hidden)).index_copy(0, rows, logprob)
+    return loss.sum(), means, everywhere, *head.gradients()
+
+
+def _divisor(
+    sequence: Tensor | None, rows: Tensor, aggregation: str, normalizer: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What the loss of each row is divided by before the sum, [n]."""
+    divisor = torch.ones(len(rows), dtype=dtype, device=rows.device)
+    count = len(rows) if aggregation == "token-mean" else 1
+    if sequence is not None and aggregation == "sequence-mean":
+        _, owner, sizes = sequence[rows].unique(return_inverse=True, return_counts=True)
+        divisor, count = sizes[owner].to(dtype), len(sizes)
+    return divisor * (count if normalizer is None else normalizer)
+
+
+@torch.library.register_fake("mem1_core::fused_linear_ppo_loss")
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    temperature, wanted = rest[7], rest[-1]
+    loss, means, logprob = (temperature.new_empty(shape) for shape in ((), (4,), (len(hidden),)))
+    return loss, means, logprob, *fake_gradients((hidden, weight, bias), wanted)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.wanted, ctx.inputs = inputs[-1], len(inputs)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[3:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_loss: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing: tuple[Tensor | None, ...] = (None,) * ctx.inputs
+    if d_loss is None:
+        return nothing
+    if torch.is_grad_enabled():
+        no_second_derivative("fused_linear_ppo_loss", ctx)
+    made = zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    return *(_times(x, d_loss) if want else None for x, want in made), *nothing[3:]
+
+
+def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """The product, in place where nobody else will want the gradient that the forward has made."""
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    if kept or type(factor) is not Tensor:  # a second backward will come, or the call is only traced
+        return gradient * factor
+    if factor.device.type == "cpu" and factor == 1:
+        return gradient
+    return gradient.mul_(factor)
+
+
+torch.library.register_autograd("mem1_core::fused_linear_ppo_loss", _backward, setup_context=_setup)
