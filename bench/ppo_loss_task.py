@@ -134,20 +134,17 @@ class Task:
         contenders = [Contender(OURS[self.work], self._ours, self._check)]
         if self.work == PPO:
             contenders.append(self._with(RECOMPUTED, linear_logprob))
-        # What compiles is left out of a quick test.
-        compiles = "" if self.measuring else "compiled when measuring only"
-        no_entropy = "without the entropy" + (
-            "" if self.device != "cpu" else ", its implementation for the CPU"
-        )
+        contenders.append(self._with(EAGER, eager, peer=True))
+        if self.measuring:  # these two compile for many seconds
+            contenders.append(Contender(COMPILED, self._compiled(), self._check, peer=True))
+            note = "without the entropy" + (
+                ", its implementation for the CPU" if self.device == "cpu" else ""
+            )
+            contenders.append(self._with(CCE, cce, note, peer=True))
         return [
             *contenders,
-            self._with(EAGER, eager, peer=True),
-            Contender(
-                COMPILED, None if compiles else self._compiled(), self._check, note=compiles, peer=True
-            ),
             self._with(TRL, trl, peer=True),
             self._with(LIGER, liger, peer=True),
-            Contender(CCE, None, note=compiles) if compiles else self._with(CCE, cce, no_entropy, peer=True),
             Contender(BARE, self._products, note="another function: a floor only"),
         ]
 
@@ -165,8 +162,10 @@ class Task:
         if self.work != PPO:
             return self._run(linear_logprob)
         given = self.old_logprob, self.advantage, self.loss_mask
-        settings = {"clip_low": self.clip, "clip_high": self.clip, "entropy_coef": self.entropy_coef}
-        loss, _ = fused_linear_ppo_loss(*self.inputs, *given, **settings)
+        clip, bonus = self.clip, self.entropy_coef
+        loss, _ = fused_linear_ppo_loss(
+            *self.inputs, *given, clip_low=clip, clip_high=clip, entropy_coef=bonus
+        )
         return self._gradients(loss)
 
     def _compiled(self) -> Callable[[], list[Tensor]]:
@@ -211,10 +210,9 @@ class Task:
     def _check(self, results: list[Tensor], entropy: bool = True, factor: float = 2) -> None:
         """Against fp64, by the error that eager code makes."""
         if entropy not in self._expected:
-            plain = self._sampled(self._run(eager if entropy else _without_entropy))
-            self._expected[entropy] = list(
-                zip(self._names(entropy), plain, self._exact(entropy), strict=True)
-            )
+            yardstick = self._sampled(self._run(eager if entropy else _without_entropy))
+            expected = zip(self._names(entropy), yardstick, self._exact(entropy), strict=True)
+            self._expected[entropy] = list(expected)
         for got, (name, plain, exact) in zip(self._sampled(results), self._expected[entropy], strict=True):
             atol = None
             if (

@@ -20,9 +20,10 @@ _WIDENED_BYTES = 16 * 2**20  # of a block of the weight
 class Head:
     """logits = hidden @ weight.T + bias for chosen rows of hidden.
 
-    hidden [T, H] and weight [V, H] of one dtype; rows int64 [n]: those to compute, None for all. One chunk's
-    logits take at most `workspace_bytes`. The wanted gradients are summed up over the chunks: `d_hidden` (as
-    hidden), `d_weight` and `d_bias`, the latter two in fp32 until `gradients` hands them out.
+    hidden [T, H] and weight [V, H] of one dtype; rows int64 [n]: those to compute, None for all (which saves
+    copies). The logits of a chunk take at most `workspace_bytes`. The wanted gradients are summed up over the
+    chunks: `d_hidden` (as hidden), `d_weight` and `d_bias`, the latter two in fp32 until `gradients` hands
+    them out.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Head:
         # What the matrix products of the backward read: on CUDA in the dtype of the weight.
         self.gradient_dtype = self.dtype if on_cpu else hidden.dtype
         want_hidden, want_weight, want_bias = wanted
-        self.d_hidden = torch.zeros_like(hidden) if want_hidden else None
+        self.d_hidden = hidden.new_zeros(hidden.shape) if want_hidden else None
         self.d_weight = weight.new_empty(weight.shape, dtype=self.dtype) if want_weight else None
         self.d_bias = weight.new_zeros(weight.shape[0], dtype=self.dtype) if want_bias else None
         self._fresh = True
@@ -82,10 +83,11 @@ class Head:
         if self.gradient_dtype != self.dtype:  # from the same address of each row on
             d_logits = logits.view(self.gradient_dtype)[:, : logits.shape[1]]
         if self.d_hidden is not None:
-            own = self._backward(d_logits)
             if self.rows is None:
-                self.d_hidden[part] = own
+                self._backward(d_logits, self.d_hidden[part])
             else:
+                own = torch.empty_like(self._hidden)
+                self._backward(d_logits, own)
                 self.d_hidden.index_copy_(0, self.rows[part], own)
         if self.d_weight is not None:
             self._add_to_weight(d_logits, self.d_weight)
@@ -104,14 +106,14 @@ class Head:
         d_weight = _narrowed(d_weight, self.weight.dtype)
         return d_hidden, d_weight, d_bias.to(self.bias_dtype) if self.bias_dtype else d_bias
 
-    def _backward(self, d_logits: Tensor) -> Tensor:
+    def _backward(self, d_logits: Tensor, out: Tensor) -> None:
         if not self.widens:
-            own = d_logits.new_empty(len(d_logits), self.weight.shape[1])
-            return torch.mm(d_logits, self.weight, out=own)  # with out= autocast changes nothing
-        own = torch.zeros_like(self._hidden, dtype=self.dtype)
+            torch.mm(d_logits, self.weight, out=out)  # with out= autocast changes nothing
+            return
+        wide = torch.zeros_like(out, dtype=self.dtype)
         for columns in self._blocks():
-            own.addmm_(d_logits[:, columns], self.weight[columns].to(self.dtype))
-        return own.to(self.hidden.dtype)
+            wide.addmm_(d_logits[:, columns], self.weight[columns].to(self.dtype))
+        out.copy_(wide)
 
     def _add_to_weight(self, d_logits: Tensor, d_weight: Tensor) -> None:
         hidden, rows = self._hidden.to(d_logits.dtype), d_logits.T

@@ -46,7 +46,9 @@ struct Sums {
       top = higher;
       return;
     }
-    const Real x = (top - higher) * heat, factor = power_of_two(x);
+    Real x = (top - higher) * heat;
+    x = x < static_cast<Real>(kSmall) ? static_cast<Real>(kSmall) : x;
+    const Real factor = power_of_two(x);
     moment = factor * (moment + x * mass);
     mass *= factor;
     top = higher;

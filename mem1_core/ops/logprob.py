@@ -13,7 +13,7 @@ from mem1_core._head import Head, check_head, check_targets
 from mem1_core.backend import choose_backend
 
 AVAILABLE = ("cpu", *(["cuda"] if _library.cuda_architectures() else []), "reference")
-WORKSPACE_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
+WORKSPACE_BYTES = {"cpu": 192 * 2**20, "cuda": 512 * 2**20}
 
 
 def linear_logprob(
@@ -42,7 +42,7 @@ def linear_logprob(
         target: integers [T], below V.
         temperature: a number > 0 or a tensor [T] or []; it gets no gradient.
         bias: [V], of the same dtype. -inf rules a token out.
-        workspace_bytes: of the logits; 128 MiB on the CPU, 512 MiB on CUDA when None. At least one row is
+        workspace_bytes: of the logits; 192 MiB on the CPU, 512 MiB on CUDA when None. At least one row is
             computed at a time.
         backend: see `mem1_core.backend`. "cuda" is there if the package was built with nvcc.
 

@@ -241,7 +241,8 @@ def _(
 ) -> tuple[Tensor, ...]:
     rows = loss_mask.nonzero()[:, 0]  # where the host learns how many there are
     check_targets(target, weight.shape[0], rows)
-    head = Head(hidden, weight, bias, rows, space, (wanted[0], wanted[1], wanted[2]))
+    chosen = None if len(rows) == len(hidden) else rows
+    head = Head(hidden, weight, bias, chosen, space, (wanted[0], wanted[1], wanted[2]))
     dtype = temperature.dtype
     scale = 1 / _divisor(sequence, rows, aggregation, normalizer, dtype)
     of_rows = [
