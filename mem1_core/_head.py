@@ -1,8 +1,7 @@
 """The output layer in chunks: logits of some rows at a time, in fp32 (fp64), and the gradients behind them.
 
-Matrix products are the vendor's. Half precision: on CUDA its tensor cores multiply as they are and keep fp32
-sums; on the CPU blocks of the weight are widened, as no vendor library that torch brings keeps fp32 sums
-there.
+Matrix products are the vendor's. On the CPU they are oneDNN's block products (csrc/torch/linear_cpu.cpp),
+which widen half precision as they read it; on CUDA the tensor cores multiply it as it is and keep fp32 sums.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from torch import Tensor
 
 _ALIGNED = 16  # rows of a chunk, and bytes of a row of logits: what vector loads and matrix products like
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_WIDENED_BYTES = 16 * 2**20  # of a block of the weight
 
 
 class Head:
@@ -35,14 +33,13 @@ class Head:
         workspace_bytes: int,
         wanted: tuple[bool, bool, bool] = (False, False, False),
     ) -> None:
-        self.hidden, self.weight, self.rows = hidden, weight, rows
+        on_cpu = hidden.device.type == "cpu"
+        self.hidden, self.weight, self.rows = hidden, weight.contiguous() if on_cpu else weight, rows
         self.count = len(hidden) if rows is None else len(rows)
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.bias = None if bias is None else bias.to(self.dtype).contiguous()
         self.bias_dtype = None if bias is None else bias.dtype
-        self.narrow = hidden.dtype != self.dtype
-        on_cpu = hidden.device.type == "cpu"
-        self.widens = self.narrow and on_cpu
+        self.by_blocks = on_cpu and self.dtype == torch.float32  # fp64, for gradcheck, takes torch.mm
         # What the matrix products of the backward read: on CUDA in the dtype of the weight.
         self.gradient_dtype = self.dtype if on_cpu else hidden.dtype
         want_hidden, want_weight, want_bias = wanted
@@ -65,13 +62,11 @@ class Head:
         """fp32 (fp64) [rows of the chunk, V], without the bias; in the workspace, which the next call
         overwrites.
         """
-        self._hidden = self.hidden[part] if self.rows is None else self.hidden[self.rows[part]]
+        self._hidden = (self.hidden[part] if self.rows is None else self.hidden[self.rows[part]]).contiguous()
         out = self._buffer[: len(self._hidden), : self.weight.shape[0]]
-        if self.widens:
-            wide = self._hidden.to(self.dtype)
-            for columns in self._blocks():
-                torch.mm(wide, self.weight[columns].to(self.dtype).T, out=out[:, columns])
-        elif self.narrow:
+        if self.by_blocks:
+            torch.ops.mem1_core._linear_logits_(self._hidden, self.weight, out)
+        elif self.hidden.dtype != self.dtype:
             torch.mm(self._hidden, self.weight.T, out_dtype=self.dtype, out=out)
         else:
             torch.mm(self._hidden, self.weight.T, out=out)
@@ -107,27 +102,21 @@ class Head:
         return d_hidden, d_weight, d_bias.to(self.bias_dtype) if self.bias_dtype else d_bias
 
     def _backward(self, d_logits: Tensor, out: Tensor) -> None:
-        if not self.widens:
+        if self.by_blocks:
+            torch.ops.mem1_core._linear_hidden_gradient_(d_logits, self.weight, out)
+        else:
             torch.mm(d_logits, self.weight, out=out)  # with out= autocast changes nothing
-            return
-        wide = torch.zeros_like(out, dtype=self.dtype)
-        for columns in self._blocks():
-            wide.addmm_(d_logits[:, columns], self.weight[columns].to(self.dtype))
-        out.copy_(wide)
 
     def _add_to_weight(self, d_logits: Tensor, d_weight: Tensor) -> None:
-        hidden, rows = self._hidden.to(d_logits.dtype), d_logits.T
-        if self.gradient_dtype == self.dtype:
+        hidden, rows = self._hidden, d_logits.T
+        if self.by_blocks:
+            torch.ops.mem1_core._linear_weight_gradient_(d_logits, hidden, d_weight, not self._fresh)
+        elif self.gradient_dtype == self.dtype:
             torch.addmm(d_weight, rows, hidden, beta=0 if self._fresh else 1, out=d_weight)
         elif self._fresh:
             torch.mm(rows, hidden, out_dtype=self.dtype, out=d_weight)
         else:
             torch.addmm(d_weight, rows, hidden, out_dtype=self.dtype, out=d_weight)
-
-    def _blocks(self) -> Iterator[slice]:
-        step = max(_WIDENED_BYTES // (self.weight.shape[1] * self.dtype.itemsize), 1)
-        for begin in range(0, self.weight.shape[0], step):
-            yield slice(begin, begin + step)
 
 
 def _narrowed(wide: Tensor, dtype: torch.dtype) -> Tensor:

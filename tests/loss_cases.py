@@ -166,7 +166,14 @@ def check(function: Any, given: dict[str, Any], **options: Any) -> dict[str, Ten
     theirs, want = results(plain, given), results(exact, cast(given, torch.float64))
     assert got.keys() == theirs.keys() == want.keys()
     for name, x in got.items():
-        assert_accurate(x, theirs[name], want[name], name=name)
+        atol = None
+        # Differences of nearly equal numbers, however small they come out: the KL of two log-probs, and the
+        # gradients of one or two tokens.
+        if (name == "kl" and want[name].abs() < 1e-3) or (
+            len(given["weight"]) <= 2 and x.dtype == torch.float32
+        ):
+            atol = 1e-7 + 2e-6 * want[name].abs().max().item() if x.numel() else 0.0
+        assert_accurate(x, theirs[name], want[name], atol=atol, name=name)
     return got
 
 

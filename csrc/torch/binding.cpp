@@ -208,10 +208,16 @@ TORCH_LIBRARY_FRAGMENT(mem1_core, m) {
                        "float kl_coef, str kl_estimator, float entropy_coef, bool with_gradient, "
                        "ScalarType gradient_dtype, int stream) -> Tensor")
                           .c_str()));
+  m.def("_linear_logits_(Tensor hidden, Tensor weight, Tensor(a!) logits) -> ()");
+  m.def("_linear_hidden_gradient_(Tensor d_logits, Tensor weight, Tensor(a!) d_hidden) -> ()");
+  m.def("_linear_weight_gradient_(Tensor d_logits, Tensor hidden, Tensor(a!) d_weight, bool accumulate) -> ()");
   m.def("_gae(Tensor reward, Tensor value, Tensor mask, float gamma, float lam, int stream) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(mem1_core, CPU, m) {
+  m.impl("_linear_logits_", &mem1::cpu::linear_logits_);
+  m.impl("_linear_hidden_gradient_", &mem1::cpu::linear_hidden_gradient_);
+  m.impl("_linear_weight_gradient_", &mem1::cpu::linear_weight_gradient_);
   m.impl("_rows_logprob", &mem1::rows_logprob);
   m.impl("_rows_backward_", &mem1::rows_backward_);
   m.impl("_rows_ppo_", &mem1::rows_ppo_);

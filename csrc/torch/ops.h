@@ -70,6 +70,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> trajectory_attention_backward(
     const at::Tensor& d_out, const at::Tensor& d_lse, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     const at::Tensor& out, const at::Tensor& lse, const Plan& plan, double scale);
 // The checked arguments of the op of this name; rows, lengths, counts int32 [batch].
+// The products of an output layer, for hidden [n, H] and weight [V, H] of one dtype and fp32 logits [n, V] with any
+// stride between rows: logits = hidden weight^T, d_hidden = d_logits weight, d_weight (+)= d_logits^T hidden in fp32.
+void linear_logits_(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& logits);
+void linear_hidden_gradient_(const at::Tensor& d_logits, const at::Tensor& weight, const at::Tensor& d_hidden);
+void linear_weight_gradient_(const at::Tensor& d_logits, const at::Tensor& hidden, const at::Tensor& d_weight,
+                             bool accumulate);
 at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values,
                             const at::Tensor& rows, const at::Tensor& lengths, const at::Tensor& counts, double scale);
 }  // namespace cpu
