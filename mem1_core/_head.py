@@ -7,21 +7,25 @@ which widen half precision as they read it; on CUDA the tensor cores multiply it
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mem1_core.backend import told
+
 _ALIGNED = 16  # rows of a chunk, and bytes of a row of logits: what vector loads and matrix products like
+RowKind = Literal["a bool", "an integer", "a floating point"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Head:
     """logits = hidden @ weight.T + bias for chosen rows of hidden.
 
-    hidden [T, H] and weight [V, H] of one dtype; rows int64 [n]: those to compute, None for all (which saves
-    copies). The logits of a chunk take at most `workspace_bytes`. The wanted gradients are summed up over the
-    chunks: `d_hidden` (as hidden), `d_weight` and `d_bias`, the latter two in fp32 until `gradients` hands
-    them out.
+    hidden [T, H], weight [V, H] and bias [V] of one dtype; rows int64 [n]: those to compute, None for all
+    (which saves copies). The logits of a chunk take at most `workspace_bytes`. The wanted gradients are
+    summed up over the chunks: `d_hidden` (as hidden), `d_weight` and `d_bias`, the latter two in fp32 until
+    `gradients` hands them out.
     """
 
     def __init__(
@@ -38,7 +42,6 @@ class Head:
         self.count = len(hidden) if rows is None else len(rows)
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.bias = None if bias is None else bias.to(self.dtype).contiguous()
-        self.bias_dtype = None if bias is None else bias.dtype
         self.by_blocks = on_cpu and self.dtype == torch.float32  # fp64, for gradcheck, takes torch.mm
         # What the matrix products of the backward read: on CUDA in the dtype of the weight.
         self.gradient_dtype = self.dtype if on_cpu else hidden.dtype
@@ -98,8 +101,7 @@ class Head:
         if self._fresh and self.d_weight is not None:
             d_weight.zero_()
         del self._buffer
-        d_weight = _narrowed(d_weight, self.weight.dtype)
-        return d_hidden, d_weight, d_bias.to(self.bias_dtype) if self.bias_dtype else d_bias
+        return d_hidden, _narrowed(d_weight, self.weight.dtype), d_bias.to(self.weight.dtype)
 
     def _backward(self, d_logits: Tensor, out: Tensor) -> None:
         if self.by_blocks:
@@ -160,7 +162,7 @@ def check_head(
         raise ValueError(f"weight: wanted [V, {width}] with V and {width} >= 1, got {list(weight.shape)}")
     if bias is not None and len(bias) != vocabulary:
         raise ValueError(f"bias: wanted [{vocabulary}], got {list(bias.shape)}")
-    check_rows("target", target, hidden, integral=True)
+    check_rows("target", target, hidden, "an integer")
     if isinstance(temperature, Tensor):
         if temperature.dim():
             check_rows("temperature", temperature, hidden)
@@ -174,17 +176,16 @@ def check_head(
     return hidden.new_full((), temperature, dtype=dtype).expand(tokens)
 
 
-def check_rows(name: str, x: Tensor, hidden: Tensor, *, integral: bool = False) -> None:
-    """Raise TypeError or ValueError unless `x` is a tensor [T] on the device of hidden: of integers, of
-    booleans (for `loss_mask`), or of floating point numbers.
-    """
-    kind = "an integer" if integral else "a bool" if name == "loss_mask" else "a floating point"
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: wanted {kind} tensor [{len(hidden)}], got {told(x)}")
-    if integral:
-        fits = not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
-    else:
-        fits = x.dtype == torch.bool if name == "loss_mask" else x.is_floating_point()
+def check_rows(name: str, x: Tensor, hidden: Tensor, kind: RowKind = "a floating point") -> None:
+    """Raise TypeError or ValueError unless `x` is a tensor [T] of that kind on the device of hidden."""
+    fits = (
+        isinstance(x, Tensor)
+        and {
+            "a bool": x.dtype == torch.bool,
+            "an integer": not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool),
+            "a floating point": x.is_floating_point(),
+        }[kind]
+    )
     if not fits:
         raise TypeError(f"{name}: wanted {kind} tensor [{len(hidden)}], got {told(x)}")
     if x.shape != hidden.shape[:1]:
@@ -217,7 +218,3 @@ def check_normalizer(normalizer: float | Tensor | None, device: torch.device) ->
             )
     elif normalizer is not None and not (isinstance(normalizer, (int, float)) and normalizer > 0):
         raise ValueError(f"normalizer: wanted a number > 0 or a tensor [], got {normalizer!r}")
-
-
-def told(value: object) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

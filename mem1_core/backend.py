@@ -35,3 +35,8 @@ def choose_backend(op: str, tensor: Tensor, requested: str, available: Sequence[
     if requested in ("cpu", "cuda") and device != requested:
         raise ValueError(f"backend: {requested!r} wants {requested} tensors, got one on {device}")
     return requested
+
+
+def told(value: object) -> str:
+    """What an op's error says of an argument that came."""
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

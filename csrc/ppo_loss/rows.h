@@ -8,6 +8,9 @@
 
 namespace mem1::ppo_loss {
 
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+// The lowest exponent, base 2: 2^kSmall is 0 in every type, and kSmall 2^kSmall as well; -inf would make NaN of it.
+constexpr double kSmall = -2000;
 // Past that a ratio carries no information, only overflow.
 constexpr double kLogRatioLimit = 20.0;
 

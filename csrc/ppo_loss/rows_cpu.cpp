@@ -14,7 +14,6 @@ namespace {
 
 using cpu::exp2_of;
 
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr int64_t kBlock = 1024;  // sums of a block are kept in Real, sums of blocks in double
 
 // z = logits + bias; `bias` may be null. Exponents x = (z - shift) * heat are in base 2.
@@ -48,7 +47,7 @@ MEM1_INLINE Sums sums_of(const Real* logits, const Real* bias, int64_t count, Re
 #pragma omp simd reduction(+ : mass, moment)
     for (int64_t u = v; u < end; ++u) {
       Real x = (logits[u] + (bias == nullptr ? Real(0) : bias[u]) - shift) * heat;
-      x = x < Real(-2000) ? Real(-2000) : x;  // 0 * -inf would be NaN
+      x = x < Real(kSmall) ? Real(kSmall) : x;
       const Real power = exp2_of(x);
       mass += power;
       moment += power * x;
@@ -66,17 +65,10 @@ MEM1_INLINE void gradient_of(Real* logits, const Real* bias, int64_t count, Real
 #pragma omp simd
   for (int64_t v = 0; v < count; ++v) {
     Real x = (logits[v] + (bias == nullptr ? Real(0) : bias[v]) - shift) * heat;
-    x = x < Real(-2000) ? Real(-2000) : x;
+    x = x < Real(kSmall) ? Real(kSmall) : x;
     logits[v] = exp2_of(x) * (level + slope * x);
   }
 }
-
-template <typename Real>
-struct Passes {
-  Real (*highest)(const Real*, const Real*, int64_t);
-  Sums (*sums)(const Real*, const Real*, int64_t, Real, Real);
-  void (*gradient)(Real*, const Real*, int64_t, Real, Real, Real, Real);
-};
 
 #define MEM1_PASSES(Real)                                                                                     \
   MEM1_CLONES Real highest(const Real* logits, const Real* bias, int64_t count) {                             \

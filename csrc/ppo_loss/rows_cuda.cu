@@ -17,9 +17,6 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
-// 2^kSmall is 0 in every type, and kSmall 2^kSmall as well; -inf would make NaN of the latter.
-constexpr double kSmall = -2000;
 
 template <typename Real>
 constexpr int kVector = 16 / sizeof(Real);  // elements of one load

@@ -18,18 +18,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 mem1_dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return MEM1_FLOAT32;
-    case at::kHalf:
-      return MEM1_FLOAT16;
-    case at::kBFloat16:
-      return MEM1_BFLOAT16;
-    case at::kDouble:
-      return MEM1_FLOAT64;
-    default:
-      break;
-  }
+  if (const auto dtype = float_dtype(t.scalar_type())) return *dtype;
   TORCH_CHECK_TYPE(t.element_size() == 1, "kv: wanted float32, bfloat16, float16, float64 or a type of one byte, got ",
                    t.scalar_type());
   return MEM1_BITS8;

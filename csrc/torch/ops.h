@@ -18,6 +18,22 @@ inline void check(mem1_status status, const mem1_error& error) {
   if (status != MEM1_OK) throw std::runtime_error(error.message);
 }
 
+// None for what is no floating point type of the C API.
+inline std::optional<mem1_dtype> float_dtype(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return MEM1_FLOAT32;
+    case at::kHalf:
+      return MEM1_FLOAT16;
+    case at::kBFloat16:
+      return MEM1_BFLOAT16;
+    case at::kDouble:
+      return MEM1_FLOAT64;
+    default:
+      return std::nullopt;
+  }
+}
+
 using TilePlanTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 TilePlanTensors tile_plan(const at::Tensor& evict, int64_t block_q, int64_t block_k);
 

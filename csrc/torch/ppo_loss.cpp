@@ -16,18 +16,9 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 mem1_dtype dtype_of(const char* name, at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return MEM1_FLOAT32;
-    case at::kDouble:
-      return MEM1_FLOAT64;
-    case at::kBFloat16:
-      return MEM1_BFLOAT16;
-    case at::kHalf:
-      return MEM1_FLOAT16;
-    default:
-      TORCH_CHECK_TYPE(false, name, ": wanted a floating point dtype, got ", type);
-  }
+  const auto dtype = float_dtype(type);
+  TORCH_CHECK_TYPE(dtype.has_value(), name, ": wanted a floating point dtype, got ", type);
+  return *dtype;
 }
 
 const void* array(const char* name, const Tensor& t, const Tensor& like, at::IntArrayRef shape, at::ScalarType dtype) {

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mem1_core import _library, reference
-from mem1_core.backend import choose_backend
+from mem1_core.backend import choose_backend, told
 
 _AVAILABLE = ("cpu", "reference")
 
@@ -62,7 +62,7 @@ def cached_attention(
     """
     for name, tensor in (("q", q), ("keys", keys), ("values", values)):
         if not isinstance(tensor, Tensor) or tensor.dim() != 4 or not tensor.is_floating_point():
-            raise TypeError(f"{name}: wanted a floating point tensor of 4 dimensions, got {_told(tensor)}")
+            raise TypeError(f"{name}: wanted a floating point tensor of 4 dimensions, got {told(tensor)}")
         if tensor.device != q.device:
             raise ValueError(f"{name}: wanted the device of q, {q.device}, got {tensor.device}")
     if q.shape[3] == 0:
@@ -74,7 +74,7 @@ def cached_attention(
     counts = torch.full_like(rows, q.shape[1]) if counts is None else counts
     for name, tensor in (("rows", rows), ("lengths", lengths), ("counts", counts)):
         if not isinstance(tensor, Tensor) or tensor.dtype != torch.int32 or tensor.shape != (batch,):
-            raise TypeError(f"{name}: wanted int32 [{batch}], got {_told(tensor)}")
+            raise TypeError(f"{name}: wanted int32 [{batch}], got {told(tensor)}")
         if tensor.device != q.device:
             raise ValueError(f"{name}: wanted the device of q, {q.device}, got {tensor.device}")
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
@@ -85,7 +85,3 @@ def cached_attention(
     if chosen == "reference":
         return reference.cached_attention(*arguments)
     return _library.ops.cached_attention(*arguments)
-
-
-def _told(value: object) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, distributed
 
 from mem1_core import _library, reference
-from mem1_core._head import told
-from mem1_core.backend import choose_backend
+from mem1_core.backend import choose_backend, told
 from mem1_core.ops.logprob import AVAILABLE
 
 

@@ -95,11 +95,12 @@ def fused_linear_ppo_loss(
         >>> loss = (loss + kl_coef * (torch.expm1(-d) + d) - entropy_coef * entropy).sum() / loss_mask.sum()
     """
     heat = check_head(hidden, weight, bias, target, temperature)
-    _check(
-        hidden,
-        {"old_logprob": old_logprob, "advantage": advantage, "loss_mask": loss_mask},
-        {"ref_logprob": ref_logprob, "sampler_logprob": sampler_logprob},
-    )
+    check_rows("old_logprob", old_logprob, hidden)
+    check_rows("advantage", advantage, hidden)
+    check_rows("loss_mask", loss_mask, hidden, "a bool")
+    for name, x in (("ref_logprob", ref_logprob), ("sampler_logprob", sampler_logprob)):
+        if x is not None:
+            check_rows(name, x, hidden)
     _check_settings(clip_low, clip_high, dual_clip, sampler_cap, kl_coef, kl_estimator, entropy_coef)
     if kl_coef and ref_logprob is None:
         raise ValueError(f"ref_logprob: wanted a tensor for kl_coef = {kl_coef}, got None")
@@ -160,12 +161,6 @@ def fused_linear_ppo_loss(
     return loss, metrics if ref_logprob is None else metrics | {"kl": kl}
 
 
-def _check(hidden: Tensor, given: dict[str, Tensor], optional: dict[str, Tensor | None]) -> None:
-    for name, x in (given | optional).items():
-        if x is not None or name in given:
-            check_rows(name, x, hidden)  # type: ignore[arg-type]
-
-
 def _check_settings(
     clip_low: float,
     clip_high: float,
@@ -197,7 +192,7 @@ def _check_aggregation(
     if aggregation not in ("token-mean", "sequence-mean", "sum"):
         raise ValueError(f"aggregation: wanted 'token-mean', 'sequence-mean' or 'sum', got {aggregation!r}")
     if sequence is not None:
-        check_rows("sequence", sequence, hidden, integral=True)
+        check_rows("sequence", sequence, hidden, "an integer")
     elif aggregation == "sequence-mean":
         raise ValueError(f"sequence: wanted a tensor for aggregation={aggregation!r}, got None")
     check_normalizer(normalizer, hidden.device)

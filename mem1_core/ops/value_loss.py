@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from mem1_core import reference
-from mem1_core._head import check_normalizer, told
+from mem1_core._head import check_normalizer
+from mem1_core.backend import told
 
 
 def clipped_value_loss(
