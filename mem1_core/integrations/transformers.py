@@ -11,11 +11,14 @@ With `mem1_mask` (a `TrajectoryMask`) every layer runs `mem1_core.ops.trajectory
 either the model behaves exactly as with `attn_implementation="sdpa"`. So one model object serves all.
 
 A layer that is more than plain causal attention refuses the mask, and so does a model whose config tells of
-layers that are not attention. `check_model` finds the models that would drop the mask without a word.
+layers that are not attention. `check_model` finds the models that would drop the mask without a word,
+`check_cache` those that a cache cannot follow.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -54,28 +57,90 @@ def check_model(model: PreTrainedModel) -> None:
     For the start of a training run: a layer that cannot work says so itself, but a model can also take
     `mem1_mask` and drop it, as each does that runs another attention implementation. So this tries: two rows
     of three tokens, one of them NaN, which the mask hides from the others in the one row and causality in the
-    other. One small forward; the model and its gradients stay as they are.
+    other; and whether `position_ids`, which packed trajectories need, count from 0. Two small forwards; the
+    model and its gradients stay as they are. What else a model's code raises on the way (on meeting a mask
+    that it wants to compute with, say) is chained to the ValueError.
     """
     name = type(model).__name__
     config = model.config.get_text_config()
-    if config._attn_implementation != NAME:
-        raise ValueError(f"{name}: wanted attn_implementation={NAME!r}, got {config._attn_implementation!r}")
     problem = config_problem(config)
     if problem is None and not model._supports_attention_backend:
         problem = "wanted attention through the AttentionInterface of transformers, got a model with its own"
     if problem:
         raise ValueError(f"mem1_mask in {name}: {problem}")
-    embedding = model.get_input_embeddings()
-    device = next(embedding.parameters()).device
-    embeds = embedding(torch.zeros(2, 3, dtype=torch.int64, device=device))
-    hidden = torch.tensor([[True, False, False], [False, False, True]], device=embeds.device)
-    embeds[hidden] = torch.nan
-    mask = TrajectoryMask.from_evict(torch.tensor([1, 3, 3], device=embeds.device))
-    out = model(inputs_embeds=embeds, mem1_mask=mask, use_cache=False)[0]
+    if config._attn_implementation != NAME:
+        raise ValueError(f"{name}: wanted attn_implementation={NAME!r}, got {config._attn_implementation!r}")
+    with _refusing(f"mem1_mask in {name}: wanted a forward that runs with it"):
+        embedding = model.get_input_embeddings()
+        device = next(embedding.parameters()).device
+        embeds = embedding(torch.zeros(2, 3, dtype=torch.int64, device=device))
+        hidden = torch.tensor([[True, False, False], [False, False, True]], device=embeds.device)
+        embeds[hidden] = torch.nan
+        mask = TrajectoryMask.from_evict(torch.tensor([1, 3, 3], device=embeds.device))
+        places = torch.arange(3, device=embeds.device).expand(2, 3)
+        # Copies, as some models scale embeddings in place.
+        out = model(inputs_embeds=embeds.clone(), mem1_mask=mask, use_cache=False)[0]
+        placed = model(inputs_embeds=embeds, position_ids=places, mem1_mask=mask, use_cache=False)[0]
     if not torch.equal(out.isnan().any(-1), hidden.to(out.device)):
         raise ValueError(
             f"mem1_mask in {name}: wanted it to rule all that passes between tokens, got one that drops it"
         )
+    rounding = 0.01 * float(out.nan_to_num().abs().max())
+    if not torch.allclose(out, placed, rtol=0, atol=rounding, equal_nan=True):
+        raise ValueError(f"position_ids in {name}: wanted some that count from 0, got others by default")
+
+
+@torch.no_grad()
+def check_cache(model: PreTrainedModel) -> None:
+    """Raise ValueError, with the reason, unless a `LayerCache` can hold what `model` attends to.
+
+    For the start of a rollout, after `check_model`: `mem1_cache` has to be asked once for each of the layers
+    of `cache_shape`, with keys and values of its KV heads and head dim. A model that runs a layer twice, or
+    splits or repeats heads before it attends, would overwrite or not fit what is stored. One small forward of
+    `model.get_decoder()`, the way an engine calls it; whatever that raises is chained to the ValueError.
+    """
+    name = type(model).__name__
+    layers, heads, dim = cache_shape(model.config)
+    calls = _Calls()
+    with _refusing(f"mem1_cache in {name}: wanted a decoder that runs with it"):
+        trunk: Any = model.get_decoder()
+        device = next(trunk.parameters()).device
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+        settings = {"position_ids": torch.arange(2, device=device)[None], "use_cache": False}
+        nothing = ids.new_empty(1, 1, 0, 0, dtype=torch.bool)  # goes to the layers, which do not look at it
+        out = trunk(ids, attention_mask=nothing, mem1_cache=calls, **settings)
+        if getattr(out, "last_hidden_state", None) is None:
+            raise TypeError(f"{type(trunk).__name__}'s output has no last_hidden_state")
+    if len(calls.seen) != layers:
+        raise ValueError(
+            f"mem1_cache in {name}: wanted {layers} layers that attend once each, got {len(calls.seen)} calls"
+        )
+    for layer, seen in enumerate(calls.seen):
+        if seen != (layer, heads, dim):
+            wanted = f"wanted (layer, KV heads, head dim) {(layer, heads, dim)}"
+            raise ValueError(f"mem1_cache in {name}: {wanted}, got {seen}")
+
+
+@contextmanager
+def _refusing(wanted: str) -> Iterator[None]:
+    """What a model's own code raises becomes a ValueError; one that is a ValueError has its reason."""
+    try:
+        yield
+    except (ValueError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{wanted}, got {type(error).__name__}: {error}") from error
+
+
+class _Calls:
+    """A LayerCache that keeps nothing but who asked: (layer, KV heads, head dim)."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int | None, int, int]] = []
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        self.seen.append((getattr(module, "layer_idx", None), key.shape[1], key.shape[3]))
+        return query.transpose(1, 2)
 
 
 def attention_forward(
@@ -191,6 +256,7 @@ def _problem(
 
 def cache_shape(config: Any) -> tuple[int, int, int]:
     """Layers, KV heads and head dim of a decoder's KV cache."""
+    config = config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, heads, dim
@@ -219,3 +285,7 @@ class DeferredMask:
         if self._made is None:
             self._made = (sdpa_mask(**self._kwargs),)
         return self._made[0]
+
+    def __getattr__(self, name: str) -> Any:
+        wanted = "layers that hand attention_mask on to the attention as it is"
+        raise AttributeError(f"attn_implementation={NAME!r}: wanted {wanted}, got one that reads its {name}")

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from mem1.graphs import Graphs
 from mem1.slots import Rows, Slots, Step
-from mem1_core.integrations.transformers import cache_shape, check_model
+from mem1_core.integrations.transformers import cache_shape, check_cache, check_model
 
 _GRAPH_TOKENS = 256  # captured decode steps see a multiple of this
 _PIECE = 2048  # tokens of a row in one forward: the mask that SDPA wants has so many rows
@@ -30,12 +30,13 @@ class Engine:
     On CUDA a decode step (one token for each row) is captured in a CUDA graph, one for each power of two of
     rows and multiple of 256 tokens seen; elsewhere, and for longer pieces, the same layers run eagerly.
 
-    model: a causal decoder with attention "mem1" that `check_model` takes; raises ValueError, with the
-    reason, for one whose logits or positions are not plain.
+    model: a causal decoder with attention "mem1" that `check_model` and `check_cache` take; raises
+    ValueError, with the reason, for one whose logits or positions are not plain.
     """
 
     def __init__(self, model: PreTrainedModel, slots: int, prefill_tokens: int = 16384) -> None:
         check_model(model)
+        check_cache(model)
         self.model, self.trunk = model, cast(Any, model.get_decoder())
         self._busy = False
         self._refresh()
