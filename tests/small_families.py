@@ -54,10 +54,11 @@ SIZES = _fields(
     (
         16,
         "head_dim dim_head d_head attention_head_size kv_channels swa_head_dim index_head_dim "
-        "linear_head_dim linear_key_head_dim linear_value_head_dim qk_nope_head_dim v_head_dim kv_lora_rank q_lora_rank "
-        "o_lora_rank",
+        "linear_head_dim linear_key_head_dim linear_value_head_dim qk_nope_head_dim v_head_dim "
+        "kv_lora_rank q_lora_rank o_lora_rank mamba_d_head mamba_head_dim mamba_chunk_size chunk_size",
     ),
-    (8, "qk_rope_head_dim rotary_dim"),
+    (8, "qk_rope_head_dim rotary_dim mamba_n_heads mamba_num_heads mamba_d_state ssm_state_size state_size"),
+    (128, "mamba_d_ssm"),  # twice the hidden size, as 8 heads of 16 are
     (512, "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions"),
     (1, "n_group topk_group num_expert_group"),
     (0, "pad_token_id"),

@@ -237,6 +237,16 @@ def test_a_foreign_error_is_chained_and_names_what_the_model_did() -> None:
     assert isinstance(refusal.value.__cause__, AttributeError)
 
 
+def test_checks_pass_dropout_between_layers_and_leave_random_numbers_alone() -> None:
+    model = build("qwen2", "mem1")
+    model.model.layers[0].mlp = torch.nn.Sequential(model.model.layers[0].mlp, torch.nn.Dropout(0.5))
+    model.train()
+    before = torch.get_rng_state()
+    integration.check_model(model)
+    integration.check_cache(model.eval())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.slow
 def test_every_family(capsys: pytest.CaptureFixture[str]) -> None:
     rows, failed = [], {}

@@ -33,6 +33,11 @@ from mem1_core.trajectory import TrajectoryMask
 NAME = "mem1"
 _UNSUPPORTED = ("sliding_window", "softcap", "position_bias")  # what some decoders add to plain attention
 
+# What a model's code raises that meets an argument it has no use for.
+_OF_A_MODEL = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError,
+)  # fmt: skip
+
 
 class LayerCache(Protocol):
     """A KV cache that does the attention over itself."""
@@ -58,8 +63,8 @@ def check_model(model: PreTrainedModel) -> None:
     `mem1_mask` and drop it, as each does that runs another attention implementation. So this tries: two rows
     of three tokens, one of them NaN, which the mask hides from the others in the one row and causality in the
     other; and whether `position_ids`, which packed trajectories need, count from 0. Two small forwards; the
-    model and its gradients stay as they are. What else a model's code raises on the way (on meeting a mask
-    that it wants to compute with, say) is chained to the ValueError.
+    model, its gradients and torch's random numbers stay as they are. What else a model's code raises on the
+    way (on meeting a mask that it wants to compute with, say) is chained to the ValueError.
     """
     name = type(model).__name__
     config = model.config.get_text_config()
@@ -78,9 +83,10 @@ def check_model(model: PreTrainedModel) -> None:
         embeds[hidden] = torch.nan
         mask = TrajectoryMask.from_evict(torch.tensor([1, 3, 3], device=embeds.device))
         places = torch.arange(3, device=embeds.device).expand(2, 3)
-        # Copies, as some models scale embeddings in place.
-        out = model(inputs_embeds=embeds.clone(), mem1_mask=mask, use_cache=False)[0]
-        placed = model(inputs_embeds=embeds, position_ids=places, mem1_mask=mask, use_cache=False)[0]
+        out, placed = (
+            _repeatable(model, embeds, mem1_mask=mask, use_cache=False, **positions)
+            for positions in ({}, {"position_ids": places})
+        )
     if not torch.equal(out.isnan().any(-1), hidden.to(out.device)):
         raise ValueError(
             f"mem1_mask in {name}: wanted it to rule all that passes between tokens, got one that drops it"
@@ -88,6 +94,13 @@ def check_model(model: PreTrainedModel) -> None:
     rounding = 0.01 * float(out.nan_to_num().abs().max())
     if not torch.allclose(out, placed, rtol=0, atol=rounding, equal_nan=True):
         raise ValueError(f"position_ids in {name}: wanted some that count from 0, got others by default")
+
+
+def _repeatable(model: PreTrainedModel, embeds: Tensor, **settings: Any) -> Tensor:
+    """Logits with the same dropout in each call. `embeds` stays as it is: some models scale it in place."""
+    devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu")}
+    with torch.random.fork_rng(devices, device_type=embeds.device.type):
+        return model(inputs_embeds=embeds.clone(), **settings)[0]
 
 
 @torch.no_grad()
@@ -128,7 +141,7 @@ def _refusing(wanted: str) -> Iterator[None]:
         yield
     except (ValueError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except _OF_A_MODEL as error:
         raise ValueError(f"{wanted}, got {type(error).__name__}: {error}") from error
 
 
