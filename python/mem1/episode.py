@@ -19,13 +19,8 @@ from mem1.calls import outcome, patiently
 from mem1.codec import Codec
 from mem1.config import RolloutConfig
 from mem1.envs.base import Action, Environment, Observation, ScriptedAction
-from mem1.trajectory import Trajectory
+from mem1.trajectory import ENVIRONMENT_ERROR, POLICY_ERROR, TURN_LIMIT, Trajectory
 from mem1_core.trajectory import Kind, Segment, evict_from_turns
-
-# How `Trajectory.finished` begins when the environment failed: it raised, took too long, or gave something
-# else than the protocol asks for. Such an episode has reward 0 and says nothing about the policy.
-ENVIRONMENT_ERROR = "environment error"
-POLICY_ERROR = "policy error"  # its numbers were not finite
 
 _Value = TypeVar("_Value")
 _FAILED = {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
@@ -223,7 +218,7 @@ class Episode:
             return Reply(text, self._objectives, script=self._expert())
         how = "answered" if action.kind == "answer" else "ended by the environment"
         score = _checked_score(self._patiently(self.environment.score))
-        return Reply(text, self._objectives, how if done else "turn limit", score)
+        return Reply(text, self._objectives, how if done else TURN_LIMIT, score)
 
     def _expert(self) -> list[int] | None:
         if not self.scripted:

@@ -17,9 +17,9 @@ from mem1.codec import Codec
 from mem1.config import RolloutConfig
 from mem1.engine import Engine
 from mem1.envs.base import Environment, ScriptedEnvironment
-from mem1.episode import POLICY_ERROR, Episode, Reply
+from mem1.episode import Episode, Reply
 from mem1.sampling import sample
-from mem1.trajectory import Trajectory
+from mem1.trajectory import POLICY_ERROR, Trajectory
 
 _MANY = 1 / 6  # of the rows
 

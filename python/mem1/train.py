@@ -19,12 +19,11 @@ from mem1.checkpoint import LAST, whole_file
 from mem1.config import TrainConfig
 from mem1.engine import Engine
 from mem1.envs.multihop import MultiHopEnv
-from mem1.episode import ENVIRONMENT_ERROR
 from mem1.model import build_critic, build_model
 from mem1.ppo import PPO
 from mem1.rollout import rollout
 from mem1.tokenizer import build_tokenizer
-from mem1.trajectory import Trajectory
+from mem1.trajectory import ENVIRONMENT_ERROR, Trajectory
 from mem1.warmstart import warm_start
 
 METRICS = "metrics.jsonl"
