@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from mem1 import checkpoint
-from mem1.checkpoint import whole_file
+from mem1.io import whole_file
 from mem1.config import PPOConfig, Prune, Regime, RolloutConfig, TrainConfig, WarmStartConfig
 from mem1.demo import demo
 from mem1.envs.multihop import MultiHopEnv

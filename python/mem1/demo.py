@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mem1.checkpoint import whole_file
+from mem1.io import whole_file
 from mem1.config import PPOConfig, Prune, Regime, RolloutConfig, TrainConfig, WarmStartConfig
 from mem1.envs.multihop import MultiHopEnv
 from mem1.evaluate import OBJECTIVES, Parity, Result, evaluate, evaluate_script, parity, table
