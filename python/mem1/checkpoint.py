@@ -6,12 +6,20 @@ import os
 import pickle
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
 from mem1.checks import InputError
 from mem1.io import sync, unfinished
@@ -76,8 +84,9 @@ def save(
     fresh = unfinished(path)
     shutil.rmtree(fresh, ignore_errors=True)
     try:
-        model.save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
+        with _without_bars():
+            model.save_pretrained(fresh)
+            tokenizer.save_pretrained(fresh)
         if trainer is not None:
             torch.save(trainer, fresh / _TRAINER)
         for file in [*fresh.rglob("*"), fresh]:
@@ -104,7 +113,8 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         raise InputError(f"path: wanted a tokenizer.json in {str(path)!r}, got none")
     register()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=NAME)
+        with _without_bars():
+            model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=NAME)
     except SafetensorError as error:
         raise InputError(
             f"path: wanted a readable model.safetensors in {str(path)!r}, got {error}"
@@ -114,6 +124,18 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     fast = (path / "tokenizer.json").is_file()
     tokenizer = (PreTrainedTokenizerFast if fast else AutoTokenizer).from_pretrained(path)
     return Checkpoint(model.eval(), tokenizer, _load_trainer(path / _TRAINER))
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without those that transformers draws for every file."""
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
 
 
 def _load_trainer(path: Path) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,19 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(settings)
-    return model.to(getattr(torch, config.dtype))
+    return to_dtype(model, getattr(torch, config.dtype))
+
+
+def to_dtype(model: _Model, dtype: torch.dtype) -> _Model:
+    """`model` with weights of `dtype`, in place. Its buffers stay as they are, as in `from_pretrained`: with
+    frequencies rounded to bf16, far positions would be other ones.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 class Critic(nn.Module):
@@ -69,8 +82,8 @@ def build_critic(actor: Qwen2ForCausalLM) -> Critic:
     All of it learns, also what is frozen in the actor.
     """
     weight = actor.get_output_embeddings().weight
-    critic = Critic(copy.deepcopy(actor.get_decoder()), actor.config.hidden_size)
-    return critic.to(weight.device, weight.dtype).requires_grad_(True)
+    critic = Critic(copy.deepcopy(actor.get_decoder()), actor.config.hidden_size).to(weight.device)
+    return to_dtype(critic, weight.dtype).requires_grad_(True)
 
 
 def dropouts(model: nn.Module) -> list[str]:

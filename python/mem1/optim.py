@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +55,6 @@ class AdamW:
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 master = nn.Parameter(parameter.detach().float())
                 self._narrow.append((parameter, master))
-                parameter.register_post_accumulate_grad_hook(partial(_hand_over, master))
             masters.append(master)
         return masters
 
@@ -66,6 +64,16 @@ class AdamW:
 
     def zero_grad(self) -> None:
         self.inner.zero_grad(set_to_none=True)
+        for parameter, _ in self._narrow:
+            parameter.grad = None
+
+    def collect(self) -> None:
+        """Take the gradients that a backward has made: called after each, they add up in fp32."""
+        for parameter, master in self._narrow:
+            if parameter.grad is not None:
+                gradient = parameter.grad.float()
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                parameter.grad = None
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> float:
@@ -73,6 +81,7 @@ class AdamW:
 
         Where that is not finite no step is taken. The third time in a row raises Diverged.
         """
+        self.collect()
         gradients = [master.grad for master in self.masters if master.grad is not None]
         norm = float(get_total_norm(gradients))
         if math.isfinite(norm):
@@ -104,14 +113,6 @@ class AdamW:
         for (_, master), saved in zip(self._narrow, state["masters"], strict=True):
             master.copy_(saved)
         self.steps, self.skipped = state["steps"], state["skipped"]
-
-
-def _hand_over(master: nn.Parameter, parameter: Tensor) -> None:
-    """A gradient that backward has just made goes to the master: micro-batches add up in fp32."""
-    if parameter.grad is not None:
-        gradient = parameter.grad.float()
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-        parameter.grad = None
 
 
 def not_finite(named: Iterable[tuple[str, Tensor]]) -> str:

@@ -273,6 +273,7 @@ class PPO:
                 value, old_value, returns, everything, config.value_clip, normalizer=normalizer
             )
             value_loss.backward()
+            self.optimizers["critic"].collect()
             result["value_loss"] += float(value_loss.detach()) * normalizer / total
             result["value_clip_fraction"] += float(clipped) * share
             if not train_actor:
@@ -296,6 +297,7 @@ class PPO:
                 normalizer=normalizer,
             )
             loss.backward()
+            self.optimizers["actor"].collect()
             result["policy_loss"] += float(loss.detach()) * normalizer / total
             for name in ("kl", "entropy", "clip_fraction"):
                 result[name] += float(metrics[name]) * share

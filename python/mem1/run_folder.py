@@ -76,7 +76,10 @@ class RunFolder:
         place = Place.of(found[0].name)
         assert place is not None
         for leftover in [*self.path.glob(".*.new"), *(self.path / CHECKPOINTS).glob(".*.new")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
         link(self.path / LAST, f"{CHECKPOINTS}/{found[0].name}")
         self._keep_records(place)
         self._write(settings)
