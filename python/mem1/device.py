@@ -10,8 +10,8 @@ from mem1_core.testing import machine
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`: "cpu", "cuda", "cuda:1"; "auto" is the first CUDA device if there is one, else
-    the CPU. A CUDA device comes with its index. Raises InputError for one that is not there.
+    """The device called `name`: "cpu", "cuda", "cuda:1"; "auto" is the first CUDA device if there is one,
+    else the CPU. A CUDA device comes with its index. Raises InputError for one that is not there.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     there = {"cpu": torch.device("cpu")} | {f"cuda:{i}": torch.device("cuda", i) for i in range(count)}

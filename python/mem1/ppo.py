@@ -9,7 +9,7 @@ tokens have none.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -147,8 +147,14 @@ class PPO:
         batch, metrics = self.prepare(trajectories)
         return metrics | self.learn(batch, generator)
 
-    def learn(self, batch: list[Experience], generator: torch.Generator | None = None) -> dict[str, float]:
-        """The optimiser steps of one update. `generator` shuffles the minibatches.
+    def learn(
+        self,
+        batch: list[Experience],
+        generator: torch.Generator | None = None,
+        stepped: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
+        """The optimiser steps of one update. `generator` shuffles the minibatches; `stepped` is called after
+        each step.
 
         Every minibatch is divided by the tokens that one has on average: what a token weighs does not depend
         on who shares its minibatch, nor on whether it falls into a last, smaller one.
@@ -168,6 +174,7 @@ class PPO:
             for start in range(0, len(order), config.minibatch):
                 part = [batch[i] for i in order[start : start + config.minibatch]]
                 steps.append(self.step(part, train_actor, normalizer))
+                stepped()
         self.updates += 1
         return _summary(steps, tokens * config.epochs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -46,15 +47,17 @@ class Phase:
         if steps <= 0 or seconds <= 0:
             return ""
         rate = f"{steps / seconds:.1f} a second" if steps >= seconds else f"{seconds / steps:.1f} s each"
-        left = (self.total - self.done) * seconds / steps
-        return f"{rate}, {_duration(left)} left" if self.done < self.total else f"{rate}, {_duration(seconds)}"
+        if self.done >= self.total:
+            return f"{rate}, {_duration(seconds)}"
+        return f"{rate}, {_duration((self.total - self.done) * seconds / steps)} left"
 
 
 class Progress:
     """What a command says while it works.
 
     With `log` (a test's, a notebook's, a file's) everything is a plain line given to it; without, lines are
-    printed, and where the output is a terminal phases are bars.
+    printed, and where the output is a terminal phases are bars. In lines a phase says how far it is once in
+    ten seconds. One that took as long leaves a line at its end, a shorter one nothing.
 
         progress = Progress()
         with progress.phase("warm start", total=1000) as phase:
@@ -63,65 +66,78 @@ class Progress:
         progress.log("done")
     """
 
-    def __init__(self, log: Callable[[str], None] | None = None, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, log: Callable[[str], None] | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._clock, self._log = clock, log
-        console = Console(highlight=False) if log is None and sys.stdout.isatty() else None
-        self._bars = console and Bars(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[pace]}  {task.fields[note]}", markup=False),
-            console=console,
-        )
+        console = Console(highlight=False, emoji=False, markup=False)
+        self._bars: Bars | None = None
+        if log is None and sys.stdout.isatty() and console.is_interactive:
+            self._bars = Bars(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[pace]}  {task.fields[note]}", markup=False),
+                console=console,
+                refresh_per_second=4,
+                redirect_stderr=sys.stderr.isatty(),  # else it is someone's file, and stays one
+            )
         self._open = 0  # phases; the bars are on the screen while there are some
 
     def log(self, line: str) -> None:
-        """A line that stays."""
+        """A line that stays. When nobody reads the output any more, it goes nowhere and the work goes on."""
         if self._log is not None:
             self._log(line)
         elif self._bars is not None:
-            self._bars.console.print(line, markup=False, soft_wrap=True)
+            self._bars.console.print(line, soft_wrap=True)
         else:
-            print(line, flush=True)
+            try:
+                print(line, flush=True)
+            except BrokenPipeError:  # as does what Python still holds of it, and flushes at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     @contextmanager
     def phase(self, name: str, total: int, done: int = 0) -> Iterator[Phase]:
         """A phase of `total` steps, `done` of them by an earlier run. Phases may lie inside one another."""
-        show = self._lines() if self._bars is None else self._bar(self._bars, name, total, done)
-        phase = Phase(name, total, done, show, self._clock)
-        self._open += 1
-        if self._bars is not None and self._open == 1:
-            self._bars.start()
-        try:
+        if self._bars is None:
+            phase = Phase(name, total, done, self._lines(), self._clock)
             yield phase
-        finally:
-            self._open -= 1
-            if self._bars is not None and self._open == 0:
-                self._bars.stop()
-                for task in self._bars.task_ids:
-                    self._bars.remove_task(task)
+        else:
+            with self._bar(self._bars, name, total, done) as show:
+                phase = Phase(name, total, done, show, self._clock)
+                yield phase
+        if phase.seconds >= _LINE_EVERY_S:
+            self.log(str(phase))
 
     def _lines(self) -> Callable[[Phase], None]:
         said = self._clock()
 
         def show(phase: Phase) -> None:
             nonlocal said
-            # A phase that was over before its first line needs none.
-            if self._clock() - said >= _LINE_EVERY_S or (phase.done == phase.total and said > began):
+            # The last step's line comes with the end of the phase.
+            if phase.done < phase.total and self._clock() - said >= _LINE_EVERY_S:
                 said = self._clock()
                 self.log(str(phase))
 
-        began = said
         return show
 
-    @staticmethod
-    def _bar(bars: Bars, name: str, total: int, done: int) -> Callable[[Phase], None]:
+    @contextmanager
+    def _bar(self, bars: Bars, name: str, total: int, done: int) -> Iterator[Callable[[Phase], None]]:
         task = bars.add_task(name, total=total, completed=done, pace="", note="")
 
         def show(phase: Phase) -> None:
             bars.update(task, completed=phase.done, pace=phase.pace(), note=phase.note)
 
-        return show
+        self._open += 1
+        if self._open == 1:
+            bars.start()
+        try:
+            yield show
+        finally:  # an exception, too, gives the terminal back
+            bars.remove_task(task)
+            self._open -= 1
+            if self._open == 0:
+                bars.stop()
 
 
 def _duration(seconds: float) -> str:

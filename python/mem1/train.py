@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,6 +22,7 @@ from mem1.device import whereabouts, pick_device
 from mem1.engine import Engine
 from mem1.envs.base import Environment
 from mem1.envs.multihop import MultiHopEnv
+from mem1.evaluate import error_counts
 from mem1.interrupts import Interrupted, Interrupts
 from mem1.io import append_json
 from mem1.model import build_critic, build_model, dropouts
@@ -219,7 +219,9 @@ def _ppo(
                 batch, metrics = ppo.prepare(sound)
             complete = False
             shuffle = torch.Generator().manual_seed(derive_seed(config.seed, "minibatches", update))
-            metrics |= ppo.learn(batch, shuffle)
+            steps = config.ppo.epochs * -(-len(batch) // config.ppo.minibatch)
+            with progress.phase(f"update {update + 1}: optimiser steps", steps) as phase:
+                metrics |= ppo.learn(batch, shuffle, phase.advance)
             complete = True
             record = {"phase": "ppo", "step": ppo.updates, **describe(trajectories), **metrics}
             record |= {"rollout_seconds": rolled - began, "update_seconds": time.perf_counter() - rolled}
@@ -240,7 +242,7 @@ def _ppo(
 def _check_failures(trajectories: list[Trajectory], most: float) -> None:
     failed = [t for t in trajectories if t.error]
     if len(failed) > most * len(trajectories) or len(failed) == len(trajectories):
-        kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(t.error for t in failed).items())
+        kinds = ", ".join(f"{kind} {count}" for kind, count in error_counts(failed).items())
         raise EnvironmentDown(
             f"{len(failed)} of {len(trajectories)} episodes failed ({kinds}), after "
             f"{sum(len(t.failures) for t in failed)} more attempts; the first: {failed[0].finished}"
@@ -287,7 +289,7 @@ def describe(trajectories: list[Trajectory]) -> dict[str, Any]:
         "peak_tokens": fmean(t.peak_tokens() for t in sound),
         "tokens": sum(t.tokens.numel() for t in sound),
         "policy_tokens": sum(int(t.policy_mask.sum()) for t in sound),
-        "errors": dict(Counter(t.error for t in trajectories if t.error)),
+        "errors": error_counts(trajectories),
         "replays": len(replays),
         "dropped_turns": fmean(turns for turns, _ in dropped) if dropped else None,
         "dropped_tokens": fmean(tokens for _, tokens in dropped) if dropped else None,
