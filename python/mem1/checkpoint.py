@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
 from transformers.utils.logging import (
     disable_progress_bar,
     enable_progress_bar,

@@ -9,7 +9,7 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. The command line shows it as one line, all else with its traceback."""
+    """What the user gave cannot be used. The command line shows it as one line, all else with a traceback."""
 
 
 def require(condition: bool, name: str, wanted: str, value: object) -> None:

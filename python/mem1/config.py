@@ -167,8 +167,8 @@ class PPOConfig:
     # An episode that the turn limit ended: False, its last reward is all; True, the critic's value of what
     # would have followed is added to it.
     bootstrap_turn_limit: bool = False
-    # Truncated importance weights for tokens that top_p, top_k or stale weights drew from another distribution
-    # than the one trained on: the most that a weight can be. None: no weights.
+    # Truncated importance weights, for tokens that top_p, top_k or stale weights drew from another
+    # distribution than the one trained on: the most that a weight can be. None: no weights.
     rollout_is_cap: float | None = None
 
     def __post_init__(self) -> None:

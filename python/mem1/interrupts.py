@@ -64,4 +64,6 @@ class Interrupts:
             raise Interrupted(signum)
         self._pending = signum
         # Not by print: the signal may have come in the middle of one.
-        os.write(2, f"{signal.Signals(signum).name}: finishing this step; again to stop without it\n".encode())
+        os.write(
+            2, f"{signal.Signals(signum).name}: finishing this step; again to stop without it\n".encode()
+        )

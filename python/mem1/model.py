@@ -15,9 +15,7 @@ from mem1_core.integrations.transformers import NAME, register
 from mem1_core.trajectory import TrajectoryMask
 
 
-def build_model(
-    tokenizer: PreTrainedTokenizerBase, config: ModelConfig, seed: int = 0
-) -> Qwen2ForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, seed: int = 0) -> Qwen2ForCausalLM:
     """A decoder of the Qwen2 architecture over the tokenizer's vocabulary, weights drawn from `seed`.
 
     An ordinary Hugging Face model but for its attention, "mem1": pass a `TrajectoryMask` as `mem1_mask`.

@@ -96,7 +96,9 @@ class AdamW:
             self.skipped += 1
         self.zero_grad()
         if self.skipped == MOST_SKIPPED:
-            raise Diverged(f"gradients: wanted finite ones, got a norm of {norm} {MOST_SKIPPED} steps in a row")
+            raise Diverged(
+                f"gradients: wanted finite ones, got a norm of {norm} {MOST_SKIPPED} steps in a row"
+            )
         return norm
 
     def state_dict(self) -> dict[str, Any]:

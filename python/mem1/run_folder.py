@@ -1,9 +1,9 @@
 """The folder of a training run: its settings, what it measured, and its checkpoints.
 
-    train.json                     the settings
-    metrics.jsonl                  a line for each step
-    checkpoints/ppo-000020/        the newest ones, and the best
-    last, best                     links to two of them; best.json has the score
+train.json                     the settings
+metrics.jsonl                  a line for each step
+checkpoints/ppo-000020/        the newest ones, and the best
+last, best                     links to two of them; best.json has the score
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from mem1 import checkpoint
 from mem1.checkpoint import Place
 from mem1.checks import InputError
 from mem1.config import TrainConfig
-from mem1.device import whereabouts, pick_device
+from mem1.device import pick_device, whereabouts
 from mem1.engine import Engine
 from mem1.envs.base import Environment
 from mem1.envs.multihop import MultiHopEnv
@@ -53,7 +53,7 @@ def train(
     """Train and return the last checkpoint, which is also in the folder `out/last`.
 
     `out` gets what `RunFolder` says: settings, metrics.jsonl (one line per step, its "phase" is warmstart or
-    ppo) and checkpoints. `init` is a checkpoint to start from in the place of random weights and a warm start.
+    ppo) and checkpoints. `init` is a checkpoint to start from, in place of random weights and a warm start.
     `make_environment` makes the world of PPO, by default the `MultiHopEnv` of `config`, in which the warm
     start is in any case, laid out as the rollouts to come.
 
@@ -231,11 +231,9 @@ def _ppo(
             if ppo.updates % config.save_every == 0:
                 save()
             interrupts.check()
-    except BaseException:
+    finally:
         if complete:
             save()
-        raise
-    save()
     return checkpoint.Checkpoint(actor.eval(), tokenizer, None)
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.trajectory import Prune, Regime, Segment, TrajectoryMask, dependency_length, policy_tokens
 
-
 # How `Trajectory.finished` begins when the environment failed: it raised, took too long, or gave something
 # else than the protocol asks for. Such an episode has reward 0 and says nothing about the policy.
 ENVIRONMENT_ERROR = "environment error"

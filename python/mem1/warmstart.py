@@ -23,6 +23,7 @@ from mem1.tasks.scripted import scripted_example
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.trajectory import Regime
 
+
 def optimizer_for(actor: Any, config: WarmStartConfig) -> AdamW:
     """The optimiser of a warm start: weight decay for matrices alone."""
     matrices = [p for p in actor.parameters() if p.dim() > 1]

@@ -1,4 +1,4 @@
-"""A run for `test_survival.py`, in a process of its own that can be killed: python survival_run.py OUT UPDATES.
+"""A run for `test_survival.py`, in a process that can be killed: python survival_run.py OUT UPDATES.
 
 Of the environment's calls 5 % fail, hang or talk nonsense, which ones follows from the episode's seed, the
 attempt and the step; in one update a gradient is NaN, and in another one row of the policy's logits.
@@ -92,9 +92,7 @@ def main(out: Path, updates: int) -> int:
     config = CONFIG.__class__(**{**vars(CONFIG), "updates": updates})
     resume = any(out.glob("checkpoints/*-*"))
     try:
-        train.train(
-            config, out, make_environment=lambda: Faulty((1, 2)), resume=resume, overwrite=not resume
-        )
+        train.train(config, out, make_environment=lambda: Faulty((1, 2)), resume=resume, overwrite=not resume)
     except Interrupted as error:
         return 128 + error.signum
     return 0

@@ -90,7 +90,9 @@ def test_a_gradient_without_a_finite_norm_takes_no_step(bad):
         model.weight.grad = torch.full_like(model.weight, bad)
         optimizer.step(1e-2)
     model.weight.grad = torch.full_like(model.weight, bad)
-    with pytest.raises(Diverged, match="gradients: wanted finite ones, got a norm of (nan|inf) 3 steps in a row"):
+    with pytest.raises(
+        Diverged, match="gradients: wanted finite ones, got a norm of (nan|inf) 3 steps in a row"
+    ):
         optimizer.step(1e-2)
     assert not not_finite(model.named_parameters())
 
@@ -98,7 +100,9 @@ def test_a_gradient_without_a_finite_norm_takes_no_step(bad):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_loaded_state_goes_on_as_the_saved_one(dtype):
     model = linear(dtype)
-    optimizer = AdamW([{"params": [model.weight], "weight_decay": 0.1}, {"params": [model.bias]}], betas=BETAS)
+    optimizer = AdamW(
+        [{"params": [model.weight], "weight_decay": 0.1}, {"params": [model.bias]}], betas=BETAS
+    )
     drive(model, optimizer, 3, 1e-3)
     other = copy.deepcopy(linear(dtype))
     other.load_state_dict(model.state_dict())

@@ -338,7 +338,9 @@ def test_explained_variance_of_equal_returns_is_nan(make_model, played):
 def test_a_reward_that_is_not_finite_is_refused(make_model, played, reward):
     bad = copy.copy(played[3])
     bad.score = {"reward": reward}
-    with pytest.raises(ValueError, match=f"finite in float32, got {reward} for seed {bad.seed}".replace("+", r".")):
+    with pytest.raises(
+        ValueError, match=f"finite in float32, got {reward} for seed {bad.seed}".replace("+", r".")
+    ):
         build(make_model).prepare([*played[:3], bad])
 
 

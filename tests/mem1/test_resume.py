@@ -115,7 +115,9 @@ def test_the_second_half_goes_on_from_the_first(tmp_path, unbroken):
         (checkpoint, "save", 1, None),
     ],
 )
-def test_an_interrupted_run_loses_nothing(tmp_path, unbroken, monkeypatch, owner, name, when, updates, signum):
+def test_an_interrupted_run_loses_nothing(
+    tmp_path, unbroken, monkeypatch, owner, name, when, updates, signum
+):
     with monkeypatch.context() as patch:
         interrupt(patch, owner, name, when, signum)
         with pytest.raises(Interrupted) as error:

@@ -51,7 +51,9 @@ def test_the_newest_and_the_best_stay(model, tokenizer, tmp_path):
     assert os.readlink(run.path / "best") == "checkpoints/ppo-000002"
     assert json.loads((run.path / "best.json").read_text()) == {"checkpoint": "ppo-000002", "score": 0.7}
     assert checkpoint.load(run.path / "best").trainer["step"] == 2
-    assert checkpoint.load(run.path).trainer["step"] == checkpoint.load(run.path / "last").trainer["step"] == 5
+    assert (
+        checkpoint.load(run.path).trainer["step"] == checkpoint.load(run.path / "last").trainer["step"] == 5
+    )
     save(run, 6, model, tokenizer, 0.7)  # as good and newer
     assert names(run) == ["ppo-000006", "ppo-000005"]
     assert sorted(path.name for path in run.path.iterdir()) == [
@@ -68,7 +70,7 @@ def test_places_follow_one_another():
 
 @pytest.mark.parametrize("phase", ["save", "remove"])
 def test_a_run_killed_anywhere_in_a_save_goes_on(model, tokenizer, tmp_path, monkeypatch, phase):
-    """Every file operation of a save is the last one, once: what is left can be loaded, and nothing is lost."""
+    """Every file operation of a save is the last one, once: what is left can be loaded, nothing is lost."""
     operations = [(Path, "rename"), (Path, "replace"), (Path, "unlink"), (Path, "symlink_to"), (os, "fsync")]
     operations += [(torch, "save"), (shutil, "rmtree")]
     last, kills = 3 if phase == "remove" else 1, 0
@@ -80,18 +82,16 @@ def test_a_run_killed_anywhere_in_a_save_goes_on(model, tokenizer, tmp_path, mon
         calls = 0
         with monkeypatch.context() as patch:
 
-            def guard(call, *arguments, **settings):
+            def guard(call, *arguments, most=count, **settings):
                 nonlocal calls
                 calls += 1
-                if calls > count:
+                if calls > most:
                     raise Killed
                 return call(*arguments, **settings)
 
             for owner, name in operations:
                 original = getattr(owner, name)
-                patch.setattr(
-                    owner, name, lambda *a, call=original, **s: guard(call, *a, **s)
-                )
+                patch.setattr(owner, name, lambda *a, call=original, **s: guard(call, *a, **s))
             try:
                 save(run, last, model, tokenizer, score=-1.0)
             except Killed:
@@ -152,7 +152,11 @@ def test_every_difference_is_listed_and_those_that_matter_refused(model, tokeniz
 def test_records_of_steps_to_come_are_dropped(model, tokenizer, tmp_path):
     run = begun(tmp_path / "run")
     lines = [
-        *('{"phase": "warmstart", "step": 900}', '{"phase": "ppo", "step": 1}', '{"phase": "ppo", "step": 2}'),
+        *(
+            '{"phase": "warmstart", "step": 900}',
+            '{"phase": "ppo", "step": 1}',
+            '{"phase": "ppo", "step": 2}',
+        ),
         *('{"phase": "ppo", "step": 3}', '{"phase": "ppo", "st'),
     ]
     run.metrics.write_text("\n".join(lines))

@@ -52,7 +52,13 @@ def test_fifty_updates_beside_everything_that_goes_wrong(tmp_path):
         status = start(broken).wait()
         assert status == 0, (tmp_path / "broken.log").read_text()[-3000:]
     stopped = {status for status in statuses if status}
-    assert stopped <= {-signal.SIGKILL, 128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT}
+    assert stopped <= {
+        -signal.SIGKILL,
+        128 + signal.SIGTERM,
+        128 + signal.SIGINT,
+        -signal.SIGTERM,
+        -signal.SIGINT,
+    }
     assert len(stopped) >= 2, statuses
 
     found, wanted = records(broken), records(unbroken)
@@ -67,4 +73,6 @@ def test_fifty_updates_beside_everything_that_goes_wrong(tmp_path):
     assert [r["step"] for r in ppo if r["skipped_steps"]] == [9]
     assert [r["step"] for r in ppo if "policy" in r["errors"]] == [21]
     assert sum(r["replays"] for r in ppo) > 10
-    assert {*os.listdir(broken)} == {*("best", "best.json", "checkpoints", "last", "metrics.jsonl", "train.json")}
+    assert {*os.listdir(broken)} == {
+        *("best", "best.json", "checkpoints", "last", "metrics.jsonl", "train.json")
+    }
