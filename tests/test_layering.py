@@ -60,7 +60,6 @@ PYTHON = {
     "mem1.progress": May("rich"),
     "mem1.waiting": May(""),
     "mem1.seeds": May("numpy"),
-    "mem1.progress": May("rich"),
     "mem1": May("torch transformers tokenizers mem1 mem1_core"),
     "mem1.*": May("torch transformers tokenizers safetensors mem1 mem1_core"),
 }
