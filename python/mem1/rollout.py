@@ -72,7 +72,7 @@ def rollout(
     """
     waiting = deque(_Attempt(_checked_seed("seeds", seed)) for seed in seeds)
     sampling_seed = _checked_seed("sampling_seed", sampling_seed)
-    _check_positions(model, config)
+    check_positions(model, config)
     codec = Codec(tokenizer)
     engine = engine or Engine(model, max(1, min(config.slots, len(waiting))), config.prefill_tokens)
     if engine.model is not model:
@@ -99,16 +99,8 @@ def rollout(
     return _play(waiting, start, engine, config)
 
 
-def _checked_seed(name: str, seed: object) -> int:
-    try:
-        index = operator.index(seed)  # type: ignore[arg-type]
-    except TypeError:
-        index = -1
-    require(index >= 0, name, "integers >= 0", seed)
-    return index
-
-
-def _check_positions(model: PreTrainedModel, config: RolloutConfig) -> None:
+def check_positions(model: PreTrainedModel, config: RolloutConfig) -> None:
+    """InputError where the limits of `config` allow more positions than the model has."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     needed = config.positions()
     if most is None or needed <= most:
@@ -119,6 +111,15 @@ def _check_positions(model: PreTrainedModel, config: RolloutConfig) -> None:
         f"max_position_embeddings: wanted at least {needed}, which {limits} add up to, got {most}; make the "
         f"limits smaller{' or set regime=reencode' if fits else ''}"
     )
+
+
+def _checked_seed(name: str, seed: object) -> int:
+    try:
+        index = operator.index(seed)  # type: ignore[arg-type]
+    except TypeError:
+        index = -1
+    require(index >= 0, name, "integers >= 0", seed)
+    return index
 
 
 def _play(
