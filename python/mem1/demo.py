@@ -31,7 +31,8 @@ from mem1.io import whole_file
 from mem1.plots import plot_learning, plot_mask, plot_peaks
 from mem1.progress import Progress
 from mem1.rollout import rollout
-from mem1.train import METRICS, train
+from mem1.run_folder import METRICS
+from mem1.train import train
 
 AGENTS: tuple[tuple[str, Prune], ...] = (("MEM1", "action"), ("full context", "never"))
 PASSAGE = 400  # tokens: the size of a retrieved passage
