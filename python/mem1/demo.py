@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,18 @@ from mem1.evaluate import (
     OBJECTIVES,
     Parity,
     Result,
-    as_json,
     evaluate,
     evaluate_script,
     evaluation_seeds,
     parity,
     table,
 )
-from mem1.io import whole_file
+from mem1.io import whole_file, without_nan
 from mem1.plots import plot_learning, plot_mask, plot_peaks
 from mem1.progress import Progress
 from mem1.rollout import rollout
-from mem1.train import METRICS, train
+from mem1.run_folder import METRICS
+from mem1.train import train
 
 AGENTS: tuple[tuple[str, Prune], ...] = (("MEM1", "action"), ("full context", "never"))
 PASSAGE = 400  # tokens: the size of a retrieved passage
@@ -110,7 +110,7 @@ def demo(
     say(table(measured))
 
     report = {
-        name: [as_json(row) for row in rows]
+        name: [without_nan(asdict(row)) for row in rows]
         for name, rows in (("trained", results), ("scripted", scripted), ("parity", measured))
     }
     with whole_file(out / "results.json") as file:
