@@ -58,8 +58,8 @@ PYTHON = {
     "mem1.slots": May("torch mem1_core", call="flash_attn"),
     "mem1.plots": May("torch mem1 mem1_core", call="matplotlib"),
     "mem1.progress": May("rich"),
-    "mem1.seeds": May("numpy"),
     "mem1.waiting": May(""),
+    "mem1.seeds": May("numpy"),
     "mem1": May("torch transformers tokenizers mem1 mem1_core"),
     "mem1.*": May("torch transformers tokenizers safetensors mem1 mem1_core"),
 }

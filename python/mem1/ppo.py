@@ -162,8 +162,8 @@ class PPO:
         Returns, as means over policy tokens: `value_loss`, `value_clip_fraction`, and, once the actor learns
         too, `policy_loss`, `kl` (as kl_reference, at each step), `entropy`, `clip_fraction`; `ratio_max`, the
         largest probability ratio of all; `critic_grad_norm` and `actor_grad_norm`, means over the steps,
-        before clipping; `skipped_steps`, those that were not taken as their gradients had no finite norm. Raises
-        Diverged when these do not end.
+        before clipping; `skipped_steps`, those that were not taken as their gradients had no finite norm.
+        Raises Diverged when these do not end.
         """
         config, train_actor = self.config, self.updates >= self.config.critic_only
         tokens = sum(len(e.old_logprob) for e in batch)

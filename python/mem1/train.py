@@ -16,7 +16,7 @@ import torch
 
 from mem1 import checkpoint
 from mem1.checkpoint import Place
-from mem1.checks import InputError
+from mem1.checks import InputError, require
 from mem1.config import TrainConfig
 from mem1.device import pick_device, whereabouts
 from mem1.engine import Engine
@@ -28,7 +28,7 @@ from mem1.io import append_json
 from mem1.model import build_critic, build_model, dropouts
 from mem1.ppo import PPO
 from mem1.progress import Progress
-from mem1.rollout import rollout
+from mem1.rollout import check_positions, rollout
 from mem1.run_folder import RunFolder
 from mem1.seeds import derive_seed
 from mem1.tokenizer import build_tokenizer
@@ -96,7 +96,10 @@ def train(
             actor = build_model(tokenizer, config.model, derive_seed(config.seed, "weights"))
         actor.to(device)
         progress.log(whereabouts(actor))
-        check_model_fits(config, actor)
+        require(any(p.requires_grad for p in actor.parameters()), "model", "weights that learn", "none")
+        check_positions(actor, config.rollout)
+        slots = min(config.rollout.slots, config.batch)
+        engine = Engine(actor.eval(), slots, config.rollout.prefill_tokens)
         if not resume:
             run.begin(settings, overwrite=overwrite)
 
@@ -116,13 +119,7 @@ def train(
             ppo.load_state_dict(state["ppo"])
         if dropped := dropouts(actor):
             progress.log(f"dropout is off during PPO ({', '.join(dropped)})")
-        return _ppo(ppo, tokenizer, make_world, config, run, interrupts, progress)
-
-
-def check_model_fits(config: TrainConfig, actor: Any) -> None:
-    """InputError for a model that cannot be trained as `config` says."""
-    if not any(parameter.requires_grad for parameter in actor.parameters()):
-        raise InputError("model: wanted parameters that learn, got none")
+        return _ppo(ppo, engine, tokenizer, make_world, config, run, interrupts, progress)
 
 
 def _warm_start(
@@ -169,6 +166,7 @@ def _warm_start(
 
 def _ppo(
     ppo: PPO,
+    engine: Engine,
     tokenizer: Any,
     make_world: Callable[[], Environment],
     config: TrainConfig,
@@ -176,8 +174,7 @@ def _ppo(
     interrupts: Interrupts,
     progress: Progress,
 ) -> checkpoint.Checkpoint:
-    actor, rollout_config = ppo.actor, config.rollout
-    engine = Engine(actor.eval(), min(rollout_config.slots, config.batch), rollout_config.prefill_tokens)
+    actor = ppo.actor
     rewards: list[float] = []  # since the last checkpoint
     saved: int | None = None
 
@@ -206,9 +203,8 @@ def _ppo(
                 actor.eval()
                 trajectories = []
                 with progress.phase(f"update {update + 1}: rollout", config.batch) as phase:
-                    for trajectory in rollout(
-                        actor, tokenizer, make_world, seeds, rollout_config, engine=engine
-                    ):
+                    played = rollout(actor, tokenizer, make_world, seeds, config.rollout, engine=engine)
+                    for trajectory in played:
                         trajectories.append(trajectory)
                         phase.advance(note=trajectory.error)
                 # In the order of the seeds, not of the clock.

@@ -36,8 +36,9 @@ class Trajectory:
     tokens: int64 [n]. segments: kind, turn and length of each run of tokens, in order; their lengths sum to
     n.
     logprobs: float32 [n], the log-probability of each policy token at the sampling temperature, over the full
-    vocabulary: what a trainer recomputes. rollout_logprobs: float32 [n], that with which it was drawn, which
-    `top_p` and `top_k` make larger; None: the same. Both 0 for tokens of the environment.
+    vocabulary: what a trainer recomputes. rollout_logprobs: float32 [n], that with which it was drawn: from
+    what `top_k` and `top_p` left, scaled to a sum of 1; 0 for a token of `greedy`, which was certain; None:
+    the same. Both 0 for tokens of the environment.
     prune, regime, temperature, top_p, top_k, greedy: the rules under which it was rolled out.
     """
 

@@ -254,6 +254,7 @@ def test_dropout_is_off_and_said_once(tmp_path, make_model, tokenizer):
 
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape["max_position_embeddings"] = 8192
     phi = PhiForCausalLM(PhiConfig(vocab_size=len(tokenizer), resid_pdrop=0.1, embd_pdrop=0.1, **shape))
     phi.lm_head.bias = None
     with torch.no_grad():
