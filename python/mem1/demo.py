@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError
-from mem1.config import PPOConfig, Prune, Regime, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.config import Prune, Regime, RolloutConfig, TrainConfig, WarmStartConfig
 from mem1.envs.multihop import MultiHopEnv
 from mem1.evaluate import (
     OBJECTIVES,
@@ -124,15 +124,14 @@ def demo(
 
 
 def demo_config(quick: bool, seed: int) -> TrainConfig:
-    """The budget of the demo in steps, sized for two idle cores."""
+    """The budget of the demo, in steps: on two idle cores two minutes of warm start and one and a half of PPO."""
     return TrainConfig(
-        updates=2 if quick else 10,
-        batch=8 if quick else 32,
+        updates=2 if quick else 12,
+        batch=8 if quick else 64,
         objectives=(1, 8),
         seed=seed,
-        rollout=RolloutConfig(slots=32, max_action=96, max_turns=20),
+        rollout=RolloutConfig(slots=64, max_action=96, max_turns=20),
         warmstart=WarmStartConfig(steps=30 if quick else 1000),
-        ppo=PPOConfig(minibatch=16),
     )
 
 

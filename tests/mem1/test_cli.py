@@ -224,6 +224,14 @@ def test_eval_compares_the_agents(capsys, model):
     assert "peak_without_prompt" in out and "max_dlogp" in out and " errors |" in out
 
 
+def test_eval_refuses_a_row_that_the_model_has_no_positions_for(capsys, make_model, tokenizer, tmp_path):
+    model = checkpoint.save(tmp_path / "small", make_model(max_position_embeddings=16384), tokenizer)
+    assert main(["eval", str(model), "--objectives", "1", "16"]) == 2
+    said = capsys.readouterr()
+    assert "max_position_embeddings: wanted at least" in said.err and "objectives 1/" not in said.out
+    assert said.out.count("\n") == 1, "where it runs, and no row"
+
+
 def test_eval_with_a_world_that_is_down_shows_it(capsys, model, monkeypatch):
     def down(self, seed):
         raise ConnectionError("no answer")
