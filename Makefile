@@ -46,12 +46,12 @@ $(VENV)/torch.txt:
 	$(STEP) "[1/4] virtual environment" $(PYTHON) -m venv --clear --system-site-packages $(VENV)
 	@$(BIN)/python -c "import torch" 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
 	$(STEP) "[2/4] $(TORCH)" sh -c '$(BIN)/python -c "import torch" || $(BIN)/python -m pip install $(TORCH)'
-	@$(BIN)/python -c "import torch; print(f'torch=={torch.__version__}')" >$@
+	@$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" >$@
 
 $(READY): $(VENV)/torch.txt pyproject.toml setup.py CMakeLists.txt constraints.txt mem1_core/versions.py
 	@rm -f $(VENV)/ready*
 	$(STEP) "[3/4] build tools" $(INSTALL) setuptools cmake ninja pybind11
-	$(STEP) "[4/4] mem1_core: requirements, then compilation" $(INSTALL) --no-build-isolation --editable ".[test]"
+	$(STEP) "[4/4] mem1_core and what it requires" $(INSTALL) --no-build-isolation --editable ".[test]"
 	@touch $@
 
 $(VENV)/lint: $(READY)

@@ -1,4 +1,4 @@
-"""Says what is required (mem1_core/versions.py has the versions) and drives CMake (CMakeLists.txt has the sources).
+"""Says what is required (mem1_core/versions.py has the versions) and drives CMake, nothing else.
 
 Reads two build-time variables: MEM1_CUDA (AUTO, ON, OFF) and MAX_JOBS (compile processes).
 """

@@ -1,6 +1,5 @@
 """The versions of other packages that this one works with, in one place: setup.py makes its requirements of
-them, `make ends` tests with the oldest and with the newest there are, and a version that was not tested warns when
-the package is imported.
+them, `make ends` tests with the oldest and with the newest there are, and an untested one warns on import.
 """
 
 from __future__ import annotations
