@@ -6,7 +6,6 @@ which widen half precision as they read it; on CUDA the tensor cores multiply it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -23,9 +22,11 @@ class Head:
     """logits = hidden @ weight.T + bias for chosen rows of hidden.
 
     hidden [T, H], weight [V, H] and bias [V] of one dtype; rows int64 [n]: those to compute, None for all
-    (which saves copies). The logits of a chunk take at most `workspace_bytes`. The wanted gradients are
-    summed up over the chunks: `d_hidden` (as hidden), `d_weight` and `d_bias`, the latter two in fp32 until
-    `gradients` hands them out.
+    (which saves copies). The logits of a chunk take at most `workspace_bytes`, in `workspace`. The wanted
+    gradients are summed up over the chunks: `d_hidden` (as hidden), `d_weight` and `d_bias`, the latter two in
+    fp32 until `gradients` hands them out.
+
+    kept: the workspace of an earlier head of the same sizes, whose last logits were those of the first chunk.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Head:
         rows: Tensor | None,
         workspace_bytes: int,
         wanted: tuple[bool, bool, bool] = (False, False, False),
+        kept: Tensor | None = None,
     ) -> None:
         on_cpu = hidden.device.type == "cpu"
         self.hidden, self.weight, self.rows = hidden, weight.contiguous() if on_cpu else weight, rows
@@ -50,24 +52,24 @@ class Head:
         self.d_weight = weight.new_empty(weight.shape, dtype=self.dtype) if want_weight else None
         self.d_bias = weight.new_zeros(weight.shape[0], dtype=self.dtype) if want_bias else None
         self._fresh = True
-        element = self.dtype.itemsize
-        self._columns = -(-weight.shape[0] * element // _ALIGNED) * _ALIGNED // element
-        fitting = workspace_bytes // (self._columns * element)
-        self.chunk = max(fitting // _ALIGNED * _ALIGNED, min(fitting, _ALIGNED), 1)
-        self._buffer = weight.new_empty(min(self.chunk, self.count), self._columns, dtype=self.dtype)
+        shape = workspace_shape(self.count, weight, workspace_bytes)
+        self.workspace = weight.new_empty(shape, dtype=self.dtype) if kept is None else kept
+        self._made = kept is not None  # the logits of the first chunk
 
-    def chunks(self) -> Iterator[slice]:
+    def chunks(self) -> list[slice]:
         """Places in `rows` of each chunk; where one begins does not depend on how many rows there are."""
-        for begin in range(0, self.count, self.chunk):
-            yield slice(begin, min(begin + self.chunk, self.count))
+        chunk = max(len(self.workspace), 1)
+        return [slice(begin, min(begin + chunk, self.count)) for begin in range(0, self.count, chunk)]
 
     def logits(self, part: slice) -> Tensor:
         """fp32 (fp64) [rows of the chunk, V], without the bias; in the workspace, which the next call
         overwrites.
         """
         self._hidden = (self.hidden[part] if self.rows is None else self.hidden[self.rows[part]]).contiguous()
-        out = self._buffer[: len(self._hidden), : self.weight.shape[0]]
-        if self.by_blocks:
+        out = self.workspace[: len(self._hidden), : self.weight.shape[0]]
+        if self._made:
+            self._made = False
+        elif self.by_blocks:
             torch.ops.mem1_core._linear_logits_(self._hidden, self.weight, out)
         elif self.hidden.dtype != self.dtype:
             torch.mm(self._hidden, self.weight.T, out_dtype=self.dtype, out=out)
@@ -100,7 +102,7 @@ class Head:
         )
         if self._fresh and self.d_weight is not None:
             d_weight.zero_()
-        del self._buffer
+        del self.workspace
         return d_hidden, _narrowed(d_weight, self.weight.dtype), d_bias.to(self.weight.dtype)
 
     def _backward(self, d_logits: Tensor, out: Tensor) -> None:
@@ -119,6 +121,16 @@ class Head:
             torch.mm(rows, hidden, out_dtype=self.dtype, out=d_weight)
         else:
             torch.addmm(d_weight, rows, hidden, out_dtype=self.dtype, out=d_weight)
+
+
+def workspace_shape(rows: int, weight: Tensor, workspace_bytes: int) -> tuple[int, int]:
+    """Of the logits of a chunk, for that many rows in all. Chunks are whole multiples of 16 rows where 16
+    fit, and a row begins where vector loads like it.
+    """
+    element = torch.promote_types(weight.dtype, torch.float32).itemsize
+    columns = -(-weight.shape[0] * element // _ALIGNED) * _ALIGNED // element
+    fitting = workspace_bytes // (columns * element)
+    return torch.sym_min(rows, max(fitting // _ALIGNED * _ALIGNED, min(fitting, _ALIGNED), 1)), columns
 
 
 def _narrowed(wide: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,8 +11,10 @@ from torch import Tensor
 from mem1_core import _library, reference
 from mem1_core._head import Head, check_head, check_normalizer, check_rows, check_targets
 from mem1_core.backend import choose_backend
-from mem1_core.ops.logprob import AVAILABLE, fake_gradients, no_second_derivative, workspace
+from mem1_core.ops.logprob import AVAILABLE, fake_gradients, last_backward, no_second_derivative, workspace
 from mem1_core.reference import Aggregation, KLEstimator
+
+WORKSPACE_BYTES = {"cpu": 192 * 2**20, "cuda": 512 * 2**20}
 
 
 def fused_linear_ppo_loss(
@@ -153,7 +155,7 @@ def fused_linear_ppo_loss(
         kl_estimator,
         entropy_coef,
         aggregation,
-        workspace(workspace_bytes, hidden),
+        workspace(workspace_bytes, WORKSPACE_BYTES[hidden.device.type]),
         [x is not None and with_grad and x.requires_grad for x in (hidden, weight, bias)],
     )
     entropy, ratio_max, clip_fraction, kl = means.unbind()
@@ -303,8 +305,7 @@ def _backward(ctx: Any, d_loss: Tensor | None, *unused: Tensor | None) -> tuple[
 
 def _times(gradient: Tensor, factor: Tensor) -> Tensor:
     """The product, in place where nobody else will want the gradient that the forward has made."""
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    if kept or type(factor) is not Tensor:  # a second backward will come, or the call is only traced
+    if not last_backward(factor):
         return gradient * factor
     if factor.device.type == "cpu" and factor == 1:
         return gradient
