@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mem1_core import _library, reference
 from mem1_core._head import Head, check_head, check_targets, workspace_shape
-from mem1_core.backend import choose_backend
+from mem1_core.backend import check_whole, choose_backend
 
 AVAILABLE = ("cpu", *(["cuda"] if _library.cuda_architectures() else []), "reference")
 WORKSPACE_BYTES = 512 * 2**20
@@ -63,6 +63,7 @@ def linear_logprob(
         >>> logprob = logprobs.gather(1, target[:, None])[:, 0]
         >>> entropy = -(logprobs.exp() * logprobs).sum(-1)
     """
+    check_whole(hidden=hidden, weight=weight, bias=bias, target=target, temperature=temperature)
     heat = check_head(hidden, weight, bias, target, temperature)
     chosen = choose_backend("linear_logprob", hidden, backend, AVAILABLE)
     if chosen == "reference":

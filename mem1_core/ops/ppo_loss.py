@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mem1_core import _library, reference
 from mem1_core._head import Head, check_head, check_normalizer, check_rows, check_targets
-from mem1_core.backend import choose_backend
+from mem1_core.backend import check_whole, choose_backend
 from mem1_core.ops.logprob import AVAILABLE, fake_gradients, last_backward, no_second_derivative, workspace
 from mem1_core.reference import Aggregation, KLEstimator
 
@@ -96,6 +96,20 @@ def fused_linear_ppo_loss(
         >>> loss = torch.maximum(-a * r, -a * r.clamp(1 - clip_low, 1 + clip_high))
         >>> loss = (loss + kl_coef * (torch.expm1(-d) + d) - entropy_coef * entropy).sum() / loss_mask.sum()
     """
+    check_whole(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        target=target,
+        temperature=temperature,
+        old_logprob=old_logprob,
+        advantage=advantage,
+        loss_mask=loss_mask,
+        ref_logprob=ref_logprob,
+        sampler_logprob=sampler_logprob,
+        sequence=sequence,
+        normalizer=normalizer,
+    )
     heat = check_head(hidden, weight, bias, target, temperature)
     check_rows("old_logprob", old_logprob, hidden)
     check_rows("advantage", advantage, hidden)
