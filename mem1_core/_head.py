@@ -1,7 +1,8 @@
 """The output layer in chunks: logits of some rows at a time, in fp32 (fp64), and the gradients behind them.
 
 Matrix products are the vendor's. On the CPU they are oneDNN's block products (csrc/torch/linear_cpu.cpp),
-which widen half precision as they read it; on CUDA the tensor cores multiply it as it is and keep fp32 sums.
+which widen half precision as they read it, or MKL's where those are clearly faster (`_products`); on CUDA
+the tensor cores multiply it as it is and keep fp32 sums.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mem1_core._products import by_blocks
 from mem1_core.backend import told
 
 _ALIGNED = 16  # rows of a chunk, and bytes of a row of logits: what vector loads and matrix products like
@@ -23,8 +25,8 @@ class Head:
 
     hidden [T, H], weight [V, H] and bias [V] of one dtype; rows int64 [n]: those to compute, None for all
     (which saves copies). The logits of a chunk take at most `workspace_bytes`, in `workspace`. The wanted
-    gradients are summed up over the chunks: `d_hidden` (as hidden), `d_weight` and `d_bias`, the latter two in
-    fp32 until `gradients` hands them out.
+    gradients are summed up over the chunks: `d_hidden` (as hidden), `d_weight` and `d_bias`, the latter two
+    in fp32 until `gradients` hands them out.
 
     kept: the workspace of an earlier head of the same sizes, whose last logits were those of the first chunk.
     """
@@ -44,7 +46,6 @@ class Head:
         self.count = len(hidden) if rows is None else len(rows)
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.bias = None if bias is None else bias.to(self.dtype).contiguous()
-        self.by_blocks = on_cpu and self.dtype == torch.float32  # fp64, for gradcheck, takes torch.mm
         # What the matrix products of the backward read: on CUDA in the dtype of the weight.
         self.gradient_dtype = self.dtype if on_cpu else hidden.dtype
         want_hidden, want_weight, want_bias = wanted
@@ -55,6 +56,10 @@ class Head:
         shape = workspace_shape(self.count, weight, workspace_bytes)
         self.workspace = weight.new_empty(shape, dtype=self.dtype) if kept is None else kept
         self._made = kept is not None  # the logits of the first chunk
+        # fp64, for gradcheck, takes torch.mm; half precision would have to be widened for it.
+        self.by_blocks = on_cpu and self.dtype == torch.float32
+        if self.by_blocks and weight.dtype == torch.float32:
+            self.by_blocks = by_blocks(hidden, self.weight, len(self.workspace))
 
     def chunks(self) -> list[slice]:
         """Places in `rows` of each chunk; where one begins does not depend on how many rows there are."""

@@ -242,7 +242,11 @@ def test_nan_shows_and_stays_in_its_row(
 ) -> None:
     """In the loss and in the gradient: rows 3 and 4, whose ratios are in the clip range and cut off."""
     options: dict[str, Any] = {"kl_coef": 0.1, "kl_estimator": estimator, "dual_clip": 3.0}
-    own = {"temperature": torch.ones(37), "ref_logprob": draw(37, seed=8), "sampler_logprob": draw(37, seed=9)}
+    own = {
+        "temperature": torch.ones(37),
+        "ref_logprob": draw(37, seed=8),
+        "sampler_logprob": draw(37, seed=9),
+    }
     given = cast(batch(37, 48, 100) | own, dtype, device)
     given["old_logprob"][3:5] = results(fused_linear_ppo_loss, given)["logprob"][3:5]
     given["old_logprob"][4] -= 30

@@ -21,7 +21,12 @@ pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="this tor
 
 def of_attention() -> dict[str, Any]:
     q, k, v = torch.randn(3, 1, 8, 2, 16)
-    return {"q": q, "k": k, "v": v, "mask": TrajectoryMask.from_evict(torch.full((1, 8), 8, dtype=torch.int32))}
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "mask": TrajectoryMask.from_evict(torch.full((1, 8), 8, dtype=torch.int32)),
+    }
 
 
 def of_cached_attention() -> dict[str, Any]:
@@ -49,7 +54,10 @@ ARGUMENTS: list[tuple[Callable[..., Any], Callable[[], dict[str, Any]]]] = [
     (ops.prune_kv_cache_, plain),
     (ops.prune_kv_cache_, based),
     (ops.prune_paged_kv_cache_, paged),
-    (ops.linear_logprob, lambda: logprob_of(cast(batch(bias=True), torch.float32)) | {"temperature": torch.ones(12)}),
+    (
+        ops.linear_logprob,
+        lambda: logprob_of(cast(batch(bias=True), torch.float32)) | {"temperature": torch.ones(12)},
+    ),
     (ops.fused_linear_ppo_loss, of_ppo_loss),
     (ops.gae, of_gae),
     (ops.masked_whiten, lambda: {"values": torch.ones(3), "mask": torch.ones(3) > 0}),
@@ -101,7 +109,9 @@ def test_a_sharded_tensor_is_named(
 
         given = arguments()
         given[name] = with_first(given[name], shard)
-        with pytest.raises(TypeError, match=rf"^{name}: wanted a whole tensor, got a DTensor.*\.full_tensor\(\)"):
+        with pytest.raises(
+            TypeError, match=rf"^{name}: wanted a whole tensor, got a DTensor.*\.full_tensor\(\)"
+        ):
             op(**given)
 
 
@@ -117,12 +127,16 @@ def test_a_tensor_whose_storage_was_freed_is_named(
     for name in tensors_in(arguments()):
         given = arguments()
         given[name] = with_first(given[name], free)
-        with pytest.raises(ValueError, match=rf"^{name}: wanted a tensor in memory, .*freed.*\.full_tensor\(\)"):
+        with pytest.raises(
+            ValueError, match=rf"^{name}: wanted a tensor in memory, .*freed.*\.full_tensor\(\)"
+        ):
             op(**given)
 
 
 def test_what_has_no_storage_of_its_own_passes() -> None:
-    check_whole(x=torch.empty(0, 3), y=None, z=1.0, meta=torch.empty(3, device="meta"), nested=[(torch.ones(1),)])
+    check_whole(
+        x=torch.empty(0, 3), y=None, z=1.0, meta=torch.empty(3, device="meta"), nested=[(torch.ones(1),)]
+    )
     torch.func.vmap(lambda x: check_whole(x=x) or x)(torch.ones(3))
     sparse = torch.ones(2, 2).to_sparse()
     check_whole(sparse=sparse)
