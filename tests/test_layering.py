@@ -46,7 +46,8 @@ PYTHON = {
     "mem1_core.triton": May("triton mem1_core.versions"),
     "mem1_core.triton.*": May("torch triton mem1_core.triton"),
     "mem1_core.ops": May("mem1_core.ops"),
-    "mem1_core._head": May("torch mem1_core.backend"),
+    "mem1_core._products": May("torch"),
+    "mem1_core._head": May("torch mem1_core._products mem1_core.backend"),
     "mem1_core.ops.*": May(
         "torch mem1_core._head mem1_core._library mem1_core.backend mem1_core.ops mem1_core.reference "
         "mem1_core.trajectory"
