@@ -24,7 +24,7 @@ INSTALL := $(BIN)/python -m pip install --verbose $(VERSIONS)
 .DELETE_ON_ERROR:
 
 demo: ext
-	$(BIN)/mem1 demo --out $(OUT)
+	$(BIN)/mem1 demo --out $(OUT) --overwrite
 
 test: ext
 	$(BIN)/python -m pytest $(ARGS)
