@@ -49,6 +49,7 @@ class Result:
     peak: float  # most tokens live at once
     peak_without_prompt: float
     dependency: float  # token pairs
+    dependency_without_prompt: float  # as the paper counts them
     seconds: float  # wall time of all episodes, over the sound ones
 
 
@@ -84,6 +85,7 @@ def summarize(agent: str, objectives: int, trajectories: Sequence[Trajectory], s
         peak=mean(lambda t: t.peak_tokens()),
         peak_without_prompt=mean(lambda t: t.peak_tokens(prompt=False)),
         dependency=mean(lambda t: t.dependency_length()),
+        dependency_without_prompt=mean(lambda t: t.dependency_length(prompt=False)),
         seconds=seconds / len(sound) if sound else math.nan,
     )
 

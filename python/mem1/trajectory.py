@@ -109,9 +109,9 @@ class Trajectory:
         """The most tokens that are live at once; without the prompt's own if `prompt` is False."""
         return int(self.mask.peak_tokens(prompt=prompt))
 
-    def dependency_length(self) -> float:
+    def dependency_length(self, prompt: bool = True) -> float:
         """Sum over actions of (context + length / 2) * length, in token pairs (see mem1_core.trajectory)."""
-        return dependency_length(self.segments, self.prune)
+        return dependency_length(self.segments, self.prune, prompt=prompt)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for one line of trajectories.jsonl."""

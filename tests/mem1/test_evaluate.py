@@ -32,7 +32,8 @@ from mem1_core.trajectory import Segment
 
 
 def result(agent: str, objectives: int, peak: float) -> Result:
-    return Result(*(agent, objectives, 1, {}, 0, 0.5, 1.0, 1.0, 1.0, 3.0, 40.0, peak, peak - 10, 500.0, 0.1))
+    lengths = 40.0, peak, peak - 10, 500.0, 400.0
+    return Result(agent, objectives, 1, {}, 0, 0.5, 1.0, 1.0, 1.0, 3.0, *lengths, seconds=0.1)
 
 
 def handmade(*segments: Segment, **settings) -> Trajectory:
@@ -72,6 +73,7 @@ def test_a_row_is_the_mean_over_the_episodes():
         peak=(19 + 10) / 2,
         peak_without_prompt=(15 + 4) / 2,
         dependency=sum(dependency) / 2,
+        dependency_without_prompt=(sum(dependency) - 4 * (5 + 5 + 3) - 6 * 4) / 2,
         seconds=3.5,
     )
     assert summarize("MEM1", 3, [long, short], seconds=7.0) == row
