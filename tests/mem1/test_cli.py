@@ -239,7 +239,7 @@ def test_eval_with_a_world_that_is_down_shows_it(capsys, model, monkeypatch):
     monkeypatch.setattr("mem1.cli.MultiHopEnv.reset", down)
     assert main(["eval", model, "--objectives", "1", "--episodes", "2"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if "2: ConnectionError 2" in line]
-    assert len(rows) == 2 and all(row.count(" - |") == 10 for row in rows)
+    assert len(rows) == 2 and all(row.count(" - |") == 11 for row in rows)
 
 
 def test_rollout_prints_transcripts_or_saves_trajectories(capsys, model, tmp_path):
