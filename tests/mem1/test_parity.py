@@ -23,7 +23,8 @@ def measure(make_model, tokenizer, dtype, regime, prune, scripted, temperature=1
         slots=3, regime=regime, prune=prune, max_action=24, max_turns=7, temperature=temperature
     )
     seeds = range(5)
-    played = list(rollout(model, tokenizer, lambda: MultiHopEnv((1, 4)), seeds, config, scripted=scripted))
+    how = {"scripted": scripted, "sampling_seed": 7}  # with which the policy does write some `</IS>`
+    played = list(rollout(model, tokenizer, lambda: MultiHopEnv((1, 4)), seeds, config, **how))
     assert {t.seed for t in played} == set(seeds)
     assert len({t.tokens.numel() for t in played}) > 1, "wanted a ragged batch"
     assert sum(t.turns >= 4 for t in played) >= 2

@@ -20,7 +20,7 @@ from mem1.engine import Engine
 from mem1.envs.base import Action, Observation, ScriptedAction
 from mem1.envs.multihop import MultiHopEnv
 from mem1.episode import Episode
-from mem1.rollout import _check_positions, play_script, rollout
+from mem1.rollout import check_positions, play_script, rollout
 from mem1.trajectory import ENVIRONMENT_ERROR, Trajectory
 from mem1_core.trajectory import evict_from_turns
 
@@ -376,7 +376,7 @@ def test_limits_beyond_the_positions_of_the_model_are_refused_before_anything_ru
     for fits in (RolloutConfig(regime="reencode"), RolloutConfig(max_turns=5)):
         rollout(model, tokenizer, make, [0], fits)
     unlimited = SimpleNamespace(config=SimpleNamespace(get_text_config=SimpleNamespace))
-    _check_positions(unlimited, RolloutConfig())
+    check_positions(unlimited, RolloutConfig())
 
 
 def test_what_a_trajectory_says_of_its_making(make_model, tokenizer):
