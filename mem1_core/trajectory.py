@@ -306,24 +306,20 @@ def evict_from_turns(segments: Iterable[Segment], prune: Prune = "action") -> Te
     return torch.tensor(lifetimes, dtype=torch.int32).repeat_interleave(lengths)
 
 
-def dependency_length(segments: Iterable[Segment], prune: Prune = "action") -> float:
+def dependency_length(segments: Iterable[Segment], prune: Prune = "action", *, prompt: bool = True) -> float:
     """The paper's measure of attention work, in token pairs: sum of `(context + length / 2) * length`.
 
-    The sum runs over the actions; `context` is the number of tokens live when the action begins and `length`
-    the action's own (its `is` and its `query` or `answer` together). It does not depend on the regime:
-    `reencode` holds the same tokens as `carry`.
+    The sum runs over the segments that the policy wrote; `context` is the number of tokens live when one
+    begins. (Where no prune falls between an action's `is` and its `query` or `answer`, their two terms are
+    the one of the whole action.) `prompt=False` leaves the prompt's tokens out of the context, which is
+    the official definition. It does not depend on the regime: `reencode` holds the same tokens as `carry`.
+
+    Equivalent: half a token less than what each policy token sees, itself included, summed up.
     """
     segments = check_segments(segments)
-    live = _live(evict_from_turns(segments, prune)[None])[0]
-    actions: dict[int, tuple[int, int]] = {}  # turn -> (first token, tokens)
-    start = 0
-    for segment in segments:
-        if segment.kind in POLICY_KINDS:
-            begin, length = actions.get(segment.turn, (start, 0))
-            actions[segment.turn] = (begin, length + segment.length)
-        start += segment.length
-    # live counts the action's own first token, which is not context
-    return float(sum((int(live[begin]) - 1 + n / 2) * n for begin, n in actions.values() if n))
+    evict, written = evict_from_turns(segments, prune), policy_tokens(segments)
+    live = _live(evict[None], None if prompt else ~_is_kind(segments, ("prompt",))[None])[0]
+    return int(live[written].sum()) - int(written.sum()) / 2
 
 
 def check_prune(prune: Prune) -> None:

@@ -1,11 +1,9 @@
-"""TrajectoryMask: lifetimes from turns, dense form, counts, packing, bad input, the picture."""
+"""TrajectoryMask: lifetimes from turns, dense form, counts, packing, bad input."""
 
 from __future__ import annotations
 
 import random
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -316,9 +314,55 @@ def test_dependency_length_by_hand() -> None:
     # Context at the begin of each action: prompt; prompt and turn 1; prompt and turn 2.
     expected = (2 + 3 / 2) * 3 + (7 + 2 / 2) * 2 + (7 + 4 / 2) * 4
     assert dependency_length(TURNS) == expected
-    assert dependency_length(TURNS, "is") == expected, "the prune within an action comes after it began"
+    assert dependency_length(TURNS, prompt=False) == (3 / 2) * 3 + (5 + 1) * 2 + (5 + 2) * 4
+    # At `</IS>`: a query's context is the prompt and its own `is`.
+    expected = (2 + 3 / 2) * 3 + (7 + 1 / 2) * 1 + (3 + 1 / 2) * 1 + (7 + 2 / 2) * 2 + (4 + 2 / 2) * 2
+    assert dependency_length(TURNS, "is") == expected
     assert dependency_length(TURNS, "never") == (2 + 1.5) * 3 + (7 + 1) * 2 + (12 + 2) * 4
-    assert dependency_length([]) == dependency_length([Segment("prompt", 0, 4)]) == 0.0
+    for prompt in (True, False):
+        assert dependency_length([], prompt=prompt) == 0.0
+        assert dependency_length([Segment("prompt", 0, 4)], prompt=prompt) == 0.0
+
+
+def test_dependency_length_counts_what_is_live_after_a_prune_at_is() -> None:
+    """A short `is` over a long history, then a long query that sees none of it."""
+    segments = [Segment("info", 1, 575), Segment("is", 2, 25), Segment("query", 2, 125)]
+    segments = [Segment("prompt", 0, 25), *segments]
+    expected = (600 + 25 / 2) * 25 + (50 + 125 / 2) * 125
+    assert dependency_length(segments, "is") == expected
+    assert dependency_length(segments, "action") == (600 + 150 / 2) * 150
+
+
+def played_dependency(segments: list[Segment], prune: Prune, prompt: bool) -> float:
+    """The agent played token by token: each token that the policy writes costs what is held, and half."""
+    owners, ends = owners_and_actions(segments)
+    last = {turn: end for turn, end in ends.items() if prune != "never"}
+    if prune == "is":
+        kinds = [(s.turn, s.kind) for s in segments for _ in range(s.length)]
+        last |= {turn: n + 1 for n, (turn, kind) in enumerate(kinds) if kind == "is"}
+    window = prune if isinstance(prune, int) else 0
+    written, held, total = policy_tokens(segments).tolist(), [], 0.0
+    for n, turn in enumerate(owners):
+        total += (sum(owner > 0 or prompt for owner in held) + 0.5) * written[n]
+        held.append(turn)
+        if last.get(turn) == n + 1:
+            while min((t for t in held if t), default=turn) < turn and sum(t > 0 for t in held) > window:
+                oldest = min(t for t in held if t)
+                held = [t for t in held if t != oldest]
+    return total
+
+
+@pytest.mark.parametrize("prompt", [True, False])
+@pytest.mark.parametrize("prune", ["action", "is", "never", 1, 5, 13, 40])
+def test_dependency_length_against_the_agent_played_token_by_token(prune: Prune, prompt: bool) -> None:
+    for seed in range(60):
+        segments = random_turns(seed)
+        expected = played_dependency(segments, prune, prompt)
+        assert dependency_length(segments, prune, prompt=prompt) == expected, segments
+
+
+def test_dependency_length_of_long_trajectories_is_exact() -> None:
+    assert dependency_length([Segment("query", 1, 9001)]) == 9001 * 9001 / 2
 
 
 # ---------------------------------------------------------------------------------------------- compile
@@ -334,47 +378,3 @@ def test_a_mask_is_an_argument_of_a_compiled_function() -> None:
         mask = TrajectoryMask.from_evict(EVICT_TABLES["random"](tokens, 0))
         x = torch.rand(1, tokens, requires_grad=True)
         torch.testing.assert_close(compiled(x, mask), shares(x, mask))
-
-
-# ---------------------------------------------------------------------------------------------- picture
-
-
-def test_plot_writes_a_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    mask = TrajectoryMask.from_turns(TURNS)
-    figure = mask.plot(tmp_path / "mask.png", title="three turns")
-    assert (tmp_path / "mask.png").stat().st_size > 10_000
-    (axes,) = figure.axes
-    assert (
-        axes.get_title() == "three turns\n16 tokens, at most 11 live at once, 74.3% of causal pairs visible"
-    )
-    legend = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert legend == ["prompt", "<IS>", "<query>", "<info>", "<answer>", "evicted", "prune event"]
-    (side,) = axes.child_axes
-    assert [text.get_text() for text in side.get_yticklabels()] == ["prompt", "turn 1", "turn 2", "turn 3"]
-    picture = axes.images[0].get_array()
-    assert (picture[0, 1] == 1.0).all(), "above the diagonal is white"
-    assert (
-        len({tuple(picture[i, j]) for i, j in [(15, 0), (15, 12), (15, 8), (15, 9), (15, 15), (15, 2)]}) == 6
-    )
-
-
-def test_plot_of_other_masks(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-
-    batch = TrajectoryMask.from_evict(torch.tensor([[1, 3, 3], [3, 3, 3]]))
-    figure = Figure()
-    assert batch.plot(ax=figure.add_subplot(), row=1) is figure
-    with pytest.raises(ValueError, match="row: wanted one of the 2 rows of the batch, got 2"):
-        batch.plot(row=2)
-    TrajectoryMask.from_turns([]).plot(tmp_path / "empty.svg")
-    assert (tmp_path / "empty.svg").exists()
-    long = TrajectoryMask.from_evict(torch.full((65_536,), 65_536)).plot()
-    assert max(long.axes[0].images[0].get_array().shape) <= 1024, "never N x N"
-
-
-def test_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.colors", None)
-    with pytest.raises(ImportError, match=r"mem1_core\[plot\]"):
-        TrajectoryMask.from_turns(TURNS).plot()

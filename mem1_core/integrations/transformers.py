@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -26,6 +27,9 @@ from transformers.masking_utils import sdpa_mask
 
 from mem1_core.ops import trajectory_attention
 from mem1_core.trajectory import TrajectoryMask
+from mem1_core.versions import warn_if_untested
+
+warn_if_untested(transformers)
 
 NAME = "mem1"
 _UNSUPPORTED = ("sliding_window", "softcap", "position_bias")  # what some decoders add to plain attention

@@ -34,7 +34,7 @@ from mem1.envs.multihop import MultiHopEnv
 from mem1.evaluate import OBJECTIVES, Result, evaluate, parity, table
 from mem1.io import whole_file
 from mem1.progress import Progress
-from mem1.rollout import rollout
+from mem1.rollout import check_positions, rollout
 from mem1.seeds import LARGEST
 from mem1.train import train
 from mem1.trajectory import Trajectory
@@ -93,11 +93,13 @@ def _eval(options: argparse.Namespace, progress: Progress) -> None:
     for n in options.objectives:
         make_environment(n)  # one that is out of range fails before any work
     configs = {n: _rollout_config(options, n) for n in options.objectives}
-    model, tokenizer = _load(options, progress)
-    results: list[Result] = []
     prunes: list[tuple[str, Prune]] = [("MEM1", options.prune), ("full context", "never")]
     if options.truncate is not None:
         prunes.append((f"truncated to {options.truncate}", options.truncate))
+    model, tokenizer = _load(options, progress)
+    for config in configs.values():
+        check_positions(model, replace(config, prune="never"))  # of all rows before the first one
+    results: list[Result] = []
     for agent, prune in prunes:
         trajectories: list[Trajectory] = []
         for n, config in configs.items():

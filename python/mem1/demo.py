@@ -6,7 +6,7 @@ import copy
 import importlib.util
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,24 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError
-from mem1.config import PPOConfig, Prune, Regime, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.config import Prune, Regime, RolloutConfig, TrainConfig, WarmStartConfig
 from mem1.envs.multihop import MultiHopEnv
 from mem1.evaluate import (
     OBJECTIVES,
     Parity,
     Result,
-    as_json,
     evaluate,
     evaluate_script,
     evaluation_seeds,
     parity,
     table,
 )
-from mem1.io import whole_file
+from mem1.io import whole_file, without_nan
 from mem1.plots import plot_learning, plot_mask, plot_peaks
 from mem1.progress import Progress
 from mem1.rollout import rollout
-from mem1.train import METRICS, train
+from mem1.run_folder import METRICS
+from mem1.train import train
 
 AGENTS: tuple[tuple[str, Prune], ...] = (("MEM1", "action"), ("full context", "never"))
 PASSAGE = 400  # tokens: the size of a retrieved passage
@@ -110,7 +110,7 @@ def demo(
     say(table(measured))
 
     report = {
-        name: [as_json(row) for row in rows]
+        name: [without_nan(asdict(row)) for row in rows]
         for name, rows in (("trained", results), ("scripted", scripted), ("parity", measured))
     }
     with whole_file(out / "results.json") as file:
@@ -124,15 +124,14 @@ def demo(
 
 
 def demo_config(quick: bool, seed: int) -> TrainConfig:
-    """The budget of the demo in steps, sized for two idle cores."""
+    """The budget of the demo, in steps: two minutes of warm start on two idle cores, one and a half of PPO."""
     return TrainConfig(
-        updates=2 if quick else 10,
-        batch=8 if quick else 32,
+        updates=2 if quick else 12,
+        batch=8 if quick else 64,
         objectives=(1, 8),
         seed=seed,
-        rollout=RolloutConfig(slots=32, max_action=96, max_turns=20),
+        rollout=RolloutConfig(slots=64, max_action=96, max_turns=20),
         warmstart=WarmStartConfig(steps=30 if quick else 1000),
-        ppo=PPOConfig(minibatch=16),
     )
 
 

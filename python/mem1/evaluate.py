@@ -8,7 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -209,15 +209,6 @@ def parity(
         mean_dlogp=float(d.abs().mean()),
         kl=float((d.expm1() - d).mean()),
     )
-
-
-def as_json(row: Any) -> dict[str, Any]:
-    """The fields of a Result or a Parity for JSON, which has no number for NaN: null."""
-    values = asdict(row)
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in values.items()
-    }
 
 
 def table(rows: Sequence[Any], columns: Sequence[str] | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,14 @@ def link(path: Path, target: str) -> None:
     fresh.symlink_to(target)
     fresh.replace(path)
     sync(path.parent)
+
+
+def without_nan(record: dict[str, Any]) -> dict[str, Any]:
+    """`record` as JSON can have it, which knows neither NaN nor infinity: null, which means leave out."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
 
 
 def append_json(path: Path, record: dict[str, Any]) -> None:

@@ -109,9 +109,11 @@ class Trajectory:
         """The most tokens that are live at once; without the prompt's own if `prompt` is False."""
         return int(self.mask.peak_tokens(prompt=prompt))
 
-    def dependency_length(self) -> float:
-        """Sum over actions of (context + length / 2) * length, in token pairs (see mem1_core.trajectory)."""
-        return dependency_length(self.segments, self.prune)
+    def dependency_length(self, prompt: bool = True) -> float:
+        """The paper's measure of attention work, in token pairs (see mem1_core.trajectory); the official
+        definition, which leaves the prompt out of the context, if `prompt` is False.
+        """
+        return dependency_length(self.segments, self.prune, prompt=prompt)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for one line of trajectories.jsonl."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ from mem1.envs.multihop import MultiHopEnv
 from mem1.evaluate import (
     Parity,
     Result,
-    as_json,
     error_counts,
     evaluate,
     evaluate_script,
@@ -24,6 +23,7 @@ from mem1.evaluate import (
     summarize,
     table,
 )
+from mem1.io import without_nan
 from mem1.plots import plot_learning, plot_mask, plot_peaks
 from mem1.progress import Progress
 from mem1.seeds import derive_seed
@@ -184,7 +184,7 @@ def test_parity_of_nothing_is_no_number(make_model):
 
 def test_no_number_is_null_in_json():
     row = replace(result("MEM1", 2, 40.0), reward=math.nan, errors={"OSError": 1})
-    data = json.loads(json.dumps(as_json(row), allow_nan=False))
+    data = json.loads(json.dumps(without_nan(asdict(row)), allow_nan=False))
     assert data["reward"] is None and data["peak"] == 40.0 and data["errors"] == {"OSError": 1}
 
 
