@@ -110,7 +110,9 @@ class Trajectory:
         return int(self.mask.peak_tokens(prompt=prompt))
 
     def dependency_length(self, prompt: bool = True) -> float:
-        """Sum over actions of (context + length / 2) * length, in token pairs (see mem1_core.trajectory)."""
+        """The paper's measure of attention work, in token pairs (see mem1_core.trajectory); the official
+        definition, which leaves the prompt out of the context, if `prompt` is False.
+        """
         return dependency_length(self.segments, self.prune, prompt=prompt)
 
     def to_dict(self) -> dict[str, Any]:

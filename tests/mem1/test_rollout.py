@@ -342,6 +342,8 @@ def test_peak_of_the_script_is_nearly_constant(tokenizer):
             )
             assert t.finished == "answered"
             peak[prune, n] = t.peak_tokens(prompt=False)
+            ours = t.segments[0].length * int(t.policy_mask.sum())  # the prompt is context of every token
+            assert t.dependency_length() - t.dependency_length(prompt=False) == ours
     assert peak["action", 16] / peak["action", 2] <= 1.65
     assert peak["never", 16] / peak["never", 2] > 5
 
