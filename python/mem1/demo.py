@@ -124,7 +124,7 @@ def demo(
 
 
 def demo_config(quick: bool, seed: int) -> TrainConfig:
-    """The budget of the demo, in steps: two minutes of warm start on two idle cores, one and a half of PPO."""
+    """The budget of the demo, in steps: on two idle cores two minutes of warm start and over one of PPO."""
     return TrainConfig(
         updates=2 if quick else 12,
         batch=8 if quick else 64,

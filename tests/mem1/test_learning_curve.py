@@ -40,7 +40,8 @@ def test_the_curve_is_that_of_the_reference_loss(tmp_path, monkeypatch):
         assert one.keys() == other.keys()
         for name in one.keys() - {"phase", "rollout_seconds", "update_seconds"}:
             # The differences of two log-probs that should be equal are rounding and nothing else.
-            expected = pytest.approx(other[name], rel=2e-3, abs=1e-4)
+            number = isinstance(other[name], int | float)
+            expected = pytest.approx(other[name], rel=2e-3, abs=1e-4) if number else other[name]
             assert one[name] == expected, f"update {step + 1}: {name}"
     assert all(record["actor_grad_norm"] > 0 for record in ours[1:])
     assert any(record["reward"] > 0 for record in ours)
