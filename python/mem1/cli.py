@@ -32,6 +32,7 @@ from mem1.demo import demo
 from mem1.device import pick_device, whereabouts
 from mem1.envs.multihop import MultiHopEnv
 from mem1.evaluate import OBJECTIVES, Result, evaluate, parity, table
+from mem1.interrupts import Interrupts
 from mem1.io import whole_file
 from mem1.progress import Progress
 from mem1.rollout import check_positions, rollout
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        options.run(options, Progress())
+        with Interrupts() as interrupts, interrupts.allowed():
+            options.run(options, Progress())
     except InputError as error:
         print(f"mem1 {options.command}: {error}", file=sys.stderr)
         return 2

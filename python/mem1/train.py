@@ -24,7 +24,7 @@ from mem1.envs.base import Environment
 from mem1.envs.multihop import MultiHopEnv
 from mem1.evaluate import error_counts
 from mem1.interrupts import Interrupted, Interrupts
-from mem1.io import append_json
+from mem1.io import append_json, without_nan
 from mem1.model import build_critic, build_model, dropouts
 from mem1.ppo import PPO
 from mem1.progress import Progress
@@ -151,7 +151,7 @@ def _warm_start(
             for record in steps:
                 done += 1
                 skipped += not math.isfinite(record["grad_norm"])
-                append_json(run.metrics, _writable({"phase": "warmstart"} | record))
+                append_json(run.metrics, without_nan({"phase": "warmstart"} | record))
                 phase.advance(
                     note=f"loss {record['loss']:.3f}, {100 * record['token_accuracy']:.0f} % of tokens right"
                 )
@@ -221,7 +221,7 @@ def _ppo(
             complete = True
             record = {"phase": "ppo", "step": ppo.updates, **describe(trajectories), **metrics}
             record |= {"rollout_seconds": rolled - began, "update_seconds": time.perf_counter() - rolled}
-            append_json(run.metrics, _writable(record))
+            append_json(run.metrics, without_nan(record))
             rewards.append(record["reward"])
             progress.log(_line(record, config.updates))
             if ppo.updates % config.save_every == 0:
@@ -241,14 +241,6 @@ def _check_failures(trajectories: list[Trajectory], most: float) -> None:
             f"{len(failed)} of {len(trajectories)} episodes failed ({kinds}), after "
             f"{sum(len(t.failures) for t in failed)} more attempts; the first: {failed[0].finished}"
         )
-
-
-def _writable(record: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity: null, which means leave out."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in record.items()
-    }
 
 
 def _line(record: dict[str, Any], updates: int) -> str:
