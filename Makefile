@@ -1,6 +1,6 @@
 # make demo    roll out, train, evaluate and draw, on the CPU, from a bare checkout
 # make test    all tests this machine can run; NEWEST=1: with the newest packages instead of constraints.txt's
-# make ends    the tests of what touches Hugging Face's packages, with the oldest supported and the newest there are
+# make ends    the tests of what other packages do for this one, with the oldest supported and the newest there are
 # make lint    ruff, mypy, clang-format
 # make ext     rebuild the compiled part after an edit in csrc/ (seconds)
 #
