@@ -1,4 +1,4 @@
-"""Drives CMake (CMakeLists.txt has the sources) and nothing else.
+"""Says what is required (mem1_core/versions.py has the versions) and drives CMake, nothing else.
 
 Reads two build-time variables: MEM1_CUDA (AUTO, ON, OFF) and MAX_JOBS (compile processes).
 """
@@ -12,12 +12,14 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-OLDEST_TORCH, TESTED_TORCH = "2.11", "2.13.0"
+TESTED = run_path(str(ROOT / "mem1_core" / "versions.py"))["TESTED"]
+OLDEST_TORCH, NEWEST_TORCH = TESTED["torch"]
 
 
 def project_version() -> str:
@@ -53,11 +55,15 @@ TORCH_VERSION, TORCH_DIR = find_torch()
 def torch_requirement() -> str:
     """The wheel's own requirement: the minor version it was compiled for."""
     if not TORCH_VERSION:
-        return f"torch=={TESTED_TORCH}"
+        return f"torch=={NEWEST_TORCH}.*"
     major, minor = TORCH_VERSION.split(".")[:2]
     if (int(major), int(minor)) < tuple(int(part) for part in OLDEST_TORCH.split(".")):
         raise SystemExit(f"torch: wanted >= {OLDEST_TORCH}, got {TORCH_VERSION}")
     return f"torch=={major}.{minor}.*"
+
+
+def at_least(package: str) -> str:
+    return f"{package}>={TESTED[package][0]}"
 
 
 def tool(name: str) -> str:
@@ -101,16 +107,22 @@ class CMakeBuild(build_ext):
         """Nothing to do: an editable build has installed into the source tree already."""
 
 
+TRITON = f"{at_least('triton')}; platform_system == 'Linux'"  # a CUDA build of torch brings its own
+
 setup(
     version=project_version(),
     install_requires=[
         torch_requirement(),
-        "numpy>=1.26",
-        "transformers>=5.17",
-        "safetensors",
-        "tokenizers",
+        *map(at_least, ("numpy", "transformers", "tokenizers", "safetensors", "rich")),
     ],
-    setup_requires=[] if TORCH_DIR else [f"torch=={TESTED_TORCH}"],
+    extras_require={
+        "plot": [at_least("matplotlib")],
+        "triton": [TRITON],
+        "test": [at_least("matplotlib"), TRITON, "accelerate>=1.1", "pytest>=8"],
+        "lint": ["ruff>=0.17,<0.18", "mypy>=2.4", "clang-format>=23,<24", "pre-commit>=4"],
+        "peers": ["flash-attn>=2.7"],  # a peer in the benches; a long build, never required
+    },
+    setup_requires=[] if TORCH_DIR else [f"torch=={NEWEST_TORCH}.*"],
     ext_modules=[Extension("mem1_core._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

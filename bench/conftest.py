@@ -3,6 +3,10 @@ correctness tests. `-k gpu` picks the tables of a CUDA device, `-k "not gpu"` th
 
 from __future__ import annotations
 
+from mem1.waiting import wait_briefly
+
+wait_briefly()  # before anything loads torch
+
 import json
 import time
 from collections.abc import Iterator, Sequence

@@ -1,17 +1,18 @@
 """The output layer in chunks: logits of some rows at a time, in fp32 (fp64), and the gradients behind them.
 
 Matrix products are the vendor's. On the CPU they are oneDNN's block products (csrc/torch/linear_cpu.cpp),
-which widen half precision as they read it; on CUDA the tensor cores multiply it as it is and keep fp32 sums.
+which widen half precision as they read it, or MKL's where those are clearly faster (`_products`); on CUDA
+the tensor cores multiply it as it is and keep fp32 sums.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mem1_core._products import by_blocks
 from mem1_core.backend import told
 
 _ALIGNED = 16  # rows of a chunk, and bytes of a row of logits: what vector loads and matrix products like
@@ -23,9 +24,11 @@ class Head:
     """logits = hidden @ weight.T + bias for chosen rows of hidden.
 
     hidden [T, H], weight [V, H] and bias [V] of one dtype; rows int64 [n]: those to compute, None for all
-    (which saves copies). The logits of a chunk take at most `workspace_bytes`. The wanted gradients are
-    summed up over the chunks: `d_hidden` (as hidden), `d_weight` and `d_bias`, the latter two in fp32 until
-    `gradients` hands them out.
+    (which saves copies). The logits of a chunk take at most `workspace_bytes`, in `workspace`. The wanted
+    gradients are summed up over the chunks: `d_hidden` (as hidden), `d_weight` and `d_bias`, the latter two
+    in fp32 until `gradients` hands them out.
+
+    kept: the workspace of an earlier head of the same sizes, whose last logits were those of the first chunk.
     """
 
     def __init__(
@@ -36,13 +39,13 @@ class Head:
         rows: Tensor | None,
         workspace_bytes: int,
         wanted: tuple[bool, bool, bool] = (False, False, False),
+        kept: Tensor | None = None,
     ) -> None:
         on_cpu = hidden.device.type == "cpu"
         self.hidden, self.weight, self.rows = hidden, weight.contiguous() if on_cpu else weight, rows
         self.count = len(hidden) if rows is None else len(rows)
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.bias = None if bias is None else bias.to(self.dtype).contiguous()
-        self.by_blocks = on_cpu and self.dtype == torch.float32  # fp64, for gradcheck, takes torch.mm
         # What the matrix products of the backward read: on CUDA in the dtype of the weight.
         self.gradient_dtype = self.dtype if on_cpu else hidden.dtype
         want_hidden, want_weight, want_bias = wanted
@@ -50,24 +53,28 @@ class Head:
         self.d_weight = weight.new_empty(weight.shape, dtype=self.dtype) if want_weight else None
         self.d_bias = weight.new_zeros(weight.shape[0], dtype=self.dtype) if want_bias else None
         self._fresh = True
-        element = self.dtype.itemsize
-        self._columns = -(-weight.shape[0] * element // _ALIGNED) * _ALIGNED // element
-        fitting = workspace_bytes // (self._columns * element)
-        self.chunk = max(fitting // _ALIGNED * _ALIGNED, min(fitting, _ALIGNED), 1)
-        self._buffer = weight.new_empty(min(self.chunk, self.count), self._columns, dtype=self.dtype)
+        shape = workspace_shape(self.count, weight, workspace_bytes)
+        self.workspace = weight.new_empty(shape, dtype=self.dtype) if kept is None else kept
+        self._made = kept is not None  # the logits of the first chunk
+        # fp64, for gradcheck, takes torch.mm; half precision would have to be widened for it.
+        self.by_blocks = on_cpu and self.dtype == torch.float32
+        if self.by_blocks and weight.dtype == torch.float32:
+            self.by_blocks = by_blocks(hidden, self.weight, len(self.workspace))
 
-    def chunks(self) -> Iterator[slice]:
+    def chunks(self) -> list[slice]:
         """Places in `rows` of each chunk; where one begins does not depend on how many rows there are."""
-        for begin in range(0, self.count, self.chunk):
-            yield slice(begin, min(begin + self.chunk, self.count))
+        chunk = max(len(self.workspace), 1)
+        return [slice(begin, min(begin + chunk, self.count)) for begin in range(0, self.count, chunk)]
 
     def logits(self, part: slice) -> Tensor:
         """fp32 (fp64) [rows of the chunk, V], without the bias; in the workspace, which the next call
         overwrites.
         """
         self._hidden = (self.hidden[part] if self.rows is None else self.hidden[self.rows[part]]).contiguous()
-        out = self._buffer[: len(self._hidden), : self.weight.shape[0]]
-        if self.by_blocks:
+        out = self.workspace[: len(self._hidden), : self.weight.shape[0]]
+        if self._made:
+            self._made = False
+        elif self.by_blocks:
             torch.ops.mem1_core._linear_logits_(self._hidden, self.weight, out)
         elif self.hidden.dtype != self.dtype:
             torch.mm(self._hidden, self.weight.T, out_dtype=self.dtype, out=out)
@@ -100,7 +107,7 @@ class Head:
         )
         if self._fresh and self.d_weight is not None:
             d_weight.zero_()
-        del self._buffer
+        del self.workspace
         return d_hidden, _narrowed(d_weight, self.weight.dtype), d_bias.to(self.weight.dtype)
 
     def _backward(self, d_logits: Tensor, out: Tensor) -> None:
@@ -119,6 +126,16 @@ class Head:
             torch.mm(rows, hidden, out_dtype=self.dtype, out=d_weight)
         else:
             torch.addmm(d_weight, rows, hidden, out_dtype=self.dtype, out=d_weight)
+
+
+def workspace_shape(rows: int, weight: Tensor, workspace_bytes: int) -> tuple[int, int]:
+    """Of the logits of a chunk, for that many rows in all. Chunks are whole multiples of 16 rows where 16
+    fit, and a row begins where vector loads like it.
+    """
+    element = torch.promote_types(weight.dtype, torch.float32).itemsize
+    columns = -(-weight.shape[0] * element // _ALIGNED) * _ALIGNED // element
+    fitting = workspace_bytes // (columns * element)
+    return torch.sym_min(rows, max(fitting // _ALIGNED * _ALIGNED, min(fitting, _ALIGNED), 1)), columns
 
 
 def _narrowed(wide: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,9 @@ from typing import Any
 import torch  # first: _C must find torch's OpenMP runtime already loaded, or there are two
 from torch import Tensor
 
+from mem1_core.versions import warn_if_untested
+
+warn_if_untested(torch)
 try:
     from mem1_core import _C
 except ImportError as error:

@@ -207,8 +207,8 @@ def fused_linear_ppo_loss(
         times min(exp(old_logprob - sampler_logprob), sampler_cap)   truncated weight of a stale sampler
     + kl_coef KL(policy | ref_logprob) - entropy_coef entropy        see `kl_estimate`
     ```
-    Log-ratios are clamped to +-20. Log-probs and entropy are those of `softmax(logits / temperature)`,
-    temperature a number or [T].
+    Log-ratios are clamped to +-20. NaN in any of a token's numbers makes its loss and its gradient NaN.
+    Log-probs and entropy are those of `softmax(logits / temperature)`, temperature a number or [T].
 
     The losses' sum is divided by `normalizer`: by default the number of tokens ("token-mean"), of sequences
     ("sequence-mean": each first averaged over its own tokens; `sequence` int [T] says which token is whose),
@@ -237,6 +237,8 @@ def fused_linear_ppo_loss(
         per_token = per_token + kl_coef * tracked["kl"]
     elif kl_coef:
         raise ValueError(f"ref_logprob: wanted a tensor for kl_coef = {kl_coef}, got None")
+    nan = per_token.isnan()  # has a gradient of NaN, though that of a clamp is 0
+    per_token = torch.where(nan, logprob * torch.where(nan, per_token.detach(), 1.0), per_token)
     divisor = _divisor(None if sequence is None else sequence[rows], len(rows), aggregation, normalizer)
     metrics = {name: value.detach().sum() / max(len(rows), 1) for name, value in tracked.items()}
     metrics["ratio_max"] = torch.cat([ratio.detach(), ratio.new_zeros(1)]).amax()
@@ -266,7 +268,7 @@ def gae(
 
     All [B, T]; mask bool, True for the policy's tokens. Environment tokens are not steps: the value and the
     advantage of the next policy token are carried across them, their reward and value are not read (so a
-    reward belongs on a policy token), and both results are 0 there. Schulman et al. 2016, over the policy
+    reward belongs on the last policy token before it), and both results are 0 there. Schulman et al. 2016, over the policy
     tokens t = 0, 1, ...: `delta_t = reward_t + gamma value_{t+1} - value_t`, `advantage_t = delta_t + gamma
     lam advantage_{t+1}`, `returns = advantage + value`.
     """
@@ -283,11 +285,16 @@ def gae(
 
 
 def masked_whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """`values` brought to mean 0 (unless not `shift_mean`) and variance 1 over `mask`; 0 elsewhere."""
+    """`values` brought to mean 0 (unless not `shift_mean`) and variance 1 over `mask`; 0 elsewhere.
+
+    Values that are all the same have variance 0: sums are of differences from one of them, which are exact.
+    """
     chosen = _wide(values)[mask]
+    origin = chosen.detach()[:1].sum()
+    chosen = chosen - origin
     mean = chosen.sum() / max(chosen.numel(), 1)
     variance = (chosen - mean).square().sum() / max(chosen.numel() - 1, 1)
-    chosen = (chosen - mean) * (variance + eps).rsqrt() + (0.0 if shift_mean else mean)
+    chosen = (chosen - mean) * (variance + eps).rsqrt() + (0.0 if shift_mean else origin + mean)
     return torch.zeros_like(_wide(values)).masked_scatter(mask, chosen)
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from mem1.waiting import wait_briefly
+
+wait_briefly()  # before anything loads torch
+
 import pytest
 import torch
 

@@ -18,6 +18,24 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def ragged(rows: int, length: int) -> Tensor:
+    """Rows of every kind: all steps, none, the first or the last token alone, holes, padding on the right."""
+    chance = torch.rand(rows, length, generator=torch.Generator().manual_seed(7))
+    mask = chance < torch.linspace(0.2, 0.95, max(rows, 1))[:rows, None]
+    place = torch.arange(length)
+    kinds = [
+        torch.ones(length),
+        torch.zeros(length),
+        place == 0,
+        place == length - 1,
+        place < length // 2,
+        (place < length // 4) | (place > length - 3),
+    ]
+    for row, kind in zip(range(rows), kinds, strict=False):
+        mask[row] = kind.bool()
+    return mask
+
+
 def batch(tokens: int = 12, width: int = 4, vocabulary: int = 6, *, bias: bool = False) -> dict[str, Any]:
     """A batch in which ratios fall on both sides of the clip, advantages of both signs. Logits vary by 2."""
     hidden, weight = draw(tokens, width), draw(vocabulary, width, seed=1) * (2 / width**0.5)

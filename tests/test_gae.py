@@ -1,16 +1,15 @@
-"""gae and masked_whiten: against Python's numbers, the fp64 reference and across data-parallel ranks."""
+"""gae: against Python's numbers and the fp64 reference; the errors of gae and masked_whiten."""
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing
+from loss_cases import draw, ragged
+from torch import Tensor
 
 from mem1_core import _library, reference
 from mem1_core.ops import gae, masked_whiten
@@ -23,28 +22,6 @@ BACKENDS = [
 ]
 every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
 TILE = 1024  # tokens that a block of the CUDA kernel takes at a time
-
-
-def draw(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def ragged(rows: int, length: int) -> Tensor:
-    """Rows of every kind: all steps, none, the first or the last token alone, holes, padding on the right."""
-    chance = torch.rand(rows, length, generator=torch.Generator().manual_seed(7))
-    mask = chance < torch.linspace(0.2, 0.95, max(rows, 1))[:rows, None]
-    place = torch.arange(length)
-    kinds = [
-        torch.ones(length),
-        torch.zeros(length),
-        place == 0,
-        place == length - 1,
-        place < length // 2,
-        (place < length // 4) | (place > length - 3),
-    ]
-    for row, kind in zip(range(rows), kinds, strict=False):
-        mask[row] = kind.bool()
-    return mask
 
 
 def problem(rows: int, length: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,92 +232,27 @@ def test_compile_gae(backend: str, device: str, dynamic: bool) -> None:
             assert torch.equal(ours, theirs)
 
 
-# ---------------------------------------------------------------------------------------------- masked_whiten
+# ------------------------------------------------------------------------- a reward that the environment's text has
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shift_mean", [True, False])
-def test_whiten_against_numbers(dtype: torch.dtype, shift_mean: bool) -> None:
-    values, mask = (3 * draw(7, 20) + 5).to(dtype), ragged(7, 20)
-    got = masked_whiten(values, mask, shift_mean=shift_mean, eps=0.01)
-    chosen = values[mask].tolist()
-    mean, scale = statistics.fmean(chosen), (statistics.variance(chosen) + 0.01) ** -0.5
-    expected = [(x - mean) * scale + (0 if shift_mean else mean) for x in chosen]
-    torch.testing.assert_close(got[mask], torch.tensor(expected, dtype=dtype))
-    assert got.dtype == dtype and got.shape == values.shape and (got[~mask] == 0).all()
-
-
-def test_whitened_has_mean_0_and_variance_1() -> None:
-    values, mask = 3 * draw(7, 20) + 5, ragged(7, 20)
-    chosen = masked_whiten(values, mask)[mask]
-    assert float(chosen.mean()) == pytest.approx(0, abs=1e-12) and float(chosen.var()) == pytest.approx(1)
-    kept = masked_whiten(values, mask, shift_mean=False)[mask]
-    assert float(kept.mean()) == pytest.approx(float(values[mask].mean())) and float(
-        kept.var()
-    ) == pytest.approx(1)
-
-
-def test_whiten_edges() -> None:
-    values = torch.tensor([5.0, math.nan, 5.0])
-    nothing, one = torch.tensor([False] * 3), torch.tensor([True, False, False])
-    assert masked_whiten(values, nothing).tolist() == [0, 0, 0]
-    assert masked_whiten(values, one).tolist() == [0, 0, 0]
-    assert masked_whiten(values, one, shift_mean=False).tolist() == [5, 0, 0]
-    assert masked_whiten(values, torch.tensor([True, False, True])).tolist() == [0, 0, 0]  # no variance
-    assert masked_whiten(torch.empty(0, 4), torch.empty(0, 4, dtype=torch.bool)).shape == (0, 4)
-    scalar = masked_whiten(torch.tensor(2.0), torch.tensor(True))
-    assert scalar.shape == () and scalar == 0
-    low = masked_whiten(draw(30).bfloat16(), torch.ones(30, dtype=torch.bool))
-    assert low.dtype == torch.float32 and float(low.var()) == pytest.approx(1, rel=1e-5)
-    strided = draw(6, 5).T
-    mask = ragged(5, 6)
-    assert torch.equal(masked_whiten(strided, mask), masked_whiten(strided.contiguous(), mask))
-
-
-RANKS = 2
-SPLITS = {"ragged": (0, 5, 7), "a rank without rows": (0, 7, 7), "a rank without tokens": (0, 6, 7)}
-
-
-def whitening_cases(split: str) -> tuple[Tensor, Tensor]:
-    values, mask = 3 * draw(7, 20) + 5, ragged(7, 20)
-    if split == "a rank without tokens":
-        mask[6] = False
-    values[~mask] = math.nan
-    return values, mask
-
-
-def whiten_as_a_rank(rank: int, folder: str) -> None:
-    """One data-parallel rank of `test_whiten_across_ranks`: saves what it gets for each case."""
-    distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=RANKS)
-    results: dict[Any, Tensor] = {}
-    for split, bounds in SPLITS.items():
-        values, mask = (x[bounds[rank] : bounds[rank + 1]] for x in whitening_cases(split))
-        for dtype in (torch.float32, torch.float64):
-            for shift in (True, False):
-                given = values.to(dtype).requires_grad_()
-                results[split, dtype, shift] = masked_whiten(
-                    given, mask, shift_mean=shift, group=distributed.group.WORLD
-                )
-    none = torch.zeros(2, 3, dtype=torch.bool)
-    results["nothing"] = masked_whiten(draw(2, 3), none, group=distributed.group.WORLD)
-    distributed.destroy_process_group()
-    torch.save(results, f"{folder}/{rank}.pt")
-
-
-@pytest.mark.slow  # two processes start
-@pytest.mark.skipif(not distributed.is_available(), reason="this torch has no torch.distributed")
-def test_whiten_across_ranks(tmp_path: Path) -> None:
-    multiprocessing.spawn(whiten_as_a_rank, (str(tmp_path),), nprocs=RANKS)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
-    for rank in ranks:
-        assert torch.equal(rank.pop("nothing"), torch.zeros(2, 3, dtype=torch.float64))
-    assert len(ranks[0]) == 4 * len(SPLITS)
-    for split, dtype, shift in ranks[0]:
-        values, mask = whitening_cases(split)
-        whole = masked_whiten(values.to(dtype), mask, shift_mean=shift)
-        parts = [rank[split, dtype, shift] for rank in ranks]
-        torch.testing.assert_close(torch.cat(parts), whole)
-        assert not any(part.requires_grad for part in parts)
+@every_backend
+def test_a_reward_on_environment_text_is_not_counted(backend: str, device: str) -> None:
+    """And what the docstring tells a loop to do with it: to the policy's last token before it, undecayed."""
+    mask = torch.tensor([[True, True, False, False, True, False]], device=device)
+    value = torch.tensor([[0.5, 0.25, 9.0, 9.0, -0.5, 9.0]], device=device)
+    reward = torch.tensor([[0.0, 0.1, 0.0, 1.0, 0.2, 2.0]], device=device)
+    nothing = gae(reward.where(mask, 0.0), value, mask, 0.9, 0.8, backend=backend)
+    for got, want in zip(gae(reward, value, mask, 0.9, 0.8, backend=backend), nothing, strict=True):
+        assert torch.equal(got, want)
+    credited = torch.tensor([[0.0, 1.1, 0.0, 0.0, 2.2, 0.0]], device=device)
+    advantage, _ = gae(credited, value, mask, 0.9, 0.8, backend=backend)
+    # As if the environment had said nothing: three steps, one after another.
+    alone, _ = gae(credited[mask][None], value[mask][None], mask[mask][None], 0.9, 0.8, backend=backend)
+    assert torch.equal(advantage[mask], alone[0])
+    last = 2.2 + 0.5
+    assert advantage[0, 4].item() == pytest.approx(last)
+    assert advantage[0, 1].item() == pytest.approx(1.1 + 0.9 * -0.5 - 0.25 + 0.9 * 0.8 * last)
+    assert "undecayed" in (gae.__doc__ or "")
 
 
 # ----------------------------------------------------------------------------------------------------- errors

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache, Trainer, TrainingArguments
 
 from mem1_core.integrations import transformers as integration
+from mem1_core.integrations.transformers_cache import CACHE
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.testing import assert_accurate, gradients, mem1_segments, random_evict
 from mem1_core.trajectory import Segment, TrajectoryMask, policy_tokens
@@ -157,17 +158,17 @@ def test_a_cache_may_be_filled_but_not_read() -> None:
     n = mask.shape[1]
     ids = tokens(mask)
     expected = model(ids, mem1_mask=mask, use_cache=False).logits
-    for settings in ({}, {"past_key_values": DynamicCache(config=model.config)}):
+    for settings in ({}, {CACHE: DynamicCache(config=model.config)}):
         out = model(ids, mem1_mask=mask, **settings)
         torch.testing.assert_close(out.logits, expected, atol=0, rtol=0)
-        assert isinstance(out.past_key_values, Cache) and out.past_key_values.get_seq_length() == n
+        assert isinstance(out[CACHE], Cache) and out[CACHE].get_seq_length() == n
         with pytest.raises(
             ValueError, match=rf"layer 0\): wanted an empty KV cache or none, got {2 * n} keys"
         ):
-            model(ids, mem1_mask=mask, past_key_values=out.past_key_values)
+            model(ids, mem1_mask=mask, **{CACHE: out[CACHE]})
     static = StaticCache(config=model.config, max_cache_len=2 * n)
     with pytest.raises(ValueError, match="wanted an empty KV cache or none"):
-        model(ids, mem1_mask=mask, past_key_values=static)
+        model(ids, mem1_mask=mask, **{CACHE: static})
 
 
 def test_no_square_mask_is_made_for_training(monkeypatch: pytest.MonkeyPatch) -> None:

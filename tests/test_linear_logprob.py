@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from kv_cache_cases import BACKENDS
-from loss_cases import FORMS, batch, cast, check, draw, logprob_of, results, same
+from loss_cases import FORMS, LEAVES, batch, cast, check, draw, logprob_of, results, same
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mem1_core import reference
 from mem1_core.ops import linear_logprob
@@ -143,14 +145,63 @@ def test_gradients_of_some_inputs(backend: str, device: str, wanted: tuple[str, 
 
 
 @every_backend
-def test_backward_twice(backend: str, device: str) -> None:
-    given = inputs(37, 48, 100, device=device, bias=True)
-    leaves = [given[name].requires_grad_() for name in ("hidden", "weight", "bias")]
-    logprob, entropy = linear_logprob(**given, backend=backend)
-    total = logprob.sum() + entropy.square().sum()
-    first = torch.autograd.grad(total, leaves, retain_graph=True)
-    second = torch.autograd.grad(total, leaves)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+@both_dtypes
+@pytest.mark.parametrize("rows", [*CHUNKS, "at once"])
+def test_backward_twice(backend: str, device: str, dtype: torch.dtype, rows: str) -> None:
+    """The second one, and those of other graphs, find the logits that the forward has kept."""
+    given = inputs(37, 48, 1000, dtype=dtype, device=device, bias=True)
+    leaves = [given[name].requires_grad_() for name in LEAVES]
+
+    def total() -> Tensor:
+        logprob, entropy = linear_logprob(**given, backend=backend, workspace_bytes=CHUNKS.get(rows))
+        return logprob.sum() + entropy.square().sum()
+
+    once = torch.autograd.grad(total(), leaves)
+    graph, other = total(), total()
+    for retain in (True, True, False):
+        again = torch.autograd.grad(graph, leaves, retain_graph=retain)
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    assert all(map(torch.equal, once, torch.autograd.grad(other, leaves)))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(graph, leaves)
+
+
+class Products(TorchDispatchMode):
+    """Counts what is called by its own name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[function.__name__.split(".")[0]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("rows", "again"), [(1, 36), (16, 2), (32, 1), (48, 0), (100, 0)])
+def test_kept_logits_are_not_made_again(rows: int, again: int) -> None:
+    """And no more of them are kept than the workspace holds, none where nothing wants a gradient."""
+    given, kept = inputs(37, 48, 1000, bias=True), []
+    for name in LEAVES:
+        given[name].requires_grad_()
+    own = [x.data_ptr() for x in given.values()]
+
+    def pack(x: Tensor) -> Tensor:
+        if x.dim() == 2 and x.data_ptr() not in own:
+            kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        logprob, entropy = linear_logprob(**given, workspace_bytes=rows * 4000)
+    (logits,) = kept
+    assert len(logits) == min(rows // 16 * 16 or rows, 37) and logits.nbytes <= rows * 4000
+    with Products() as products:
+        (logprob.sum() + entropy.sum()).backward()
+    assert products.names["_linear_logits_"] == again
+    assert products.names["_linear_weight_gradient_"] == again + 1
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+        linear_logprob(**given)
+    assert len(kept) == 1
 
 
 # ------------------------------------------------------------------------------------- what is not finite

@@ -230,21 +230,40 @@ def test_banned_tokens(backend: str, device: str, dtype: torch.dtype, which: str
         assert not any(x.any() for name, x in got.items() if name.startswith("d_"))
 
 
+ROW_INPUTS = ["hidden", "old_logprob", "advantage", "temperature", "ref_logprob", "sampler_logprob"]
+
+
 @every_backend
 @both_dtypes
-@pytest.mark.parametrize("name", ["hidden", "old_logprob", "advantage", "temperature"])
-def test_nan_shows_and_stays_in_its_row(backend: str, device: str, dtype: torch.dtype, name: str) -> None:
-    given = cast(batch(37, 48, 100) | {"temperature": torch.ones(37)}, dtype, device)
-    want = results(fused_linear_ppo_loss, given, backend=backend)
-    given[name] = given[name].clone()
-    given[name][3] = math.nan
-    got = results(fused_linear_ppo_loss, given, backend=backend)
-    others = torch.arange(37, device=device) != 3
-    assert got["loss"].isnan()
-    # torch.clamp sends nothing back from a NaN: the reference's gradient for a bad old_logprob is 0
-    assert name == "old_logprob" or got["d_hidden"][3].isnan().any()
-    for output in ("d_hidden", "logprob"):
-        assert torch.equal(got[output][others], want[output][others])
+@pytest.mark.parametrize("name", ROW_INPUTS)
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_nan_shows_and_stays_in_its_row(
+    backend: str, device: str, dtype: torch.dtype, name: str, estimator: str
+) -> None:
+    """In the loss and in the gradient: rows 3 and 4, whose ratios are in the clip range and cut off."""
+    options: dict[str, Any] = {"kl_coef": 0.1, "kl_estimator": estimator, "dual_clip": 3.0}
+    own = {
+        "temperature": torch.ones(37),
+        "ref_logprob": draw(37, seed=8),
+        "sampler_logprob": draw(37, seed=9),
+    }
+    given = cast(batch(37, 48, 100) | own, dtype, device)
+    given["old_logprob"][3:5] = results(fused_linear_ppo_loss, given)["logprob"][3:5]
+    given["old_logprob"][4] -= 30
+    given["loss_mask"][3:5] = True
+    want = results(fused_linear_ppo_loss, given, backend=backend, **options)
+    assert want["loss"].isfinite()
+    for row in (3, 4):
+        bad = given | {name: given[name].clone()}
+        bad[name][row] = math.nan
+        got = results(fused_linear_ppo_loss, bad, backend=backend, **options)
+        others = torch.arange(37, device=device) != row
+        assert got["loss"].isnan() and got["d_hidden"][row].isnan().all()
+        for output in ("d_hidden", "logprob"):
+            assert torch.equal(got[output][others], want[output][others])
+        bad["loss_mask"] = bad["loss_mask"] & others
+        masked = results(fused_linear_ppo_loss, bad, backend=backend, **options)
+        assert masked["loss"].isfinite() and masked["d_hidden"].isfinite().all()
 
 
 # ------------------------------------------------------------------------------------------------ repeats

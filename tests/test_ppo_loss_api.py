@@ -301,14 +301,16 @@ def test_opcheck(dtype: torch.dtype, wanted: tuple[int, ...], bias: bool) -> Non
             given[name].requires_grad_()
     names = ("hidden", "weight", "bias", "target", "temperature")
     alone = (*(given.get(n) for n in names), 5 * 32)
-    torch.library.opcheck(ops.linear_logprob.default, alone)
     torch.library.opcheck(ops.fused_linear_ppo_loss.default, flat(given, want))
-    with torch.no_grad():
-        _, entropy, top, log_mass = ops.linear_logprob(*alone)
     saved = [x.detach() if isinstance(x, Tensor) else x for x in alone[:-1]]
-    d_out = torch.ones_like(entropy), torch.ones_like(entropy)
-    backward = (*d_out, *saved, top, log_mass, entropy, 5 * 32, want)
-    torch.library.opcheck(ops.linear_logprob_backward.default, backward)
+    for keep in (False, True):
+        torch.library.opcheck(ops.linear_logprob.default, (*alone, keep, False))
+        with torch.no_grad():
+            _, entropy, top, log_mass, kept = ops.linear_logprob(*alone, keep, True)
+        assert len(kept) == (5 if keep else 0)
+        d_out = torch.ones_like(entropy), torch.ones_like(entropy)
+        backward = (*d_out, *saved, top, log_mass, entropy, kept, 5 * 32, want)
+        torch.library.opcheck(ops.linear_logprob_backward.default, backward)
 
 
 @pytest.mark.parametrize(

@@ -60,15 +60,15 @@ def test_a_batch_of_one_is_pruned_without_any_help(family: str, implementation: 
     cache = SlotCache(model, 1, 24)
     place = cache.kv.data_ptr()
     visible = torch.ones(20, 20, dtype=torch.bool)
-    parts = [model(tokens[:, :9], past_key_values=cache).logits]
+    parts = [model(tokens[:, :9], **cache.kwargs).logits]
     cache.prune(torch.tensor([[1, 1, 1, 0, 0, 1, 0, 0, 1]]).bool())
     visible[9:, [3, 4, 6, 7]] = False
     for begin, end in ((9, 10), (10, 15)):  # one token; several at once
-        parts.append(model(tokens[:, begin:end], past_key_values=cache).logits)
+        parts.append(model(tokens[:, begin:end], **cache.kwargs).logits)
     cache.prune([[(0, 5), (6, 10)]])  # entry 5 is token 9
     visible[15:, [9, 14]] = False
     cache.prune(torch.arange(9)[None] < 9)
-    parts.append(model(tokens[:, 15:], past_key_values=cache).logits)
+    parts.append(model(tokens[:, 15:], **cache.kwargs).logits)
     close(torch.cat(parts, dim=1)[0], dense_logits(model, tokens[0], visible))
     assert cache.kv.data_ptr() == place == cache.layers[0].keys.data_ptr()
     assert (cache.get_seq_length(), cache.used, cache.get_max_length()) == (20, 14, 24)
@@ -126,7 +126,7 @@ def test_compact_positions(rope: dict[str, Any] | None) -> None:
     settings = {} if rope is None else {"rope_parameters": {"rope_theta": 10000.0, **rope}}
     model = build("Llama", "sdpa", **settings)
     tokens, cache = ids(12, rows=2), SlotCache(model, 2, 16)
-    model(tokens, past_key_values=cache)
+    model(tokens, **cache.kwargs)
     keep = torch.ones(2, 12, dtype=torch.bool)
     keep[0, 2:7], keep[1, [0, 3]] = False, False
     cache.prune(keep, "compact")
@@ -136,7 +136,7 @@ def test_compact_positions(rope: dict[str, Any] | None) -> None:
     for row in range(2):
         left = tokens[row, keep[row]]
         again = SlotCache(model, 1, 16)
-        model(left[None], past_key_values=again)
+        model(left[None], **again.kwargs)
         close(cache.kv[0, 0, row, : len(left)], again.kv[0, 0, 0, : len(left)])
     step = cache.step([1, 1])
     assert step["position_ids"].tolist() == [[6], [10]] and step["attention_mask"] is not None
@@ -154,16 +154,16 @@ def test_as_the_cache_of_generate() -> None:
         wanted = model.generate(tokens, **options)
         cache = SlotCache(model, 2 * options.get("num_beams", 1), 32)
         torch.manual_seed(0)
-        assert torch.equal(model.generate(tokens, past_key_values=cache, **options), wanted)
+        assert torch.equal(model.generate(tokens, **cache.kwargs, **options), wanted)
 
 
 def test_generate_goes_on_after_a_prune() -> None:
     """`generate` feeds what the cache has not read, at its positions: a cache says how much it has read."""
     model = build("Qwen2", "sdpa")
     cache, tokens = SlotCache(model, 1, 32), ids(10)
-    model(tokens[:, :7], past_key_values=cache)
+    model(tokens[:, :7], **cache.kwargs)
     cache.prune([[(0, 2), (5, 7)]])
-    out = model.generate(tokens, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    out = model.generate(tokens, **cache.kwargs, max_new_tokens=8, do_sample=False)
     visible = torch.ones(18, 18, dtype=torch.bool)
     visible[7:, 2:5] = False
     assert torch.equal(dense_logits(model, out[0], visible)[9:-1].argmax(-1), out[0, 10:])
@@ -175,7 +175,7 @@ def test_generate_goes_on_after_a_prune() -> None:
 def test_crop_reorder_reset_and_copy() -> None:
     model = build("Qwen2", "sdpa")
     cache, tokens = SlotCache(model, 3, 12), ids(8, rows=3)
-    model(tokens, past_key_values=cache)
+    model(tokens, **cache.kwargs)
     cache.prune([[(0, 8)], [(0, 2), (7, 8)], [(0, 3)]])
     cache.crop(0)
     assert cache.lengths.tolist() == [8, 3, 3]
@@ -195,21 +195,21 @@ def test_crop_reorder_reset_and_copy() -> None:
     cache.reset()
     assert not cache.kv.any() and cache.runs == [[], [], []]
     cache.prune(torch.ones(3, 0, dtype=torch.bool))  # nothing there, nothing wrong
-    again = model(tokens, past_key_values=cache).logits
+    again = model(tokens, **cache.kwargs).logits
     close(again, model(tokens, use_cache=False).logits)
 
 
 def test_a_full_slot_refuses_and_stays_as_it_was() -> None:
     model = build("Qwen2", "sdpa")
     cache, tokens = SlotCache(model, 2, 10), ids(8, rows=2)
-    model(tokens, past_key_values=cache)
+    model(tokens, **cache.kwargs)
     cache.prune([[(0, 8)], [(0, 5)]])
     before = state(cache)
     message = re.escape("capacity: wanted room for 11 tokens in slot 0, got 10")
     with pytest.raises(ValueError, match=message):
         cache.step([3, 3])
     with pytest.raises(ValueError, match=message):  # with a mask of one's own, so that only layers can tell
-        model(tokens[:, :3], past_key_values=cache, attention_mask=torch.ones(2, 1, 3, 11, dtype=torch.bool))
+        model(tokens[:, :3], **cache.kwargs, attention_mask=torch.ones(2, 1, 3, 11, dtype=torch.bool))
     assert same_state(cache, before)
     close(  # row 1 has room, and the cache still works
         model(tokens[:, :2], **cache.step([0, 2])).logits[1, 1],
@@ -226,13 +226,13 @@ def visible_but(n: int, begin: int, gone: slice) -> Tensor:
 def test_a_forward_that_fails_leaves_nothing_behind() -> None:
     model = build("Qwen2", "sdpa")
     cache, tokens = SlotCache(model, 1, 16), ids(8)
-    model(tokens[:, :5], past_key_values=cache)
+    model(tokens[:, :5], **cache.kwargs)
     hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(tokens[:, 5:], **cache.step(3))
     hook.remove()
     assert cache.lengths.tolist() == [5] and cache.get_seq_length() == 5
-    got = model(tokens[:, 5:7], past_key_values=cache).logits  # another width: no announcement is left
+    got = model(tokens[:, 5:7], **cache.kwargs).logits  # another width: no announcement is left
     close(got, model(tokens[:, :7], use_cache=False).logits[:, 5:])
 
 
@@ -274,12 +274,10 @@ def test_refusals() -> None:
     assert (cache.kv.dtype, cache.kv.device.type) == (torch.float32, "cpu")
     refused("new_tokens: wanted 0 or more", cache.step, [0, 0])
     refused("new_tokens: wanted 0 or more", cache.step, [2, -1])
-    refused("keys and values [2, 2, 6, 32], torch.float32", model, ids(6, rows=3), past_key_values=cache)
-    refused(
-        "got [2, 2, 6, 32], torch.bfloat16", copy.deepcopy(model).bfloat16(), tokens, past_key_values=cache
-    )
+    refused("keys and values [2, 2, 6, 32], torch.float32", model, ids(6, rows=3), **cache.kwargs)
+    refused("got [2, 2, 6, 32], torch.bfloat16", copy.deepcopy(model).bfloat16(), tokens, **cache.kwargs)
     refused("inv_freq: wanted RoPE's frequencies", cache.prune, torch.ones(2, 0).bool(), "compact")
-    model(tokens, past_key_values=cache)
+    model(tokens, **cache.kwargs)
     refused("keep: wanted a mask of shape [2, 6]", cache.prune, torch.ones(2, 5).bool())
     refused("keep", cache.prune, [[(0, 3), (2, 6)], []])
     refused("keep", cache.prune, [[(0, 3)], [(0, 7)]])
@@ -288,10 +286,10 @@ def test_refusals() -> None:
     refused("got 2 repeats", cache.batch_repeat_interleave, 2)
     refused("a selection of rows", cache.batch_select_indices, torch.tensor([0]))
     cache.step(3)
-    refused("the 3 columns that `step` announced, got 5", model, tokens[:, :5], past_key_values=cache)
+    refused("the 3 columns that `step` announced, got 5", model, tokens[:, :5], **cache.kwargs)
 
     cache.prune([[(0, 6)], [(2, 6)]])
-    refused("wanted the attention_mask of `SlotCache.step`", model, tokens[:, :1], past_key_values=cache)
+    refused("wanted the attention_mask of `SlotCache.step`", model, tokens[:, :1], **cache.kwargs)
     refused("positions: wanted 'keep'", cache.prune, torch.ones(2, 6).bool(), "compact")
     model.config._attn_implementation = "flash_attention_2"
     refused("'sdpa', 'eager' or 'mem1' for rows that differ, got 'flash_attention_2'", cache.step, [1, 1])
@@ -308,7 +306,7 @@ def test_refusals() -> None:
 def test_keys_that_cannot_be_turned(family: str, settings: dict[str, Any]) -> None:
     model = build(family, "sdpa", **settings)
     cache = SlotCache(model, 1, 8)
-    model(ids(4), past_key_values=cache)
+    model(ids(4), **cache.kwargs)
     before = state(cache)
     with pytest.raises(ValueError, match="inv_freq: wanted"):
         cache.prune([[(1, 4)]], "compact")

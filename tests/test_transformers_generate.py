@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from mem1_core.integrations.transformers_cache import SlotCache
+from mem1_core.integrations.transformers_cache import CACHE, SlotCache
 from mem1_core.integrations.transformers_generate import TurnRule, prune_generate
 from mem1_core.trajectory import Prune, TrajectoryMask, evict_from_turns
 
@@ -112,7 +112,7 @@ def test_what_was_written_is_exact(family: str, implementation: str, prune: Prun
     out = generate(model, prompts, FOUR_TURNS[:rows], **options)
     start, peak = max(PROMPTS[:rows]), 0
     for row, prompt in enumerate(prompts):
-        given, written = out.past_key_values.runs[row]
+        given, written = out[CACHE].runs[row]
         tokens = prompt + out.sequences[row, start : start + written].tolist()
         assert given == len(prompt) and (out.sequences[row, start + written :] == PAD).all()
         segments = rule.segments(tokens, (given, written))
@@ -144,7 +144,7 @@ def test_an_environment_answers(family: str, implementation: str, rows: int, dev
     torch.manual_seed(0)
     for turn in range(5):
         script = [{2 + row: STATE, (5 + 3 * row + turn) % 9 + 4: EOS} for row in range(rows)]
-        out = generate(model, tokens, script, forget=rule, past_key_values=cache, max_new_tokens=10)
+        out = generate(model, tokens, script, forget=rule, **cache.kwargs, max_new_tokens=10)
         start = max(map(len, tokens))
         for row, stream in enumerate(tokens):
             runs = cache.runs[row]
@@ -234,6 +234,22 @@ def test_it_is_generate(family: str, implementation: str, options: dict[str, Any
     assert torch.equal(model.generate(**options, custom_generate=prune_generate), wanted.sequences)
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", sorted({"past_key_values", CACHE}))
+def test_the_cache_has_the_names_that_transformers_takes(name: str) -> None:
+    model = build("Qwen2", "sdpa")
+    cache, tokens = SlotCache(model, 1, 16), torch.tensor([ids(6)])
+    out = model.generate(
+        tokens,
+        custom_generate=prune_generate,
+        max_new_tokens=4,
+        do_sample=False,
+        pad_token_id=PAD,
+        **{name: cache},
+    )
+    assert cache.positions.tolist() == [out.shape[1]]  # what was written has been read, for the next call
+
+
 def test_no_padding_and_no_pad_token() -> None:
     model = build("Llama", "sdpa")
     model.generation_config.pad_token_id = model.generation_config.eos_token_id = None
@@ -271,7 +287,7 @@ def test_refusals() -> None:
     inputs = padded([ids(6), ids(4)])
     filled = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(inputs["input_ids"], past_key_values=filled)
+        model(inputs["input_ids"], **{CACHE: filled})
 
     def refused(message: str, **options: Any) -> None:
         options = {**inputs, "max_new_tokens": 3, "pad_token_id": PAD, **options}
@@ -281,8 +297,8 @@ def test_refusals() -> None:
     refused("num_beams=1, got 2", num_beams=2)
     refused("output_attentions=False", output_attentions=True, return_dict_in_generate=True)
     refused("got inputs_embeds", inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]))
-    refused("wanted a SlotCache, got a filled DynamicCache", past_key_values=filled)
-    refused("wanted a SlotCache of 2 rows, got 3", past_key_values=SlotCache(model, 3, 16))
+    refused("wanted a SlotCache, got a filled DynamicCache", **{CACHE: filled})
+    refused("wanted a SlotCache of 2 rows, got 3", **SlotCache(model, 3, 16).kwargs)
     refused("capacity: wanted room for 7 tokens in slot 0, got 6", capacity=6)
     refused("forget: wanted bool [7] or None, got torch.bool [3]", forget=lambda *_: torch.ones(3).bool())
     with pytest.raises(ValueError, match="prune: wanted"):
@@ -290,17 +306,15 @@ def test_refusals() -> None:
 
     cache = SlotCache(model, 2, 32)
     out = model.generate(
-        **inputs, custom_generate=prune_generate, past_key_values=cache, max_new_tokens=3, pad_token_id=PAD
+        **inputs, custom_generate=prune_generate, **cache.kwargs, max_new_tokens=3, pad_token_id=PAD
     )
-    refused(
-        "input_ids: wanted tokens that the cache has not read", past_key_values=cache, **both(out, [9, 7])
-    )
-    refused("input_ids[1]: wanted all tokens so far, 7 or more", past_key_values=cache, **both(out, [9, 6]))
+    refused("input_ids: wanted tokens that the cache has not read", **cache.kwargs, **both(out, [9, 7]))
+    refused("input_ids[1]: wanted all tokens so far, 7 or more", **cache.kwargs, **both(out, [9, 6]))
     more = torch.cat([out, out[:, :2]], dim=1)
     only_new = both(more, [11, 9]) | {"input_ids": more[:, 9:]}
-    refused("attention_mask: wanted the shape of input_ids", past_key_values=cache, **only_new)
+    refused("attention_mask: wanted the shape of input_ids", **cache.kwargs, **only_new)
     cache.prune(torch.arange(9).expand(2, 9) > 3, "compact")
-    refused("kept its positions", past_key_values=cache, **both(more, [11, 9]))
+    refused("kept its positions", **cache.kwargs, **both(more, [11, 9]))
 
 
 def both(tokens: Tensor, counts: list[int]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -29,6 +30,9 @@ from transformers.masking_utils import sdpa_mask
 
 from mem1_core.ops import trajectory_attention
 from mem1_core.trajectory import TrajectoryMask
+from mem1_core.versions import warn_if_untested
+
+warn_if_untested(transformers)
 
 NAME = "mem1"
 _UNSUPPORTED = ("sliding_window", "softcap", "position_bias")  # what some decoders add to plain attention

@@ -1,9 +1,9 @@
 """A KV cache of preallocated slots for plain Hugging Face models; it forgets entries in place.
 
     cache = SlotCache(model, batch=1, capacity=4096)
-    logits = model(ids, past_key_values=cache).logits
-    cache.prune(keep)                                    # bool [1, entries], all layers, one call
-    logits = model(more, past_key_values=cache).logits   # positions go on where they were
+    logits = model(ids, **cache.kwargs).logits   # cache=cache; before transformers 5.24 past_key_values=cache
+    cache.prune(keep)                            # bool [1, entries], all layers, one call
+    logits = model(more, **cache.kwargs).logits  # positions go on where they were
 
 `mem1_core.integrations.transformers_generate` has the decoding loop for `model.generate`.
 """
@@ -18,16 +18,20 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mem1_core.integrations.transformers import NAME, cache_shape, config_problem
 from mem1_core.ops.kv_cache import Keep, Positions, prune_kv_cache_
+
+# What a cache is called by models, `generate` and their outputs: transformers 5.24 renamed it.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class SlotCache(Cache):
     """One slot per row of the batch, all layers in one tensor that is allocated once.
 
     Rows of equal length without padding (a batch of one, always) go through any model as they are:
-    `model(ids, past_key_values=cache)`. For ragged rows, or tokens padded on the right, it is
+    `model(ids, **cache.kwargs)`. For ragged rows, or tokens padded on the right, it is
     `model(ids, **cache.step(counts))`, under the attention implementations "sdpa", "eager" and "mem1".
 
     kv: [L, 2, B, capacity, Hkv, D]. On the host: `lengths` int32 [B], the entries of each slot; `positions`
@@ -77,6 +81,13 @@ class SlotCache(Cache):
         super().__init__(layers=[_SlotLayer(self, layer) for layer in range(shape[0])])
 
     @property
+    def kwargs(self) -> dict[str, Any]:
+        """This cache by the name that the installed transformers has for it: `cache`, before 5.24
+        `past_key_values`. Where it takes both names, a model or `generate` may be given either.
+        """
+        return {CACHE: self}
+
+    @property
     def used(self) -> int:
         """The length of the longest slot."""
         return int(self.lengths.max())
@@ -86,7 +97,7 @@ class SlotCache(Cache):
 
         `new_tokens` int [B], or one number for all; the forward has `max(new_tokens)` columns. Padding is
         neither stored nor seen; a row with 0 stays as it is. Returns what the model wants beside its tokens:
-        `past_key_values`, `position_ids` [B, T] and `attention_mask`: bool [B, 1, T, used], True where a
+        `kwargs`, `position_ids` [B, T] and `attention_mask`: bool [B, 1, T, used], True where a
         token sees an entry ("eager" gets what it adds), or None where plain causality says the same.
 
         Raises ValueError, the cache being as it was, when a slot is too small for its tokens, or for ragged
@@ -110,7 +121,7 @@ class SlotCache(Cache):
         # Padding repeats a position in use: where positions are looked up, it must exist.
         place = (self.positions[:, None] + torch.minimum(column, counts[:, None] - 1)).clamp(min=0)
         self._step, self._announced = step, True
-        return {"past_key_values": self, "position_ids": place.long().to(device), "attention_mask": mask}
+        return {**self.kwargs, "position_ids": place.long().to(device), "attention_mask": mask}
 
     def prune(self, keep: Keep, positions: Positions = "keep", *, inv_freq: Tensor | None = None) -> None:
         """Drop entries in place, in all layers at once, by `mem1_core.ops.prune_kv_cache_`.

@@ -3,8 +3,9 @@
     rule = TurnRule(state_end=ids["</IS>"], query_end=ids["</query>"], answer_end=ids["</answer>"])
     out = model.generate(**inputs, custom_generate=prune_generate, forget=rule, max_new_tokens=512)
 
-To go on after the environment's answer, give each call the same `past_key_values=SlotCache(...)`, and all
-tokens so far: the cache knows which of them it has read.
+To go on after the environment's answer, give each call the same `SlotCache` (`**cache.kwargs`: its name is
+`cache`, before transformers 5.24 `past_key_values`), and all tokens so far: the cache knows which of them it
+has read.
 
 What is generated has the log-probs that one forward over all tokens gives with positions 0 .. N-1 and the
 mask `TrajectoryMask.from_turns(rule.segments(tokens, cache.runs[row]), prune=rule.prune)`.
@@ -19,13 +20,13 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from mem1_core.integrations.transformers_cache import SlotCache
+from mem1_core.integrations.transformers_cache import CACHE, SlotCache
 from mem1_core.trajectory import Kind, Prune, Segment, evict_from_turns
 
 Forget = Callable[[list[int], list[int], bool], Tensor | None]
 
 # What `generate` hands to a loop for text; position ids follow from the mask.
-_UNDERSTOOD = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+_UNDERSTOOD = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
 
 
 class TurnRule:
@@ -103,9 +104,9 @@ def prune_generate(
         capacity: of the cache that is made where none is given; by default the longest possible sequence.
         streamer: give it to `generate` and, as that hands none on, here:
             `custom_generate=partial(prune_generate, streamer=streamer)`.
-        past_key_values: a `SlotCache`. It has read all tokens when the call returns, the last ones too. In
-            the next call `input_ids` holds, in each row, what it held before, what was written, and more. A
-            row without anything new writes nothing.
+        cache, past_key_values before transformers 5.24: a `SlotCache`. It has read all tokens when the call
+            returns, the last ones too. In the next call `input_ids` holds, in each row, what it held before,
+            what was written, and more. A row without anything new writes nothing.
 
     Returns:
         As `model.generate`. Rows that are done are filled up with the pad token (0 where there is none).
@@ -172,14 +173,14 @@ def prune_generate(
             logits = _read(model, cache, unread, keeps_logits)
             _forget(cache, due)
 
-    if full_output or model_kwargs.get("past_key_values") is cache:  # the cache outlives this call
+    if full_output or model_kwargs.get(CACHE) is cache:  # the cache outlives this call
         _read(model, cache, last, keeps_logits)
         _forget(cache, stays)
     if streamer is not None:
         streamer.end()
     if full_output:
         fields: dict[str, Any] = {"sequences": input_ids, "scores": scores, "logits": raw}
-        return GenerateDecoderOnlyOutput(**fields, past_key_values=cache)
+        return GenerateDecoderOnlyOutput(**fields, **cache.kwargs)
     return input_ids
 
 
@@ -205,18 +206,16 @@ def _begin(
             f"got {list(mask.shape)}"
         )
     streams = [row[real].tolist() for row, real in zip(input_ids, mask.bool(), strict=True)]
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get(CACHE)
     if not isinstance(cache, SlotCache):
         if cache is not None and cache.get_seq_length():
-            raise ValueError(f"past_key_values: wanted a SlotCache, got a filled {type(cache).__name__}")
+            raise ValueError(f"{CACHE}: wanted a SlotCache, got a filled {type(cache).__name__}")
         cache = SlotCache(model, len(streams), capacity or config.max_length)
     if cache.batch != len(streams):
-        raise ValueError(f"past_key_values: wanted a SlotCache of {len(streams)} rows, got {cache.batch}")
+        raise ValueError(f"{CACHE}: wanted a SlotCache of {len(streams)} rows, got {cache.batch}")
     for row, (stream, read) in enumerate(zip(streams, cache.positions.tolist(), strict=True)):
         if sum(cache.runs[row]) > read:
-            raise ValueError(
-                f"past_key_values: wanted a cache that has read all of row {row} and kept its positions"
-            )
+            raise ValueError(f"{CACHE}: wanted a cache that has read all of row {row} and kept its positions")
         if len(stream) < read:
             raise ValueError(
                 f"input_ids[{row}]: wanted all tokens so far, {read} or more as the cache has read these, "

@@ -9,7 +9,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from mem1_core import _library, reference
-from mem1_core.backend import choose_backend
+from mem1_core.backend import check_whole, choose_backend
 from mem1_core.trajectory import DEFAULT_BLOCKS, TrajectoryMask
 
 _AVAILABLE = ("cpu", *(["triton"] if importlib.util.find_spec("triton") else []), "reference")
@@ -88,6 +88,7 @@ def trajectory_attention(
         >>> s = s.masked_fill(~mask.dense()[:, None], -torch.inf)
         >>> out = torch.einsum("bhij,bjhd->bihd", s.softmax(-1), v.repeat_interleave(Hq // Hkv, 2))
     """
+    check_whole(q=q, k=k, v=v)
     _check_inputs(q, k, v)
     if not isinstance(mask, TrajectoryMask):
         raise TypeError(f"mask: wanted a TrajectoryMask, got {type(mask).__name__}")

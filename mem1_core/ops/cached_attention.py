@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mem1_core import _library, reference
-from mem1_core.backend import choose_backend, told
+from mem1_core.backend import check_whole, choose_backend, told
 
 _AVAILABLE = ("cpu", "reference")
 
@@ -60,6 +60,7 @@ def cached_attention(
         ...     p = s.masked_fill(~visible, -torch.inf).softmax(-1)
         ...     out[b] = torch.einsum("hts,shd->thd", p, v)  # the last counts[b] of it
     """
+    check_whole(q=q, keys=keys, values=values, lengths=lengths, rows=rows, counts=counts)
     for name, tensor in (("q", q), ("keys", keys), ("values", values)):
         if not isinstance(tensor, Tensor) or tensor.dim() != 4 or not tensor.is_floating_point():
             raise TypeError(f"{name}: wanted a floating point tensor of 4 dimensions, got {told(tensor)}")

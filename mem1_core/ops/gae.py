@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed
 
 from mem1_core import _library, reference
-from mem1_core.backend import choose_backend, told
+from mem1_core.backend import check_whole, choose_backend, told
 from mem1_core.ops.logprob import AVAILABLE
 
 
@@ -29,8 +29,12 @@ def gae(
     where t + 1 is the next token of the mask: value and advantage are carried across what the environment
     wrote. Behind the last one both are 0. Without gradients.
 
+    A reward on a token that the environment wrote (mask False) is not counted, and nothing says so: such a
+    token is no step. Add what the environment pays there to the last of the policy's tokens before it,
+    undecayed, as between the two no step has passed.
+
     Args:
-        reward, value: floating point [B, T]; not used where the mask is False, NaN there does no harm.
+        reward, value: floating point [B, T]; not read where the mask is False, NaN there does no harm.
         mask: bool [B, T], True for the policy's tokens.
         gamma, lam: finite numbers.
         backend: see `mem1_core.backend`. "cuda" is one launch.
@@ -50,6 +54,7 @@ def gae(
         ...     next_value = torch.where(mask[:, t], value[:, t], next_value)
         ...     advantage[:, t] = torch.where(mask[:, t], carried, 0)
     """
+    check_whole(reward=reward, value=value, mask=mask)
     for name, x in (("reward", reward), ("value", value)):
         if not isinstance(x, Tensor) or x.dim() != 2 or not x.is_floating_point():
             raise TypeError(f"{name}: wanted a floating point tensor [B, T], got {told(x)}")
@@ -77,6 +82,8 @@ def masked_whiten(
 
     .. math:: y = (x - \mu) / \sqrt{\sigma^2 + \epsilon}, \quad \sigma^2 = \sum (x - \mu)^2 / (n - 1)
 
+    Values that are all the same give exactly 0.
+
     Args:
         values: floating point, any shape.
         mask: bool, of the same shape.
@@ -95,6 +102,7 @@ def masked_whiten(
         >>> x = values[mask]
         >>> y[mask] = (x - x.mean()) * (x.var() + eps).rsqrt()
     """
+    check_whole(values=values, mask=mask)
     if not isinstance(values, Tensor) or not values.is_floating_point():
         raise TypeError(f"values: wanted a floating point tensor, got {told(values)}")
     _check_mask(mask, values)
@@ -104,13 +112,17 @@ def masked_whiten(
         return reference.masked_whiten(values, mask, shift_mean=shift_mean, eps=eps)
     wide = values.detach().to(torch.promote_types(values.dtype, torch.float32))
     chosen = wide[mask].double()
+    # Differences from one value of all ranks: exactly 0 where all are the same.
+    origin = torch.cat([chosen, chosen.new_tensor([-math.inf])]).amax()
+    distributed.all_reduce(origin, distributed.ReduceOp.MAX, group=group)
+    chosen = chosen - origin
     count = torch.stack([chosen.new_tensor(chosen.numel()), chosen.sum()])
     distributed.all_reduce(count, group=group)
     mean = count[1] / count[0].clamp(min=1)
     spread = (chosen - mean).square().sum()
     distributed.all_reduce(spread, group=group)
     scale = (spread / (count[0] - 1).clamp(min=1) + eps).rsqrt()
-    chosen = (chosen - mean) * scale + (0.0 if shift_mean else mean)
+    chosen = (chosen - mean) * scale + (0.0 if shift_mean else origin + mean)
     return torch.zeros_like(wide).masked_scatter(mask, chosen.to(wide.dtype))
 
 

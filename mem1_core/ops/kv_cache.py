@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mem1_core import _library, reference
-from mem1_core.backend import choose_backend
+from mem1_core.backend import check_whole, choose_backend
 from mem1_core.reference import Positions
 
 KVCache = Tensor | Sequence[tuple[Tensor, Tensor]] | Sequence[Tensor]
@@ -85,6 +85,7 @@ def prune_kv_cache_(
         ...     alive = keep[b, : lengths[b]].nonzero()[:, 0]
         ...     kv[:, :, b, : len(alive)] = kv[:, :, b, alive]
     """
+    check_whole(kv=kv, lengths=lengths, base_keys=base_keys, base_positions=base_positions)
     keys, values = _layers(kv, "kv")
     batch, slots = keys[0].shape[1:3]
     lengths_32 = _integers("lengths", lengths, keys[0])
@@ -170,6 +171,7 @@ def prune_paged_kv_cache_(
         ...     block_table[b] = -1
         ...     block_table[b, : -(-len(alive) // page)] = left[: -(-len(alive) // page)]
     """
+    check_whole(kv=kv, lengths=lengths, block_table=block_table)
     keys, values = _layers(kv, "kv")
     pages, page = keys[0].shape[1:3]
     if gaps not in get_args(Gaps):

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from mem1_core import _library, reference
-from mem1_core._head import Head, check_head, check_targets
-from mem1_core.backend import choose_backend
+from mem1_core._head import Head, check_head, check_targets, workspace_shape
+from mem1_core.backend import check_whole, choose_backend
 
 AVAILABLE = ("cpu", *(["cuda"] if _library.cuda_architectures() else []), "reference")
-WORKSPACE_BYTES = {"cpu": 192 * 2**20, "cuda": 512 * 2**20}
+WORKSPACE_BYTES = 512 * 2**20
 
 
 def linear_logprob(
@@ -33,8 +33,11 @@ def linear_logprob(
               \text{logprob} = \log p_{\text{target}}, \quad \text{entropy} = -\sum_v p_v \log p_v
 
     Logits exist for some rows at a time, in fp32 whatever the dtype of the inputs: matrix products by the
-    vendor's library, one row kernel for the rest. The backward makes them once more (8 T H V FLOPs in all,
-    where `fused_linear_ppo_loss` takes 6).
+    vendor's library, one row kernel for the rest. If there will be a backward, those of the first rows, as many
+    as `workspace_bytes` holds, are kept for it, which then makes the gradients in their place; the others it
+    makes once more. So forward and backward take 6 T H V FLOPs where all logits fit and at most 8 (6 in
+    `fused_linear_ppo_loss`, which keeps none). A backward that leaves the graph for another one
+    (`retain_graph`), or is compiled, works on a copy.
 
     Args:
         hidden: [T, H], float32, bfloat16, float16 or float64.
@@ -42,7 +45,7 @@ def linear_logprob(
         target: integers [T], below V.
         temperature: a number > 0 or a tensor [T] or []; it gets no gradient.
         bias: [V], of the same dtype. -inf rules a token out.
-        workspace_bytes: of the logits; 192 MiB on the CPU, 512 MiB on CUDA when None. At least one row is
+        workspace_bytes: of the logits, also of those that are kept; 512 MiB when None. At least one row is
             computed at a time.
         backend: see `mem1_core.backend`. "cuda" is there if the package was built with nvcc.
 
@@ -60,52 +63,66 @@ def linear_logprob(
         >>> logprob = logprobs.gather(1, target[:, None])[:, 0]
         >>> entropy = -(logprobs.exp() * logprobs).sum(-1)
     """
+    check_whole(hidden=hidden, weight=weight, bias=bias, target=target, temperature=temperature)
     heat = check_head(hidden, weight, bias, target, temperature)
     chosen = choose_backend("linear_logprob", hidden, backend, AVAILABLE)
     if chosen == "reference":
         return reference.linear_logprob(hidden, weight, target, heat, bias)
-    space = workspace(workspace_bytes, hidden)
-    logprob, entropy, *_ = _library.ops.linear_logprob(hidden, weight, bias, target.long(), heat, space)
+    space = workspace(workspace_bytes, WORKSPACE_BYTES)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    logprob, entropy, *_ = _library.ops.linear_logprob(
+        hidden, weight, bias, target.long(), heat, space, keep, True
+    )
     return logprob, entropy
 
 
-def workspace(workspace_bytes: int | None, hidden: Tensor) -> int:
-    """The bytes of the logits of a chunk: the argument, checked, or the default of the device."""
+def workspace(workspace_bytes: int | None, default: int) -> int:
+    """The bytes of the logits of a chunk: the argument, checked, or the default."""
     if workspace_bytes is None:
-        return WORKSPACE_BYTES[hidden.device.type]
+        return default
     if not isinstance(workspace_bytes, int) or workspace_bytes < 1:
         raise ValueError(f"workspace_bytes: wanted an integer >= 1 or None, got {workspace_bytes!r}")
     return workspace_bytes
 
 
+# With `overwrite` the backward may make its gradients in `kept`: nobody else may then read it.
 torch.library.define(
     "mem1_core::linear_logprob",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor temperature, int workspace_bytes) -> "
-    "(Tensor logprob, Tensor entropy, Tensor top, Tensor log_mass)",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor temperature, int workspace_bytes, "
+    "bool keep, bool overwrite) -> "
+    "(Tensor logprob, Tensor entropy, Tensor top, Tensor log_mass, Tensor kept)",
 )
 torch.library.define(
     "mem1_core::linear_logprob_backward",
     "(Tensor d_logprob, Tensor d_entropy, Tensor hidden, Tensor weight, Tensor? bias, Tensor target, "
-    "Tensor temperature, Tensor top, Tensor log_mass, Tensor entropy, int workspace_bytes, bool[] wanted) -> "
-    "(Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
+    "Tensor temperature, Tensor top, Tensor log_mass, Tensor entropy, Tensor kept, int workspace_bytes, "
+    "bool[] wanted) -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
 )
 
 
 @torch.library.impl("mem1_core::linear_logprob", ("cpu", "cuda"))
 def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: Tensor, space: int
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    temperature: Tensor,
+    space: int,
+    keep: bool,
+    overwrite: bool,
 ) -> tuple[Tensor, ...]:
     check_targets(target, weight.shape[0])
     head = Head(hidden, weight, bias, None, space)
     out = temperature.new_empty(4, head.count)
-    for part in head.chunks():
+    for part in reversed(head.chunks()):  # the first, which is a whole one, stays in the workspace
         given = head.logits(part), head.bias, target[part].contiguous(), temperature[part].contiguous()
         out[:, part] = _library.on_current_stream(_library.ops._rows_logprob, hidden.device, *given)
-    return tuple(x.clone() for x in out)  # an op's results may not share memory
+    kept = head.workspace if keep else temperature.new_empty(0, head.workspace.shape[1])
+    kept[:, weight.shape[0] :] = 0  # an op's results are never uninitialised,
+    return *(x.clone() for x in out), kept  # and may not share memory
 
 
-@torch.library.impl("mem1_core::linear_logprob_backward", ("cpu", "cuda"))
-def _(
+def _gradients(
     d_logprob: Tensor,
     d_entropy: Tensor,
     hidden: Tensor,
@@ -116,23 +133,37 @@ def _(
     top: Tensor,
     log_mass: Tensor,
     entropy: Tensor,
+    kept: Tensor,
     space: int,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    head = Head(hidden, weight, bias, None, space, (wanted[0], wanted[1], wanted[2]))
+    """d_hidden, d_weight, d_bias. Of the logits in `kept` nothing is left."""
+    given = wanted[0], wanted[1], wanted[2]
+    head = Head(hidden, weight, bias, None, space, given, kept if len(kept) else None)
     for part in head.chunks():
         of_rows = (
             x[part].contiguous() for x in (target, temperature, top, log_mass, entropy, d_logprob, d_entropy)
         )
-        given = logits, *_ = head.logits(part), head.bias, *of_rows, head.gradient_dtype
-        _library.on_current_stream(_library.ops._rows_backward_, hidden.device, *given)
+        logits = head.logits(part)
+        _library.on_current_stream(
+            _library.ops._rows_backward_, hidden.device, logits, head.bias, *of_rows, head.gradient_dtype
+        )
         head.add_gradient(part, logits)
     return head.gradients()
 
 
+@torch.library.impl("mem1_core::linear_logprob_backward", ("cpu", "cuda"))
+def _(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, kept, space, wanted = given
+    return _gradients(*tensors, kept.clone(), space, wanted)
+
+
 @torch.library.register_fake("mem1_core::linear_logprob")
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, heat: Tensor, space: int) -> Any:
-    return tuple(heat.new_empty(len(hidden)) for _ in range(4))
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, heat: Tensor, *rest: Any) -> Any:
+    space, keep, _ = rest
+    rows, columns = workspace_shape(len(hidden), weight, space)
+    kept = heat.new_empty(rows if keep else 0, columns)
+    return *(heat.new_empty(len(hidden)) for _ in range(4)), kept
 
 
 def fake_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> tuple[Tensor, ...]:
@@ -149,17 +180,26 @@ def _(d_logprob: Tensor, d_entropy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.space = inputs
-    _, entropy, top, log_mass = output
-    ctx.mark_non_differentiable(top, log_mass)
-    ctx.save_for_backward(*tensors, top, log_mass, entropy)
+    *tensors, ctx.space, _, ctx.overwrite = inputs
+    _, entropy, top, log_mass, kept = output
+    ctx.mark_non_differentiable(top, log_mass, kept)
+    ctx.save_for_backward(*tensors, top, log_mass, entropy, kept)
 
 
 def _backward(ctx: Any, d_logprob: Tensor, d_entropy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[:3])
-    given = d_logprob, d_entropy, *ctx.saved_tensors, ctx.space, wanted
-    gradients = _library.ops.linear_logprob_backward(*given)
-    return *(x if want else None for x, want in zip(gradients, wanted, strict=True)), None, None, None
+    in_place = ctx.overwrite and last_backward(d_logprob) and not torch.is_grad_enabled()
+    made = (_gradients if in_place else _library.ops.linear_logprob_backward)(
+        d_logprob, d_entropy, *ctx.saved_tensors, ctx.space, wanted
+    )
+    return *(x if want else None for x, want in zip(made, wanted, strict=True)), *(None,) * 5
+
+
+def last_backward(gradient: Tensor) -> bool:
+    """Whether what the forward has saved may be overwritten: in a backward that is no trace, and after which
+    the graph is gone.
+    """
+    return type(gradient) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def no_second_derivative(name: str, ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from mem1_core import _library, reference
 from mem1_core._head import Head, check_head, check_normalizer, check_rows, check_targets
-from mem1_core.backend import choose_backend
-from mem1_core.ops.logprob import AVAILABLE, fake_gradients, no_second_derivative, workspace
+from mem1_core.backend import check_whole, choose_backend
+from mem1_core.ops.logprob import AVAILABLE, fake_gradients, last_backward, no_second_derivative, workspace
 from mem1_core.reference import Aggregation, KLEstimator
+
+WORKSPACE_BYTES = {"cpu": 192 * 2**20, "cuda": 512 * 2**20}
 
 
 def fused_linear_ppo_loss(
@@ -94,6 +96,20 @@ def fused_linear_ppo_loss(
         >>> loss = torch.maximum(-a * r, -a * r.clamp(1 - clip_low, 1 + clip_high))
         >>> loss = (loss + kl_coef * (torch.expm1(-d) + d) - entropy_coef * entropy).sum() / loss_mask.sum()
     """
+    check_whole(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        target=target,
+        temperature=temperature,
+        old_logprob=old_logprob,
+        advantage=advantage,
+        loss_mask=loss_mask,
+        ref_logprob=ref_logprob,
+        sampler_logprob=sampler_logprob,
+        sequence=sequence,
+        normalizer=normalizer,
+    )
     heat = check_head(hidden, weight, bias, target, temperature)
     check_rows("old_logprob", old_logprob, hidden)
     check_rows("advantage", advantage, hidden)
@@ -153,7 +169,7 @@ def fused_linear_ppo_loss(
         kl_estimator,
         entropy_coef,
         aggregation,
-        workspace(workspace_bytes, hidden),
+        workspace(workspace_bytes, WORKSPACE_BYTES[hidden.device.type]),
         [x is not None and with_grad and x.requires_grad for x in (hidden, weight, bias)],
     )
     entropy, ratio_max, clip_fraction, kl = means.unbind()
@@ -303,8 +319,7 @@ def _backward(ctx: Any, d_loss: Tensor | None, *unused: Tensor | None) -> tuple[
 
 def _times(gradient: Tensor, factor: Tensor) -> Tensor:
     """The product, in place where nobody else will want the gradient that the forward has made."""
-    kept = torch._C._autograd._get_current_graph_task_keep_graph()
-    if kept or type(factor) is not Tensor:  # a second backward will come, or the call is only traced
+    if not last_backward(factor):
         return gradient * factor
     if factor.device.type == "cpu" and factor == 1:
         return gradient

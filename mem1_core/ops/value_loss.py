@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mem1_core import reference
 from mem1_core._head import check_normalizer
-from mem1_core.backend import told
+from mem1_core.backend import check_whole, told
 
 
 def clipped_value_loss(
@@ -43,6 +43,7 @@ def clipped_value_loss(
         >>> bounded = value.clamp(old_value - clip, old_value + clip)
         >>> loss = torch.maximum((value - returns) ** 2, (bounded - returns) ** 2)[mask].mean() / 2
     """
+    check_whole(value=value, old_value=old_value, returns=returns, mask=mask)
     for name, x in (("value", value), ("old_value", old_value), ("returns", returns), ("mask", mask)):
         if not isinstance(x, Tensor) or not (
             x.dtype == torch.bool if name == "mask" else x.is_floating_point()

@@ -1,7 +1,17 @@
-"""`python -m mem1` is the command `mem1`."""
+"""The command `mem1`, also as `python -m mem1`."""
 
 import sys
 
-from mem1.cli import main
+from mem1.waiting import wait_briefly
 
-sys.exit(main())
+
+def main() -> int:
+    """`mem1.cli.main` in a process of its own."""
+    wait_briefly()
+    from mem1.cli import main as run  # not before: it loads torch
+
+    return run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -44,7 +44,8 @@ class MemoryEfficientAgent:
         self, model: Any, tokenizer: PreTrainedTokenizerBase, config: RolloutConfig | None = None
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.config = replace(config or RolloutConfig(), slots=1)
+        # The environment is the caller's one object: nothing is played again in it.
+        self.config = replace(config or RolloutConfig(), slots=1, episode_retries=0)
         self._engine = Engine(model, 1, self.config.prefill_tokens)
 
     @classmethod

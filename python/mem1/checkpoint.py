@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
+from mem1.checks import InputError
+from mem1.io import sync, unfinished
+from mem1.optim import Diverged, not_finite
 from mem1_core.integrations.transformers import NAME, register
 
-LAST = "last"  # the checkpoint in the folder of a training run
+CHECKPOINTS = "checkpoints"  # the folder within a training run's
+PHASES = ("warmstart", "ppo")  # of a training run; a checkpoint is called by one and its step
 _TRAINER = "trainer.pt"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # one of them must be there
 
@@ -28,57 +37,85 @@ class Checkpoint(NamedTuple):
     trainer: dict[str, Any] | None  # None: a plain model, not one of a training run
 
 
+class Place(NamedTuple):
+    """How far a run is. Places compare as they follow one another."""
+
+    phase: int  # index in PHASES
+    step: int  # steps of the warm start, or updates of PPO, that are done
+
+    def __str__(self) -> str:
+        return f"{PHASES[self.phase]}-{self.step:06}"
+
+    @classmethod
+    def of(cls, name: str) -> Place | None:
+        """The place that a checkpoint's name stands for; None for any other name."""
+        match = re.fullmatch(rf"({'|'.join(PHASES)})-(\d+)", name)
+        return match and cls(PHASES.index(match[1]), int(match[2]))
+
+
+def numbered(run: Path) -> list[Path]:
+    """The checkpoints of a training run's folder, the newest first. All are whole: `save` names them last."""
+    folder = run / CHECKPOINTS
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    places = sorted((place for place in map(Place.of, names) if place is not None), reverse=True)
+    return [folder / str(place) for place in places]
+
+
 def save(
     path: str | os.PathLike[str],
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     trainer: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint to the folder `path`, replacing what is there only once all of the new one is on
-    disk.
+    """Write a checkpoint to the new folder `path`, which has its name only once all of it is on disk.
 
-    Any Hugging Face tool can load the folder; `trainer` is saved beside it with torch.save.
+    Any Hugging Face tool can load the folder; `trainer` is saved beside it with torch.save. Raises InputError
+    if there is something at `path` already (a folder cannot be replaced in one go), Diverged, and writes
+    nothing, for weights that are not finite.
     """
     path = Path(path)
+    if path.exists():
+        raise InputError(f"path: wanted a name that is free, got {str(path)!r}")
+    name = not_finite(model.state_dict().items())
+    if name:
+        raise Diverged(f"model: wanted finite weights to save, got others in {name}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
-    stale = path.with_name(f".{path.name}.{os.getpid()}.old")
-    for leftover in (fresh, stale):
-        shutil.rmtree(leftover, ignore_errors=True)
+    fresh = unfinished(path)
+    shutil.rmtree(fresh, ignore_errors=True)
     try:
-        model.save_pretrained(fresh)
-        tokenizer.save_pretrained(fresh)
+        with _without_bars():
+            model.save_pretrained(fresh)
+            tokenizer.save_pretrained(fresh)
         if trainer is not None:
             torch.save(trainer, fresh / _TRAINER)
-        if path.exists():
-            path.rename(stale)
+        for file in [*fresh.rglob("*"), fresh]:
+            sync(file)
         fresh.rename(path)
-    finally:  # a save that fails, or is interrupted, leaves what was there
-        if stale.exists() and not path.exists():
-            stale.rename(path)
-        for leftover in (fresh, stale):
-            shutil.rmtree(leftover, ignore_errors=True)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     return path
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
     """Load a checkpoint, or any Hugging Face causal language model on disk, with its attention set to "mem1".
 
-    `path` may also be the folder of a training run, which stands for its last checkpoint. Raises
-    FileNotFoundError if there is no model folder, ValueError naming a file of it that is missing or damaged.
+    `path` may also be the folder of a training run, which stands for its newest checkpoint. Raises InputError
+    if there is no model folder, or naming a file of it that is missing or damaged.
     """
     path = Path(path)
-    if not (path / "config.json").is_file() and (path / LAST).is_dir():
-        path = path / LAST
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"path: wanted a model folder with a config.json, got {str(path)!r}")
+        path = next(iter(numbered(path)), path)
+    if not (path / "config.json").is_file():
+        raise InputError(f"path: wanted a model folder with a config.json, got {str(path)!r}")
     if not any((path / name).is_file() for name in _TOKENIZERS):
-        raise ValueError(f"path: wanted a tokenizer.json in {str(path)!r}, got none")
+        raise InputError(f"path: wanted a tokenizer.json in {str(path)!r}, got none")
     register()
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=NAME)
+        with _without_bars():
+            model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=NAME)
     except SafetensorError as error:
-        raise ValueError(
+        raise InputError(
             f"path: wanted a readable model.safetensors in {str(path)!r}, got {error}"
         ) from error
     # AutoTokenizer puts the tokenizer class of the architecture over the one that was saved (for qwen2 a
@@ -88,32 +125,24 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(model.eval(), tokenizer, _load_trainer(path / _TRAINER))
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Without those that transformers draws for every file."""
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()
+
+
 def _load_trainer(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).split("\n", 1)[0]
-        raise ValueError(f"path: wanted a readable trainer state in {str(path)!r}, got {reason}") from error
+        raise InputError(f"path: wanted a readable trainer state in {str(path)!r}, got {reason}") from error
     return state
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
-    """A text file to write to that takes the name `path` only once all of it is written."""
-    if path.exists() and not path.is_file():
-        raise ValueError(f"path: wanted the name of a regular file, got {str(path)!r}")
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        with fresh.open("w") as file:
-            yield file
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
-
-
-def append_json(path: Path, record: dict[str, Any]) -> None:
-    """Add one line to a .jsonl file."""
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")

@@ -3,76 +3,105 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 from mem1 import checkpoint
-from mem1.checkpoint import whole_file
-from mem1.config import PPOConfig, Prune, Regime, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.checks import InputError, require
+from mem1.config import (
+    DTYPES,
+    ModelConfig,
+    PPOConfig,
+    Prune,
+    Regime,
+    RolloutConfig,
+    TrainConfig,
+    WarmStartConfig,
+)
 from mem1.demo import demo
+from mem1.device import pick_device, whereabouts
 from mem1.envs.multihop import MultiHopEnv
 from mem1.evaluate import OBJECTIVES, Result, evaluate, parity, table
-from mem1.rollout import rollout
+from mem1.interrupts import Interrupts
+from mem1.io import whole_file
+from mem1.progress import Progress
+from mem1.rollout import check_positions, rollout
+from mem1.seeds import LARGEST
 from mem1.train import train
 from mem1.trajectory import Trajectory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status. Errors of the user are one line on stderr and status 2."""
+    """Run one command; returns the exit status: 0; 2 for what the user gave and cannot be used, with one line
+    on stderr; 128 and the signal's number for a run that a signal ended, 130 for Ctrl-C. What else goes wrong
+    is a bug, or the machine's, and shows its traceback.
+    """
     options = _parser().parse_args(arguments)
-    disable_progress_bar()  # transformers draws one for every checkpoint
     try:
-        options.run(options)
-    except (ValueError, OSError, ImportError) as error:
+        with Interrupts() as interrupts, interrupts.allowed():
+            options.run(options, Progress())
+    except InputError as error:
         print(f"mem1 {options.command}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"mem1 {options.command}: {str(error) or 'interrupted'}", file=sys.stderr)
+        return 128 + int(getattr(error, "signum", signal.SIGINT))
     return 0
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace, progress: Progress) -> None:
     config = TrainConfig(
         updates=options.updates,
-        seconds=options.seconds,
         batch=options.batch,
         objectives=options.objectives,
         hops=options.hops,
         passage_tokens=options.passage_tokens,
+        save_every=options.save_every,
+        keep=options.keep,
+        device=options.device,
         threads=options.threads,
         seed=options.seed,
+        model=ModelConfig(dtype=options.dtype),
         rollout=_rollout_config(options, options.objectives[1]),
-        warmstart=WarmStartConfig(seconds=options.warmstart_seconds, steps=options.warmstart_steps),
+        warmstart=WarmStartConfig(steps=options.warmstart_steps),
         ppo=PPOConfig(actor_lr=options.actor_lr, critic_lr=options.critic_lr, kl=options.kl),
     )
-    train(config, options.out, init=options.init, resume=options.resume)
-    print(f"checkpoint and metrics are in {options.out}")
+    _check_writable(options.out)
+    train(
+        config,
+        options.out,
+        init=options.init,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        progress=progress,
+    )
+    progress.log(f"checkpoint and metrics are in {options.out}")
 
 
-def _eval(options: argparse.Namespace) -> None:
-    _threads(options)
-
+def _eval(options: argparse.Namespace, progress: Progress) -> None:
     def make_environment(n: int) -> MultiHopEnv:
         return MultiHopEnv(n, options.hops, options.passage_tokens)
 
     for n in options.objectives:
         make_environment(n)  # one that is out of range fails before any work
     configs = {n: _rollout_config(options, n) for n in options.objectives}
-    model, tokenizer, _ = checkpoint.load(options.model)
-    results: list[Result] = []
     prunes: list[tuple[str, Prune]] = [("MEM1", options.prune), ("full context", "never")]
     if options.truncate is not None:
         prunes.append((f"truncated to {options.truncate}", options.truncate))
+    model, tokenizer = _load(options, progress)
+    for config in configs.values():
+        check_positions(model, replace(config, prune="never"))  # of all rows before the first one
+    results: list[Result] = []
     for agent, prune in prunes:
         trajectories: list[Trajectory] = []
         for n, config in configs.items():
@@ -85,42 +114,53 @@ def _eval(options: argparse.Namespace) -> None:
                 episodes=options.episodes,
                 seed=options.seed,
                 make_environment=make_environment,
+                progress=progress,
             )
             results += rows
             trajectories += played
-        print(f"{agent}: sampled and recomputed log-probs")
-        print(table([parity(model, trajectories, options.regime, options.temperature)]))
-    print("means per episode; lengths in tokens, seconds of wall time per episode")
-    print(table(results))
+        progress.log(f"{agent}: sampled and recomputed log-probs")
+        progress.log(table([parity(model, trajectories, options.regime, options.temperature)]))
+    progress.log("means per sound episode; lengths in tokens, seconds of wall time per episode")
+    progress.log(table(results))
 
 
-def _rollout(options: argparse.Namespace) -> None:
-    _threads(options)
-
+def _rollout(options: argparse.Namespace, progress: Progress) -> None:
     def make_environment() -> MultiHopEnv:
         return MultiHopEnv(options.objectives, options.hops, options.passage_tokens)
 
     make_environment()  # one that is out of range fails before any work
     config = _rollout_config(options, options.objectives[1])
-    model, tokenizer, _ = checkpoint.load(options.model)
     seeds = range(options.seed, options.seed + options.episodes)
+    require(seeds[-1] < LARGEST, "seed", "one whose last episode is below 2**53", options.seed)
+    if options.out is not None:
+        require(
+            options.out.is_file() or not options.out.exists(),
+            "out",
+            "the name of a regular file",
+            str(options.out),
+        )
+        _check_writable(options.out.parent)
+    model, tokenizer = _load(options, progress)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     start, tokens = time.perf_counter(), 0
-    with whole_file(options.out) if options.out else nullcontext() as file:
+    with (
+        whole_file(options.out) if options.out else nullcontext() as file,
+        progress.phase("episodes", total=options.episodes) as phase,
+    ):
         for trajectory in rollout(
             model, tokenizer, make_environment, seeds, config, scripted=options.scripted
         ):
             tokens += int(trajectory.policy_mask.sum())
+            phase.advance()
             if file is None:
-                print(transcript(trajectory, tokenizer), end="\n\n")
+                progress.log(transcript(trajectory, tokenizer) + "\n")
             else:
                 file.write(trajectory.to_json() + "\n")
     seconds = time.perf_counter() - start
-    print(
-        f"{options.episodes} episodes, {tokens} policy tokens, {tokens / seconds:.0f} per second",
-        file=sys.stderr,
-    )
+    progress.log(f"{options.episodes} episodes, {tokens} policy tokens, {tokens / seconds:.0f} per second")
     if options.out:
-        print(f"trajectories are in {options.out}", file=sys.stderr)
+        progress.log(f"trajectories are in {options.out}")
 
 
 def transcript(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -137,20 +177,47 @@ def transcript(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> st
     return "\n".join(lines)
 
 
-def _demo(options: argparse.Namespace) -> None:
-    _threads(options)
-    demo(options.out, quick=options.quick, seed=options.seed)
-
-
-def _threads(options: argparse.Namespace) -> None:
+def _demo(options: argparse.Namespace, progress: Progress) -> None:
+    _check_writable(options.out)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    demo(
+        options.out,
+        quick=options.quick,
+        seed=options.seed,
+        overwrite=options.overwrite,
+        progress=progress,
+    )
+
+
+def _load(options: argparse.Namespace, progress: Progress) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model on the device that was asked for, and its tokenizer."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = pick_device(options.device)
+    model, tokenizer, _ = checkpoint.load(options.model)
+    model = model.to(device)
+    progress.log(whereabouts(model))
+    return model, tokenizer
+
+
+def _check_writable(folder: Path) -> None:
+    """InputError, before any work, if nothing can be written to `folder`, which need not be there yet."""
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"out: wanted a folder that can be written to, got {str(folder)!r}: {error.strerror}"
+        ) from None
 
 
 def _rollout_config(options: argparse.Namespace, objectives: int) -> RolloutConfig:
     """The settings of the sampler for episodes of at most that many objectives.
 
     Limits that were not given leave room for the world: a whole passage, and twice the turns of the expert.
+    They leave no more than that: a model has to have a position for every token that they allow.
     """
     default = RolloutConfig()
     room = 2 * (objectives * options.hops + 1)
@@ -163,9 +230,7 @@ def _rollout_config(options: argparse.Namespace, objectives: int) -> RolloutConf
         top_k=options.top_k,
         greedy=options.greedy,
         max_action=options.max_action,
-        max_info=max(default.max_info, options.passage_tokens)
-        if options.max_info is None
-        else options.max_info,
+        max_info=64 + options.passage_tokens if options.max_info is None else options.max_info,
         max_turns=max(default.max_turns, room) if options.max_turns is None else options.max_turns,
     )
 
@@ -175,9 +240,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="mem1",
         description="Train, evaluate and run agents with constant memory (MEM1, arXiv 2506.15841).",
     )
+    config = TrainConfig()
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse._ArgumentGroup:
+    def command(
+        name: str, run: Callable[[argparse.Namespace, Progress], None], text: str
+    ) -> argparse._ArgumentGroup:
         new = commands.add_parser(
             name,
             help=text,
@@ -188,29 +256,37 @@ def _parser() -> argparse.ArgumentParser:
         new.set_defaults(run=run)
         group = new.add_argument_group(name)
         group.add_argument("--threads", type=_positive, help="CPU threads; None leaves torch's choice")
+        if run is not _demo:
+            group.add_argument("--device", default=config.device, help="auto, cpu, cuda or cuda:N")
         return group
 
-    config = TrainConfig()
     add = command("train", _train, "warm start on scripted trajectories, then PPO").add_argument
     add("--out", type=Path, default=Path("runs/train"), help="folder of the run")
     add("--init", type=Path, help="checkpoint to start PPO from, without a warm start")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add("--overwrite", action="store_true", help="begin anew in an --out that has a run")
     add("--objectives", type=_interval, default=config.objectives, help="questions per episode: 2 or 1-4")
-    add("--updates", type=int, default=config.updates, help="PPO updates, at most")
-    add("--seconds", type=float, help="time for PPO, at most")
+    add("--updates", type=int, default=config.updates, help="PPO updates")
     add("--batch", type=_positive, default=config.batch, help="episodes per update")
-    add("--warmstart-steps", type=int, default=config.warmstart.steps, help="supervised steps, at most")
-    add("--warmstart-seconds", type=float, help="time for the supervised steps, at most")
+    add("--warmstart-steps", type=int, default=config.warmstart.steps, help="supervised steps")
     add("--actor-lr", type=float, default=config.ppo.actor_lr, help="learning rate of the policy")
     add("--critic-lr", type=float, default=config.ppo.critic_lr, help="learning rate of the critic")
     add("--kl", type=float, default=config.ppo.kl, help="weight of the KL to the start of PPO")
-    add("--seed", type=_seed, default=config.seed, help="of the first episode")
+    add("--dtype", choices=DTYPES, default=config.model.dtype, help="of a new model's weights")
+    add(
+        "--save-every",
+        type=_positive,
+        default=config.save_every,
+        help="updates from checkpoint to checkpoint",
+    )
+    add("--keep", type=_positive, default=config.keep, help="checkpoints: the newest, beside the best")
+    add("--seed", type=_seed, default=config.seed, help="of the run: weights, episodes, samples, order")
 
     add = command("eval", _eval, "MEM1 beside the full-context agent of the same weights").add_argument
     add("model", type=Path, help="checkpoint folder")
     add("--objectives", type=_positive, nargs="+", default=OBJECTIVES, help="questions per episode")
     add("--episodes", type=_positive, default=16, help="episodes per number of objectives")
-    add("--seed", type=_seed, default=1_000_000, help="of the first episode; training counts from 0")
+    add("--seed", type=_seed, default=0, help="of the evaluation; its episodes are never trained on")
     add("--truncate", type=_positive, metavar="W", help="beside the full-context agent also --prune W")
 
     add = command("rollout", _rollout, "let an agent play and print or save what it does").add_argument
@@ -219,12 +295,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--episodes", type=_positive, default=4, help="how many")
     add("--scripted", action="store_true", help="the environment's expert writes, the model reads along")
     add("--out", type=Path, help="write trajectories to this .jsonl file instead of the terminal")
-    add("--seed", type=_seed, default=0, help="of the first episode")
+    add("--seed", type=_seed, default=0, help="of the first episode itself, as a trajectory has it")
 
-    add = command("demo", _demo, "train, evaluate and plot in about five minutes").add_argument
+    add = command(
+        "demo", _demo, "train, evaluate and plot in about five minutes on two idle cores"
+    ).add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="folder for everything it makes")
+    add("--overwrite", action="store_true", help="begin anew in an --out that has a run")
     add("--quick", action="store_true", help="the same in well under a minute, without learning much")
-    add("--seed", type=_seed, default=0, help="of the first episode")
+    add("--seed", type=_seed, default=0, help="of the training and the evaluation")
     return parser
 
 
@@ -273,8 +352,8 @@ def _positive(text: str) -> int:
 
 def _seed(text: str) -> int:
     value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"wanted an integer in [0, 2**32), got {text}")
+    if not 0 <= value < LARGEST:
+        raise argparse.ArgumentTypeError(f"wanted an integer in [0, 2**53), got {text}")
     return value
 
 

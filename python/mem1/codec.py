@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import reprlib
-from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from mem1.envs.base import Action, ScriptedAction
+from mem1.checks import InputError
+from mem1.envs.base import Action, ActionKind, ScriptedAction
 from mem1.tokenizer import TAGS
 
 _CHARACTERS_PER_TOKEN = 16  # a first guess at what a limit of tokens is in characters
 
 
 class Codec:
-    """The tokenizer and the ids of the tags. Each tag must be one token; raises ValueError naming one that is
+    """The tokenizer and the ids of the tags. Each tag must be one token; raises InputError naming one that is
     not.
     """
 
@@ -24,7 +24,7 @@ class Codec:
         for tag in TAGS:
             ids = tokenizer.encode(tag, add_special_tokens=False)
             if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-                raise ValueError(
+                raise InputError(
                     f"tokenizer: wanted one token for the tag {tag}, got ids {ids}; add it to the vocabulary"
                 )
             self.ids[tag] = ids[0]
@@ -63,15 +63,21 @@ class Codec:
         written = f"<IS> {step.state} </IS> <{kind}> {text} </{kind}>"
         return self.tokenizer.encode(written, add_special_tokens=False)
 
-    def action(self, tokens: list[int]) -> Action:
+    def kind(self, tokens: list[int]) -> ActionKind:
         """What an action asks of the environment; `tokens` are the action's without its `is` segment."""
-        kinds: tuple[Literal["query", "answer"], ...] = ("query", "answer")
+        kinds: tuple[ActionKind, ...] = ("query", "answer")
         for kind in kinds:
-            begin, end = self.ids[f"<{kind}>"], self.ids[f"</{kind}>"]
-            if tokens and tokens[-1] == end and begin in tokens:
-                start = len(tokens) - tokens[::-1].index(begin)
-                return Action(kind, self._text(tokens[start:-1]))
-        return Action("malformed", self._text(tokens))
+            if tokens and tokens[-1] == self.ids[f"</{kind}>"] and self.ids[f"<{kind}>"] in tokens:
+                return kind
+        return "malformed"
+
+    def action(self, tokens: list[int]) -> Action:
+        """The same with its text."""
+        kind = self.kind(tokens)
+        if kind == "malformed":
+            return Action(kind, self._text(tokens))
+        start = len(tokens) - tokens[::-1].index(self.ids[f"<{kind}>"])
+        return Action(kind, self._text(tokens[start:-1]))
 
     def _text(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens)).strip()

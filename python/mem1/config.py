@@ -1,35 +1,37 @@
-"""Every setting of the loop, as frozen dataclasses with the defaults of `mem1 train`."""
+"""Every setting of the loop, as frozen dataclasses with the defaults of `mem1 train`.
+
+All are checked when they are made: InputError names the field.
+"""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from mem1.checks import (
+    InputError,
+    require,
+    require_choice,
+    require_flags,
+    require_integers,
+    require_numbers,
+)
+from mem1.seeds import LARGEST
 from mem1_core.trajectory import Prune, Regime, check_prune
 
-
-def _require(condition: bool, name: str, wanted: str, value: object) -> None:
-    if not condition:
-        raise ValueError(f"{name}: wanted {wanted}, got {value!r}")
+DTYPES = ("float32", "bfloat16")
 
 
-def _require_rate(name: str, value: float) -> None:
-    _require(math.isfinite(value) and value > 0, name, "a finite number > 0", value)
+def _check_prune(prune: Prune) -> None:
+    try:
+        check_prune(prune)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
-def _require_seconds(value: float | None) -> None:
-    _require(value is None or value > 0, "seconds", "a number > 0 or None", value)
-
-
-def _require_seed(value: int) -> None:
-    # Samplers multiply it by a million, torch takes 64 bits; the warm start's episodes begin at 2**32.
-    _require(0 <= value < 2**32, "seed", "an integer in [0, 2**32)", value)
-
-
-def _require_objectives(value: tuple[int, int]) -> None:
-    least, most = value
-    _require(1 <= least <= most, "objectives", "1 <= least <= most", value)
+def _check_objectives(value: Any) -> None:
+    pair = isinstance(value, tuple) and len(value) == 2 and all(type(n) is int for n in value)
+    require(pair and 1 <= value[0] <= value[1], "objectives", "1 <= least <= most", value)
 
 
 @dataclass(frozen=True)
@@ -41,21 +43,21 @@ class ModelConfig:
     heads: int = 4
     kv_heads: int = 2
     mlp_width: int = 384
-    max_positions: int = 32768
+    max_positions: int = 65536
     rope_theta: float = 10000.0
     tie_embeddings: bool = True
     init_std: float = 0.06  # of the random weights; with the usual 0.02 copying is learned far later
     dtype: str = "float32"
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "kv_heads", "mlp_width", "max_positions"):
-            _require(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
-        _require(self.width % self.heads == 0, "width", f"a multiple of heads={self.heads}", self.width)
-        _require(
+        require_integers(self, "layers width heads kv_heads mlp_width max_positions", 1)
+        require_numbers(self, "rope_theta init_std", above=True)
+        require_flags(self, "tie_embeddings")
+        require_choice(self, "dtype", DTYPES)
+        require(self.width % self.heads == 0, "width", f"a multiple of heads={self.heads}", self.width)
+        require(
             self.heads % self.kv_heads == 0, "heads", f"a multiple of kv_heads={self.kv_heads}", self.heads
         )
-        _require_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -71,29 +73,40 @@ class RolloutConfig:
     greedy: bool = False
     max_action: int = 192  # tokens of one action, tags included
     max_info: int = 512  # tokens of environment text in one turn, tags excluded
-    max_prompt: int = 16384  # a longer one is an environment's error
+    max_prompt: int = 4096  # a longer one is an environment's error
     max_turns: int = 40
     prefill_tokens: int = 16384  # padded tokens of one prefill call
-    env_timeout: float = (
-        60.0  # seconds for one answer of an environment that is not `instant`, retries included
-    )
-    env_retries: int = 2  # after an OSError
+    env_timeout: float = 60.0  # seconds for one answer of an environment that is not `instant`, with retries
+    env_retries: int = 2  # of a call, after an error that the environment calls worth one
+    episode_retries: int = 2  # of a whole episode, from its seed, after an environment's error
+    # Wait for every environment before each step: a token's batch, and so its rounding, then follows from the
+    # seeds alone, at the price of the slowest environment.
+    synchronous: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("slots", "max_action", "max_prompt", "max_turns", "prefill_tokens"):
-            _require(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
-        for name in ("top_k", "max_info", "env_retries"):
-            _require(getattr(self, name) >= 0, name, "an integer >= 0", getattr(self, name))
-        _require(self.regime in get_args(Regime), "regime", f"one of {get_args(Regime)}", self.regime)
-        check_prune(self.prune)
-        _require(
-            1e-4 <= self.temperature < math.inf,
-            "temperature",
-            "a finite number >= 1e-4 (greedy=True for the arg max)",
-            self.temperature,
-        )
-        _require(0 < self.top_p <= 1, "top_p", "0 < top_p <= 1", self.top_p)
-        _require_rate("env_timeout", self.env_timeout)
+        require_integers(self, "slots max_action max_prompt max_turns prefill_tokens", 1)
+        require_integers(self, "top_k max_info env_retries episode_retries", 0)
+        require_flags(self, "greedy synchronous")
+        require_choice(self, "regime", get_args(Regime))
+        _check_prune(self.prune)
+        require_numbers(self, "temperature", 1e-4)  # less is `greedy`
+        require_numbers(self, "top_p", 0.0, 1.0, above=True)
+        require_numbers(self, "env_timeout", above=True)
+
+    def positions(self) -> int:
+        """How many positions an episode can come to need: what a model's `max_position_embeddings` must
+        allow.
+
+        In the regime `carry` positions run on through all turns; where the context is encoded anew they are
+        those of the live tokens.
+        """
+        turn = self.max_action + self.max_info + 2  # with the tags of the info
+        everything = self.max_prompt + self.max_turns * turn
+        if self.regime == "carry" or self.prune == "never":
+            return everything
+        # A boundary leaves one turn, or the window's; its info and the next action come on top.
+        window = self.prune if isinstance(self.prune, int) else 0
+        return min(everything, self.max_prompt + window + 2 * turn)
 
 
 @dataclass(frozen=True)
@@ -104,29 +117,29 @@ class WarmStartConfig:
     passage_tokens, regime and prune.
     """
 
-    steps: int = 2000  # at most; whichever of steps and seconds comes first
-    seconds: float | None = None
+    steps: int = 2000
     batch_tokens: int = 1536
     learning_rate: float = 2e-3
     warmup_steps: int = 50
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     auxiliary: float = 0.4  # share of copy and dictionary look-up sequences, at the start
+    save_every: int = 500  # steps
     objectives: tuple[int, int] = (1, 4)  # least and most questions of one episode
     hops: int = 2
     passage_tokens: int = 0
     regime: Regime = "carry"  # the layout that is trained on: that of the rollouts to come
     prune: Prune = "action"
-    seed: int = 1
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 0, "steps", "an integer >= 0", self.steps)
-        _require_seconds(self.seconds)
-        _require_rate("learning_rate", self.learning_rate)
-        _require(0 <= self.auxiliary <= 1, "auxiliary", "a share in [0, 1]", self.auxiliary)
-        check_prune(self.prune)
-        _require_objectives(self.objectives)
-        _require_seed(self.seed)
+        require_integers(self, "steps warmup_steps passage_tokens", 0)
+        require_integers(self, "batch_tokens hops save_every", 1)
+        require_numbers(self, "learning_rate max_grad_norm", above=True)
+        require_numbers(self, "weight_decay")
+        require_numbers(self, "auxiliary", 0.0, 1.0)
+        require_choice(self, "regime", get_args(Regime))
+        _check_prune(self.prune)
+        _check_objectives(self.objectives)
 
 
 @dataclass(frozen=True)
@@ -151,27 +164,39 @@ class PPOConfig:
     critic_warmup: int = 2
     critic_only: int = 2  # first updates in which only the critic learns
     max_grad_norm: float = 1.0
+    # An episode that the turn limit ended: False, its last reward is all; True, the critic's value of what
+    # would have followed is added to it.
+    bootstrap_turn_limit: bool = False
+    # Truncated importance weights, for tokens that top_p, top_k or stale weights drew from another
+    # distribution than the one trained on: the most that a weight can be. None: no weights.
+    rollout_is_cap: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "minibatch", "micro_tokens"):
-            _require(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
-        _require(math.isfinite(self.kl) and self.kl >= 0, "kl", "a finite number >= 0", self.kl)
-        _require(self.kl_in in ("reward", "loss"), "kl_in", "'reward' or 'loss'", self.kl_in)
-        for name in ("actor_lr", "critic_lr"):
-            _require_rate(name, getattr(self, name))
+        require_integers(self, "epochs minibatch micro_tokens", 1)
+        require_integers(self, "actor_warmup critic_warmup critic_only", 0)
+        require_numbers(self, "gamma lam", 0.0, 1.0)
+        require_numbers(self, "clip", 0.0, 1.0, above=True)
+        require_numbers(self, "value_clip actor_lr critic_lr max_grad_norm", above=True)
+        require_numbers(self, "kl entropy")
+        require_choice(self, "kl_in", ("reward", "loss"))
+        require_flags(self, "bootstrap_turn_limit")
+        if self.rollout_is_cap is not None:
+            require_numbers(self, "rollout_is_cap", above=True)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run: warm start, then PPO."""
 
-    updates: int = 100  # PPO updates, at most; whichever of updates and seconds comes first
-    seconds: float | None = None
+    updates: int = 100  # PPO updates
     batch: int = 64  # trajectories of one update
     objectives: tuple[int, int] = (1, 4)  # least and most questions of one episode
     hops: int = 2
     passage_tokens: int = 0
     save_every: int = 20  # updates
+    keep: int = 2  # checkpoints: the newest ones, and the best
+    max_failed: float = 0.5  # share of a batch's episodes that may fail for good before the run stops
+    device: str = "auto"  # "auto": the first CUDA device if there is one, else the CPU
     threads: int | None = None  # torch threads; None leaves torch's choice
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -180,15 +205,15 @@ class TrainConfig:
     ppo: PPOConfig = field(default_factory=PPOConfig)
 
     def __post_init__(self) -> None:
-        for name in ("batch", "hops", "save_every"):
-            _require(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
-        _require(self.updates >= 0, "updates", "an integer >= 0", self.updates)
-        _require(
-            self.threads is None or self.threads >= 1, "threads", "an integer >= 1 or None", self.threads
-        )
-        _require_seconds(self.seconds)
-        _require_objectives(self.objectives)
-        _require_seed(self.seed)
+        require_integers(self, "batch hops save_every keep", 1)
+        require_integers(self, "updates passage_tokens", 0)
+        require_integers(self, "seed", 0, LARGEST - 1)
+        require_numbers(self, "max_failed", 0.0, 1.0)
+        require(isinstance(self.device, str), "device", "'auto' or the name of a torch device", self.device)
+        if self.threads is not None:
+            require_integers(self, "threads", 1)
+        require(not self.rollout.greedy, "greedy", "False in training, which learns from samples", True)
+        _check_objectives(self.objectives)
 
     def environment(self) -> dict[str, Any]:
         """Keyword arguments of the training environment."""

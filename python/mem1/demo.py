@@ -1,4 +1,4 @@
-"""The whole job in about five minutes on two cores: train, evaluate, compare, draw."""
+"""The whole job in about five minutes on two idle cores: train, evaluate, compare, draw."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import importlib.util
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,37 +13,65 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mem1.checkpoint import whole_file
-from mem1.config import PPOConfig, Prune, Regime, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.checks import InputError
+from mem1.config import Prune, Regime, RolloutConfig, TrainConfig, WarmStartConfig
 from mem1.envs.multihop import MultiHopEnv
-from mem1.evaluate import OBJECTIVES, Parity, Result, evaluate, evaluate_script, parity, table
+from mem1.evaluate import (
+    OBJECTIVES,
+    Parity,
+    Result,
+    evaluate,
+    evaluate_script,
+    evaluation_seeds,
+    parity,
+    table,
+)
+from mem1.io import whole_file, without_nan
 from mem1.plots import plot_learning, plot_mask, plot_peaks
+from mem1.progress import Progress
 from mem1.rollout import rollout
-from mem1.train import METRICS, train
+from mem1.run_folder import METRICS
+from mem1.train import train
 
 AGENTS: tuple[tuple[str, Prune], ...] = (("MEM1", "action"), ("full context", "never"))
 PASSAGE = 400  # tokens: the size of a retrieved passage
 
-_SHOWN = ("agent", "objectives", "reward", "exact_match", "answered", "turns", "peak", "peak_without_prompt")
+_SHOWN = (
+    *("agent", "objectives", "errors", "reward", "exact_match", "answered"),
+    *("turns", "peak", "peak_without_prompt"),
+)
 
 
-def demo(out: Path, *, quick: bool = False, seed: int = 0, say: Callable[[str], None] = print) -> None:
+def demo(
+    out: Path,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> None:
     """Run the demo; everything it makes is in the folder `out`.
 
-    `quick` does the same in well under a minute with a smaller budget of each part. Raises ImportError at
-    once if there is no matplotlib for the plots at the end.
+    `quick` does the same in well under a minute with a smaller budget of each part. `overwrite` begins anew
+    where `out` has a training run. Raises InputError at once if there is no matplotlib for the plots at the
+    end.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("the plots need matplotlib: pip install 'mem1_core[plot]'")
+        raise InputError("matplotlib: wanted for the plots, got none: pip install 'mem1_core[plot]'")
+    progress = progress or Progress()
+    say = progress.log
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
 
     def title(text: str) -> None:
         say(f"\n[{time.perf_counter() - began:4.0f} s] {text}")
 
-    title("1/4 training: supervised warm start on scripted trajectories, then PPO")
     config = demo_config(quick, seed)
-    model, tokenizer, _ = train(config, out / "train", say=say)
+    title("1/4 training: supervised warm start on scripted trajectories, then PPO")
+    say(f"{config.warmstart.steps} steps and {config.updates} updates, however fast this machine is")
+    if not quick:
+        say("two idle cores of a server take about five minutes for all four parts")
+    model, tokenizer, _ = train(config, out / "train", overwrite=overwrite, progress=progress)
 
     title("2/4 the trained policy, greedy: MEM1 against the same weights with everything kept in context")
     say("means per episode; lengths in tokens, seconds of wall time per episode")
@@ -58,7 +85,14 @@ def demo(out: Path, *, quick: bool = False, seed: int = 0, say: Callable[[str], 
                 config.rollout, prune=prune, greedy=True, max_turns=2 * n + 4, max_action=8 * n + 24
             )
             rows, trajectories = evaluate(
-                model, tokenizer, limits, agent=agent, objectives=(n,), episodes=4 if quick else 16
+                model,
+                tokenizer,
+                limits,
+                agent=agent,
+                objectives=(n,),
+                episodes=4 if quick else 16,
+                seed=seed,
+                progress=progress,
             )
             results += rows
             lines += [json.dumps({"agent": agent, **trajectory.to_dict()}) for trajectory in trajectories]
@@ -72,14 +106,15 @@ def demo(out: Path, *, quick: bool = False, seed: int = 0, say: Callable[[str], 
     say(growth(scripted))
 
     title("4/4 log-probs: sampled by the rollout against recomputed by the trainer")
-    measured = parity_results(model, tokenizer, config.rollout, episodes=4 if quick else 8)
+    measured = parity_results(model, tokenizer, config.rollout, 4 if quick else 8, seed, progress)
     say(table(measured))
 
     report = {
-        name: [asdict(row) for row in rows] for name, rows in (("trained", results), ("scripted", scripted))
+        name: [without_nan(asdict(row)) for row in rows]
+        for name, rows in (("trained", results), ("scripted", scripted), ("parity", measured))
     }
     with whole_file(out / "results.json") as file:
-        json.dump(report | {"parity": [asdict(row) for row in measured]}, file, indent=2)
+        json.dump(report, file, indent=2, allow_nan=False)
     plot_peaks(scripted, out / "peak_tokens.png")
     plot_peaks(results, out / "peak_tokens_trained.png")
     plot_learning(out / "train" / METRICS, out / "learning_curve.png")
@@ -89,16 +124,14 @@ def demo(out: Path, *, quick: bool = False, seed: int = 0, say: Callable[[str], 
 
 
 def demo_config(quick: bool, seed: int) -> TrainConfig:
-    """The budget of the demo, sized for two cores."""
+    """The budget of the demo, in steps: on two idle cores two minutes of warm start and over one of PPO."""
     return TrainConfig(
-        updates=2 if quick else 200,
-        seconds=None if quick else 50.0,
+        updates=2 if quick else 12,
         batch=8 if quick else 64,
         objectives=(1, 8),
         seed=seed,
         rollout=RolloutConfig(slots=64, max_action=96, max_turns=20),
-        warmstart=WarmStartConfig(seconds=4.0 if quick else 130.0, objectives=(1, 8)),
-        ppo=PPOConfig(),
+        warmstart=WarmStartConfig(steps=30 if quick else 1000),
     )
 
 
@@ -131,24 +164,25 @@ def growth(results: list[Result]) -> str:
 
 
 def parity_results(
-    model: Any, tokenizer: PreTrainedTokenizerBase, config: RolloutConfig, episodes: int
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RolloutConfig,
+    episodes: int,
+    seed: int,
+    progress: Progress,
 ) -> list[Parity]:
     """Every regime in fp32 and bf16, on sampled episodes of 4 objectives (9 turns, if the policy gets that
     far).
     """
     rows: list[Parity] = []
-    for dtype in (torch.float32, torch.bfloat16):
-        policy = copy.deepcopy(model).to(dtype)
-        regimes: tuple[Regime, ...] = ("carry", "reencode", "paper")
-        for regime in regimes:
-            played = list(
-                rollout(
-                    policy,
-                    tokenizer,
-                    lambda: MultiHopEnv(4),
-                    range(episodes),
-                    replace(config, regime=regime),
-                )
-            )
+    regimes: tuple[Regime, ...] = ("carry", "reencode", "paper")
+    cases = [(dtype, regime) for dtype in (torch.float32, torch.bfloat16) for regime in regimes]
+    with progress.phase("regimes and dtypes", total=len(cases)) as phase:
+        for dtype, regime in cases:
+            policy = copy.deepcopy(model).to(dtype)
+            rules = replace(config, regime=regime)
+            seeds = evaluation_seeds(seed, episodes)
+            played = list(rollout(policy, tokenizer, lambda: MultiHopEnv(4), seeds, rules))
             rows.append(parity(policy, played, regime, config.temperature))
+            phase.advance()
     return rows

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mem1.checks import InputError
 from mem1.graphs import Graphs
 from mem1.slots import Rows, Slots, Step
 from mem1_core.integrations.transformers import cache_shape, check_cache, check_model
@@ -31,12 +32,15 @@ class Engine:
     rows and multiple of 256 tokens seen; elsewhere, and for longer pieces, the same layers run eagerly.
 
     model: a causal decoder with attention "mem1" that `check_model` and `check_cache` take; raises
-    ValueError, with the reason, for one whose logits or positions are not plain.
+    InputError, with the reason, for another one and where logits or positions are not plain.
     """
 
     def __init__(self, model: PreTrainedModel, slots: int, prefill_tokens: int = 16384) -> None:
-        check_model(model)
-        check_cache(model)
+        try:
+            check_model(model)
+            check_cache(model)
+        except ValueError as error:
+            raise InputError(str(error)) from None
         self.model, self.trunk = model, cast(Any, model.get_decoder())
         self._busy = False
         self._refresh()
@@ -227,16 +231,16 @@ class Engine:
 
 
 def _check_policy(model: PreTrainedModel) -> None:
-    """ValueError for what the engine would leave out or could not repeat."""
+    """InputError for what the engine would leave out or could not repeat."""
     config: Any = model.config
     head: Any = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
-        raise ValueError("model: wanted an output layer without bias, got one with bias")
+        raise InputError("model: wanted an output layer without bias, got one with bias")
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, name, None) not in (None, 1, 1.0):
-            raise ValueError(f"model: wanted plain logits, got {name}={getattr(config, name)}")
+            raise InputError(f"model: wanted plain logits, got {name}={getattr(config, name)}")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
-        raise ValueError(f"model: wanted frequencies that stay as they are, got rope_type={rope!r}")
+        raise InputError(f"model: wanted frequencies that stay as they are, got rope_type={rope!r}")
     if model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-        raise ValueError("model: wanted model.eval(), as it has dropout, got one in training mode")
+        raise InputError("model: wanted model.eval(), as it has dropout, got one in training mode")

@@ -3,45 +3,27 @@
 from __future__ import annotations
 
 import math
-import reprlib
 import textwrap
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from numbers import Real
-from typing import NamedTuple, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mem1.calls import outcome, patiently
+from mem1.calls import outcome
 from mem1.codec import Codec
 from mem1.config import RolloutConfig
-from mem1.envs.base import Action, Environment, Observation, ScriptedAction
-from mem1.trajectory import Trajectory
+from mem1.envs.base import Environment
+from mem1.questions import NO_SCORE, Questions, Reply
+from mem1.seeds import derive_seed
+from mem1.trajectory import ENVIRONMENT_ERROR, POLICY_ERROR, Failure, Trajectory
 from mem1_core.trajectory import Kind, Segment, evict_from_turns
 
-# How `Trajectory.finished` begins when the environment failed: it raised, took too long, or gave something
-# else than the protocol asks for. Such an episode has reward 0 and says nothing about the policy.
-ENVIRONMENT_ERROR = "environment error"
-POLICY_ERROR = "policy error"  # its numbers were not finite
-
-_Value = TypeVar("_Value")
-_FAILED = {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
 _MOST_TOLD = 200  # characters of an exception's message
 _DRAWN = 64  # random numbers at a time
-_SEED_STRIDE = 1_000_003  # keeps the samplers of neighbouring seeds apart when `sampling_seed` moves
-
-
-class Reply(NamedTuple):
-    """What an environment says to one question of the loop."""
-
-    text: str  # the prompt, or what an action is answered with
-    objectives: int
-    finished: str = ""  # why the episode is over
-    score: dict[str, float] | None = None  # then
-    script: list[int] | None = None  # tokens of the expert's next action
 
 
 class Episode:
@@ -63,14 +45,18 @@ class Episode:
         config: RolloutConfig,
         sampling_seed: int = 0,
         scripted: bool = False,
+        model: str = "",
+        failures: Sequence[Failure] = (),
     ) -> None:
-        self.environment, self.seed, self.codec, self.config = environment, seed, codec, config
-        self.scripted = scripted
+        self.seed, self.codec, self.config, self.sampling_seed = seed, codec, config, sampling_seed
+        self.model, self.failures = model, [*failures]
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
+        self.rollout_logprobs: list[float] = []
         self.segments: list[Segment] = []
         self.turn = 0
-        self.question: Callable[[], Reply] | None = self._reset
+        self._questions = Questions(environment, codec, config, scripted)
+        self.question: Callable[[float], Reply] | None = partial(self._questions.reset, seed)
         self.waiting = True
         self.finished = ""
         self.cached: list[int] = []
@@ -80,17 +66,18 @@ class Episode:
         self._action_start = 0  # stream index
         self._state_length = 0  # tokens of this action's `is` segment, 0 before its end
         self._script: deque[int] = deque()
-        self._objectives, self._score = 1, dict(_FAILED)
+        self._objectives, self._score, self._notes = 1, dict(NO_SCORE), dict[str, Any]()
         self._began = time.perf_counter()
         self._uniform: list[float] = []  # drawn and not yet used, the next one last
-        self._generator = torch.Generator().manual_seed(seed * _SEED_STRIDE + sampling_seed)
+        self._generator = torch.Generator().manual_seed(derive_seed(seed, "sampling", sampling_seed))
 
     @property
     def instant(self) -> bool:
         """Whether the environment may be asked without a thread."""
-        return outcome(lambda: bool(getattr(self.environment, "instant", False))) is True
+        environment = self._questions.environment
+        return outcome(lambda: bool(getattr(environment, "instant", False))) is True
 
-    def take_question(self) -> Callable[[], Reply] | None:
+    def take_question(self) -> Callable[[float], Reply] | None:
         """The question that is open, once."""
         question, self.question = self.question, None
         return question
@@ -99,21 +86,14 @@ class Episode:
         """What became of the question."""
         self.waiting = False
         if isinstance(reply, BaseException):
-            reply = Reply("", self._objectives, f"{ENVIRONMENT_ERROR}: {_described(reply)}")
+            reply = Reply([], self._objectives, f"{ENVIRONMENT_ERROR}: {_described(reply)}")
         self._objectives = reply.objectives
         if reply.finished:
-            self.finished, self._score = reply.finished, reply.score or self._score
+            self.finished = reply.finished
+            self._score, self._notes = reply.score or self._score, reply.notes or self._notes
             self.unread, self.held = [], []
             return
-        if self.turn == 0:
-            tokens = self.codec.prompt(reply.text, self.config.max_prompt)
-            if not 0 < len(tokens) <= self.config.max_prompt:
-                wanted = f"wanted a prompt of 1 to {self.config.max_prompt} tokens"
-                self.hear(ValueError(f"reset: {wanted}, got {reprlib.repr(reply.text)}"))
-                return
-            self._append("prompt", tokens)
-        else:
-            self._append("info", self.codec.info(reply.text, self.config.max_info))
+        self._append("info" if self.turn else "prompt", reply.tokens)
         self.turn += 1
         self._action_start, self._state_length = len(self.tokens), 0
         self._script = deque(reply.script or [])
@@ -147,14 +127,19 @@ class Episode:
         """The next token of the script, -1 where the policy is free."""
         return self._script.popleft() if self._script else -1
 
-    def write(self, token: int, logprob: float) -> None:
-        """The policy writes one token; where this completes an action, the environment is asked."""
+    def write(self, token: int, logprob: float, rollout_logprob: float | None = None) -> None:
+        """The policy writes one token; where this completes an action, the environment is asked.
+
+        rollout_logprob: that with which it was drawn, where it is another one.
+        """
         if not math.isfinite(logprob):
             self.finished = f"{POLICY_ERROR}: wanted a finite log-prob, got {logprob}"
+            self._close("query")
             return
         self.unread = [len(self.tokens)]
         self.tokens.append(token)
         self.logprobs.append(logprob)
+        self.rollout_logprobs.append(logprob if rollout_logprob is None else rollout_logprob)
         length = len(self.tokens) - self._action_start
         complete = token in self.codec.stops or length == self.config.max_action
         if token == self.codec.ids["</IS>"] and self._state_length == 0:
@@ -164,27 +149,42 @@ class Episode:
                 self._boundary("query")
         if complete:
             written = self.tokens[self._action_start + self._state_length :]
-            action = self.codec.action(written)
-            if written:
-                kind: Kind = "answer" if action.kind == "answer" else "query"
-                self.segments.append(Segment(kind, self.turn, len(written)))
+            self._close("answer" if self.codec.kind(written) == "answer" else "query")
             self._boundary("info")  # before the answer is there: what leaves need not wait for it
-            self.question = partial(self._step, action, self.turn == self.config.max_turns)
+            last = self.turn == self.config.max_turns
+            self.question = partial(self._questions.step, written, self._objectives, last)
             self.waiting = True
 
     def trajectory(self) -> Trajectory:
         """What has happened, once `finished` says why it is over."""
+        config, same = self.config, self.rollout_logprobs == self.logprobs
         return Trajectory(
             tokens=torch.tensor(self.tokens, dtype=torch.int64),
             segments=self.segments,
             logprobs=torch.tensor(self.logprobs, dtype=torch.float32),
-            prune=self.config.prune,
+            prune=config.prune,
             score=self._score,
             finished=self.finished,
             seconds=time.perf_counter() - self._began,
             objectives=self._objectives,
             seed=self.seed,
+            regime=config.regime,
+            temperature=float(config.temperature),
+            top_p=float(config.top_p),
+            top_k=int(config.top_k),
+            greedy=config.greedy,
+            sampling_seed=self.sampling_seed,
+            model=self.model,
+            rollout_logprobs=None if same else torch.tensor(self.rollout_logprobs, dtype=torch.float32),
+            failures=self.failures,
+            notes=self._notes,
         )
+
+    def _close(self, kind: Kind) -> None:
+        """What the policy has written since its `is` segment, or since its turn began, is one segment."""
+        length = len(self.tokens) - self._action_start - self._state_length
+        if length:
+            self.segments.append(Segment(kind, self.turn, length))
 
     def _boundary(self, following: Kind) -> None:
         """A place where tokens may leave: ask the table, as if one token of kind `following` came next."""
@@ -204,59 +204,13 @@ class Episode:
         begin = len(self.tokens)
         self.tokens += tokens
         self.logprobs += [0.0] * len(tokens)
+        self.rollout_logprobs += [0.0] * len(tokens)
         self.segments.append(Segment(kind, self.turn, len(tokens)))
         (self.unread if self._alive is None else self.held).extend(range(begin, len(self.tokens)))
 
-    # The questions. They may run on another thread, while nothing else touches this episode.
-
-    def _reset(self) -> Reply:
-        text = _text("reset", self._patiently(partial(self.environment.reset, self.seed)))
-        objectives = _expect("objectives", self.environment.objectives, int)
-        return Reply(text, objectives, script=self._expert())
-
-    def _step(self, action: Action, last: bool) -> Reply:
-        observation = self._patiently(partial(self.environment.step, action))
-        text, _, done = _expect("step", observation, Observation)
-        text = _text("step: text", text)
-        done = _expect("step: done", done, bool)
-        if not done and not last:
-            return Reply(text, self._objectives, script=self._expert())
-        how = "answered" if action.kind == "answer" else "ended by the environment"
-        score = _checked_score(self._patiently(self.environment.score))
-        return Reply(text, self._objectives, how if done else "turn limit", score)
-
-    def _expert(self) -> list[int] | None:
-        if not self.scripted:
-            return None
-        step = self.environment.expert_action()  # type: ignore[attr-defined]
-        return self.codec.script(_expect("expert_action", step, ScriptedAction))
-
-    def _patiently(self, call: Callable[[], _Value]) -> _Value:
-        return patiently(call, self.config.env_retries)
-
-
-def _expect(what: str, value: object, kind: type[_Value]) -> _Value:
-    if not isinstance(value, kind):
-        got = f"{type(value).__name__} {reprlib.repr(value)}"
-        raise TypeError(f"{what}: wanted {kind.__name__}, got {got}")
-    return value
-
 
 def _described(error: BaseException) -> str:
-    message = outcome(lambda: str(error))
+    message = outcome(str, error)
     told = message if isinstance(message, str) else "(it cannot be told)"
-    return f"{type(error).__name__}: {textwrap.shorten(told, _MOST_TOLD)}"
-
-
-def _text(what: str, value: object) -> str:
-    text = _expect(what, value, str)
-    text.encode()  # a lone surrogate, which no tokenizer takes, raises here
-    return text
-
-
-def _checked_score(score: object) -> dict[str, float]:
-    given = _expect("score", score, dict)
-    sound = all(isinstance(value, Real) and math.isfinite(value) for value in given.values())
-    if not sound or not _FAILED.keys() <= given.keys():
-        raise ValueError(f"score: wanted finite numbers for {', '.join(_FAILED)}, got {given}")
-    return {str(name): float(value) for name, value in given.items()}
+    printable = told.encode(errors="replace").decode()
+    return f"{type(error).__name__}: {textwrap.shorten(printable, _MOST_TOLD)}"

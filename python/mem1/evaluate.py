@@ -4,9 +4,11 @@ parity of their log-probs.
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from statistics import fmean
 from typing import Any
@@ -19,7 +21,9 @@ from mem1.engine import Engine
 from mem1.envs.base import Environment
 from mem1.envs.multihop import MultiHopEnv
 from mem1.ppo import pack, recompute_logprobs, split
+from mem1.progress import Progress
 from mem1.rollout import play_script, rollout
+from mem1.seeds import derive_seed
 from mem1.trajectory import Trajectory
 
 OBJECTIVES = (1, 2, 4, 8, 16)
@@ -27,13 +31,15 @@ OBJECTIVES = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class Result:
-    """Means over the episodes of one agent at one number of objectives. Lengths in tokens, time per
-    episode.
+    """Means over the sound episodes of one agent at one number of objectives; NaN if there is none. Lengths
+    in tokens, time per episode.
     """
 
     agent: str
     objectives: int
-    episodes: int
+    episodes: int  # with those that went wrong
+    errors: dict[str, int]  # episodes that went wrong, by kind: they are in none of the means
+    replays: int  # attempts that the environment ended, and that were begun anew
     reward: float  # share of objectives answered right
     exact_match: float  # objectives answered right, as the paper sums them
     f1: float
@@ -43,7 +49,14 @@ class Result:
     peak: float  # most tokens live at once
     peak_without_prompt: float
     dependency: float  # token pairs
-    seconds: float
+    dependency_without_prompt: float  # as the paper counts them
+    seconds: float  # wall time of all episodes, over the sound ones
+
+
+def error_counts(trajectories: Sequence[Trajectory]) -> dict[str, int]:
+    """How many of them went wrong, by `Trajectory.error`, the most frequent kind first."""
+    counts = Counter(t.error for t in trajectories if t.error)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def summarize(agent: str, objectives: int, trajectories: Sequence[Trajectory], seconds: float) -> Result:
@@ -52,21 +65,34 @@ def summarize(agent: str, objectives: int, trajectories: Sequence[Trajectory], s
         raise ValueError(
             f"trajectories: wanted at least one for {agent} at {objectives} objectives, got none"
         )
+    sound = [t for t in trajectories if not t.error]
+
+    def mean(value: Callable[[Trajectory], float]) -> float:
+        return fmean(map(value, sound)) if sound else math.nan
+
     return Result(
         agent=agent,
         objectives=objectives,
         episodes=len(trajectories),
-        reward=fmean(t.reward for t in trajectories),
-        exact_match=fmean(t.score.get("exact_match", 0.0) for t in trajectories),
-        f1=fmean(t.score.get("f1", 0.0) for t in trajectories),
-        answered=fmean(t.finished == "answered" for t in trajectories),
-        turns=fmean(t.turns for t in trajectories),
-        tokens=fmean(t.tokens.numel() for t in trajectories),
-        peak=fmean(t.peak_tokens() for t in trajectories),
-        peak_without_prompt=fmean(t.peak_tokens(prompt=False) for t in trajectories),
-        dependency=fmean(t.dependency_length() for t in trajectories),
-        seconds=seconds / len(trajectories),
+        errors=error_counts(trajectories),
+        replays=sum(len(t.failures) for t in trajectories),
+        reward=mean(lambda t: t.reward),
+        exact_match=mean(lambda t: t.score.get("exact_match", 0.0)),
+        f1=mean(lambda t: t.score.get("f1", 0.0)),
+        answered=mean(lambda t: t.finished == "answered"),
+        turns=mean(lambda t: t.turns),
+        tokens=mean(lambda t: t.tokens.numel()),
+        peak=mean(lambda t: t.peak_tokens()),
+        peak_without_prompt=mean(lambda t: t.peak_tokens(prompt=False)),
+        dependency=mean(lambda t: t.dependency_length()),
+        dependency_without_prompt=mean(lambda t: t.dependency_length(prompt=False)),
+        seconds=seconds / len(sound) if sound else math.nan,
     )
+
+
+def evaluation_seeds(seed: int, episodes: int) -> list[int]:
+    """Seeds of episodes that neither a warm start nor training ever sees."""
+    return [derive_seed(seed, "evaluation", i) for i in range(episodes)]
 
 
 def evaluate(
@@ -77,21 +103,26 @@ def evaluate(
     agent: str,
     objectives: Sequence[int] = OBJECTIVES,
     episodes: int = 16,
-    seed: int = 1_000_000,
+    seed: int = 0,
     make_environment: Callable[[int], Environment] = MultiHopEnv,
+    progress: Progress | None = None,
 ) -> tuple[list[Result], list[Trajectory]]:
     """Let the policy play `episodes` episodes at each number of objectives.
 
-    `make_environment(n)` builds the world with n objectives; seeds start at `seed`, so that every agent gets
-    the same episodes and training (which counts from 0) never saw them.
+    `make_environment(n)` builds the world with n objectives. The episodes follow from `seed`: every agent
+    gets the same, and training never saw them. A row is a phase of `progress`; None says nothing.
     """
     results, trajectories = [], []
-    seeds = range(seed, seed + episodes)
+    progress = progress or Progress(log=lambda line: None)
+    seeds = evaluation_seeds(seed, episodes)
     engine = Engine(model, max(1, min(config.slots, episodes)), config.prefill_tokens)
     for n in objectives:
         start = time.perf_counter()
-        world = partial(make_environment, n)
-        played = list(rollout(model, tokenizer, world, seeds, config, engine=engine))
+        world, played = partial(make_environment, n), []
+        with progress.phase(f"{agent}, {n} objective" + "s" * (n > 1), total=episodes) as phase:
+            for trajectory in rollout(model, tokenizer, world, seeds, config, engine=engine):
+                played.append(trajectory)
+                phase.advance()
         results.append(summarize(agent, n, played, time.perf_counter() - start))
         trajectories += played
     return results, trajectories
@@ -106,7 +137,7 @@ def evaluate_script(
     episodes: int = 4,
     passage_tokens: int = 0,
     hops: int = 2,
-    seed: int = 1_000_000,
+    seed: int = 0,
 ) -> tuple[list[Result], list[Trajectory]]:
     """The environment's expert in the place of the policy, without a model: what memory a finished job takes.
 
@@ -119,7 +150,7 @@ def evaluate_script(
             play_script(
                 tokenizer,
                 partial(MultiHopEnv, n, hops, passage_tokens),
-                range(seed, seed + episodes),
+                evaluation_seeds(seed, episodes),
                 # The expert's notes and turns grow with the task; only what is asked of it may end an
                 # episode.
                 replace(
@@ -157,12 +188,13 @@ def parity(
     """Recompute the log-probs of `trajectories` as a trainer of `regime` does and compare.
 
     The trajectories must come from this very model, at `temperature`, and from a rollout of the same regime.
+    Those in which the policy wrote nothing are left out; NaN if there is no other.
     """
+    if not trajectories:
+        raise ValueError("trajectories: wanted at least one, got none")
     chosen = [t for t in trajectories if t.policy_mask.any()]
-    if not chosen:
-        raise ValueError("trajectories: wanted at least one in which the policy wrote a token, got none")
     weight = model.get_output_embeddings().weight
-    difference = []
+    difference = [torch.empty(0)]
     for group in split(chosen, micro_tokens, regime):
         part = [chosen[i] for i in group]
         new = recompute_logprobs(model, pack(part, regime, weight.device), temperature).cpu()
@@ -170,12 +202,12 @@ def parity(
     d = torch.cat(difference).double()
     return Parity(
         regime=regime,
-        prune=chosen[0].prune,
+        prune=trajectories[0].prune,
         dtype=str(weight.dtype).removeprefix("torch."),
         trajectories=len(chosen),
-        turns=max(t.turns for t in chosen),
+        turns=max((t.turns for t in chosen), default=0),
         tokens=d.numel(),
-        max_dlogp=float(d.abs().max()),
+        max_dlogp=float(d.abs().max()) if chosen else math.nan,
         mean_dlogp=float(d.abs().mean()),
         kl=float((d.expm1() - d).mean()),
     )
@@ -185,7 +217,7 @@ def table(rows: Sequence[Any], columns: Sequence[str] | None = None) -> str:
     """Dataclass instances as a Markdown table, one line each; `columns` picks and orders the fields."""
     if not rows:
         return "(no rows)"
-    names = list(columns or asdict(rows[0]))
+    names = list(columns or (field.name for field in fields(rows[0])))
     cells = [[_cell(getattr(row, name)) for name in names] for row in rows]
     widths = [max(len(line[i]) for line in [names, *cells]) for i in range(len(names))]
     rule = "|".join("-" * (width + 2) for width in widths)
@@ -197,8 +229,14 @@ def table(rows: Sequence[Any], columns: Sequence[str] | None = None) -> str:
 
 
 def _cell(value: object) -> str:
+    """A dict of counts as "3: TimeoutError 2, policy 1"; what there is no number for as "-"."""
+    if isinstance(value, dict):
+        kinds = ", ".join(f"{name} {count}" for name, count in value.items())
+        return f"{sum(value.values())}" + (f": {kinds}" if kinds else "")
     if not isinstance(value, float):
         return str(value)
+    if math.isnan(value):
+        return "-"
     if value != 0 and abs(value) < 1e-3:
         return f"{value:.1e}"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
+from mem1.checks import InputError
 from mem1.config import ModelConfig
 from mem1_core.integrations.transformers import NAME, register
 from mem1_core.trajectory import TrajectoryMask
 
 
-def build_model(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Qwen2ForCausalLM:
-    """A decoder of the Qwen2 architecture over the tokenizer's vocabulary, weights drawn from `config.seed`.
+def build_model(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, seed: int = 0) -> Qwen2ForCausalLM:
+    """A decoder of the Qwen2 architecture over the tokenizer's vocabulary, weights drawn from `seed`.
 
     An ordinary Hugging Face model but for its attention, "mem1": pass a `TrajectoryMask` as `mem1_mask`.
     """
@@ -36,9 +38,21 @@ def build_model(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Qwen
     )
     settings._attn_implementation = NAME
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(seed)
         model = Qwen2ForCausalLM(settings)
-    return model.to(getattr(torch, config.dtype))
+    return to_dtype(model, getattr(torch, config.dtype))
+
+
+def to_dtype(model: _Model, dtype: torch.dtype) -> _Model:
+    """`model` with weights of `dtype`, in place. Its buffers stay as they are, as in `from_pretrained`: with
+    frequencies rounded to bf16, far positions would be other ones.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 class Critic(nn.Module):
@@ -61,7 +75,34 @@ class Critic(nn.Module):
 
 
 def build_critic(actor: Qwen2ForCausalLM) -> Critic:
-    """A critic that starts from a copy of the actor's trunk, on the same device and in the same dtype."""
+    """A critic that starts from a copy of the actor's trunk, on the same device and in the same dtype.
+
+    All of it learns, also what is frozen in the actor.
+    """
     weight = actor.get_output_embeddings().weight
-    critic = Critic(copy.deepcopy(actor.get_decoder()), actor.config.hidden_size)
-    return critic.to(weight.device, weight.dtype)
+    critic = Critic(copy.deepcopy(actor.get_decoder()), actor.config.hidden_size).to(weight.device)
+    return to_dtype(critic, weight.dtype).requires_grad_(True)
+
+
+def dropouts(model: nn.Module) -> list[str]:
+    """The modules of `model` that would drop something in training, as "embed_dropout: 0.1"."""
+    found = [(name, module.p) for name, module in model.named_modules() if isinstance(module, nn.Dropout)]
+    return [f"{name}: {p:g}" for name, p in found if p > 0]
+
+
+def without_dropout(model: nn.Module) -> None:
+    """`model.eval()`, but for layers that recompute their activations, which transformers does in training
+    mode only.
+
+    PPO compares the log-probs of the rollout with those of the update: with dropout in one of them they would
+    differ before anything is learned.
+    """
+    model.eval()
+    for name, module in model.named_modules():
+        if getattr(module, "gradient_checkpointing", False):
+            p = getattr(module, "dropout", 0.0)
+            if isinstance(p, float) and p > 0:  # a function's argument, which only training mode governs
+                raise InputError(
+                    f"model: wanted no dropout beside gradient checkpointing, got dropout={p} in {name}"
+                )
+            module.training = True

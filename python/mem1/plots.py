@@ -5,6 +5,7 @@ import.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,8 +35,9 @@ def plot_peaks(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
 
 
 def plot_learning(metrics: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """The learning curve of a `metrics.jsonl`: the loss of the warm start (left), the reward of PPO
-    (right).
+    """The learning curve of a `metrics.jsonl`: the loss of the warm start (left), the reward of PPO (right).
+
+    Where there is no number (null, NaN, or nothing at all) the curve has a gap.
     """
     records: list[dict[str, Any]] = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
     figure, (left, right) = _figure(1, 2)
@@ -44,7 +46,7 @@ def plot_learning(metrics: str | os.PathLike[str], path: str | os.PathLike[str])
         for name in names:
             ax.plot(
                 [r["step"] for r in rows],
-                [r[name] for r in rows],
+                [_number(r.get(name)) for r in rows],
                 label=name,
                 marker="." if len(rows) < 50 else "",
             )
@@ -63,6 +65,10 @@ def plot_learning(metrics: str | os.PathLike[str], path: str | os.PathLike[str])
 def plot_mask(trajectory: Trajectory, path: str | os.PathLike[str]) -> None:
     """Who sees whom in one trajectory, with its turns and prunes."""
     trajectory.mask.plot(path, title=f"{trajectory.objectives} objectives, {trajectory.turns} turns")
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _figure(rows: int, columns: int) -> tuple[Any, Any]:

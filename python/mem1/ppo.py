@@ -8,8 +8,10 @@ tokens have none.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from mem1.config import PPOConfig, Regime
-from mem1.trajectory import Trajectory
+from mem1.model import without_dropout
+from mem1.optim import AdamW
+from mem1.trajectory import TURN_LIMIT, Trajectory
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.ops import clipped_value_loss, fused_linear_ppo_loss, gae, linear_logprob, masked_whiten
 from mem1_core.reference import kl_estimate
@@ -101,6 +105,12 @@ class Experience:
     advantage: Tensor
     returns: Tensor
 
+    def rollout_logprob(self) -> Tensor:
+        """With which the sampler drew the tokens."""
+        t = self.trajectory
+        drawn = t.logprobs if t.rollout_logprobs is None else t.rollout_logprobs
+        return drawn[t.policy_mask].to(self.old_logprob.device)
+
 
 class PPO:
     """The state of a training run: two optimisers and a frozen reference.
@@ -125,59 +135,67 @@ class PPO:
         self.config, self.regime, self.temperature = config, regime, temperature
         self.device = next(actor.parameters()).device
         self.optimizers = {
-            "actor": torch.optim.AdamW(
-                actor.parameters(), config.actor_lr, betas=(0.9, 0.95), weight_decay=0.0
-            ),
-            "critic": torch.optim.AdamW(
-                critic.parameters(), config.critic_lr, betas=(0.9, 0.95), weight_decay=0.0
-            ),
+            name: AdamW(model.parameters(), betas=(0.9, 0.95), max_grad_norm=config.max_grad_norm)
+            for name, model in (("actor", actor), ("critic", critic))
         }
-        self.steps = {"actor": 0, "critic": 0}
         self.updates = 0
 
     def update(
         self, trajectories: list[Trajectory], generator: torch.Generator | None = None
     ) -> dict[str, float]:
-        """Learn from one batch. Trajectories in which the policy wrote nothing are left out.
+        """Learn from one batch: `prepare`, then `learn`."""
+        batch, metrics = self.prepare(trajectories)
+        return metrics | self.learn(batch, generator)
 
-        Raises ValueError if none is left. `generator` shuffles the minibatches. Returns, as means over policy
-        tokens:
+    def learn(
+        self,
+        batch: list[Experience],
+        generator: torch.Generator | None = None,
+        stepped: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
+        """The optimiser steps of one update. `generator` shuffles the minibatches; `stepped` is called after
+        each step.
 
-        - before the update: `dlogp_max`, `dlogp_mean`, the |difference| between the sampled log-probs and the
-          trainer's; `kl_reference`, the k3 estimate of KL(policy | reference); `advantage_mean` before
-          whitening; `value_mean`; `explained_variance`, the share of the returns' variance that the critic
-          foresaw;
-        - of the steps, averaged over these: `value_loss`, `value_clip_fraction`, `critic_grad_norm` (before
-          clipping), and, once the actor learns too, `policy_loss`, `kl` (as kl_reference, at each step),
-          `entropy`, `clip_fraction`, `actor_grad_norm`, and `ratio_max`, the largest probability ratio of
-          all.
+        Every minibatch is divided by the tokens that one has on average: what a token weighs does not depend
+        on who shares its minibatch, nor on whether it falls into a last, smaller one.
+
+        Returns, as means over policy tokens: `value_loss`, `value_clip_fraction`, and, once the actor learns
+        too, `policy_loss`, `kl` (as kl_reference, at each step), `entropy`, `clip_fraction`; `ratio_max`, the
+        largest probability ratio of all; `critic_grad_norm` and `actor_grad_norm`, means over the steps,
+        before clipping; `skipped_steps`, those that were not taken as their gradients had no finite norm.
+        Raises Diverged when these do not end.
+        """
+        config, train_actor = self.config, self.updates >= self.config.critic_only
+        tokens = sum(len(e.old_logprob) for e in batch)
+        normalizer = tokens * min(config.minibatch / len(batch), 1.0)
+        steps: list[dict[str, float]] = []
+        for _ in range(config.epochs):
+            order = torch.randperm(len(batch), generator=generator).tolist()
+            for start in range(0, len(order), config.minibatch):
+                part = [batch[i] for i in order[start : start + config.minibatch]]
+                steps.append(self.step(part, train_actor, normalizer))
+                stepped()
+        self.updates += 1
+        return _summary(steps, tokens * config.epochs)
+
+    @torch.no_grad()
+    def prepare(self, trajectories: list[Trajectory]) -> tuple[list[Experience], dict[str, float]]:
+        """Old log-probs, reference log-probs, values, rewards and advantages of a batch, with their metrics.
+        Changes nothing.
+
+        Trajectories in which the policy wrote nothing are left out; raises ValueError if none is left, or for
+        a reward that is not finite in fp32. The reward of an episode belongs to the last token of the policy.
+
+        The metrics, as means over policy tokens: `dlogp_max`, `dlogp_mean`, the |difference| between the
+        sampled log-probs and the trainer's; `kl_reference`, the k3 estimate of KL(policy | reference);
+        `advantage_mean` before whitening; `value_mean`; `explained_variance`, the share of the returns'
+        variance that the critic foresaw, NaN if they have none.
         """
         trajectories = [t for t in trajectories if t.policy_mask.any()]
         if not trajectories:
             raise ValueError("trajectories: wanted at least one in which the policy wrote a token, got none")
-        batch, metrics = self.prepare(trajectories)
-        train_actor = self.updates >= self.config.critic_only
-        totals: dict[str, list[float]] = {}
-        for _ in range(self.config.epochs):
-            order = torch.randperm(len(batch), generator=generator).tolist()
-            for start in range(0, len(order), self.config.minibatch):
-                step = self.step(
-                    [batch[i] for i in order[start : start + self.config.minibatch]], train_actor
-                )
-                for name, value in step.items():
-                    totals.setdefault(name, []).append(value)
-        self.updates += 1
-        for name, values in totals.items():
-            metrics[name] = max(values) if name == "ratio_max" else sum(values) / len(values)
-        return metrics
-
-    @torch.no_grad()
-    def prepare(self, trajectories: list[Trajectory]) -> tuple[list[Experience], dict[str, float]]:
-        """Old log-probs, reference log-probs, values, rewards and advantages of a batch, with their
-        metrics.
-        """
-        self._training(False)
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._without_dropout()
+        parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for group in split(trajectories, self.config.micro_tokens, self.regime):
             stream = pack([trajectories[i] for i in group], self.regime, self.device)
             old = recompute_logprobs(self.actor, stream, self.temperature)
@@ -186,12 +204,15 @@ class PPO:
                 if self.reference is None
                 else recompute_logprobs(self.reference, stream, self.temperature)
             )
-            value = self.critic(**stream.inputs())[0, stream.layout.logit_rows].float()
-            parts += zip(*(x.split(stream.counts) for x in (old, ref, value)), strict=True)
-        old, ref, value = (pad_sequence(list(x), batch_first=True) for x in zip(*parts, strict=True))
+            values = self.critic(**stream.inputs())[0].float()
+            ends = torch.tensor([trajectories[i].layout(self.regime).source.numel() for i in group]).cumsum(0)
+            of_tokens = (x.split(stream.counts) for x in (old, ref, values[stream.layout.logit_rows]))
+            parts += zip(*of_tokens, values[ends - 1], strict=True)
+        columns = list(zip(*parts, strict=True))
+        old, ref, value = (pad_sequence(list(x), batch_first=True) for x in columns[:3])
         counts = torch.tensor([len(part[0]) for part in parts], device=self.device)
         mask = torch.arange(old.shape[1], device=self.device) < counts[:, None]  # [B, T]
-        score = torch.tensor([t.reward for t in trajectories], device=self.device)
+        score = self._scores(trajectories, torch.stack(columns[3]))
         reward = torch.zeros_like(old).scatter_(1, counts[:, None] - 1, score[:, None])
         kl = kl_estimate(old, ref, "k1")
         if self.config.kl_in == "reward":
@@ -199,35 +220,53 @@ class PPO:
         advantage, returns = gae(reward, value, mask, self.config.gamma, self.config.lam)
         whitened = masked_whiten(advantage, mask)
         rows = zip(trajectories, parts, whitened, returns, strict=True)
-        batch = [Experience(t, *part, a[: len(part[0])], r[: len(part[0])]) for t, part, a, r in rows]
+        batch = [Experience(t, *part[:3], a[: len(part[0])], r[: len(part[0])]) for t, part, a, r in rows]
         sampled = torch.cat([t.logprobs[t.policy_mask] for t in trajectories]).to(self.device)
         error = (old[mask] - sampled).abs()
-        spread = returns[mask].var(unbiased=False)
         return batch, {
             "dlogp_max": float(error.max()),
             "dlogp_mean": float(error.mean()),
             "kl_reference": float(kl_estimate(old, ref, "k3")[mask].mean()),
             "advantage_mean": float(advantage[mask].mean()),
             "value_mean": float(value[mask].mean()),
-            "explained_variance": float(
-                1 - (returns - value)[mask].var(unbiased=False) / spread.clamp(min=1e-8)
-            ),
+            "explained_variance": explained_variance(returns[mask], value[mask]),
         }
 
-    def step(self, batch: list[Experience], train_actor: bool = True) -> dict[str, float]:
+    def _scores(self, trajectories: list[Trajectory], last_value: Tensor) -> Tensor:
+        """fp32 [B]: the reward of each episode, with what the critic says of its end where one was cut off.
+
+        last_value: [B], the critic's value after the policy's last token.
+        """
+        score = torch.tensor([t.reward for t in trajectories], dtype=torch.float32, device=self.device)
+        for trajectory, value in zip(trajectories, score.tolist(), strict=True):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"trajectories: wanted rewards that are finite in float32, got {trajectory.reward} for "
+                    f"seed {trajectory.seed}"
+                )
+        if self.config.bootstrap_turn_limit:
+            cut = torch.tensor([t.finished == TURN_LIMIT for t in trajectories], device=self.device)
+            score = score + self.config.gamma * last_value * cut
+        return score
+
+    def step(
+        self, batch: list[Experience], train_actor: bool = True, normalizer: float | None = None
+    ) -> dict[str, float]:
         """One optimiser step on a minibatch, accumulated over streams of at most `micro_tokens` tokens.
 
-        Every loss is divided by the tokens of the whole minibatch, so how it is split changes nothing.
+        Every loss is divided by `normalizer`, by default the tokens of the minibatch, so how it is split
+        changes nothing. The metrics are means over its tokens.
         """
-        self._training(True)
+        self._without_dropout()
         config, weight = self.config, self.actor.get_output_embeddings().weight
         for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         total = sum(len(e.old_logprob) for e in batch)
-        sums = dict.fromkeys(
-            ("policy_loss", "value_loss", "kl", "entropy", "clip_fraction", "value_clip_fraction"), 0.0
-        )
-        ratio_max = 0.0
+        normalizer = normalizer or total
+        names = ["value_loss", "value_clip_fraction"]
+        if train_actor:
+            names += ["policy_loss", "kl", "entropy", "clip_fraction"]
+        result = dict.fromkeys(names, 0.0) | {"tokens": total}
         for group in split([e.trajectory for e in batch], config.micro_tokens, self.regime):
             part = [batch[i] for i in group]
             stream = pack([e.trajectory for e in part], self.regime, self.device)
@@ -238,13 +277,15 @@ class PPO:
             )
             value = self.critic(**stream.inputs())[0, stream.layout.logit_rows].float()
             value_loss, clipped = clipped_value_loss(
-                value, old_value, returns, everything, config.value_clip, normalizer=total
+                value, old_value, returns, everything, config.value_clip, normalizer=normalizer
             )
             value_loss.backward()
-            sums["value_loss"] += float(value_loss.detach())
-            sums["value_clip_fraction"] += float(clipped) * share
+            self.optimizers["critic"].collect()
+            result["value_loss"] += float(value_loss.detach()) * normalizer / total
+            result["value_clip_fraction"] += float(clipped) * share
             if not train_actor:
                 continue
+            drawn = [e.rollout_logprob() for e in part] if config.rollout_is_cap is not None else None
             loss, metrics = fused_linear_ppo_loss(
                 label_hidden(self.actor, stream),
                 weight,
@@ -253,52 +294,64 @@ class PPO:
                 torch.cat([e.advantage for e in part]),
                 everything,
                 ref_logprob=torch.cat([e.ref_logprob for e in part]),
+                sampler_logprob=None if drawn is None else torch.cat(drawn),
                 temperature=self.temperature,
                 clip_low=config.clip,
                 clip_high=config.clip,
+                sampler_cap=config.rollout_is_cap or 1.0,
                 kl_coef=config.kl if config.kl_in == "loss" else 0.0,
                 entropy_coef=config.entropy,
-                normalizer=total,
+                normalizer=normalizer,
             )
             loss.backward()
-            sums["policy_loss"] += float(loss.detach())
+            self.optimizers["actor"].collect()
+            result["policy_loss"] += float(loss.detach()) * normalizer / total
             for name in ("kl", "entropy", "clip_fraction"):
-                sums[name] += float(metrics[name]) * share
-            ratio_max = max(ratio_max, float(metrics["ratio_max"]))
-        learners = {"critic": self.critic, "actor": self.actor} if train_actor else {"critic": self.critic}
-        result = {f"{which}_grad_norm": self._learn(which, model) for which, model in learners.items()}
-        if not train_actor:
-            return result | {name: sums[name] for name in ("value_loss", "value_clip_fraction")}
-        return result | sums | {"ratio_max": ratio_max}
+                result[name] += float(metrics[name]) * share
+            result["ratio_max"] = max(result.get("ratio_max", 0.0), float(metrics["ratio_max"]))
+        for name, peak, warmup in (
+            ("critic", config.critic_lr, config.critic_warmup),
+            ("actor", config.actor_lr, config.actor_warmup),
+        )[: 1 + train_actor]:
+            optimizer = self.optimizers[name]
+            rate = peak * min(1.0, (optimizer.steps + 1) / max(warmup, 1))
+            result[f"{name}_grad_norm"] = optimizer.step(rate)
+        return result
 
-    def _training(self, mode: bool) -> None:
-        # For gradient checkpointing, which transformers does in training mode only; nothing here has dropout.
-        self.actor.train(mode)
-        self.critic.train(mode)
-
-    def _learn(self, which: str, model: nn.Module) -> float:
-        """Clip the gradients and take an optimiser step at the learning rate of the warm-up; returns the norm
-        before.
-        """
-        norm = float(nn.utils.clip_grad_norm_(model.parameters(), self.config.max_grad_norm))
-        self.steps[which] += 1
-        warmup = max(getattr(self.config, f"{which}_warmup"), 1)
-        rate = getattr(self.config, f"{which}_lr") * min(1.0, self.steps[which] / warmup)
-        for group in self.optimizers[which].param_groups:
-            group["lr"] = rate
-        self.optimizers[which].step()
-        return norm
+    def _without_dropout(self) -> None:
+        without_dropout(self.actor)
+        without_dropout(self.critic)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the models."""
-        return {
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
-            "steps": dict(self.steps),
-            "updates": self.updates,
-        }
+        optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+        return {"optimizers": optimizers, "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
-        self.steps = dict(state["steps"])
         self.updates = state["updates"]
+
+
+def explained_variance(returns: Tensor, value: Tensor) -> float:
+    """1 - Var(returns - value) / Var(returns), of [n] each; NaN where the returns are all the same."""
+    # They are sums of advantages and values: what is the same differs by rounding.
+    if returns.std(unbiased=False) <= 1e-6 * returns.abs().max():
+        return math.nan
+    return float(1 - (returns - value).var(unbiased=False) / returns.var(unbiased=False))
+
+
+def _summary(steps: list[dict[str, float]], tokens: int) -> dict[str, float]:
+    """The metrics of an update from those of its steps, which saw `tokens` policy tokens in all."""
+    result: dict[str, float] = {"skipped_steps": 0}
+    for name in steps[0]:
+        values = [step[name] for step in steps]
+        if name == "ratio_max":
+            result[name] = max(values)
+        elif name.endswith("grad_norm"):
+            taken = [value for value in values if math.isfinite(value)]
+            result["skipped_steps"] += len(values) - len(taken)
+            result[name] = fmean(taken) if taken else math.nan
+        elif name != "tokens":
+            result[name] = sum(step[name] * step["tokens"] for step in steps) / tokens
+    return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -15,161 +15,268 @@ from typing import Any
 import torch
 
 from mem1 import checkpoint
-from mem1.checkpoint import LAST, whole_file
+from mem1.checkpoint import Place
+from mem1.checks import InputError, require
 from mem1.config import TrainConfig
+from mem1.device import pick_device, whereabouts
 from mem1.engine import Engine
+from mem1.envs.base import Environment
 from mem1.envs.multihop import MultiHopEnv
-from mem1.episode import ENVIRONMENT_ERROR
-from mem1.model import build_critic, build_model
+from mem1.evaluate import error_counts
+from mem1.interrupts import Interrupted, Interrupts
+from mem1.io import append_json, without_nan
+from mem1.model import build_critic, build_model, dropouts
 from mem1.ppo import PPO
-from mem1.rollout import rollout
+from mem1.progress import Progress
+from mem1.rollout import check_positions, rollout
+from mem1.run_folder import RunFolder
+from mem1.seeds import derive_seed
 from mem1.tokenizer import build_tokenizer
 from mem1.trajectory import Trajectory
-from mem1.warmstart import warm_start
+from mem1.warmstart import optimizer_for, warm_start
 
-METRICS = "metrics.jsonl"
-CONFIG = "train.json"
+
+class EnvironmentDown(RuntimeError):
+    """More episodes of a batch have failed than a run can learn beside."""
 
 
 def train(
     config: TrainConfig,
     out: Path,
     *,
+    make_environment: Callable[[], Environment] | None = None,
     init: Path | None = None,
     resume: bool = False,
-    say: Callable[[str], None] = print,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> checkpoint.Checkpoint:
     """Train and return the last checkpoint, which is also in the folder `out/last`.
 
-    `out` gets train.json (the settings), metrics.jsonl (one line per step, its "phase" is warmstart or ppo)
-    and the checkpoint. `init` is a checkpoint to start from in the place of random weights and a warm start;
-    `resume` goes on from `out/last`. The warm start is in the world and the layout of the rollouts to come.
+    `out` gets what `RunFolder` says: settings, metrics.jsonl (one line per step, its "phase" is warmstart or
+    ppo) and checkpoints. `init` is a checkpoint to start from, in place of random weights and a warm start.
+    `make_environment` makes the world of PPO, by default the `MultiHopEnv` of `config`, in which the warm
+    start is in any case, laid out as the rollouts to come.
 
-    Episodes that an environment error ended are left out of their update; an update that has no other is
-    skipped, and counts. An exception or Ctrl-C leaves the checkpoint of the last complete update; only if it
-    comes in the middle of an update, when the weights are half-way, that of the last `save_every`.
+    All random numbers follow from `config.seed`, and nothing from time: `resume` goes on from the newest
+    checkpoint in `out` to where the unbroken run would have come. Ctrl-C and SIGTERM save the last complete
+    step and raise Interrupted; an exception in the middle of an update, when the weights are half-way, leaves
+    the checkpoint before.
+
+    Episodes that failed, by an error of the environment or by numbers of the policy that are not finite, are
+    left out of their update. Raises InputError for what cannot be run, EnvironmentDown when more than
+    `config.max_failed` of a batch have failed, Diverged when gradients or weights are not finite any more.
     """
-    make_world = partial(MultiHopEnv, **config.environment())
-    make_world()  # an argument that is out of range fails before any work
-    if resume and init is not None:
-        raise ValueError(f"init: wanted None together with resume, got {str(init)!r}")
+    progress = progress or Progress()
+    make_world = make_environment or partial(MultiHopEnv, **config.environment())
+    if make_environment is None:
+        make_world()  # an argument that is out of range fails before any work
+    if resume and (init is not None or overwrite):
+        other = f"init, got {str(init)!r}" if init is not None else "overwrite, got True"
+        raise InputError(f"resume: wanted it without {other}")
     lessons = replace(
         config.warmstart, regime=config.rollout.regime, prune=config.rollout.prune, **config.environment()
     )
     config = replace(config, warmstart=lessons)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    start = out / LAST if resume else init
-    if start is not None:
-        actor, tokenizer, trainer = checkpoint.load(start)
-        say(f"loaded {start}: {sum(p.numel() for p in actor.parameters()):,} parameters")
-    else:
-        tokenizer, trainer = build_tokenizer(), None
-        actor = build_model(tokenizer, config.model)
-        say(f"new model: {sum(p.numel() for p in actor.parameters()):,} parameters, {len(tokenizer)} tokens")
-    state = _checked(trainer, config, out / LAST) if resume else None
+    device, settings, run = pick_device(config.device), asdict(config), RunFolder(out, config.keep)
 
-    out.mkdir(parents=True, exist_ok=True)
-    with whole_file(out / CONFIG) as file:
-        json.dump(asdict(config), file, indent=2)
-    metrics = out / METRICS
-    _keep_records(metrics, state["ppo"]["updates"] if state else None)
-    if start is None:
-        warm_start(actor, tokenizer, config.warmstart, metrics, say)
-        checkpoint.save(out / LAST, actor, tokenizer)
+    with Interrupts() as interrupts:
+        # 1. A model: of the run so far, of a checkpoint, or a new one.
+        state: dict[str, Any] = {}
+        if resume:
+            (actor, tokenizer, trainer), changed = run.resume(settings)
+            state = trainer or {}
+            if changed:
+                progress.log(f"resumed with other settings: {', '.join(changed)}")
+        elif init is not None:
+            actor, tokenizer, _ = checkpoint.load(init)
+        else:
+            tokenizer = build_tokenizer()
+            actor = build_model(tokenizer, config.model, derive_seed(config.seed, "weights"))
+        actor.to(device)
+        progress.log(whereabouts(actor))
+        require(any(p.requires_grad for p in actor.parameters()), "model", "weights that learn", "none")
+        check_positions(actor, config.rollout)
+        slots = min(config.rollout.slots, config.batch)
+        engine = Engine(actor.eval(), slots, config.rollout.prefill_tokens)
+        if not resume:
+            run.begin(settings, overwrite=overwrite)
 
-    critic = build_critic(actor)
-    reference = copy.deepcopy(actor).requires_grad_(False) if config.ppo.kl else None
-    ppo = PPO(actor, critic, reference, config.ppo, config.rollout.regime, config.rollout.temperature)
+        # 2. The warm start.
+        if init is None and "ppo" not in state:
+            _warm_start(actor, tokenizer, config, run, state, interrupts, progress)
+            state = {}
+
+        # 3. PPO.
+        critic = build_critic(actor)
+        reference = copy.deepcopy(actor).requires_grad_(False) if config.ppo.kl else None
+        ppo = PPO(actor, critic, reference, config.ppo, config.rollout.regime, config.rollout.temperature)
+        if state:
+            critic.load_state_dict(state["critic"])
+            if reference is not None:
+                reference.load_state_dict(state["reference"])
+            ppo.load_state_dict(state["ppo"])
+        if dropped := dropouts(actor):
+            progress.log(f"dropout is off during PPO ({', '.join(dropped)})")
+        return _ppo(ppo, engine, tokenizer, make_world, config, run, interrupts, progress)
+
+
+def _warm_start(
+    actor: Any,
+    tokenizer: Any,
+    config: TrainConfig,
+    run: RunFolder,
+    state: dict[str, Any],
+    interrupts: Interrupts,
+    progress: Progress,
+) -> None:
+    """The supervised steps that `state` has not, with checkpoints; the last one is where PPO starts."""
+    optimizer, done, total = optimizer_for(actor, config.warmstart), 0, config.warmstart.steps
     if state:
-        critic.load_state_dict(state["critic"])
-        if reference is not None:
-            reference.load_state_dict(state["reference"])
-        ppo.load_state_dict(state["ppo"])
+        optimizer.load_state_dict(state["optimizer"])
+        done = optimizer.steps + state["skipped_steps"]
+    skipped, saved = state.get("skipped_steps", 0), done if state else None
 
-    engine = Engine(actor.eval(), min(config.rollout.slots, config.batch), config.rollout.prefill_tokens)
-    began, slowest, complete = time.perf_counter(), 0.0, True
+    def save() -> None:
+        nonlocal saved
+        if saved != done:
+            trainer = {"optimizer": optimizer.state_dict(), "skipped_steps": skipped}
+            run.save(Place(0, done), actor, tokenizer, trainer | {"settings": asdict(config)})
+            saved = done
+
+    steps = warm_start(actor, tokenizer, config.warmstart, seed=config.seed, optimizer=optimizer, done=done)
+    try:
+        with progress.phase("warm start", total, done) as phase:
+            for record in steps:
+                done += 1
+                skipped += not math.isfinite(record["grad_norm"])
+                append_json(run.metrics, without_nan({"phase": "warmstart"} | record))
+                phase.advance(
+                    note=f"loss {record['loss']:.3f}, {100 * record['token_accuracy']:.0f} % of tokens right"
+                )
+                if done % config.warmstart.save_every == 0:
+                    save()
+                interrupts.check()
+    except Interrupted:
+        save()
+        raise
+    save()
+
+
+def _ppo(
+    ppo: PPO,
+    engine: Engine,
+    tokenizer: Any,
+    make_world: Callable[[], Environment],
+    config: TrainConfig,
+    run: RunFolder,
+    interrupts: Interrupts,
+    progress: Progress,
+) -> checkpoint.Checkpoint:
+    actor = ppo.actor
+    rewards: list[float] = []  # since the last checkpoint
+    saved: int | None = None
+
+    def save() -> None:
+        nonlocal saved
+        if saved != ppo.updates:
+            score = fmean(rewards) if rewards else None
+            trainer = {
+                "settings": asdict(config),
+                "critic": ppo.critic.state_dict(),
+                "reference": None if ppo.reference is None else ppo.reference.state_dict(),
+                "ppo": ppo.state_dict(),
+            }
+            run.save(Place(1, ppo.updates), actor, tokenizer, trainer, score)
+            rewards.clear()
+            saved = ppo.updates
+
+    complete = True  # the weights are those of `ppo.updates` updates
     try:
         while ppo.updates < config.updates:
-            clock = time.perf_counter()
-            if config.seconds is not None and clock - began + slowest > config.seconds:
-                break
-            first = config.seed + ppo.updates * config.batch
-            seeds = range(first, first + config.batch)
-            actor.eval()
-            trajectories = list(rollout(actor, tokenizer, make_world, seeds, config.rollout, engine=engine))
-            rolled = time.perf_counter()
-            record: dict[str, Any] = {"phase": "ppo", "step": ppo.updates + 1, **describe(trajectories)}
-            sound = [t for t in trajectories if not t.finished.startswith(ENVIRONMENT_ERROR)]
-            if sound:
-                complete = False
-                record |= ppo.update(sound, torch.Generator().manual_seed(first))
-                complete = True
-            else:
-                ppo.updates += 1  # the next batch has other seeds, and the loop an end
-            record |= {"rollout_seconds": rolled - clock, "update_seconds": time.perf_counter() - rolled}
-            checkpoint.append_json(metrics, record)
-            say(_line(record) if sound else f"update {ppo.updates:3d}  skipped: {trajectories[0].finished}")
+            update, began = ppo.updates, time.perf_counter()
+            seeds = [derive_seed(config.seed, "training", update, i) for i in range(config.batch)]
+            place = {seed: i for i, seed in enumerate(seeds)}
+            # Nothing is lost in these: the same update starts anew from its seeds.
+            with interrupts.allowed():
+                actor.eval()
+                trajectories = []
+                with progress.phase(f"update {update + 1}: rollout", config.batch) as phase:
+                    played = rollout(actor, tokenizer, make_world, seeds, config.rollout, engine=engine)
+                    for trajectory in played:
+                        trajectories.append(trajectory)
+                        phase.advance(note=trajectory.error)
+                # In the order of the seeds, not of the clock.
+                trajectories.sort(key=lambda t: place[t.seed])
+                sound = [t for t in trajectories if not t.error and t.policy_mask.any()]
+                _check_failures(trajectories, config.max_failed)
+                rolled = time.perf_counter()
+                batch, metrics = ppo.prepare(sound)
+            complete = False
+            shuffle = torch.Generator().manual_seed(derive_seed(config.seed, "minibatches", update))
+            steps = config.ppo.epochs * -(-len(batch) // config.ppo.minibatch)
+            with progress.phase(f"update {update + 1}: optimiser steps", steps) as phase:
+                metrics |= ppo.learn(batch, shuffle, phase.advance)
+            complete = True
+            record = {"phase": "ppo", "step": ppo.updates, **describe(trajectories), **metrics}
+            record |= {"rollout_seconds": rolled - began, "update_seconds": time.perf_counter() - rolled}
+            append_json(run.metrics, without_nan(record))
+            rewards.append(record["reward"])
+            progress.log(_line(record, config.updates))
             if ppo.updates % config.save_every == 0:
-                _save(out, actor, tokenizer, critic, reference, ppo)
-            slowest = max(slowest, time.perf_counter() - clock)
+                save()
+            interrupts.check()
     finally:
         if complete:
-            _save(out, actor, tokenizer, critic, reference, ppo)
+            save()
     return checkpoint.Checkpoint(actor.eval(), tokenizer, None)
 
 
-def _checked(trainer: dict[str, Any] | None, config: TrainConfig, path: Path) -> dict[str, Any]:
-    """The trainer's state in the checkpoint `path`, if a run with `config` can go on from it."""
-    if trainer is None:
-        raise ValueError(f"resume: wanted a checkpoint of PPO in {path}, got one without trainer state")
-    if config.ppo.kl and trainer["reference"] is None:
-        raise ValueError(f"kl: wanted 0, as in the run that is resumed (no reference), got {config.ppo.kl}")
-    return trainer
+def _check_failures(trajectories: list[Trajectory], most: float) -> None:
+    failed = [t for t in trajectories if t.error]
+    if len(failed) > most * len(trajectories) or len(failed) == len(trajectories):
+        kinds = ", ".join(f"{kind} {count}" for kind, count in error_counts(failed).items())
+        raise EnvironmentDown(
+            f"{len(failed)} of {len(trajectories)} episodes failed ({kinds}), after "
+            f"{sum(len(t.failures) for t in failed)} more attempts; the first: {failed[0].finished}"
+        )
 
 
-def _keep_records(metrics: Path, updates: int | None) -> None:
-    """Drop what `metrics` says of PPO after that many updates; None: start it anew."""
-    kept = []
-    if updates is not None and metrics.exists():
-        for line in metrics.read_text().splitlines(keepends=True):
-            if not line.endswith("\n"):  # cut off when the run died
-                break
-            record = json.loads(line)
-            if record["phase"] != "ppo" or record["step"] <= updates:
-                kept.append(line)
-    with whole_file(metrics) as file:
-        file.writelines(kept)
-
-
-def _line(record: dict[str, Any]) -> str:
-    return (
-        "update {step:3d}  reward {reward:.3f}  exact match {exact_match:.2f}  answered {answered:.2f}  "
-        "max |dlogp| {dlogp_max:.1e}  KL {kl_reference:.4f}  {policy_tokens} tokens  "
-        "{rollout_seconds:.1f} + {update_seconds:.1f} s".format(**record)
+def _line(record: dict[str, Any], updates: int) -> str:
+    text = (
+        f"update {record['step']}/{updates}  reward {record['reward']:.3f}  exact match "
+        f"{record['exact_match']:.2f}  answered {record['answered']:.2f}  turns {record['turns']:.1f}  peak "
+        f"{record['peak_tokens']:.0f}  kl {record['kl_reference']:.4f}  dlogp {record['dlogp_max']:.1e}  "
+        f"rollout {record['rollout_seconds']:.1f} s, update {record['update_seconds']:.1f} s"
     )
+    if record["errors"] or record["replays"]:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in record["errors"].items()) or "none"
+        text += f"  failed: {kinds}; played again: {record['replays']}"
+    return text + (f"  skipped steps: {record['skipped_steps']}" if record["skipped_steps"] else "")
 
 
-def describe(trajectories: list[Trajectory]) -> dict[str, float | int]:
-    """What a batch of episodes looks like. Means over the episodes, except the token counts, which are
-    sums.
+def describe(trajectories: list[Trajectory]) -> dict[str, Any]:
+    """What a batch of episodes looks like. Means over those that did not fail; token counts are sums.
+
+    errors: episodes lost for good, by kind. replays: attempts that the environment broke off and that were
+    played again; dropped_turns, dropped_tokens: means over these and the lost episodes, to be held against
+    turns and tokens: failures hit long episodes more often.
     """
+    sound = [t for t in trajectories if not t.error]
+    replays = [failure for t in trajectories for failure in t.failures]
+    dropped = [(f.turns, f.tokens) for f in replays]
+    dropped += [(t.turns, t.tokens.numel()) for t in trajectories if t.error]
     return {
-        "reward": fmean(t.reward for t in trajectories),
-        "exact_match": fmean(t.score.get("exact_match", 0.0) for t in trajectories),
-        "answered": fmean(t.finished == "answered" for t in trajectories),
-        "environment_errors": sum(t.finished.startswith(ENVIRONMENT_ERROR) for t in trajectories),
-        "turns": fmean(t.turns for t in trajectories),
-        "peak_tokens": fmean(t.peak_tokens() for t in trajectories),
-        "tokens": sum(t.tokens.numel() for t in trajectories),
-        "policy_tokens": sum(int(t.policy_mask.sum()) for t in trajectories),
+        "reward": fmean(t.reward for t in sound),
+        "exact_match": fmean(t.score.get("exact_match", 0.0) for t in sound),
+        "answered": fmean(t.finished == "answered" for t in sound),
+        "turns": fmean(t.turns for t in sound),
+        "peak_tokens": fmean(t.peak_tokens() for t in sound),
+        "tokens": sum(t.tokens.numel() for t in sound),
+        "policy_tokens": sum(int(t.policy_mask.sum()) for t in sound),
+        "errors": error_counts(trajectories),
+        "replays": len(replays),
+        "dropped_turns": fmean(turns for turns, _ in dropped) if dropped else None,
+        "dropped_tokens": fmean(tokens for _, tokens in dropped) if dropped else None,
     }
-
-
-def _save(out: Path, actor: Any, tokenizer: Any, critic: Any, reference: Any, ppo: PPO) -> None:
-    trainer = {
-        "critic": critic.state_dict(),
-        "reference": None if reference is None else reference.state_dict(),
-        "ppo": ppo.state_dict(),
-    }
-    checkpoint.save(out / LAST, actor, tokenizer, trainer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,16 +13,33 @@ from torch import Tensor
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.trajectory import Prune, Regime, Segment, TrajectoryMask, dependency_length, policy_tokens
 
+# How `Trajectory.finished` begins when the environment failed: it raised, took too long, or gave something
+# else than the protocol asks for. Such an episode has reward 0 and says nothing about the policy.
+ENVIRONMENT_ERROR = "environment error"
+POLICY_ERROR = "policy error"  # its numbers were not finite
+TURN_LIMIT = "turn limit"
+
+
+class Failure(NamedTuple):
+    """An attempt at an episode that the environment ended, before the one that is told of."""
+
+    error: str  # the name of the exception's type
+    turns: int
+    tokens: int
+
 
 @dataclass
 class Trajectory:
-    """The tokens of one episode, who wrote them, and what came of it.
+    """The tokens of one episode, who wrote them, and what came of it. A line of JSON has all that training on
+    it takes.
 
     tokens: int64 [n]. segments: kind, turn and length of each run of tokens, in order; their lengths sum to
     n.
-    logprobs: float32 [n], the log-probability with which each policy token was sampled (at the sampling
-    temperature, over the full vocabulary); 0 for tokens of the environment. prune: the rule under which it
-    was rolled out.
+    logprobs: float32 [n], the log-probability of each policy token at the sampling temperature, over the full
+    vocabulary: what a trainer recomputes. rollout_logprobs: float32 [n], that with which it was drawn: from
+    what `top_k` and `top_p` left, scaled to a sum of 1; 0 for a token of `greedy`, which was certain; None:
+    the same. Both 0 for tokens of the environment.
+    prune, regime, temperature, top_p, top_k, greedy: the rules under which it was rolled out.
     """
 
     tokens: Tensor
@@ -34,14 +51,37 @@ class Trajectory:
     seconds: float = 0.0  # wall time from the first to the last token, in a batch with others
     objectives: int = 1
     seed: int = 0
+    regime: Regime = "carry"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    greedy: bool = False
+    sampling_seed: int = 0
+    model: str = ""  # the name of the policy, or the path of its weights
+    rollout_logprobs: Tensor | None = None
+    failures: list[Failure] = field(default_factory=list)  # earlier attempts at this episode
+    notes: dict[str, Any] = field(default_factory=dict)  # what the environment's score says beside numbers
 
     def __post_init__(self) -> None:
         n = self.tokens.numel()
         total = sum(segment.length for segment in self.segments)
         if total != n:
             raise ValueError(f"segments: wanted lengths that sum to the {n} tokens, got {total}")
-        if self.logprobs.shape != self.tokens.shape:
-            raise ValueError(f"logprobs: wanted shape {[n]}, got {list(self.logprobs.shape)}")
+        for name in ("logprobs", "rollout_logprobs"):
+            value = getattr(self, name)
+            if value is not None and value.shape != self.tokens.shape:
+                raise ValueError(f"{name}: wanted shape {[n]}, got {list(value.shape)}")
+
+    @property
+    def error(self) -> str:
+        """What went wrong, by kind: "" for a sound episode, "policy", or the type of the environment's
+        exception, as in "TimeoutError".
+        """
+        if self.finished.startswith(POLICY_ERROR):
+            return "policy"
+        if self.finished.startswith(ENVIRONMENT_ERROR):
+            return self.finished.removeprefix(f"{ENVIRONMENT_ERROR}: ").partition(":")[0]
+        return ""
 
     @cached_property
     def mask(self) -> TrajectoryMask:
@@ -69,24 +109,24 @@ class Trajectory:
         """The most tokens that are live at once; without the prompt's own if `prompt` is False."""
         return int(self.mask.peak_tokens(prompt=prompt))
 
-    def dependency_length(self) -> float:
-        """Sum over actions of (context + length / 2) * length, in token pairs (see mem1_core.trajectory)."""
-        return dependency_length(self.segments, self.prune)
+    def dependency_length(self, prompt: bool = True) -> float:
+        """The paper's measure of attention work, in token pairs (see mem1_core.trajectory); the official
+        definition, which leaves the prompt out of the context, if `prompt` is False.
+        """
+        return dependency_length(self.segments, self.prune, prompt=prompt)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers, for one line of trajectories.jsonl."""
+        rollout_logprobs = self.rollout_logprobs
         return {
-            "seed": self.seed,
-            "objectives": self.objectives,
-            "finished": self.finished,
-            "score": self.score,
-            "prune": self.prune,
-            "seconds": self.seconds,
+            **{name: getattr(self, name) for name in _PLAIN},
             "peak_tokens": self.peak_tokens(),
             "dependency_length": self.dependency_length(),
+            "failures": [failure._asdict() for failure in self.failures],
             "segments": [list(segment) for segment in self.segments],
             "tokens": self.tokens.tolist(),
             "logprobs": self.logprobs.tolist(),
+            "rollout_logprobs": None if rollout_logprobs is None else rollout_logprobs.tolist(),
         }
 
     def to_json(self) -> str:
@@ -96,9 +136,19 @@ class Trajectory:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Trajectory:
         """The inverse of `to_dict`."""
+        rollout_logprobs = data.get("rollout_logprobs")
         return cls(
             tokens=torch.tensor(data["tokens"], dtype=torch.int64),
             segments=[Segment(*segment) for segment in data["segments"]],
             logprobs=torch.tensor(data["logprobs"], dtype=torch.float32),
-            **{name: data[name] for name in ("seed", "objectives", "finished", "score", "prune", "seconds")},
+            rollout_logprobs=None if rollout_logprobs is None else torch.tensor(rollout_logprobs),
+            failures=[Failure(**failure) for failure in data.get("failures", [])],
+            **{name: data[name] for name in _PLAIN if name in data},
         )
+
+
+# The fields that are as they are in JSON.
+_PLAIN = (
+    *("seed", "sampling_seed", "model", "objectives", "finished", "score", "notes", "seconds"),
+    *("prune", "regime", "temperature", "top_p", "top_k", "greedy"),
+)

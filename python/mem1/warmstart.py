@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,71 +12,66 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mem1.checkpoint import append_json
 from mem1.config import WarmStartConfig
 from mem1.envs.multihop import MultiHopEnv
+from mem1.optim import AdamW
 from mem1.ppo import Stream, label_hidden
+from mem1.seeds import derive_seed
 from mem1.tasks import Example
 from mem1.tasks.auxiliary import copy_example, lookup_example
 from mem1.tasks.scripted import scripted_example
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.trajectory import Regime
 
-REPORT_EVERY = 50  # steps
+
+def optimizer_for(actor: Any, config: WarmStartConfig) -> AdamW:
+    """The optimiser of a warm start: weight decay for matrices alone."""
+    matrices = [p for p in actor.parameters() if p.dim() > 1]
+    vectors = [p for p in actor.parameters() if p.dim() <= 1]
+    return AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
+        max_grad_norm=config.max_grad_norm,
+    )
 
 
 def warm_start(
     actor: Any,
     tokenizer: PreTrainedTokenizerBase,
     config: WarmStartConfig,
-    metrics: Path | None = None,
-    say: Callable[[str], None] = print,
-) -> list[float]:
-    """Train `actor` in place; returns the loss of every step.
+    *,
+    seed: int = 0,
+    optimizer: AdamW | None = None,
+    done: int = 0,
+) -> Iterator[dict[str, float]]:
+    """Train `actor` in place, a step for each record that is taken: `step`, `loss`, `token_accuracy`,
+    `grad_norm`, `learning_rate`.
 
-    Each step is one stream of freshly drawn examples. Progress, from 0 to 1, is the share of the steps or of
-    the seconds that is used up, whichever is larger; it drives the curriculum and the learning rate.
-    `metrics` gets one line of JSON per step, `say` one line of text every `REPORT_EVERY` steps.
+    Each step is one stream of freshly drawn examples, which follow from `seed` and the step. A run that was
+    stopped after `done` steps goes on with its `optimizer` (`optimizer_for`) as it was then. Raises Diverged
+    when the gradients stay without a finite norm.
     """
     ids = tokenizer.get_vocab()
     device = next(actor.parameters()).device
-    draw = random.Random(config.seed)
-    matrices = [p for p in actor.parameters() if p.dim() > 1]
-    vectors = [p for p in actor.parameters() if p.dim() <= 1]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=config.weight_decay
-    )
-    losses: list[float] = []
-    began = time.perf_counter()
-    actor.train()
-    while (done := progress(len(losses), time.perf_counter() - began, config)) < 1.0:
-        batch = list(examples(ids, draw, config, done))
-        rate = config.learning_rate * rate_factor(len(losses), done, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    optimizer = optimizer or optimizer_for(actor, config)
+    for step in range(done, config.steps):
+        actor.train()
+        progress = step / config.steps
+        draw = random.Random(derive_seed(seed, "warm start", step))
+        batch = list(examples(ids, draw, config, progress))
         logits, labels = label_logits(actor, batch, config.regime, device)
         loss = F.cross_entropy(logits.float(), labels)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(actor.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-        step, right = len(losses), (logits.argmax(-1) == labels).float().mean().item()
-        seconds = time.perf_counter() - began
-        if metrics is not None:
-            record = {"phase": "warmstart", "step": step, "loss": losses[-1], "token_accuracy": right}
-            append_json(metrics, record | {"learning_rate": rate, "seconds": seconds})
-        if step % REPORT_EVERY == 0:
-            say(f"warm start {step:4d}  loss {losses[-1]:.3f}  tokens right {right:.3f}  {seconds:.0f} s")
-    actor.eval()
-    return losses
-
-
-def progress(step: int, seconds: float, config: WarmStartConfig) -> float:
-    """How much of the warm start lies behind: 0 at its start, 1 (or more) when it is over."""
-    used = step / config.steps if config.steps else 1.0
-    return used if config.seconds is None else max(used, seconds / config.seconds)
+        rate = config.learning_rate * rate_factor(step, progress, config)
+        norm = optimizer.step(rate)
+        actor.eval()
+        yield {
+            "step": step + 1,
+            "loss": loss.item(),
+            "token_accuracy": (logits.argmax(-1) == labels).float().mean().item(),
+            "grad_norm": norm,
+            "learning_rate": rate,
+        }
 
 
 def rate_factor(step: int, done: float, config: WarmStartConfig) -> float:
@@ -106,8 +99,7 @@ def examples(
             example = draw.choice((copy_example, lookup_example))(ids, draw)
         else:
             environment = MultiHopEnv((least, reach), config.hops, config.passage_tokens)
-            # Seeds far above those that evaluations and PPO count up from 0.
-            example = scripted_example(environment, 2**32 + draw.getrandbits(32), ids, config.prune)
+            example = scripted_example(environment, draw.getrandbits(53), ids, config.prune)
         tokens += len(example.tokens)
         yield example
 

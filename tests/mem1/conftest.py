@@ -31,7 +31,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Qwen2ForCaus
             "num_hidden_layers": 3,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "max_position_embeddings": 8192,
+            "max_position_embeddings": 65536,
             "tie_word_embeddings": False,
             "attn_implementation": "mem1",
         }

@@ -45,7 +45,8 @@ class Meter:
 
 def main(prune: str, turns: int) -> None:
     tokenizer, meter = build_tokenizer(), Meter()
-    config = RolloutConfig(slots=1, prune=prune, max_turns=turns, max_action=8)  # type: ignore[arg-type]
+    limits = {"max_turns": turns, "max_action": 8, "max_info": INFO_TOKENS}
+    config = RolloutConfig(slots=1, prune=prune, **limits)  # type: ignore[arg-type]
     (trajectory,) = rollout(build_model(tokenizer, MODEL), tokenizer, lambda: meter, [0], config)
     tokens = trajectory.tokens.numel()
     print(json.dumps({"sizes": meter.sizes, "tokens": tokens, "finished": trajectory.finished}))

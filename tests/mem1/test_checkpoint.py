@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mem1 import MemoryEfficientAgent, checkpoint
+from mem1.checks import InputError
 from mem1.config import RolloutConfig
 from mem1.envs.multihop import MultiHopEnv
 
@@ -28,20 +29,20 @@ def test_a_checkpoint_holds_model_tokenizer_and_trainer(make_model, tokenizer, t
     assert torch.equal(plain.lm_head.weight, model.lm_head.weight)
 
 
-def test_a_checkpoint_replaces_the_last_one_and_leaves_nothing_behind(make_model, tokenizer, tmp_path):
-    for step in (1, 2):
-        checkpoint.save(tmp_path / "last", make_model(seed=step), tokenizer, {"step": step})
-    assert checkpoint.load(tmp_path / "last").trainer == {"step": 2}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["last"]
-
-
-def test_a_failed_save_keeps_the_old_checkpoint(make_model, tokenizer, tmp_path):
+def test_a_checkpoint_is_never_overwritten(make_model, tokenizer, tmp_path):
     checkpoint.save(tmp_path / "last", make_model(), tokenizer, {"step": 1})
-    with pytest.raises(AttributeError):
-        checkpoint.save(tmp_path / "last", make_model(), None)
+    with pytest.raises(InputError, match="path: wanted a name that is free, got "):
+        checkpoint.save(tmp_path / "last", make_model(), tokenizer, {"step": 2})
     assert checkpoint.load(tmp_path / "last").trainer == {"step": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["last"]
-    assert checkpoint.load(tmp_path).trainer == {"step": 1}  # the folder of a run stands for its last
+
+
+def test_a_failed_save_leaves_nothing_behind(make_model, tokenizer, tmp_path):
+    with pytest.raises(AttributeError):
+        checkpoint.save(tmp_path / "last", make_model(), None)
+    assert list(tmp_path.iterdir()) == []
+    checkpoint.save(tmp_path / "checkpoints" / "ppo-000001", make_model(), tokenizer, {"step": 1})
+    assert checkpoint.load(tmp_path).trainer == {"step": 1}  # the folder of a run stands for its newest
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "trainer.pt"])
@@ -57,13 +58,13 @@ def test_a_damaged_file_is_named(make_model, tokenizer, tmp_path, name):
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="wanted a model folder with a config.json, got"):
+    with pytest.raises(InputError, match="wanted a model folder with a config.json, got"):
         checkpoint.load(tmp_path)
 
 
 def test_an_agent_runs_and_answers(make_model, tokenizer, tmp_path):
-    checkpoint.save(tmp_path, make_model(), tokenizer)
-    agent = MemoryEfficientAgent.load(tmp_path, CONFIG)
+    checkpoint.save(tmp_path / "model", make_model(), tokenizer)
+    agent = MemoryEfficientAgent.load(tmp_path / "model", CONFIG)
     trajectory = agent.run(MultiHopEnv(2), seed=3)
     assert torch.equal(trajectory.tokens, agent.run(MultiHopEnv(2), seed=3).tokens)
     assert trajectory.objectives == 2

@@ -1,23 +1,38 @@
-"""The command line, end to end with budgets of seconds."""
+"""The command line: what it makes of its arguments, whose errors it tells in one line, how it ends."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from mem1 import checkpoint, train
+from mem1 import checkpoint
+from mem1.checks import InputError
 from mem1.cli import _parser, _rollout_config, main
-from mem1.config import PPOConfig, RolloutConfig, TrainConfig, WarmStartConfig
-from mem1.episode import ENVIRONMENT_ERROR
+from mem1.config import ModelConfig, PPOConfig, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.device import whereabouts
+from mem1.seeds import LARGEST, derive_seed
 from mem1.trajectory import Trajectory
 
-TINY = ["--warmstart-steps", "2", "--batch", "4", "--max-turns", "3", "--max-action", "24", "--slots", "4"]
+
+@pytest.fixture
+def model(make_model, tokenizer, tmp_path) -> str:
+    return str(checkpoint.save(tmp_path / "model", make_model(), tokenizer))
 
 
-def test_help_and_errors_name_the_trouble(capsys, tmp_path):
+@pytest.fixture
+def trained(monkeypatch) -> list[tuple[TrainConfig, Path, dict[str, Any]]]:
+    """What `mem1 train` calls `train` with; nothing is trained."""
+    calls: list[tuple[TrainConfig, Path, dict[str, Any]]] = []
+    monkeypatch.setattr("mem1.cli.train", lambda config, out, **rest: calls.append((config, out, rest)))
+    return calls
+
+
+def test_every_command_has_help(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
@@ -25,91 +40,99 @@ def test_help_and_errors_name_the_trouble(capsys, tmp_path):
     for command in ("train", "eval", "rollout", "demo"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
-        assert "--seed" in capsys.readouterr().out
-    assert main(["eval", str(tmp_path / "nothing")]) == 2
-    assert "wanted a model folder with a config.json" in capsys.readouterr().err
-    assert main(["train", "--temperature", "0", "--out", str(tmp_path)]) == 2
-    assert "temperature: wanted a finite number >= 1e-4" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["train", "--objectives", "two"])
-    assert "wanted a number or an interval such as 1-4, got 'two'" in capsys.readouterr().err
+        said = capsys.readouterr().out
+        assert "--seed" in said and "-seconds" not in said
+        assert ("--device" in said) == (command != "demo")
 
 
-def test_train_resume_eval_and_rollout(capsys, tmp_path):
-    run = str(tmp_path / "run")
-    assert main(["train", "--out", run, "--updates", "1", *TINY]) == 0
-    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [m["phase"] for m in metrics][-1] == "ppo"
-    wanted = {
-        "reward",
-        "exact_match",
-        "tokens",
-        "kl_reference",
-        "dlogp_max",
-        "value_loss",
-        "critic_grad_norm",
-    }
-    assert wanted <= set(metrics[-1])
-    assert metrics[-1]["dlogp_max"] < 5e-5
-
-    assert main(["train", "--out", run, "--updates", "3", "--resume", *TINY]) == 0
-    resumed = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert resumed[: len(metrics)] == metrics
-    assert [m["step"] for m in resumed if m["phase"] == "ppo"] == [1, 2, 3]
-    assert {"kl", "entropy", "clip_fraction", "ratio_max", "actor_grad_norm"} <= set(resumed[-1])
-    assert checkpoint.load(tmp_path / "run" / "last").trainer["ppo"]["updates"] == 3
-
-    model = run  # stands for its last checkpoint
-    capsys.readouterr()
-    sizes = ["--objectives", "1", "2", "--episodes", "2", "--max-turns", "3", "--max-action", "24"]
-    assert main(["eval", model, *sizes, "--truncate", "30"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("full context") >= 3
-    assert out.count("truncated to 30") == 3, "the title of its parity, and a row for 1 and 2 objectives"
-    assert "peak_without_prompt" in out and "max_dlogp" in out
-
-    assert main(["rollout", model, "--episodes", "1", "--max-turns", "40", "--scripted"]) == 0
-    assert "answered, reward 1.000" in capsys.readouterr().out
-    saved = tmp_path / "t.jsonl"
-    few = ["--episodes", "3", "--max-turns", "2", "--prune", "40"]
-    assert main(["rollout", model, *few, "--out", str(saved)]) == 0
-    played = [Trajectory.from_dict(json.loads(line)) for line in saved.read_text().splitlines()]
-    assert sorted(t.seed for t in played) == [0, 1, 2]
-    assert {t.prune for t in played} == {40}
+def test_the_settings_of_a_training_run(trained, tmp_path):
+    out = tmp_path / "run"
+    given = ["--objectives", "2-6", "--hops", "1", "--passage-tokens", "600", "--regime", "reencode"]
+    given += ["--prune", "is", "--updates", "7", "--batch", "5", "--save-every", "3", "--keep", "4"]
+    given += ["--seed", str(LARGEST - 1), "--device", "cpu", "--dtype", "bfloat16", "--threads", "1"]
+    given += ["--warmstart-steps", "9", "--actor-lr", "1e-5", "--critic-lr", "1e-4", "--kl", "0"]
+    assert main(["train", "--out", str(out), *given]) == 0
+    ((config, where, rest),) = trained
+    assert config == TrainConfig(
+        updates=7,
+        batch=5,
+        objectives=(2, 6),
+        hops=1,
+        passage_tokens=600,
+        save_every=3,
+        keep=4,
+        device="cpu",
+        threads=1,
+        seed=LARGEST - 1,
+        model=ModelConfig(dtype="bfloat16"),
+        rollout=RolloutConfig(regime="reencode", prune="is", max_info=664),
+        warmstart=WarmStartConfig(steps=9),
+        ppo=PPOConfig(actor_lr=1e-5, critic_lr=1e-4, kl=0.0),
+    )
+    assert where == out and not out.exists()
+    rest.pop("progress")
+    assert rest == {"init": None, "resume": False, "overwrite": False}
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    assert main(["train", "--out", str(out), "--overwrite", "--init", "there"]) == 0
+    assert [(r["resume"], r["overwrite"], r["init"]) for _, _, r in trained[1:]] == [
+        (True, False, None),
+        (False, True, Path("there")),
+    ]
 
 
-def records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def test_the_defaults_are_those_of_the_config(trained):
+    assert main(["train"]) == 0
+    ((config, out, _),) = trained
+    assert config == TrainConfig(rollout=RolloutConfig(max_info=64)) and out == Path("runs/train")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--objectives", "17-20"], "objectives: wanted a number or an interval within 1..16"),
-        (["--passage-tokens", "-1"], "passage_tokens: wanted a number >= 0"),
-        (["--hops", "9"], "hops: wanted a number or an interval within 1..4"),
-        (["--warmstart-seconds", "0"], "seconds: wanted a number > 0"),
-        (["--seconds", "-1"], "seconds: wanted a number > 0"),
-        (["--actor-lr", "nan"], "actor_lr: wanted a finite number > 0"),
-        (["--kl", "-1"], "kl: wanted a finite number >= 0"),
+        (["--actor-lr", "nan"], "actor_lr: wanted a finite number > 0, got nan"),
+        (["--kl", "-1"], "kl: wanted a finite number >= 0, got -1.0"),
+        (["--updates", "-1"], "updates: wanted an integer >= 0, got -1"),
+        (["--temperature", "0"], "temperature: wanted a finite number >= 0.0001, got 0.0"),
+        (["--greedy"], "greedy: wanted False in training"),
         (["--prune", "0"], "prune: wanted 'action', 'is', 'never' or a number of tokens >= 1, got 0"),
         (["--prune", "-5"], "tokens >= 1, got '-5'"),
         (["--prune", "0.5"], "tokens >= 1, got '0.5'"),
         (["--prune", "sometimes"], "tokens >= 1, got 'sometimes'"),
-        (["--resume", "--init", "somewhere"], "init: wanted None together with resume"),
+        (["--objectives", "3-2"], "objectives: wanted 1 <= least <= most, got (3, 2)"),
     ],
 )
-def test_a_setting_out_of_range_fails_before_any_work(capsys, tmp_path, arguments, message):
+def test_a_setting_out_of_range_is_one_line(capsys, tmp_path, trained, arguments, message):
     out = tmp_path / "run"
     assert main(["train", "--out", str(out), *arguments]) == 2
-    assert message in capsys.readouterr().err
-    assert not out.exists()
+    said = capsys.readouterr()
+    assert said.err.startswith("mem1 train: ") and message in said.err and said.err.count("\n") == 1
+    assert not out.exists() and not trained and said.out == ""
 
 
-@pytest.mark.parametrize("arguments", [["--objectives", "3-"], ["--seed", "-1"], ["--seed", str(2**32)]])
+@pytest.mark.parametrize("command", ["eval", "rollout"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--objectives", "17"], "objectives: wanted a number or an interval within 1..16"),
+        (["--passage-tokens", "-1"], "passage_tokens: wanted a number >= 0"),
+        (["--hops", "9"], "hops: wanted a number or an interval within 1..4"),
+        (["--device", "cuda:99"], "device: wanted one of auto, cpu"),
+    ],
+)
+def test_a_world_or_a_device_that_cannot_be_is_one_line(capsys, model, command, arguments, message):
+    assert main([command, model, *arguments]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.err.count("\n") == 1 and said.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--objectives", "3-"], ["--objectives", "two"], ["--seed", "-1"], ["--seed", str(LARGEST)]],
+)
 def test_the_parser_refuses(capsys, arguments):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         main(["train", *arguments])
+    assert stop.value.code == 2
     assert f"argument {arguments[0]}: wanted" in capsys.readouterr().err
 
 
@@ -119,31 +142,21 @@ def test_a_window_of_no_tokens_is_refused(capsys):
     assert "argument --truncate: wanted an integer >= 1, got 0" in capsys.readouterr().err
 
 
-def test_configs_refuse_what_would_fail_later():
-    for make in (
-        lambda: WarmStartConfig(objectives=(3, 2)),
-        lambda: WarmStartConfig(learning_rate=0.0),
-        lambda: WarmStartConfig(seconds=0.0),
-        lambda: PPOConfig(critic_lr=float("inf")),
-        lambda: TrainConfig(seed=2**60),
-        lambda: RolloutConfig(prune=True),
-        lambda: WarmStartConfig(prune=0),
-        lambda: TrainConfig(threads=0),
-    ):
-        with pytest.raises(ValueError, match="wanted"):
-            make()
+@pytest.mark.parametrize("command", ["eval", "rollout"])
+def test_a_model_that_is_none_is_one_line(capsys, tmp_path, command):
+    assert main([command, str(tmp_path / "nothing")]) == 2
+    assert "wanted a model folder with a config.json" in capsys.readouterr().err
 
 
-def test_limits_follow_the_world_unless_given():
-    def limits(*arguments: str) -> tuple[int, int]:
-        options = _parser().parse_args(["rollout", "somewhere", *arguments])
-        config = _rollout_config(options, options.objectives[1])
-        return config.max_info, config.max_turns
-
-    assert limits() == (512, 40)
-    info, turns = limits("--objectives", "16", "--hops", "4", "--passage-tokens", "600")
-    assert info == 600 and turns > 16 * 4 + 1
-    assert limits("--passage-tokens", "600", "--max-info", "5", "--max-turns", "3") == (5, 3)
+@pytest.mark.parametrize("command", ["train", "demo", "rollout"])
+def test_an_out_that_cannot_be_written_fails_before_any_work(capsys, tmp_path, model, trained, command):
+    (tmp_path / "file").write_text("old")
+    out = tmp_path / "file" / "folder" / "t.jsonl"
+    assert main([command, *[model] * (command == "rollout"), "--out", str(out)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"mem1 {command}: out: wanted a folder that can be written to, got ")
+    assert said.err.count("\n") == 1 and said.out == "" and not trained
+    assert (tmp_path / "file").read_text() == "old"
 
 
 def test_the_demo_says_at_once_that_matplotlib_is_missing(capsys, tmp_path, monkeypatch):
@@ -153,119 +166,141 @@ def test_the_demo_says_at_once_that_matplotlib_is_missing(capsys, tmp_path, monk
     assert not (tmp_path / "demo").exists()
 
 
-def test_the_warm_start_gets_the_world_of_the_run(tmp_path, monkeypatch):
-    given = []
-    monkeypatch.setattr(train, "warm_start", lambda actor, tokenizer, config, *rest: given.append(config))
-    world = ["--objectives", "2-6", "--hops", "1", "--passage-tokens", "600", "--prune", "is"]
-    arguments = ["--out", str(tmp_path), "--updates", "0", "--regime", "reencode", *world]
-    assert main(["train", *arguments]) == 0
-    expected = WarmStartConfig(objectives=(2, 6), hops=1, passage_tokens=600, regime="reencode", prune="is")
-    assert given == [expected]
-    saved = json.loads((tmp_path / "train.json").read_text())
-    assert saved["warmstart"]["objectives"] == [2, 6] and saved["warmstart"]["prune"] == "is"
-    assert saved["rollout"]["max_info"] == 600
+@pytest.mark.parametrize(
+    "error", [ValueError("a bug"), OSError("disk"), ImportError("torn"), RuntimeError("x")]
+)
+def test_what_is_no_error_of_the_user_keeps_its_traceback(monkeypatch, error):
+    def breaks(*arguments, **settings):
+        raise error
+
+    monkeypatch.setattr("mem1.cli.train", breaks)
+    with pytest.raises(type(error), match=str(error)):
+        main(["train"])
 
 
-@pytest.fixture
-def tiny() -> TrainConfig:
-    config = TrainConfig(updates=2, batch=2, objectives=(1, 1), warmstart=WarmStartConfig(steps=0))
-    return replace(config, rollout=replace(config.rollout, max_turns=2, max_action=12))
+class Stopped(KeyboardInterrupt):
+    def __init__(self, text: str, signum: int) -> None:
+        super().__init__(text)
+        self.signum = signum
 
 
-def test_records_after_the_checkpoint_are_dropped_on_resume(tiny, tmp_path):
-    tiny = replace(tiny, ppo=PPOConfig(kl=0.0))
-    train.train(tiny, tmp_path)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"phase": "ppo", "step": 3, "reward": 9.0}\n{"phase": "ppo", "st')
-    with pytest.raises(ValueError, match="kl: wanted 0"):
-        train.train(replace(tiny, ppo=PPOConfig(kl=0.001)), tmp_path, resume=True)
-    assert json.loads((tmp_path / "train.json").read_text())["ppo"]["kl"] == 0.0
-    train.train(replace(tiny, updates=3), tmp_path, resume=True)
-    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3]
-    assert all(r["reward"] <= 1.0 for r in records(tmp_path))
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (KeyboardInterrupt(), 130, "mem1 train: interrupted\n"),
+        (Stopped("saved update 3", signal.SIGTERM), 143, "mem1 train: saved update 3\n"),
+        (Stopped("", signal.SIGINT), 130, "mem1 train: interrupted\n"),
+        (InputError("init: wanted None"), 2, "mem1 train: init: wanted None\n"),
+    ],
+)
+def test_the_exit_status_says_how_it_ended(capsys, monkeypatch, error, status, line):
+    def stops(*arguments, **settings):
+        raise error
 
-    again = tmp_path / "again"
-    for _ in range(2):  # a run that starts from a checkpoint starts its records too
-        train.train(replace(tiny, updates=1), again, init=tmp_path)
-        assert [r["step"] for r in records(again)] == [1]
-
-
-def test_no_update_still_leaves_a_checkpoint(tiny, make_model, tokenizer, tmp_path):
-    init = checkpoint.save(tmp_path / "init", make_model(), tokenizer)
-    train.train(replace(tiny, updates=0), tmp_path / "run", init=init)
-    assert checkpoint.load(tmp_path / "run").trainer["ppo"]["updates"] == 0
+    monkeypatch.setattr("mem1.cli.train", stops)
+    assert main(["train"]) == status
+    assert capsys.readouterr().err == line
 
 
-def test_an_interrupted_run_keeps_its_complete_updates(tiny, tmp_path, monkeypatch):
-    rollout = train.rollout
-
-    def interrupted(actor, tokenizer, make_environment, seeds, config, *, engine):
-        if seeds[0] >= 4:
-            raise KeyboardInterrupt
-        return rollout(actor, tokenizer, make_environment, seeds, config, engine=engine)
-
-    monkeypatch.setattr(train, "rollout", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(replace(tiny, updates=9), tmp_path)
-    assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == 2
-
-
-def test_an_interrupted_update_is_not_saved(tiny, tmp_path, monkeypatch):
-    def interrupted(self, trajectories, generator):
-        self.actor.get_input_embeddings().weight.data.zero_()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train.PPO, "update", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(tiny, tmp_path)
-    assert checkpoint.load(tmp_path).model.get_input_embeddings().weight.any()
+@pytest.mark.parametrize("command", ["eval", "rollout"])
+def test_the_first_line_says_where_it_runs(capsys, model, command):
+    few = ["--episodes", "1", "--max-turns", "1", "--max-action", "4", "--threads", "1", "--device", "cpu"]
+    threads = torch.get_num_threads()
+    try:
+        assert main([command, model, *few, "--objectives", "1"]) == 0
+        expected = whereabouts(checkpoint.load(model).model)
+    finally:
+        torch.set_num_threads(threads)
+    assert capsys.readouterr().out.splitlines()[0] == expected
+    assert ", 1 thread; float32" in expected
 
 
-def test_episodes_with_an_environment_error_are_not_learned_from(tiny, tmp_path, monkeypatch):
-    step, update, learned = train.MultiHopEnv.step, train.PPO.update, []
-
-    def failing(self, action):
-        if self.bad:
-            raise RuntimeError("the world is down")
-        return step(self, action)
-
-    def reset(self, seed, original=train.MultiHopEnv.reset):
-        self.bad = seed != 3
-        return original(self, seed)
-
-    def watched(self, trajectories, generator):
-        learned.append([t.seed for t in trajectories])
-        return update(self, trajectories, generator)
-
-    monkeypatch.setattr(train.MultiHopEnv, "step", failing)
-    monkeypatch.setattr(train.MultiHopEnv, "reset", reset)
-    monkeypatch.setattr(train.PPO, "update", watched)
-    said = []
-    train.train(tiny, tmp_path, say=said.append)
-    assert learned == [[3]]
-    assert [r["environment_errors"] for r in records(tmp_path)] == [2, 1]
-    assert any(f"skipped: {ENVIRONMENT_ERROR}" in line and "the world is down" in line for line in said)
-    assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == 2
+def test_eval_compares_the_agents(capsys, model):
+    sizes = ["--objectives", "1", "2", "--episodes", "2", "--max-turns", "3", "--max-action", "24"]
+    assert main(["eval", model, *sizes, "--truncate", "30"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("full context") >= 3
+    assert out.count("truncated to 30") == 3, "the title of its parity, and a row for 1 and 2 objectives"
+    assert "peak_without_prompt" in out and "max_dlogp" in out and " errors |" in out
 
 
-def test_trajectories_are_written_whole_or_not_at_all(capsys, make_model, tokenizer, tmp_path, monkeypatch):
-    model = str(checkpoint.save(tmp_path / "model", make_model(), tokenizer))
+def test_eval_refuses_a_row_that_the_model_has_no_positions_for(capsys, make_model, tokenizer, tmp_path):
+    model = checkpoint.save(tmp_path / "small", make_model(max_position_embeddings=16384), tokenizer)
+    assert main(["eval", str(model), "--objectives", "1", "16"]) == 2
+    said = capsys.readouterr()
+    assert "max_position_embeddings: wanted at least" in said.err and "objectives 1/" not in said.out
+    assert said.out.count("\n") == 1, "where it runs, and no row"
+
+
+def test_eval_with_a_world_that_is_down_shows_it(capsys, model, monkeypatch):
+    def down(self, seed):
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr("mem1.cli.MultiHopEnv.reset", down)
+    assert main(["eval", model, "--objectives", "1", "--episodes", "2"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "2: ConnectionError 2" in line]
+    assert len(rows) == 2 and all(row.count(" - |") == 11 for row in rows)
+
+
+def test_rollout_prints_transcripts_or_saves_trajectories(capsys, model, tmp_path):
+    assert main(["rollout", model, "--episodes", "1", "--max-turns", "40", "--scripted"]) == 0
+    assert "answered, reward 1.000" in capsys.readouterr().out
+    saved = tmp_path / "new" / "t.jsonl"
+    few = ["--episodes", "3", "--max-turns", "2", "--prune", "40"]
+    assert main(["rollout", model, *few, "--out", str(saved)]) == 0
+    played = [Trajectory.from_dict(json.loads(line)) for line in saved.read_text().splitlines()]
+    assert sorted(t.seed for t in played) == [0, 1, 2]
+    assert {t.prune for t in played} == {40}
+    out = capsys.readouterr().out
+    assert "3 episodes, " in out and f"trajectories are in {saved}" in out
+
+
+def test_rollout_replays_an_episode_of_a_training_run(capsys, model, tmp_path):
+    saved = tmp_path / "t.jsonl"
+    few = ["--episodes", "1", "--max-turns", "1", "--max-action", "4", "--out", str(saved)]
+    for seed in (derive_seed(5, "training", 3, 1), LARGEST - 1):
+        assert main(["rollout", model, *few, "--seed", str(seed)]) == 0
+        assert [json.loads(line)["seed"] for line in saved.read_text().splitlines()] == [seed]
+    assert main(["rollout", model, "--seed", str(LARGEST - 3), "--episodes", "4"]) == 2
+    assert "seed: wanted one whose last episode is below 2**53" in capsys.readouterr().err
+
+
+def test_trajectories_are_written_whole_or_not_at_all(capsys, model, tmp_path, monkeypatch):
     saved = tmp_path / "t.jsonl"
     saved.write_text("old")
-    assert main(["rollout", model, "--objectives", "17", "--out", str(saved)]) == 2
-    assert main(["eval", model, "--objectives", "1", "17"]) == 2
-    assert capsys.readouterr().out == ""
 
     def breaks(*arguments, **settings):
         raise OSError("disk")
         yield
 
     monkeypatch.setattr("mem1.cli.rollout", breaks)
-    assert main(["rollout", model, "--out", str(saved)]) == 2
+    with pytest.raises(OSError, match="disk"):
+        main(["rollout", model, "--out", str(saved)])
     assert saved.read_text() == "old"
     assert {entry.name for entry in tmp_path.iterdir()} == {"model", "t.jsonl"}
     assert main(["rollout", model, "--out", str(tmp_path)]) == 2
-    assert "wanted the name of a regular file" in capsys.readouterr().err
+    assert "out: wanted the name of a regular file" in capsys.readouterr().err
+
+
+def limits(*arguments: str) -> RolloutConfig:
+    options = _parser().parse_args(["rollout", "somewhere", *arguments])
+    return _rollout_config(options, options.objectives[1])
+
+
+def test_limits_follow_the_world_unless_given():
+    default = limits()
+    assert (default.max_info, default.max_turns) == (64, 40)
+    large = limits("--objectives", "16", "--hops", "4", "--passage-tokens", "600")
+    assert large.max_info >= 600 and large.max_turns > 16 * 4 + 1
+    given = limits("--passage-tokens", "600", "--max-info", "5", "--max-turns", "3")
+    assert (given.max_info, given.max_turns) == (5, 3)
+
+
+@pytest.mark.parametrize(
+    "world", [["--hops", "2", "--passage-tokens", "400"], ["--hops", "4"], ["--prune", "never"]]
+)
+def test_the_largest_worlds_fit_a_new_model(world):
+    assert limits("--objectives", "16", *world).positions() <= ModelConfig().max_positions
 
 
 @pytest.mark.slow
@@ -288,3 +323,5 @@ def test_the_quick_demo(capsys, tmp_path):
     exact = [row for row in report["parity"] if row["regime"] != "paper" and row["dtype"] == "float32"]
     assert len(exact) == 2
     assert all(row["max_dlogp"] <= 5e-5 for row in exact)
+    assert all(row["errors"] == {} for row in report["trained"] + report["scripted"])
+    assert main(["demo", "--quick", "--out", str(tmp_path)]) == 2, "what is there stays"

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from mem1.checks import InputError
 from mem1.config import RolloutConfig
 from mem1.engine import Engine
 from mem1.sampling import sample
@@ -184,7 +185,7 @@ FREE = -torch.ones(1, dtype=torch.int64)
 def test_the_logprob_is_that_of_the_full_distribution():
     logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
     config = RolloutConfig(temperature=0.7, top_p=0.5, top_k=10)
-    tokens, logprobs = sample(logits, torch.rand(64), FREE.expand(64), config)
+    tokens, logprobs, _ = sample(logits, torch.rand(64), FREE.expand(64), config)
     expected = (logits / 0.7).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
     torch.testing.assert_close(logprobs, expected)
 
@@ -193,7 +194,7 @@ def test_samples_follow_the_distribution():
     logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]])
     n = 20_000
     uniform = torch.rand(n, generator=torch.Generator().manual_seed(0))
-    tokens, _ = sample(logits.expand(n, 4), uniform, FREE.expand(n), RolloutConfig())
+    tokens, _, _ = sample(logits.expand(n, 4), uniform, FREE.expand(n), RolloutConfig())
     share = torch.bincount(tokens, minlength=4) / n
     torch.testing.assert_close(share, logits[0].softmax(-1), atol=0.01, rtol=0)
     assert share[2] == 0
@@ -212,6 +213,35 @@ def test_top_k_and_top_p_cut_the_tail(uniform):
 
 
 def test_forced_tokens_are_taken():
-    tokens, logprobs = sample(torch.zeros(2, 8), torch.rand(2), torch.tensor([5, -1]), RolloutConfig())
+    tokens, logprobs, _ = sample(torch.zeros(2, 8), torch.rand(2), torch.tensor([5, -1]), RolloutConfig())
     assert tokens[0] == 5
     torch.testing.assert_close(logprobs, torch.full((2,), 8.0).log().neg())
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 4}, {"top_p": 0.7}, {"top_k": 8, "top_p": 0.5}])
+def test_the_rollout_logprob_is_that_of_what_is_left(settings):
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
+    config = RolloutConfig(temperature=0.7, **settings)
+    tokens, logprobs, drawn = sample(logits, torch.rand(64), FREE.expand(64), config)
+    for row in range(64):
+        probs, order = (logits[row] / 0.7).double().softmax(0).sort(descending=True)
+        probs = probs[: config.top_k or 50]
+        probs = probs[(probs.cumsum(0) - probs) < config.top_p * probs.sum()]
+        place = order.tolist().index(int(tokens[row]))
+        torch.testing.assert_close(drawn[row], (probs / probs.sum())[place].log().float())
+    forced = sample(logits, torch.rand(64), torch.full((64,), 7), config)
+    assert torch.equal(forced.rollout_logprobs, forced.logprobs)
+
+
+def test_nothing_cut_has_one_logprob_and_a_greedy_choice_is_certain():
+    logits, uniform = torch.randn(4, 50), torch.rand(4)
+    assert sample(logits, uniform, FREE.expand(4), RolloutConfig()).rollout_logprobs is None
+    greedy = sample(logits, uniform, torch.tensor([-1, -1, 3, -1]), RolloutConfig(greedy=True, top_k=2))
+    assert greedy.rollout_logprobs.tolist() == [0.0, 0.0, greedy.logprobs[2].item(), 0.0]
+
+
+def test_a_model_that_cannot_be_used_is_the_users_error(make_model):
+    with pytest.raises(InputError, match="wanted attn_implementation='mem1', got 'sdpa'"):
+        Engine(make_model(attn_implementation="sdpa"), slots=1)
+    with pytest.raises(InputError, match="wanted plain logits, got logits_scaling=8.0"):
+        Engine(make_model(logits_scaling=8.0), slots=1)

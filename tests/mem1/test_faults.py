@@ -18,7 +18,9 @@ from mem1.envs.base import Action, Observation
 from mem1.envs.multihop import MultiHopEnv
 from mem1.rollout import rollout
 
-CONFIG = RolloutConfig(slots=3, max_action=16, max_turns=4, env_timeout=20.0, env_retries=0)
+CONFIG = RolloutConfig(
+    slots=3, max_action=16, max_turns=4, env_timeout=20.0, env_retries=0, episode_retries=0
+)
 
 
 class Remote(MultiHopEnv):
@@ -258,7 +260,7 @@ def test_an_environment_that_cannot_be_made_is_an_error_of_its_episode(make_mode
             assert torch.equal(trajectory.tokens, sound[trajectory.seed].tokens)
 
 
-def test_numbers_that_are_not_finite_end_their_own_episode(make_model, tokenizer):
+def test_numbers_that_are_not_finite_end_their_own_episode(make_model, tokenizer, monkeypatch):
     """A word whose embedding is infinite: who meets it is done for, and the next in its slot is not."""
 
     class Poisoned(MultiHopEnv):
@@ -270,12 +272,89 @@ def test_numbers_that_are_not_finite_end_their_own_episode(make_model, tokenizer
     assert len(word) == 1
     with torch.no_grad():
         model.get_input_embeddings().weight[word[0], 3] = torch.inf
+    logits, never = Engine.logits, torch.tensor(word)  # no policy writes it
+    monkeypatch.setattr(
+        Engine, "logits", lambda self, hidden: logits(self, hidden).index_fill(1, never, -1e9)
+    )
     config = replace(CONFIG, slots=2, max_turns=3)
     make = lambda: Poisoned(2)  # noqa: E731
     played = {t.seed: t for t in rollout(model, tokenizer, make, range(5), config)}
     sound = {t.seed: t for t in rollout(sound_model, tokenizer, lambda: MultiHopEnv(2), range(5), config)}
     assert played[1].finished == "policy error: wanted a finite log-prob, got nan"
     for seed in (0, 2, 3, 4):
+        assert torch.equal(played[seed].tokens, sound[seed].tokens)
+
+
+@pytest.mark.parametrize("regime", ["carry", "reencode"])
+@pytest.mark.parametrize("scripted", [False, True])
+@pytest.mark.parametrize("poisoned", [1, 4, 11, 18, 25])
+def test_a_policy_error_in_mid_action_ends_its_own_episode_only(
+    make_model, tokenizer, regime, scripted, poisoned, monkeypatch
+):
+    """One row of one step is NaN, as a kernel's fault or an overflow leaves it."""
+    settings = {"regime": regime, "scripted": scripted, "max_action": 64}
+    sound = play(make_model, tokenizer, MultiHopEnv, **settings)
+    steps, logits = [], Engine.logits
+
+    def bad(self, hidden):
+        out = logits(self, hidden).clone()
+        steps.append(len(out))
+        if len(steps) == poisoned:
+            out[0] = torch.nan
+        return out
+
+    monkeypatch.setattr(Engine, "logits", bad)
+    played = play(make_model, tokenizer, MultiHopEnv, **settings)
+    (ended,) = (t for t in played.values() if t.error == "policy")
+    assert ended.finished == "policy error: wanted a finite log-prob, got nan"
+    for seed, trajectory in played.items():
+        n = trajectory.tokens.numel()
+        assert torch.equal(trajectory.tokens, sound[seed].tokens[:n])
+        assert trajectory is ended or n == sound[seed].tokens.numel()
+    assert ended.to_json() and ended.layout(regime)
+    before = [*sound[ended.seed].segments]  # what is there ends in a query, cut off, or in a whole segment
+    *whole, last = ended.segments
+    assert whole == before[: len(whole)] and last.turn == before[len(whole)].turn
+    assert last == before[len(whole)] or (last.kind == "query" and poisoned > 1)
+
+
+def test_a_text_that_the_tokenizer_does_not_take_is_an_error_of_its_episode(
+    make_model, tokenizer, sound, monkeypatch
+):
+    encode = type(tokenizer).encode
+
+    def narrow(self, text, **how):
+        if "zora" in text:
+            raise OverflowError("too much of zora")
+        return encode(self, text, **how)
+
+    class Prompt(Remote):
+        def reset(self, seed: int) -> str:
+            return super().reset(seed) + (" zora" if seed == 1 else "")
+
+        broken = MultiHopEnv.step
+
+    class Info(Remote):
+        def broken(self, action: Action) -> Observation:
+            return Observation("zora", 0.0, False)
+
+    monkeypatch.setattr(type(tokenizer), "encode", narrow)
+    for world, turns in ((Prompt, 0), (Info, 2)):
+        played = play(make_model, tokenizer, world, max_turns=6, max_action=64)
+        assert played[1].finished == "environment error: OverflowError: too much of zora"
+        assert played[1].turns == turns
+        for seed in (0, 2, 3, 4, 5):
+            assert torch.equal(played[seed].tokens, sound[seed].tokens)
+
+
+@pytest.mark.parametrize("world", [None, 3, MultiHopEnv])
+def test_what_is_no_environment_is_an_error_of_its_episode(make_model, tokenizer, sound, world):
+    worlds = iter([MultiHopEnv(2), world])
+    config = replace(CONFIG, max_turns=6, max_action=64)
+    make = lambda: next(worlds, MultiHopEnv(2))  # noqa: E731
+    played = {t.seed: t for t in rollout(make_model(), tokenizer, make, range(6), config, scripted=True)}
+    assert len(played) == 6 and played[1].error in ("AttributeError", "TypeError")
+    for seed in (0, 2, 3, 4, 5):
         assert torch.equal(played[seed].tokens, sound[seed].tokens)
 
 

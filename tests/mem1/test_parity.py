@@ -15,14 +15,14 @@ GATES = {torch.float32: {"max_dlogp": 5e-5}, torch.bfloat16: {"mean_dlogp": 5e-3
 
 
 def measure(make_model, tokenizer, dtype, regime, prune, scripted, temperature=1.0) -> Parity:
-    """Ragged by 1 to 4 objectives and 3 slots for 5 episodes, so that rows leave, move and are filled
+    """Ragged by 1 to 4 objectives and 3 slots for 7 episodes, so that rows leave, move and are filled
     again.
     """
     model = make_model(dtype)
     config = RolloutConfig(
         slots=3, regime=regime, prune=prune, max_action=24, max_turns=7, temperature=temperature
     )
-    seeds = range(5)
+    seeds = range(7)
     played = list(rollout(model, tokenizer, lambda: MultiHopEnv((1, 4)), seeds, config, scripted=scripted))
     assert {t.seed for t in played} == set(seeds)
     assert len({t.tokens.numel() for t in played}) > 1, "wanted a ragged batch"

@@ -5,18 +5,20 @@ nothing.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+from mem1.checks import InputError
 from mem1.config import PPOConfig, RolloutConfig
 from mem1.envs.multihop import MultiHopEnv
 from mem1.model import build_critic
-from mem1.ppo import PPO, pack, recompute_logprobs, split
+from mem1.ppo import PPO, explained_variance, pack, recompute_logprobs, split
 from mem1.rollout import rollout
-from mem1.trajectory import Trajectory
+from mem1.trajectory import TURN_LIMIT, Trajectory
 from mem1_core.trajectory import Segment
 
 ROLLOUT = RolloutConfig(slots=8, max_action=16, max_turns=4)
@@ -42,7 +44,7 @@ def build(make_model, reference=True, **settings) -> PPO:
 def gradients(ppo: PPO, batch) -> list[torch.Tensor]:
     """The gradients of one step, read before the optimisers use them."""
     for optimizer in ppo.optimizers.values():
-        optimizer.step = lambda: None
+        optimizer.step = lambda rate: 0.0
     ppo.step(batch)
     return [p.grad.clone() for model in (ppo.actor, ppo.critic) for p in model.parameters()]
 
@@ -207,10 +209,11 @@ def test_every_epoch_steps_through_all_minibatches_while_the_rates_warm_up(make_
     )
     rates: dict[str, list[float]] = {"actor": [], "critic": []}
     for name, optimizer in ppo.optimizers.items():
-        optimizer.step = lambda r=rates[name], o=optimizer: r.append(o.param_groups[0]["lr"])
+        take = optimizer.step
+        optimizer.step = lambda rate, r=rates[name], take=take: r.append(rate) or take(rate)
     seeds, step = [], ppo.step
-    ppo.step = lambda batch, train_actor: (
-        seeds.extend(experience.trajectory.seed for experience in batch) or step(batch, train_actor)
+    ppo.step = lambda batch, *rest: (
+        seeds.extend(experience.trajectory.seed for experience in batch) or step(batch, *rest)
     )
     for _ in range(2):
         ppo.update(played)
@@ -287,3 +290,109 @@ def test_a_batch_without_policy_tokens_is_refused(make_model):
 def test_a_reference_is_needed_for_a_kl(make_model):
     with pytest.raises(ValueError, match="reference: wanted a frozen model for kl = 0.001, got None"):
         build(make_model, reference=False)
+
+
+def test_a_last_smaller_minibatch_weighs_what_its_tokens_do(make_model, played):
+    """Steps of three and one of two add up to the gradient of all, and no step is blown up by having few."""
+    ppo = build(make_model, minibatch=3, critic_only=0, max_grad_norm=1e9)
+    batch, _ = ppo.prepare(played)
+    seen, step = [], ppo.step
+
+    def watching(part, train_actor, normalizer):
+        for optimizer in ppo.optimizers.values():
+            optimizer.step = lambda rate: 0.0
+        result = step(part, train_actor, normalizer)
+        seen.append((len(part), normalizer, [p.grad.clone() for p in ppo.actor.parameters()]))
+        return result
+
+    ppo.step = watching
+    metrics = ppo.learn(batch)
+    tokens = sum(len(experience.old_logprob) for experience in batch)
+    assert [size for size, _, _ in seen] == [3, 3, 2]
+    assert {normalizer for _, normalizer, _ in seen} == {tokens * 3 / 8}
+    whole = gradients(build(make_model, max_grad_norm=1e9), batch)[: len(seen[0][2])]
+    for i, wanted in enumerate(whole):
+        added = sum(parts[i] for _, _, parts in seen) * 3 / 8
+        torch.testing.assert_close(added, wanted, atol=2e-5, rtol=1e-3)
+    one = build(make_model, critic_only=0)
+    assert metrics["value_loss"] == pytest.approx(one.step(batch)["value_loss"], rel=1e-4)
+    assert metrics["entropy"] == pytest.approx(build(make_model).step(batch)["entropy"], rel=1e-4)
+
+
+def test_explained_variance_of_equal_returns_is_nan(make_model, played):
+    ppo = build(make_model, reference=False, kl=0.0)
+    with torch.no_grad():
+        ppo.critic.head.weight.normal_(std=0.1)
+    equal = [copy.copy(t) for t in played]
+    for trajectory in equal:
+        trajectory.score = {"reward": 0.5}
+    assert math.isnan(ppo.prepare(equal)[1]["explained_variance"])
+    assert not math.isnan(ppo.prepare(played)[1]["explained_variance"])
+    returns = torch.tensor([1.0, 2.0, 4.0])
+    assert explained_variance(returns, returns) == 1.0
+    assert explained_variance(returns, torch.zeros(3)) == pytest.approx(0.0)
+    assert math.isnan(explained_variance(torch.zeros(3), returns))
+
+
+@pytest.mark.parametrize("reward", [1e39, math.inf, math.nan])
+def test_a_reward_that_is_not_finite_is_refused(make_model, played, reward):
+    bad = copy.copy(played[3])
+    bad.score = {"reward": reward}
+    with pytest.raises(
+        ValueError, match=f"finite in float32, got {reward} for seed {bad.seed}".replace("+", r".")
+    ):
+        build(make_model).prepare([*played[:3], bad])
+
+
+def test_the_turn_limit_is_terminal_unless_bootstrapped(make_model, tokenizer):
+    """gamma, lam < 1 and a critic with values: the last delta gains gamma V(end), and it is carried back."""
+    for regime in ("carry", "reencode"):
+        config = replace(ROLLOUT, regime=regime, max_turns=3)
+        played = list(rollout(make_model(), tokenizer, partial(MultiHopEnv, 2), range(4), config))
+        assert {t.finished for t in played} == {TURN_LIMIT}
+        played[0].finished = "answered"
+        batches = []
+        for bootstrap in (False, True):
+            settings = {"gamma": 0.9, "lam": 0.8, "bootstrap_turn_limit": bootstrap}
+            ppo = PPO(make_model(), build_critic(make_model()), None, PPOConfig(kl=0.0, **settings), regime)
+            with torch.no_grad():
+                ppo.critic.head.weight.fill_(0.05)
+            batches.append(ppo.prepare(played)[0])
+        for trajectory, plain, more in zip(played, *batches, strict=True):
+            layout = trajectory.layout(regime)
+            with torch.no_grad():
+                values = ppo.critic(
+                    trajectory.tokens[layout.source][None], layout.position_ids[None], layout.mask
+                )[0]
+            gained = 0.0 if trajectory.finished == "answered" else 0.9 * float(values[-1])
+            count = len(plain.returns)
+            wanted = gained * (0.9 * 0.8) ** torch.arange(count - 1, -1, -1.0)
+            torch.testing.assert_close(more.returns - plain.returns, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_truncated_importance_weights(make_model, tokenizer):
+    """Tokens that the sampler was `e^0.5` times less likely to draw weigh so much more, up to the cap."""
+    actor = make_model()
+    played = list(rollout(actor, tokenizer, partial(MultiHopEnv, 2), range(4), ROLLOUT))
+    for trajectory in played:
+        trajectory.rollout_logprobs = trajectory.logprobs - 0.5 * trajectory.policy_mask
+        trajectory.score["reward"] = float(trajectory.seed % 2)
+    found = {}
+    for cap in (None, 1.2, 9.0):
+        ppo = build(make_model, reference=False, kl=0.0, entropy=0.0, rollout_is_cap=cap, max_grad_norm=1e9)
+        batch, _ = ppo.prepare(played)
+        found[cap] = gradients(ppo, batch)[0]
+    torch.testing.assert_close(found[1.2], found[None] * 1.2, atol=1e-6, rtol=1e-3)
+    torch.testing.assert_close(found[9.0], found[None] * math.exp(0.5), atol=1e-6, rtol=1e-3)
+
+
+def test_dropout_is_off_also_where_layers_are_recomputed(make_model, played):
+    ppo = build(make_model)
+    ppo.actor.gradient_checkpointing_enable()
+    ppo.actor.model.layers[0].mlp.add_module("drop", torch.nn.Dropout(0.5))
+    batch, _ = ppo.prepare(played)
+    assert ppo.step(batch)["ratio_max"] < 1.0001
+    assert not ppo.actor.model.layers[0].mlp.drop.training and ppo.actor.model.layers[0].training
+    ppo.actor.model.layers[0].dropout = 0.1
+    with pytest.raises(InputError, match="wanted no dropout beside gradient checkpointing, got dropout=0.1"):
+        ppo.step(batch)

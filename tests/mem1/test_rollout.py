@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from math import inf
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from mem1.agent import MemoryEfficientAgent
 from mem1.calls import outcome
+from mem1.checks import InputError
 from mem1.codec import Codec
 from mem1.config import RolloutConfig
 from mem1.engine import Engine
-from mem1.envs.base import Action, Observation, ScriptedAction
+from mem1.envs.base import Action, Observation
 from mem1.envs.multihop import MultiHopEnv
-from mem1.episode import ENVIRONMENT_ERROR, Episode
-from mem1.rollout import play_script, rollout
+from mem1.episode import Episode
+from mem1.rollout import check_positions, play_script, rollout
 from mem1.trajectory import Trajectory
 from mem1_core.trajectory import evict_from_turns
 
-CONFIG = RolloutConfig(slots=4, max_action=24, max_turns=6, env_retries=0)
+CONFIG = RolloutConfig(slots=4, max_action=24, max_turns=6, env_retries=0, episode_retries=0)
 
 
 def settle(episode: Episode) -> Episode:
     """Ask the environment what is open."""
     question = episode.take_question()
     if question is not None:
-        episode.hear(outcome(question))
+        episode.hear(outcome(question, inf))
     return episode
 
 
@@ -229,38 +233,6 @@ def test_a_faulty_environment_ends_its_own_episode_only(make_model, tokenizer):
         assert torch.equal(played[seed].tokens, sound[seed].tokens)
 
 
-WRONG = [
-    ("reset", 3, "TypeError: reset: wanted str, got int 3"),
-    ("reset", None, "TypeError: reset: wanted str, got NoneType None"),
-    ("reset", " ", "ValueError: reset: wanted a prompt of 1 to 16384 tokens, got ' '"),
-    ("step", None, "TypeError: step: wanted Observation, got NoneType None"),
-    ("step", Observation(None, 0.0, False), "TypeError: step: text: wanted str, got NoneType None"),
-    ("step", Observation("anna", 0.0, "no"), "TypeError: step: done: wanted bool, got str 'no'"),
-    ("score", None, "TypeError: score: wanted dict, got NoneType None"),
-    ("score", {"reward": 1.0}, "ValueError: score: wanted finite numbers for reward, exact_match, f1, got"),
-    ("score", {"reward": "1", "exact_match": 1, "f1": 1}, "ValueError: score: wanted finite numbers"),
-    ("expert_action", None, "TypeError: expert_action: wanted ScriptedAction, got NoneType None"),
-    (
-        "expert_action",
-        ScriptedAction("ada", Action("malformed", "")),
-        "ValueError: expert_action: wanted a query or an answer, got 'malformed'",
-    ),
-]
-
-
-@pytest.mark.parametrize(("method", "value", "message"), WRONG)
-def test_a_wrong_value_ends_its_own_episode_only(make_model, tokenizer, method, value, message):
-    worlds = [MultiHopEnv(2), MultiHopEnv(2), MultiHopEnv(2)]
-    sound = getattr(worlds[1], method)
-    setattr(worlds[1], method, lambda *arguments: (sound(*arguments), value)[1])
-    make = iter(worlds).__next__
-    played = {t.seed: t for t in rollout(make_model(), tokenizer, make, range(3), CONFIG, scripted=True)}
-    assert played[1].finished.startswith(f"{ENVIRONMENT_ERROR}: {message}")
-    assert played[1].score == {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
-    assert played[1].to_json()
-    assert played[0].reward == played[2].reward == 1.0
-
-
 def test_an_environment_without_objectives_is_an_error_of_its_episode(tokenizer):
     world = SimpleNamespace(reset=lambda seed: "ada", step=None, score=None, expert_action=None)
     episode = settle(Episode(world, 0, Codec(tokenizer), CONFIG))
@@ -273,7 +245,7 @@ def test_the_agent_reports_an_empty_question_and_a_tool_that_gives_no_text(
     agent = MemoryEfficientAgent(make_model(), tokenizer, CONFIG)
     reply = agent.answer("", tool=str)
     assert reply.text is None and reply.trajectory.reward == 0.0
-    assert reply.trajectory.finished.endswith("wanted a prompt of 1 to 16384 tokens, got ''")
+    assert reply.trajectory.finished.endswith("wanted a prompt of 1 to 4096 tokens, got ''")
     script = iter(tokenizer.encode("<IS> ada boss </IS> <query> ada boss </query>"))
     monkeypatch.setattr(Episode, "forced", lambda episode: next(script))
     reply = agent.answer("ada boss ?", tool=lambda query: {"found": "carla"})
@@ -334,6 +306,8 @@ def test_peak_of_the_script_is_nearly_constant(tokenizer):
             )
             assert t.finished == "answered"
             peak[prune, n] = t.peak_tokens(prompt=False)
+            ours = t.segments[0].length * int(t.policy_mask.sum())  # the prompt is context of every token
+            assert t.dependency_length() - t.dependency_length(prompt=False) == ours
     assert peak["action", 16] / peak["action", 2] <= 1.65
     assert peak["never", 16] / peak["never", 2] > 5
 
@@ -349,3 +323,66 @@ def test_a_trajectory_survives_its_dictionary(tokenizer):
 def test_a_trajectory_checks_its_lengths():
     with pytest.raises(ValueError, match="segments: wanted lengths that sum to the 3 tokens, got 0"):
         Trajectory(torch.arange(3), [], torch.zeros(3), "action")
+
+
+def test_limits_beyond_the_positions_of_the_model_are_refused_before_anything_runs(make_model, tokenizer):
+    def make():
+        raise AssertionError("it runs")
+
+    model = make_model(max_position_embeddings=8192)
+    with pytest.raises(InputError) as refused:
+        rollout(model, tokenizer, make, [0], RolloutConfig())
+    assert str(refused.value) == (
+        "max_position_embeddings: wanted at least 32336, which regime='carry', prune='action', "
+        "max_prompt=4096, max_turns=40, max_action=192, max_info=512 add up to, got 8192; make the limits "
+        "smaller or set regime=reencode"
+    )
+    with pytest.raises(InputError, match="got 8192; make the limits smaller$"):
+        rollout(model, tokenizer, make, [0], RolloutConfig(prune="never", regime="reencode"))
+    for fits in (RolloutConfig(regime="reencode"), RolloutConfig(max_turns=5)):
+        rollout(model, tokenizer, make, [0], fits)
+    unlimited = SimpleNamespace(config=SimpleNamespace(get_text_config=SimpleNamespace))
+    check_positions(unlimited, RolloutConfig())
+
+
+def test_what_a_trajectory_says_of_its_making(make_model, tokenizer):
+    model = make_model()
+    model.config._name_or_path = "runs/last"
+    rules = {"regime": "reencode", "temperature": 0.9, "top_p": 0.8, "top_k": 7, "prune": 48}
+    config = replace(CONFIG, **rules)
+    (played,) = rollout(model, tokenizer, lambda: MultiHopEnv(2), [3], config, sampling_seed=5)
+    rules |= {"seed": 3, "sampling_seed": 5, "model": "runs/last", "greedy": False, "failures": []}
+    assert {name: getattr(played, name) for name in rules} == rules
+    assert Trajectory.from_dict(json.loads(played.to_json())).to_json() == played.to_json()
+
+
+def test_seeds_and_sampling_seeds_have_nothing_in_common(make_model, tokenizer):
+    model, config = make_model(), replace(CONFIG, max_turns=2)
+    draws = {
+        (seed, other): Episode(MultiHopEnv(2), seed, Codec(tokenizer), config, other).uniform()
+        for seed in range(8)
+        for other in range(8)
+    }
+    assert len({*draws.values()}) == 64
+    seeds = [2**60, *np.arange(2)]
+    played = list(rollout(model, tokenizer, lambda: MultiHopEnv(2), seeds, config))
+    assert {t.seed for t in played} == {0, 1, 2**60} and {type(t.seed) for t in played} == {int}
+    for wrong in (-1, 0.5, "0"):
+        with pytest.raises(InputError, match="^seeds: wanted integers >= 0, got "):
+            rollout(model, tokenizer, lambda: MultiHopEnv(2), [0, wrong], config)
+    with pytest.raises(InputError, match="^sampling_seed: wanted integers >= 0, got -1"):
+        rollout(model, tokenizer, lambda: MultiHopEnv(2), [0], config, sampling_seed=-1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.6}, {"greedy": True}])
+def test_trajectories_keep_the_logprobs_of_the_sampler(make_model, tokenizer, settings):
+    config = replace(CONFIG, **settings)
+    for scripted in (False, True):
+        (t,) = rollout(make_model(), tokenizer, lambda: MultiHopEnv(2), [0], config, scripted=scripted)
+        if scripted or not settings:
+            assert t.rollout_logprobs is None
+            continue
+        of_policy = t.rollout_logprobs[t.policy_mask], t.logprobs[t.policy_mask]
+        assert (of_policy[0] > of_policy[1]).all() and (of_policy[0] <= 0).all()
+        assert (of_policy[0] == 0).all() == bool(settings.get("greedy"))
+        assert not t.rollout_logprobs[~t.policy_mask].any()

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import replace
-from pathlib import Path
+from itertools import islice
 
 import pytest
 import torch
@@ -11,40 +10,38 @@ from transformers import PreTrainedTokenizerFast
 
 from mem1.config import ModelConfig, WarmStartConfig
 from mem1.model import build_critic, build_model
-from mem1.warmstart import examples, label_logits, progress, rate_factor, warm_start
+from mem1.warmstart import examples, label_logits, optimizer_for, rate_factor, warm_start
 from mem1_core.trajectory import TrajectoryMask
 
 SMALL = ModelConfig(layers=2, width=32, heads=2, kv_heads=1, mlp_width=64)
 SHORT = WarmStartConfig(steps=12, batch_tokens=256, warmup_steps=2, objectives=(1, 2))
 
 
-def test_loss_falls_and_is_logged(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_loss_falls(tokenizer: PreTrainedTokenizerFast) -> None:
     model = build_model(tokenizer, SMALL)
-    metrics = tmp_path / "metrics.jsonl"
-    losses = warm_start(model, tokenizer, replace(SHORT, steps=50), metrics, say=lambda text: None)
-    assert len(losses) == 50
+    records = list(warm_start(model, tokenizer, replace(SHORT, steps=50)))
+    losses = [record["loss"] for record in records]
+    assert [record["step"] for record in records] == list(range(1, 51))
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert [r["step"] for r in records] == list(range(1, 51))
-    assert [r["loss"] for r in records] == losses
-    assert all(r["phase"] == "warmstart" for r in records)
     assert not model.training
+    assert list(warm_start(model, tokenizer, replace(SHORT, steps=0))) == []
 
 
-def test_same_seed_same_losses(tokenizer: PreTrainedTokenizerFast) -> None:
-    one, two = (warm_start(build_model(tokenizer, SMALL), tokenizer, SHORT) for _ in range(2))
-    assert one == two
+def test_the_seed_and_the_step_decide(tokenizer: PreTrainedTokenizerFast) -> None:
+    def losses(seed: int, stop: int = SHORT.steps) -> list[float]:
+        """Of a run that is stopped after `stop` steps and goes on."""
+        model = build_model(tokenizer, SMALL)
+        optimizer = optimizer_for(model, SHORT)
+        first = list(islice(warm_start(model, tokenizer, SHORT, seed=seed, optimizer=optimizer), stop))
+        rest = warm_start(model, tokenizer, SHORT, seed=seed, optimizer=optimizer, done=stop)
+        return [record["loss"] for record in (*first, *rest)]
 
-
-def test_seconds_end_the_warm_start(tokenizer: PreTrainedTokenizerFast) -> None:
-    config = replace(SHORT, steps=10**6, seconds=0.5)
-    assert 0 < len(warm_start(build_model(tokenizer, SMALL), tokenizer, config)) < 1000
-    assert warm_start(build_model(tokenizer, SMALL), tokenizer, replace(SHORT, steps=0)) == []
+    assert losses(3) == losses(3) == losses(3, stop=5)
+    assert losses(3)[0] != losses(4)[0]
 
 
 def test_schedule() -> None:
-    config = WarmStartConfig(steps=100, seconds=10.0, warmup_steps=10)
-    assert progress(50, 2.0, config) == 0.5 and progress(50, 8.0, config) == 0.8
+    config = WarmStartConfig(steps=100, warmup_steps=10)
     factors = [rate_factor(step, step / 100, config) for step in range(101)]
     assert factors[0] == 0.1 and factors[10:51] == [1.0] * 41
     assert factors[-1] == pytest.approx(0.02)
@@ -91,7 +88,7 @@ def test_model_follows_its_config(tokenizer: PreTrainedTokenizerFast) -> None:
     weights = model.get_output_embeddings().weight
     assert weights is model.get_input_embeddings().weight
     assert weights.std().item() == pytest.approx(SMALL.init_std, rel=0.1)
-    other = build_model(tokenizer, replace(SMALL, seed=1))
+    other = build_model(tokenizer, SMALL, seed=1)
     assert not torch.equal(other.get_output_embeddings().weight, weights)
     assert build_model(tokenizer, replace(SMALL, dtype="bfloat16")).dtype == torch.bfloat16
 
@@ -106,3 +103,19 @@ def test_critic_starts_as_a_copy_that_values_everything_at_zero(tokenizer: PreTr
     (values - 1).square().mean().backward()
     assert critic.head.bias.grad is not None
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_bf16_keeps_its_frequencies(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build_model(tokenizer, replace(SMALL, dtype="bfloat16"))
+    exact = build_model(tokenizer, SMALL)
+    buffers = dict(exact.named_buffers())
+    assert buffers
+    for name, buffer in [*model.named_buffers(), *build_critic(model).trunk.named_buffers(prefix="model")]:
+        assert torch.equal(buffer, buffers[name]), name
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_what_is_frozen_in_the_actor_learns_in_the_critic(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build_model(tokenizer, SMALL)
+    model.get_input_embeddings().weight.requires_grad_(False)
+    assert all(p.requires_grad for p in build_critic(model).parameters())

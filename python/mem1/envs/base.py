@@ -7,7 +7,7 @@ its text.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 ActionKind = Literal["query", "answer", "malformed"]
 
@@ -47,12 +47,16 @@ class Environment(Protocol):
     can be). `step` answers every text, malformed ones included, and never raises because of what the policy
     wrote.
 
-    In a rollout, methods are called on a thread of their own while other episodes go on (an environment with
-    an attribute `instant = True`, which computes its answers in microseconds and cannot hang, is called
-    directly). An answer that takes longer than `RolloutConfig.env_timeout` and whatever a method raises or
-    gives against its signature ends this episode, with reward 0 and `finished` "environment error: ..."
-    naming it. Only a call that raises an OSError (ConnectionError, TimeoutError, ...) is made again,
-    `env_retries` times: it must have changed nothing.
+    In a rollout, methods are called on a thread while other episodes go on (an environment with an attribute
+    `instant = True`, which computes its answers in microseconds and cannot hang, is called directly). An
+    answer that takes longer than `RolloutConfig.env_timeout`, retries included, and whatever a method raises
+    or gives against its signature ends this episode, with reward 0 and `finished` "environment error: ..."
+    naming it; the episode is then played again in a new environment, `episode_retries` times. Numbers may be
+    numpy's or torch's.
+
+    A call that raises one of the exception types in an attribute `retryable` is made again, `env_retries`
+    times: it must have changed nothing. Without that attribute it is `(OSError,)`, to which ConnectionError
+    and TimeoutError belong; the time-outs of httpx and aiohttp's client do not.
     """
 
     objectives: int
@@ -67,8 +71,12 @@ class Environment(Protocol):
         """Take one action. Raises RuntimeError only if there is no running episode."""
         ...
 
-    def score(self) -> dict[str, float]:
-        """`reward` in [0, 1]; `exact_match` and `f1` summed over objectives. All 0 before the answer."""
+    def score(self) -> dict[str, Any]:
+        """`reward` in [0, 1]; `exact_match` and `f1` summed over objectives. All 0 before the answer.
+
+        More entries may follow: numbers go with these to `Trajectory.score`, all else to `Trajectory.notes`.
+        Numbers must be finite in float32.
+        """
         ...
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+from mem1.checks import require
 from mem1.envs.base import Action, Observation, ScriptedAction
 from mem1.envs.words import FILLER, NAMES, RELATIONS
 
@@ -36,7 +37,7 @@ class MultiHopEnv:
     every answer to a query goes on with a text that imitates tags, `</info><answer> name </answer>`.
 
     The answer is one name per question, in the order of the questions, separated by `;`. The reward is the
-    share of questions answered exactly. Raises ValueError for an argument out of its range.
+    share of questions answered exactly. Raises InputError for an argument out of its range.
     """
 
     instant = True  # a rollout need not ask on a thread
@@ -50,8 +51,10 @@ class MultiHopEnv:
     ) -> None:
         self._objectives = _interval("objectives", objectives, 1, 16)
         self._hops = _interval("hops", hops, 1, 4)
-        if passage_tokens < 0:
-            raise ValueError(f"passage_tokens: wanted a number >= 0, got {passage_tokens}")
+        require(
+            isinstance(passage_tokens, int) and passage_tokens >= 0,
+            *("passage_tokens", "a number >= 0", passage_tokens),
+        )
         self.passage_tokens = passage_tokens
         self.adversarial = adversarial
         self.objectives = self._objectives[1]
@@ -139,7 +142,9 @@ def _f1(given: list[str], right: list[str]) -> float:
 
 
 def _interval(name: str, value: int | tuple[int, int], least: int, most: int) -> tuple[int, int]:
-    low, high = (value, value) if isinstance(value, int) else value
-    if not least <= low <= high <= most:
-        raise ValueError(f"{name}: wanted a number or an interval within {least}..{most}, got {value!r}")
-    return low, high
+    ends = value if isinstance(value, tuple) else (value, value)
+    fits = (
+        len(ends) == 2 and all(isinstance(end, int) for end in ends) and least <= ends[0] <= ends[1] <= most
+    )
+    require(fits, name, f"a number or an interval within {least}..{most}", value)
+    return ends

@@ -1,0 +1,59 @@
+"""The work that `bench_waiting.py` times, in a process of its own: python waiting_task.py STEPS EPISODES.
+
+Prints one line of JSON: seconds for a step of the warm start, for an update of PPO (its rollout included),
+and for an evaluation, all of the default small model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+
+from mem1.config import ModelConfig, PPOConfig, RolloutConfig, WarmStartConfig
+from mem1.envs.multihop import MultiHopEnv
+from mem1.evaluate import evaluate
+from mem1.model import build_critic, build_model
+from mem1.ppo import PPO
+from mem1.rollout import rollout
+from mem1.tokenizer import build_tokenizer
+from mem1.warmstart import warm_start
+
+LIMITS = RolloutConfig(max_turns=6, max_action=32)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def main(steps: int, episodes: int) -> None:
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, ModelConfig())
+    warm = warm_start(model, tokenizer, WarmStartConfig(steps=steps + 2))
+    list(islice(warm, 2))
+    found = {"warm start": seconds(lambda: list(warm)) / steps}
+
+    ppo = PPO(model, build_critic(model), None, PPOConfig(kl=0.0, critic_only=0), "carry")
+    world = partial(MultiHopEnv, (1, 4))
+
+    def update() -> None:
+        played = list(rollout(model.eval(), tokenizer, world, range(episodes), LIMITS))
+        ppo.update(played, torch.Generator().manual_seed(0))
+
+    found["PPO update"] = seconds(update)
+    found["evaluation"] = seconds(
+        lambda: evaluate(model, tokenizer, LIMITS, agent="", objectives=(2,), episodes=episodes)
+    )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

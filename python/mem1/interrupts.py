@@ -1,0 +1,69 @@
+"""Ctrl-C and SIGTERM as a run wants them: at once where nothing is lost, else at the next good moment."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the user's, the scheduler's
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal has ended the work. `signum`: which one."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+class Interrupts:
+    """A `with` block in which SIGINT and SIGTERM raise `Interrupted`: within `allowed()` at once, else at the
+    next `check()`. A second signal does not wait.
+
+    Signals reach Python's main thread only; on another one nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self._allowed = False
+        self._pending: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {signum: signal.signal(signum, self._arrived) for signum in SIGNALS}
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal has come."""
+        if self._pending is not None:
+            raise Interrupted(self._pending)
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Work that may be cut off anywhere."""
+        self.check()
+        self._allowed = True
+        try:
+            yield
+        finally:
+            self._allowed = False
+
+    def _arrived(self, signum: int, frame: FrameType | None) -> None:
+        if self._allowed or self._pending is not None:
+            self._allowed = False
+            self._pending = signum
+            raise Interrupted(signum)
+        self._pending = signum
+        # Not by print: the signal may have come in the middle of one.
+        os.write(
+            2, f"{signal.Signals(signum).name}: finishing this step; again to stop without it\n".encode()
+        )

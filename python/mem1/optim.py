@@ -1,0 +1,122 @@
+"""AdamW as training needs it: fp32 whatever the model's dtype, and no step on numbers that are not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+MOST_SKIPPED = 3  # steps in a row
+
+
+class Diverged(RuntimeError):
+    """Gradients or weights are not finite, again and again. The weights are those of the last good step."""
+
+
+class AdamW:
+    """`torch.optim.AdamW` over fp32 master copies of the parameters that have a lower precision.
+
+    In bf16 a weight has 8 bits: a step of 1e-6 of it changes nothing, and moments forget. Masters add up
+    gradients and steps in fp32 and hand their rounded values to the model. Parameters of float32 or float64
+    are their own masters; frozen ones take no part.
+
+    groups: parameters, or dicts as for `torch.optim.AdamW`. max_grad_norm: of all gradients together.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        *,
+        betas: tuple[float, float],
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+    ) -> None:
+        self.max_grad_norm = max_grad_norm
+        self.steps = 0  # taken
+        self.skipped = 0  # in a row
+        self._narrow: list[tuple[nn.Parameter, nn.Parameter]] = []  # parameter, its master
+        given: list[Any] = list(groups)
+        mastered = [
+            {**group, "params": self._masters(group["params"])}
+            for group in (given if given and isinstance(given[0], dict) else [{"params": given}])
+        ]
+        self.inner = torch.optim.AdamW(mastered, betas=betas, weight_decay=weight_decay)
+
+    def _masters(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        masters = []
+        for parameter in parameters:
+            if not parameter.requires_grad:
+                continue
+            master = parameter
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                master = nn.Parameter(parameter.detach().float())
+                self._narrow.append((parameter, master))
+            masters.append(master)
+        return masters
+
+    @property
+    def masters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.inner.param_groups for parameter in group["params"]]
+
+    def zero_grad(self) -> None:
+        self.inner.zero_grad(set_to_none=True)
+        for parameter, _ in self._narrow:
+            parameter.grad = None
+
+    def collect(self) -> None:
+        """Take the gradients that a backward has made: called after each, they add up in fp32."""
+        for parameter, master in self._narrow:
+            if parameter.grad is not None:
+                gradient = parameter.grad.float()
+                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> float:
+        """Clip the gradients, take a step and forget them; returns their norm before clipping.
+
+        Where that is not finite no step is taken. The third time in a row raises Diverged.
+        """
+        self.collect()
+        gradients = [master.grad for master in self.masters if master.grad is not None]
+        norm = float(get_total_norm(gradients))
+        if math.isfinite(norm):
+            clip_grads_with_norm_(self.masters, self.max_grad_norm, torch.tensor(norm))
+            for group in self.inner.param_groups:
+                group["lr"] = learning_rate
+            self.inner.step()
+            for parameter, master in self._narrow:
+                parameter.copy_(master)
+            self.steps, self.skipped = self.steps + 1, 0
+        else:
+            self.skipped += 1
+        self.zero_grad()
+        if self.skipped == MOST_SKIPPED:
+            raise Diverged(
+                f"gradients: wanted finite ones, got a norm of {norm} {MOST_SKIPPED} steps in a row"
+            )
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "inner": self.inner.state_dict(),
+            "masters": [master.detach() for _, master in self._narrow],
+            "steps": self.steps,
+            "skipped": self.skipped,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state["inner"])
+        for (_, master), saved in zip(self._narrow, state["masters"], strict=True):
+            master.copy_(saved)
+        self.steps, self.skipped = state["steps"], state["skipped"]
+
+
+def not_finite(named: Iterable[tuple[str, Tensor]]) -> str:
+    """The name of the first tensor that holds NaN or infinity, "" if none does."""
+    return next((name for name, value in named if not bool(value.isfinite().all())), "")

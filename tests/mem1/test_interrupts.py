@@ -1,0 +1,68 @@
+"""Signals: at once where work may be cut off, at the next check elsewhere; the second one does not wait."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from mem1.interrupts import Interrupted, Interrupts
+
+
+def send(signum: int) -> None:
+    os.kill(os.getpid(), signum)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_it_waits_for_the_next_check(signum, capfd):
+    before = signal.getsignal(signum)
+    with Interrupts() as interrupts:
+        interrupts.check()
+        send(signum)
+        done = True  # goes on
+        with pytest.raises(Interrupted) as error:
+            interrupts.check()
+    assert done and error.value.signum == signum
+    assert isinstance(error.value, KeyboardInterrupt)
+    assert "finishing this step" in capfd.readouterr().err
+    assert signal.getsignal(signum) == before
+
+
+def test_it_raises_at_once_where_that_is_allowed():
+    with Interrupts() as interrupts:
+        with pytest.raises(Interrupted), interrupts.allowed():
+            send(signal.SIGTERM)
+            raise AssertionError("not reached")
+        with pytest.raises(Interrupted):  # what was asked for is not forgotten
+            interrupts.check()
+
+
+def test_a_second_one_does_not_wait():
+    with Interrupts():
+        send(signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            send(signal.SIGINT)
+
+
+def test_a_pending_one_ends_what_may_be_cut_off_before_it_begins():
+    with Interrupts() as interrupts:
+        send(signal.SIGINT)
+        with pytest.raises(Interrupted), interrupts.allowed():
+            raise AssertionError("not reached")
+
+
+def test_on_another_thread_nothing_changes():
+    handlers = []
+
+    def work():
+        with Interrupts() as interrupts:
+            handlers.append(signal.getsignal(signal.SIGTERM))
+            interrupts.check()
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert handlers == [before]

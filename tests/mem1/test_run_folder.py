@@ -1,0 +1,185 @@
+"""The folder of a run, killed at every moment of a save."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mem1 import checkpoint
+from mem1.checkpoint import Place, numbered
+from mem1.checks import InputError
+from mem1.run_folder import RunFolder
+
+SETTINGS = {"seed": 0, "updates": 9, "rollout": {"slots": 4, "regime": "carry"}}
+
+
+class Killed(BaseException):
+    """The process is gone: no `finally` of the code under test may count on running."""
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model(hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+
+
+def begun(path: Path, keep: int = 2) -> RunFolder:
+    run = RunFolder(path, keep)
+    run.begin(SETTINGS, overwrite=False)
+    return run
+
+
+def save(run: RunFolder, step: int, model, tokenizer, score: float | None = None) -> None:
+    run.save(Place(1, step), model, tokenizer, {"settings": SETTINGS, "step": step}, score)
+
+
+def names(run: RunFolder) -> list[str]:
+    return [path.name for path in numbered(run.path)]
+
+
+def test_the_newest_and_the_best_stay(model, tokenizer, tmp_path):
+    run = begun(tmp_path / "run")
+    run.save(Place(0, 500), model, tokenizer, {"settings": SETTINGS})
+    for step, score in ((1, 0.1), (2, 0.7), (3, 0.3), (4, 0.2), (5, None)):
+        save(run, step, model, tokenizer, score)
+    assert names(run) == ["ppo-000005", "ppo-000004", "ppo-000002"]
+    assert os.readlink(run.path / "last") == "checkpoints/ppo-000005"
+    assert os.readlink(run.path / "best") == "checkpoints/ppo-000002"
+    assert json.loads((run.path / "best.json").read_text()) == {"checkpoint": "ppo-000002", "score": 0.7}
+    assert checkpoint.load(run.path / "best").trainer["step"] == 2
+    assert (
+        checkpoint.load(run.path).trainer["step"] == checkpoint.load(run.path / "last").trainer["step"] == 5
+    )
+    save(run, 6, model, tokenizer, 0.7)  # as good and newer
+    assert names(run) == ["ppo-000006", "ppo-000005"]
+    assert sorted(path.name for path in run.path.iterdir()) == [
+        *("best", "best.json", "checkpoints", "last", "metrics.jsonl", "train.json")
+    ]
+
+
+def test_places_follow_one_another():
+    assert Place(0, 900) < Place(0, 1000) < Place(1, 0) < Place(1, 9) < Place(1, 10**7)
+    for place in (Place(0, 900), Place(1, 0), Place(1, 10**7)):
+        assert Place.of(str(place)) == place
+    assert Place.of("ppo-1.new") is None and Place.of(".ppo-000001.77.new") is None
+
+
+@pytest.mark.parametrize("phase", ["save", "remove"])
+def test_a_run_killed_anywhere_in_a_save_goes_on(model, tokenizer, tmp_path, monkeypatch, phase):
+    """Every file operation of a save is the last one, once: what is left can be loaded, nothing is lost."""
+    operations = [(Path, "rename"), (Path, "replace"), (Path, "unlink"), (Path, "symlink_to"), (os, "fsync")]
+    operations += [(torch, "save"), (shutil, "rmtree")]
+    last, kills = 3 if phase == "remove" else 1, 0
+    for count in range(200):
+        path = tmp_path / f"run{count}"
+        run = begun(path, keep=1)
+        for step in range(last):
+            save(run, step, model, tokenizer, score=float(step))
+        calls = 0
+        with monkeypatch.context() as patch:
+
+            def guard(call, *arguments, most=count, **settings):
+                nonlocal calls
+                calls += 1
+                if calls > most:
+                    raise Killed
+                return call(*arguments, **settings)
+
+            for owner, name in operations:
+                original = getattr(owner, name)
+                patch.setattr(owner, name, lambda *a, call=original, **s: guard(call, *a, **s))
+            try:
+                save(run, last, model, tokenizer, score=-1.0)
+            except Killed:
+                kills += 1
+        loaded, changed = RunFolder(path, keep=1).resume(SETTINGS)
+        assert loaded.trainer["step"] in (last - 1, last) and changed == []
+        assert loaded.trainer["step"] == checkpoint.load(path / "last").trainer["step"]
+        assert not list(path.rglob(".*")), "leftovers are cleaned"
+        step = loaded.trainer["step"] + 1
+        save(RunFolder(path, keep=1), step, model, tokenizer, score=-2.0)
+        assert checkpoint.load(path).trainer["step"] == step
+        assert checkpoint.load(path / "best").trainer["step"] == last - 1
+        if calls <= count:
+            break
+    assert kills > 10 and calls <= count, "no save came to its end"
+
+
+def test_without_its_links_a_run_is_found(model, tokenizer, tmp_path):
+    run = begun(tmp_path / "run")
+    save(run, 1, model, tokenizer)
+    (run.path / "last").unlink()
+    assert checkpoint.load(run.path).trainer["step"] == 1
+    run.resume(SETTINGS)
+    assert checkpoint.load(run.path / "last").trainer["step"] == 1
+
+
+def test_a_run_is_not_overwritten_without_being_told(model, tokenizer, tmp_path):
+    run = begun(tmp_path / "run")
+    save(run, 1, model, tokenizer, score=1.0)
+    run.metrics.write_text('{"phase": "ppo", "step": 1}\n')
+    with pytest.raises(InputError, match="out: wanted a folder without a run, got .*checkpoints and metrics"):
+        RunFolder(run.path).begin(SETTINGS, overwrite=False)
+    assert run.metrics.read_text() and names(run) == ["ppo-000001"]
+    (run.path / "mine.txt").write_text("kept")
+    RunFolder(run.path).begin(SETTINGS, overwrite=True)
+    assert names(run) == [] and run.metrics.read_text() == ""
+    assert (run.path / "mine.txt").read_text() == "kept"
+    assert not (run.path / "best").exists() and not (run.path / "best.json").exists()
+
+
+def test_every_difference_is_listed_and_those_that_matter_refused(model, tokenizer, tmp_path):
+    run = begun(tmp_path / "run")
+    save(run, 1, model, tokenizer)
+    other = {"seed": 1, "updates": 12, "rollout": {"slots": 8, "regime": "reencode"}}
+    with pytest.raises(InputError) as error:
+        run.resume(other)
+    assert str(error.value) == (
+        "resume: wanted the settings of the run, got rollout.regime carry -> reencode, rollout.slots 4 -> 8, "
+        "seed 0 -> 1, updates 9 -> 12"
+    )
+    assert json.loads((run.path / "train.json").read_text()) == SETTINGS
+    free = {"seed": 0, "updates": 12, "rollout": {"slots": 8, "regime": "carry"}}
+    _, changed = run.resume(free)
+    assert changed == ["rollout.slots 4 -> 8", "updates 9 -> 12"]
+    assert json.loads((run.path / "train.json").read_text()) == free
+
+
+def test_records_of_steps_to_come_are_dropped(model, tokenizer, tmp_path):
+    run = begun(tmp_path / "run")
+    lines = [
+        *(
+            '{"phase": "warmstart", "step": 900}',
+            '{"phase": "ppo", "step": 1}',
+            '{"phase": "ppo", "step": 2}',
+        ),
+        *('{"phase": "ppo", "step": 3}', '{"phase": "ppo", "st'),
+    ]
+    run.metrics.write_text("\n".join(lines))
+    save(run, 2, model, tokenizer)
+    run.resume(SETTINGS)
+    assert run.metrics.read_text().splitlines() == lines[:3]
+
+
+def test_what_is_no_run_is_named(tmp_path, model, tokenizer):
+    with pytest.raises(InputError, match="resume: wanted the folder of a run with a checkpoint, got "):
+        RunFolder(tmp_path / "nothing").resume(SETTINGS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="out: wanted a folder, got the file "):
+        RunFolder(tmp_path / "file")
+    with pytest.raises(InputError, match="out: wanted a folder that can be written, got "):
+        RunFolder(Path("/proc/nothing/run")).begin(SETTINGS, overwrite=False)
+
+
+def test_weights_that_are_not_finite_are_never_saved(model, tokenizer, tmp_path):
+    run = begun(tmp_path / "run")
+    save(run, 1, model, tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(RuntimeError, match="wanted finite weights to save, got others in lm_head.weight"):
+        save(run, 2, model, tokenizer)
+    assert names(run) == ["ppo-000001"] and not list(run.path.rglob(".*"))

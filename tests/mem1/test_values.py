@@ -1,0 +1,232 @@
+"""Values of environments: what is as good as the type that is asked for is taken, and JSON takes it."""
+
+from __future__ import annotations
+
+import enum
+import json
+from fractions import Fraction
+from math import inf
+
+import numpy as np
+import pytest
+import torch
+
+from mem1.calls import outcome
+from mem1.codec import Codec
+from mem1.config import RolloutConfig
+from mem1.envs.base import Action, Observation, ScriptedAction
+from mem1.envs.multihop import MultiHopEnv
+from mem1.episode import Episode
+from mem1.rollout import rollout
+from mem1.trajectory import ENVIRONMENT_ERROR, Trajectory
+
+CONFIG = RolloutConfig(max_action=8, max_turns=2, env_retries=0)
+SCORE = {"reward": 0.5, "exact_match": 1, "f1": 1.0}
+
+
+class Word(str):
+    def __str__(self) -> str:
+        return "another"
+
+
+class Verdict(str, enum.Enum):
+    GOOD = "anna"
+
+
+class World:
+    """Says what it is told to; ends with its second step."""
+
+    objectives: object = 2
+
+    def __init__(self, prompt: object = "ada boss ?", text: object = "anna", score: object = None, **other):
+        self.prompt, self.text, self.steps = prompt, text, 0
+        self.given, self.done = SCORE if score is None else score, other.get("done", (False, True))
+        self.objectives = other.get("objectives", 2)
+
+    def reset(self, seed: int) -> object:
+        return self.prompt
+
+    def step(self, action) -> Observation:
+        self.steps += 1
+        return Observation(self.text, 0.0, self.done[self.steps - 1])
+
+    def score(self) -> object:
+        return self.given
+
+
+def play(tokenizer, **values) -> Trajectory:
+    """An episode whose actions are four words."""
+    episode = Episode(World(**values), 0, Codec(tokenizer), CONFIG)
+    word = tokenizer.encode("emil", add_special_tokens=False)[0]
+    while not episode.finished:
+        question = episode.take_question()
+        if question is not None:
+            episode.hear(outcome(question, inf))
+        else:
+            episode.write(word, -1.0)
+    trajectory = episode.trajectory()
+    again = Trajectory.from_dict(json.loads(trajectory.to_json()))
+    assert again.to_json() == trajectory.to_json() and again.notes == trajectory.notes
+    return trajectory
+
+
+WRONG = [
+    ("reset", 3, "TypeError: reset: wanted str, got int 3"),
+    ("reset", None, "TypeError: reset: wanted str, got NoneType None"),
+    ("reset", " ", "ValueError: reset: wanted a prompt of 1 to 4096 tokens, got ' '"),
+    ("step", None, "TypeError: step: wanted Observation, got NoneType None"),
+    ("step", Observation(None, 0.0, False), "TypeError: step: text: wanted str, got NoneType None"),
+    ("step", Observation("anna", 0.0, "no"), "TypeError: step: done: wanted bool, got str 'no'"),
+    ("score", None, "TypeError: score: wanted dict, got NoneType None"),
+    (
+        "score",
+        {"reward": 1.0},
+        "ValueError: score: wanted numbers, finite in float32, for reward, exact_match",
+    ),
+    ("score", {"reward": "1", "exact_match": 1, "f1": 1}, "ValueError: score: wanted numbers, finite"),
+    ("expert_action", None, "TypeError: expert_action: wanted ScriptedAction, got NoneType None"),
+    (
+        "expert_action",
+        ScriptedAction("ada", Action("malformed", "")),
+        "ValueError: expert_action: wanted a query or an answer, got 'malformed'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("method", "value", "message"), WRONG)
+def test_a_wrong_value_ends_its_own_episode_only(make_model, tokenizer, method, value, message):
+    worlds = [MultiHopEnv(2), MultiHopEnv(2), MultiHopEnv(2)]
+    sound = getattr(worlds[1], method)
+    setattr(worlds[1], method, lambda *arguments: (sound(*arguments), value)[1])
+    make = iter(worlds).__next__
+    config = RolloutConfig(max_action=24, max_turns=6, episode_retries=0)
+    played = {t.seed: t for t in rollout(make_model(), tokenizer, make, range(3), config, scripted=True)}
+    assert played[1].finished.startswith(f"{ENVIRONMENT_ERROR}: {message}")
+    assert played[1].score == {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
+    assert played[1].to_json()
+    assert played[0].reward == played[2].reward == 1.0
+
+
+@pytest.mark.parametrize(
+    "done",
+    [
+        (np.False_, np.True_),
+        (0, 1),
+        (np.int64(0), np.int64(1)),
+        (torch.tensor(False), torch.tensor(True)),
+        (np.array(0), np.array(1)),
+    ],
+)
+def test_flags(tokenizer, done):
+    assert play(tokenizer, done=done).finished == "ended by the environment"
+
+
+@pytest.mark.parametrize("done", [2, -1, None, "no", 1.0, np.array([True]), []])
+def test_no_flags(tokenizer, done):
+    finished = play(tokenizer, done=(done, True)).finished
+    assert finished.startswith("environment error: TypeError: step: done: wanted bool, got ")
+
+
+@pytest.mark.parametrize("objectives", [3, np.int64(3), np.array(3), torch.tensor(3)])
+def test_counts(tokenizer, objectives):
+    played = play(tokenizer, objectives=objectives)
+    assert played.objectives == 3 and type(played.objectives) is int
+
+
+@pytest.mark.parametrize(
+    "objectives", [True, np.True_, 3.0, "3", None, torch.tensor(3.0), torch.tensor(True)]
+)
+def test_no_counts(tokenizer, objectives):
+    played = play(tokenizer, objectives=objectives)
+    assert played.error == "TypeError" and played.tokens.numel() == 0
+
+
+@pytest.mark.parametrize("text", [Word("anna"), np.str_("anna"), Verdict.GOOD])
+def test_texts(tokenizer, text):
+    expected, prompt, info = (
+        play(tokenizer, **how) for how in ({"prompt": "anna"}, {"prompt": text}, {"text": text})
+    )
+    assert torch.equal(prompt.tokens, expected.tokens)
+    assert torch.equal(info.tokens, play(tokenizer).tokens)
+
+
+@pytest.mark.parametrize(
+    ("reward", "expected"),
+    [
+        (True, 1.0),
+        (np.True_, 1.0),
+        (np.float32(0.25), 0.25),
+        (np.float64(0.25), 0.25),
+        (np.int8(1), 1.0),
+        (np.array(0.25), 0.25),
+        (torch.tensor(0.25, requires_grad=True), 0.25),
+        (torch.tensor(0.25, dtype=torch.bfloat16), 0.25),
+        (Fraction(1, 4), 0.25),
+        (3e38, 3e38),
+        (10**38, 1e38),
+    ],
+)
+def test_numbers(tokenizer, reward, expected):
+    played = play(tokenizer, score=SCORE | {"reward": reward, "calls": np.int64(7)})
+    assert played.score == {"reward": expected, "exact_match": 1.0, "f1": 1.0, "calls": 7.0}
+    assert {type(value) for value in played.score.values()} == {float}
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        float("nan"),
+        float("inf"),
+        1e39,
+        -1e39,
+        10**400,
+        np.float64(1e300),
+        Fraction(10**400),
+        np.float32("nan"),
+    ],
+)
+@pytest.mark.parametrize("name", ["reward", "calls"])
+def test_numbers_beyond_float32_end_their_episode(tokenizer, name, number):
+    played = play(tokenizer, score=SCORE | {name: number})
+    assert played.finished.startswith(
+        "environment error: ValueError: score: wanted numbers, finite in float32"
+    )
+    assert played.score == {"reward": 0.0, "exact_match": 0.0, "f1": 0.0} and played.notes == {}
+
+
+@pytest.mark.parametrize("reward", [None, "1", [1.0], 1j, torch.ones(2)])
+def test_no_rewards(tokenizer, reward):
+    assert play(tokenizer, score=SCORE | {"reward": reward}).error == "ValueError"
+
+
+def test_what_is_no_number_is_a_note(tokenizer):
+    circle: list[object] = []
+    circle.append(circle)
+    given = {
+        "judge": "good",
+        "detail": None,
+        "name": np.str_("anna"),
+        "answers": ["anna", None, ("bruno", 2)],
+        "by hop": {1: {"found": True}},
+        "\ud800": "\ud800",
+        "set": {3},
+        "ends": [float("nan")],
+        "circle": circle,
+        5: "five",
+    }
+    played = play(tokenizer, score=SCORE | given)
+    assert played.finished == "ended by the environment" and played.score == SCORE
+    assert played.notes == {
+        "judge": "good",
+        "detail": None,
+        "name": "anna",
+        "answers": ["anna", None, ["bruno", 2]],
+        "by hop": {"1": {"found": True}},
+        "\ud800": "\ud800",
+        "set": "{3}",
+        "ends": "[nan]",
+        "circle": "[[[[[[[...]]]]]]]",
+        "5": "five",
+    }
+    given["answers"].append("later")
+    assert len(played.notes["answers"]) == 3
