@@ -282,6 +282,8 @@ def test_refusals() -> None:
     refused("keep", cache.prune, [[(0, 3), (2, 6)], []])
     refused("keep", cache.prune, [[(0, 3)], [(0, 7)]])
     refused("positions: wanted", cache.prune, torch.ones(2, 6).bool(), "close")
+    kv = torch.zeros(2, 2, 1, 32)
+    refused("attends once in each of its 2 layers, got layer 2", cache.update, kv, kv, 2)
     refused("tokens_to_remove: wanted 0 or less, got 3", cache.crop, 3)
     refused("got 2 repeats", cache.batch_repeat_interleave, 2)
     refused("a selection of rows", cache.batch_select_indices, torch.tensor([0]))

@@ -87,6 +87,17 @@ class SlotCache(Cache):
         """
         return {CACHE: self}
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What a model's layers call. ValueError for a layer that the configuration does not have."""
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"SlotCache: wanted a model that attends once in each of its {len(self.layers)} layers, got "
+                f"layer {layer_idx}"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
     @property
     def used(self) -> int:
         """The length of the longest slot."""
