@@ -46,8 +46,9 @@ class Head:
         self.count = len(hidden) if rows is None else len(rows)
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
         self.bias = None if bias is None else bias.to(self.dtype).contiguous()
-        # What the matrix products of the backward read: on CUDA in the dtype of the weight.
-        self.gradient_dtype = self.dtype if on_cpu else hidden.dtype
+        # What the matrix products of the backward read: where they can, in the dtype of the weight.
+        narrow = hidden.dtype == torch.bfloat16 and torch.ops.mem1_core._linear_in_bfloat16()
+        self.gradient_dtype = self.dtype if on_cpu and not narrow else hidden.dtype
         want_hidden, want_weight, want_bias = wanted
         self.d_hidden = hidden.new_zeros(hidden.shape) if want_hidden else None
         self.d_weight = weight.new_empty(weight.shape, dtype=self.dtype) if want_weight else None

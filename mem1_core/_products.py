@@ -1,8 +1,9 @@
-"""Whether the fp32 products of an output layer on the CPU are block products or `torch.mm`: oneDNN's or MKL's.
+"""Whose fp32 products of an output layer are faster on this CPU: oneDNN's, by blocks, or MKL's, `torch.mm`.
 
-Which is faster depends on the processor, and is measured: on a piece of the weight, once for a machine and kind
-of product. The answer is kept in the user's cache folder, because the two round differently: the same run has to
-give the same bits in the next process. Where the folder cannot be used the answer lasts as long as the process.
+That depends on the processor, and is measured: on a piece of the weight, once for a machine and kind of
+product. The answer is kept in the user's cache folder, ~/.cache/mem1_core, because the two round differently:
+the same run has to give the same bits in the next process. Where the folder cannot be used the answer lasts
+as long as the process.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ _decided: dict[str, bool] = {}
 
 
 def by_blocks(hidden: Tensor, weight: Tensor, rows: int) -> bool:
-    """Whether to multiply `rows` rows of hidden [T, H] by weight [V, H] by blocks; both float32 on the CPU."""
+    """Whether to multiply by blocks, so many rows of hidden [T, H] at a time with weight [V, H]; both float32
+    on the CPU.
+    """
     vocabulary, width = weight.shape
     if rows * vocabulary * width < LEAST_WORK or vocabulary < 16 * PIECE:
         return True
@@ -58,21 +61,19 @@ def _processor() -> str:
     except OSError:
         lines = []
     named = ("vendor_id", "cpu family", "model", "model name", "stepping")
-    told = [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in named]
-    return " ".join(
-        [platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability(), *told]
-    )
+    facts = [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in named]
+    return " ".join([platform.machine(), torch.backends.cpu.get_cpu_capability(), *facts])
 
 
 def _cache_folder() -> Path:
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mem1_core" / "products"
-    except RuntimeError:  # nobody's home
+        return Path.home() / ".cache" / "mem1_core" / "products"
+    except RuntimeError:  # the user has none
         return Path(os.devnull)
 
 
 def _kept(folder: Path, key: str, measure: Callable[[], dict[str, float]]) -> bool:
-    """The answer in the folder; where there is none, a new one, or that of whoever has put one there first."""
+    """The answer in the folder; without one a new one, or that of whoever has put one there first."""
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     found = _read(path, key)
     if found is not None:

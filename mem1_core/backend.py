@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 _BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # what runs on a device
-_REMEDY = "; under FSDP call this in the root module's forward, where weights are gathered, or pass {}.full_tensor()"
+_REMEDY = "; under FSDP call this where the root module's forward has gathered it, or pass {}.full_tensor()"
 
 
 def choose_backend(op: str, tensor: Tensor, requested: str, available: Sequence[str]) -> str:
@@ -54,17 +54,15 @@ def check_whole(**arguments: object) -> None:
 
 def _check_whole(name: str, x: Tensor) -> None:
     if type(x) is not Tensor and type(x) is not Parameter and hasattr(x, "full_tensor"):
-        raise TypeError(
-            f"{name}: wanted a whole tensor, got a DTensor of {told(x)} in all{_REMEDY.format(name)}"
-        )
+        remedy = _REMEDY.format(name)
+        raise TypeError(f"{name}: wanted a whole tensor, got a DTensor of {told(x)} in all{remedy}")
     try:
         freed = x.untyped_storage().size() == 0 and x.numel() > 0
     except NotImplementedError:  # a wrapper, of torch.func say: the tensor in it has the storage
         return
     if freed:
-        raise ValueError(
-            f"{name}: wanted a tensor in memory, got {told(x)} whose storage was freed{_REMEDY.format(name)}"
-        )
+        remedy = _REMEDY.format(name)
+        raise ValueError(f"{name}: wanted a tensor in memory, got {told(x)} whose storage was freed{remedy}")
 
 
 def told(value: object) -> str:

@@ -268,9 +268,9 @@ def gae(
 
     All [B, T]; mask bool, True for the policy's tokens. Environment tokens are not steps: the value and the
     advantage of the next policy token are carried across them, their reward and value are not read (so a
-    reward belongs on the last policy token before it), and both results are 0 there. Schulman et al. 2016, over the policy
-    tokens t = 0, 1, ...: `delta_t = reward_t + gamma value_{t+1} - value_t`, `advantage_t = delta_t + gamma
-    lam advantage_{t+1}`, `returns = advantage + value`.
+    reward belongs on the last policy token before it), and both results are 0 there. Schulman et al. 2016,
+    over the policy tokens t = 0, 1, ...: `delta_t = reward_t + gamma value_{t+1} - value_t`, `advantage_t =
+    delta_t + gamma lam advantage_{t+1}`, `returns = advantage + value`.
     """
     dtype = torch.promote_types(_wide(reward).dtype, _wide(value).dtype)
     reward, value = reward.detach().to(dtype), value.detach().to(dtype)

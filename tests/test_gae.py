@@ -232,7 +232,7 @@ def test_compile_gae(backend: str, device: str, dynamic: bool) -> None:
             assert torch.equal(ours, theirs)
 
 
-# ------------------------------------------------------------------------- a reward that the environment's text has
+# ----------------------------------------------------------------------- gae: rewards on environment text
 
 
 @every_backend

@@ -1,4 +1,4 @@
-"""Which products the output layer takes on the CPU: measured once for a machine, the same in every process."""
+"""Which products the output layer takes on the CPU: measured once for a machine, kept for every process."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from mem1_core.ops import linear_logprob
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache, a process that has decided nothing, and products of any size worth a measurement."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "mem1_core" / "products"
+    monkeypatch.setattr(_products, "_cache_folder", lambda: folder)
     monkeypatch.setattr(_products, "_decided", {})
     monkeypatch.setattr(_products, "LEAST_WORK", 0)
     monkeypatch.setattr(_products, "PIECE", 16)
-    return tmp_path / "mem1_core" / "products"
+    return folder
 
 
 Took = Callable[[float, float], list[int]]
@@ -138,11 +139,10 @@ def test_a_real_measurement_in_two_processes(tmp_path: Path) -> None:
         "h, w = torch.randn(64, 64), torch.randn(16 * _products.PIECE, 64)\n"
         "print(ops.linear_logprob(h, w, torch.arange(64))[0].double().sum().item())"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "XDG_CACHE_HOME": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code]
     one, two = (
-        subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-        )
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         for _ in range(2)
     )
-    assert one.stdout == two.stdout and len(list(tmp_path.rglob("*.json"))) == 1
+    assert one == two and len(list(tmp_path.rglob("*.json"))) == 1

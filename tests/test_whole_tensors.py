@@ -35,6 +35,10 @@ def of_cached_attention() -> dict[str, Any]:
     return {"q": q, "keys": keys, "values": values, "lengths": torch.full_like(own["rows"], 4), **own}
 
 
+def of_logprob() -> dict[str, Any]:
+    return logprob_of(cast(batch(bias=True), torch.float32)) | {"temperature": torch.ones(12)}
+
+
 def of_ppo_loss() -> dict[str, Any]:
     normalizer = {"normalizer": torch.tensor(3.0), "temperature": torch.ones(12)}
     return cast(batch(bias=True) | OPTIONS["everything"] | normalizer, torch.float32)

@@ -32,10 +32,10 @@ mem1_status validate(const mem1_logit_rows_params* params, mem1_error* error) {
              "task: wanted a mem1_rows_task, got %d", static_cast<int>(p.task));
   MEM1_CHECK(p.dtype == MEM1_FLOAT32 || p.dtype == MEM1_FLOAT64, error,
              "dtype: wanted MEM1_FLOAT32 or MEM1_FLOAT64, got %d", static_cast<int>(p.dtype));
-  const bool narrow = p.device == MEM1_CUDA && p.dtype == MEM1_FLOAT32 &&
-                      (p.gradient_dtype == MEM1_BFLOAT16 || p.gradient_dtype == MEM1_FLOAT16);
+  const bool narrow = p.dtype == MEM1_FLOAT32 && (p.gradient_dtype == MEM1_BFLOAT16 ||
+                                                  (p.gradient_dtype == MEM1_FLOAT16 && p.device == MEM1_CUDA));
   MEM1_CHECK(p.gradient_dtype == p.dtype || narrow, error,
-             "gradient_dtype: wanted dtype (on CUDA also 16 bits for MEM1_FLOAT32), got %d",
+             "gradient_dtype: wanted dtype (for MEM1_FLOAT32 also MEM1_BFLOAT16, on CUDA MEM1_FLOAT16), got %d",
              static_cast<int>(p.gradient_dtype));
   MEM1_CHECK(p.with_gradient == 0 || p.with_gradient == 1, error, "with_gradient: wanted 0 or 1, got %d",
              p.with_gradient);

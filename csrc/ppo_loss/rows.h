@@ -77,7 +77,7 @@ MEM1_HOST_DEVICE Slopes<Real> ppo_row(const mem1_logit_rows_params& p, int64_t i
     loss += kl_coef * kl;
     if (away.inside) slope += kl_coef * kl_slope;
   }
-  if (loss != loss) slope = loss;  // NaN, from whichever argument: where it was cut off or clipped, only the loss shows it
+  if (loss != loss) slope = loss;  // NaN in any argument: where a ratio was cut off, only the loss shows it
   out(p.ratio, ratio);
   out(p.clipped, is_clipped ? Real(1) : Real(0));
   out(p.loss, scale * loss);

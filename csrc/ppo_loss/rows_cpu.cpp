@@ -6,7 +6,9 @@
 #include "common/exp2_cpu.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 namespace mem1::ppo_loss {
@@ -69,6 +71,23 @@ MEM1_INLINE void gradient_of(Real* logits, const Real* bias, int64_t count, Real
     logits[v] = exp2_of(x) * (level + slope * x);
   }
 }
+
+// The same numbers as bfloat16, at the same address. What is written lies before what is still to be read.
+MEM1_CLONES void narrow(float* row, int64_t count) {
+  constexpr int64_t kPiece = 256;
+  uint16_t piece[kPiece];
+  for (int64_t v = 0; v < count; v += kPiece) {
+    const int64_t size = std::min(kPiece, count - v);
+#pragma omp simd
+    for (int64_t n = 0; n < size; ++n) {
+      const uint32_t bits = std::bit_cast<uint32_t>(row[v + n]);
+      const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+      piece[n] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+    }
+    std::memcpy(reinterpret_cast<char*>(row) + v * sizeof(uint16_t), piece, size * sizeof(uint16_t));
+  }
+}
+void narrow(double*, int64_t) {}  // never asked for
 
 #define MEM1_PASSES(Real)                                                                                     \
   MEM1_CLONES Real highest(const Real* logits, const Real* bias, int64_t count) {                             \
@@ -135,9 +154,12 @@ void row(const mem1_logit_rows_params& p, int64_t i) {
     slopes = ppo_row<Real>(p, i, static_cast<Real>(logprob), static_cast<Real>(entropy));
     if (p.with_gradient == 0) return;
   }
+  const auto done = [&] {
+    if (p.gradient_dtype != p.dtype) narrow(logits, p.vocabulary);
+  };
   if (top == kNone) {
     std::fill(logits, logits + p.vocabulary, static_cast<Real>(0 * entropy));
-    return;
+    return done();
   }
   const double share = std::exp(-log_mass), d_logprob = slopes.logprob / temperature;
   const double d_entropy = slopes.entropy / temperature;
@@ -145,6 +167,7 @@ void row(const mem1_logit_rows_params& p, int64_t i) {
            static_cast<Real>(share * (-d_logprob - d_entropy * (entropy - log_mass))),
            static_cast<Real>(-share * d_entropy * kLn2));
   logits[target] += static_cast<Real>(d_logprob);
+  done();
 }
 
 }  // namespace

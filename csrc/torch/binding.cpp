@@ -208,6 +208,7 @@ TORCH_LIBRARY_FRAGMENT(mem1_core, m) {
                        "float kl_coef, str kl_estimator, float entropy_coef, bool with_gradient, "
                        "ScalarType gradient_dtype, int stream) -> Tensor")
                           .c_str()));
+  m.def("_linear_in_bfloat16() -> bool", &mem1::cpu::linear_in_bfloat16);
   m.def("_linear_logits_(Tensor hidden, Tensor weight, Tensor(a!) logits) -> ()");
   m.def("_linear_hidden_gradient_(Tensor d_logits, Tensor weight, Tensor(a!) d_hidden) -> ()");
   m.def("_linear_weight_gradient_(Tensor d_logits, Tensor hidden, Tensor(a!) d_weight, bool accumulate) -> ()");

@@ -14,6 +14,12 @@ namespace {
 constexpr int64_t kBlock = 64;   // rows of the weight
 constexpr int64_t kShares = 16;  // of the vocabulary, whose sums are made apart
 
+// Products run in T on operands that are In: float on anything, widened, or bfloat16 as it is, whose sums are float too
+// and which wants an even inner dimension.
+template <typename T>
+constexpr bool kPairs = std::is_same_v<T, at::BFloat16>;
+constexpr int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
+
 // Rows of a matrix as floats: where they lie, or widened into `scratch`.
 template <typename In>
 const float* as_floats(const In* from, int64_t count, std::vector<float>& scratch) {
@@ -26,52 +32,92 @@ const float* as_floats(const In* from, int64_t count, std::vector<float>& scratc
   }
 }
 
-template <typename Body>
+// Rows [count, width] as the left operand of a product in T, which is In or float.
+template <typename T, typename In>
+const T* left(const In* from, int64_t count, std::vector<float>& scratch) {
+  if constexpr (std::is_same_v<T, In>) {
+    return from;
+  } else {
+    return as_floats(from, count, scratch);
+  }
+}
+
+// Rows [count, width] as the right operand; bfloat16 in pairs of rows, the last one beside zeros if it is alone.
+template <typename T, typename In>
+const T* right(const In* from, int64_t count, int64_t width, std::vector<T>& pairs, std::vector<float>& scratch) {
+  if constexpr (std::is_same_v<T, float>) {
+    return as_floats(from, count * width, scratch);
+  } else {
+    pairs.resize(even(count) * width);
+    const auto* in = reinterpret_cast<const uint16_t*>(from);
+    auto* out = reinterpret_cast<uint32_t*>(pairs.data());
+    for (int64_t r = 0; r < count; r += 2) {
+      const uint16_t *low = in + r * width, *high = r + 1 < count ? low + width : nullptr;
+      uint32_t* pair = out + r / 2 * width;
+      for (int64_t d = 0; d < width; ++d) {
+        pair[d] = low[d] | (high == nullptr ? 0u : static_cast<uint32_t>(high[d]) << 16);
+      }
+    }
+    return pairs.data();
+  }
+}
+
+template <typename T, typename Body>
 void over_blocks(int64_t vocabulary, const Body& body) {
   at::parallel_for(0, (vocabulary + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       body(block * kBlock, std::min(kBlock, vocabulary - block * kBlock));
     }
-    gemm_done<float>();
+    gemm_done<T>();
   });
 }
 
-template <typename In>
+template <typename T, typename In>
 void logits_of(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& logits) {
   const int64_t rows = hidden.size(0), width = hidden.size(1), ld = logits.stride(0);
   const In* weights = weight.const_data_ptr<In>();
   float* out = logits.data_ptr<float>();
-  std::vector<float> wide, columns(rows * width);
-  transpose(as_floats(hidden.const_data_ptr<In>(), rows * width, wide), rows, width, width, columns.data(), rows);
-  over_blocks(weight.size(0), [&](int64_t first, int64_t count) {
+  std::vector<float> wide;
+  std::vector<T> columns(rows * width);
+  transposed_operand(left<T>(hidden.const_data_ptr<In>(), rows * width, wide), rows, width, columns.data());
+  over_blocks<T>(weight.size(0), [&](int64_t first, int64_t count) {
     thread_local std::vector<float> scratch, tile;
     tile.resize(kBlock * rows);
-    const float* block = as_floats(weights + first * width, count * width, scratch);
+    const T* block = left<T>(weights + first * width, count * width, scratch);
     gemm(count, rows, width, block, width, columns.data(), rows, tile.data(), rows, false);
     transpose(tile.data(), count, rows, rows, out + first, ld);
   });
 }
 
-template <typename In>
+template <typename T, typename In>
 void hidden_gradient(const at::Tensor& d_logits, const at::Tensor& weight, const at::Tensor& d_hidden) {
   const int64_t rows = d_hidden.size(0), width = d_hidden.size(1), vocabulary = weight.size(0), ld = d_logits.stride(0);
-  const float* slopes = d_logits.const_data_ptr<float>();
+  const T* slopes = d_logits.const_data_ptr<T>();
   const In* weights = weight.const_data_ptr<In>();
   In* out = d_hidden.data_ptr<In>();
   const int64_t blocks = (vocabulary + kBlock - 1) / kBlock, shares = std::min(kShares, blocks);
   std::vector<float> sums(shares * rows * width);
   at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch;
+    std::vector<T> pairs, last;
     for (int64_t share = begin; share < end; ++share) {
       const int64_t first = share * blocks / shares * kBlock;
       const int64_t stop = std::min((share + 1) * blocks / shares * kBlock, vocabulary);
       for (int64_t v = first; v < stop; v += kBlock) {
-        const int64_t count = std::min(kBlock, stop - v);
-        gemm(rows, width, count, slopes + v, ld, as_floats(weights + v * width, count * width, scratch), width,
-             sums.data() + share * rows * width, width, v > first);
+        const int64_t count = std::min(kBlock, stop - v), padded = kPairs<T> ? even(count) : count;
+        const T* block = right<T>(weights + v * width, count, width, pairs, scratch);
+        const T* own = slopes + v;
+        int64_t ld_own = ld;
+        if (padded != count) {  // nothing is read behind the end of a row
+          last.assign(rows * padded, T(0));
+          for (int64_t r = 0; r < rows; ++r) std::copy_n(own + r * ld, count, last.data() + r * padded);
+          own = last.data();
+          ld_own = padded;
+        }
+        gemm(rows, width, padded, own, ld_own, block, width, sums.data() + share * rows * width, width, v > first);
       }
     }
-    gemm_done<float>();
+    gemm_done<T>();
   });
   at::parallel_for(0, rows * width, 1 << 14, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
@@ -82,19 +128,22 @@ void hidden_gradient(const at::Tensor& d_logits, const at::Tensor& weight, const
   });
 }
 
-template <typename In>
+template <typename T, typename In>
 void weight_gradient(const at::Tensor& d_logits, const at::Tensor& hidden, const at::Tensor& d_weight,
                      bool accumulate) {
   const int64_t rows = hidden.size(0), width = hidden.size(1), ld = d_logits.stride(0);
-  const float* slopes = d_logits.const_data_ptr<float>();
+  const int64_t padded = kPairs<T> ? even(rows) : rows;
+  const T* slopes = d_logits.const_data_ptr<T>();
   float* out = d_weight.data_ptr<float>();
   std::vector<float> wide;
-  const float* states = as_floats(hidden.const_data_ptr<In>(), rows * width, wide);
-  over_blocks(d_weight.size(0), [&](int64_t first, int64_t count) {
-    thread_local std::vector<float> tile;
-    tile.resize(kBlock * rows);
-    transpose(slopes + first, rows, count, ld, tile.data(), rows);
-    gemm(count, width, rows, tile.data(), rows, states, width, out + first * width, width, accumulate);
+  std::vector<T> pairs;
+  const T* states = right<T>(hidden.const_data_ptr<In>(), rows, width, pairs, wide);
+  over_blocks<T>(d_weight.size(0), [&](int64_t first, int64_t count) {
+    thread_local std::vector<T> tile;
+    tile.resize(kBlock * padded);
+    if (padded != rows) std::fill(tile.begin(), tile.end(), T(0));
+    transpose(slopes + first, rows, count, ld, tile.data(), padded);
+    gemm(count, width, padded, tile.data(), padded, states, width, out + first * width, width, accumulate);
   });
 }
 
@@ -104,46 +153,69 @@ void check(const char* name, const at::Tensor& t, at::IntArrayRef shape, at::Sca
                     ": wanted contiguous ", shape, ", got ", t.sizes(), " with strides ", t.strides());
 }
 
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// run(T, In): the types of the products and of the operands.
 template <typename Run>
-void dispatch(at::ScalarType dtype, const Run& run) {
+void dispatch(at::ScalarType dtype, bool in_bfloat16, const Run& run) {
   switch (dtype) {
     case at::kFloat:
-      return run(float{});
+      return run(Type<float>{}, Type<float>{});
     case at::kBFloat16:
-      return run(at::BFloat16{});
+      return in_bfloat16 ? run(Type<at::BFloat16>{}, Type<at::BFloat16>{}) : run(Type<float>{}, Type<at::BFloat16>{});
     case at::kHalf:
-      return run(at::Half{});
+      return run(Type<float>{}, Type<at::Half>{});
     default:
       TORCH_CHECK_TYPE(false, "weight: wanted float32, bfloat16 or float16, got ", dtype);
   }
 }
 
+// Gradients of logits are float, or bfloat16 where the operands are and the processor multiplies it.
+bool check_gradient(const at::Tensor& d_logits, at::IntArrayRef shape, at::ScalarType operands) {
+  const bool narrow = d_logits.scalar_type() == at::kBFloat16;
+  check("d_logits", d_logits, shape, narrow ? operands : at::kFloat, true);
+  TORCH_CHECK_TYPE(!narrow || has_bfloat16_products(), "d_logits: wanted float32 on this processor, got bfloat16");
+  return narrow;
+}
+
 }  // namespace
+
+bool linear_in_bfloat16() { return has_bfloat16_products(); }
 
 void linear_logits_(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& logits) {
   check("hidden", hidden, {hidden.size(0), weight.size(1)}, weight.scalar_type());
   check("weight", weight, weight.sizes(), weight.scalar_type());
   check("logits", logits, {hidden.size(0), weight.size(0)}, at::kFloat, true);
   if (logits.numel() == 0) return;
-  dispatch(weight.scalar_type(), [&](auto zero) { logits_of<decltype(zero)>(hidden, weight, logits); });
+  // Products of bfloat16 are exact in float: which way they are made, only the order of the sums tells.
+  dispatch(weight.scalar_type(), weight.size(1) % 2 == 0 && has_bfloat16_products(), [&](auto product, auto in) {
+    logits_of<typename decltype(product)::type, typename decltype(in)::type>(hidden, weight, logits);
+  });
 }
 
 void linear_hidden_gradient_(const at::Tensor& d_logits, const at::Tensor& weight, const at::Tensor& d_hidden) {
-  check("d_logits", d_logits, {d_hidden.size(0), weight.size(0)}, at::kFloat, true);
+  const bool narrow = check_gradient(d_logits, {d_hidden.size(0), weight.size(0)}, weight.scalar_type());
   check("weight", weight, weight.sizes(), weight.scalar_type());
   check("d_hidden", d_hidden, {d_hidden.size(0), weight.size(1)}, weight.scalar_type());
   if (d_hidden.numel() == 0) return;
-  dispatch(weight.scalar_type(), [&](auto zero) { hidden_gradient<decltype(zero)>(d_logits, weight, d_hidden); });
+  dispatch(weight.scalar_type(), narrow, [&](auto product, auto in) {
+    hidden_gradient<typename decltype(product)::type, typename decltype(in)::type>(d_logits, weight, d_hidden);
+  });
 }
 
 void linear_weight_gradient_(const at::Tensor& d_logits, const at::Tensor& hidden, const at::Tensor& d_weight,
                              bool accumulate) {
-  check("d_logits", d_logits, {hidden.size(0), d_weight.size(0)}, at::kFloat, true);
+  const bool narrow = check_gradient(d_logits, {hidden.size(0), d_weight.size(0)}, hidden.scalar_type());
   check("hidden", hidden, {hidden.size(0), d_weight.size(1)}, hidden.scalar_type());
   check("d_weight", d_weight, d_weight.sizes(), at::kFloat);
   if (hidden.size(0) == 0) return;
-  dispatch(hidden.scalar_type(),
-           [&](auto zero) { weight_gradient<decltype(zero)>(d_logits, hidden, d_weight, accumulate); });
+  dispatch(hidden.scalar_type(), narrow, [&](auto product, auto in) {
+    weight_gradient<typename decltype(product)::type, typename decltype(in)::type>(d_logits, hidden, d_weight,
+                                                                                   accumulate);
+  });
 }
 
 }  // namespace mem1::cpu

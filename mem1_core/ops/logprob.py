@@ -33,10 +33,10 @@ def linear_logprob(
               \text{logprob} = \log p_{\text{target}}, \quad \text{entropy} = -\sum_v p_v \log p_v
 
     Logits exist for some rows at a time, in fp32 whatever the dtype of the inputs: matrix products by the
-    vendor's library, one row kernel for the rest. If there will be a backward, those of the first rows, as many
-    as `workspace_bytes` holds, are kept for it, which then makes the gradients in their place; the others it
-    makes once more. So forward and backward take 6 T H V FLOPs where all logits fit and at most 8 (6 in
-    `fused_linear_ppo_loss`, which keeps none). A backward that leaves the graph for another one
+    vendor's library, one row kernel for the rest. If there will be a backward, those of the first rows, as
+    many as `workspace_bytes` holds, are kept for it, which then makes the gradients in their place; the
+    others it makes once more. So forward and backward take 6 T H V FLOPs where all logits fit and at most 8
+    (6 in `fused_linear_ppo_loss`, which keeps none). A backward that leaves the graph for another one
     (`retain_graph`), or is compiled, works on a copy.
 
     Args:
@@ -155,7 +155,8 @@ def _gradients(
 @torch.library.impl("mem1_core::linear_logprob_backward", ("cpu", "cuda"))
 def _(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     *tensors, kept, space, wanted = given
-    return _gradients(*tensors, kept.clone(), space, wanted)
+    arguments: list[Any] = [*tensors, kept.clone(), space, wanted]
+    return _gradients(*arguments)
 
 
 @torch.library.register_fake("mem1_core::linear_logprob")
@@ -189,9 +190,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, d_logprob: Tensor, d_entropy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[:3])
     in_place = ctx.overwrite and last_backward(d_logprob) and not torch.is_grad_enabled()
-    made = (_gradients if in_place else _library.ops.linear_logprob_backward)(
-        d_logprob, d_entropy, *ctx.saved_tensors, ctx.space, wanted
-    )
+    backward: Any = _gradients if in_place else _library.ops.linear_logprob_backward
+    made = backward(d_logprob, d_entropy, *ctx.saved_tensors, ctx.space, wanted)
     return *(x if want else None for x, want in zip(made, wanted, strict=True)), *(None,) * 5
 
 

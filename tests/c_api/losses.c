@@ -85,7 +85,7 @@ static int logprobs_and_their_gradient(void) {
   REFUSED("device", p.device = (mem1_device)7);
   REFUSED("task", p.task = (mem1_rows_task)3);
   REFUSED("dtype", p.dtype = p.gradient_dtype = MEM1_BFLOAT16);
-  REFUSED("gradient_dtype", p.gradient_dtype = MEM1_BFLOAT16); /* CUDA has it */
+  REFUSED("gradient_dtype", p.gradient_dtype = MEM1_FLOAT16); /* CUDA has it */
   REFUSED("with_gradient", p.with_gradient = 2);
   REFUSED("rows", p.rows = -1);
   REFUSED("rows", p.rows = (int64_t)1 << 31);

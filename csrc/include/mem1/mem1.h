@@ -213,7 +213,7 @@ typedef struct mem1_logit_rows_params {
   mem1_device device;
   mem1_rows_task task;
   mem1_dtype dtype;          /* of logits and of every array [rows] but target: MEM1_FLOAT32 or MEM1_FLOAT64 */
-  mem1_dtype gradient_dtype; /* dtype; on CUDA for MEM1_FLOAT32 also MEM1_BFLOAT16 or MEM1_FLOAT16 */
+  mem1_dtype gradient_dtype; /* dtype; for MEM1_FLOAT32 also MEM1_BFLOAT16, on CUDA MEM1_FLOAT16 */
   int32_t with_gradient;     /* 0 or 1 */
   int64_t rows;
   int64_t vocabulary;
