@@ -26,7 +26,7 @@ class Head:
     hidden [T, H], weight [V, H] and bias [V] of one dtype; rows int64 [n]: those to compute, None for all
     (which saves copies). The logits of a chunk take at most `workspace_bytes`, in `workspace`. The wanted
     gradients are summed up over the chunks: `d_hidden` (as hidden), `d_weight` and `d_bias`, the latter two
-    in fp32 until `gradients` hands them out.
+    in fp32 until `gradients` hands them out (on the CPU a single chunk's d_weight is what it will be).
 
     kept: the workspace of an earlier head of the same sizes, whose last logits were those of the first chunk.
     """
@@ -51,7 +51,6 @@ class Head:
         self.gradient_dtype = self.dtype if on_cpu and not narrow else hidden.dtype
         want_hidden, want_weight, want_bias = wanted
         self.d_hidden = hidden.new_zeros(hidden.shape) if want_hidden else None
-        self.d_weight = weight.new_empty(weight.shape, dtype=self.dtype) if want_weight else None
         self.d_bias = weight.new_zeros(weight.shape[0], dtype=self.dtype) if want_bias else None
         self._fresh = True
         shape = workspace_shape(self.count, weight, workspace_bytes)
@@ -61,6 +60,10 @@ class Head:
         self.by_blocks = on_cpu and self.dtype == torch.float32
         if self.by_blocks and weight.dtype == torch.float32:
             self.by_blocks = by_blocks(hidden, self.weight, len(self.workspace))
+        # Blocks narrow what they have summed up themselves, unless other chunks will add to it.
+        narrowed = self.by_blocks and len(self.workspace) == self.count > 0
+        summed = weight.dtype if narrowed else self.dtype
+        self.d_weight = weight.new_empty(weight.shape, dtype=summed) if want_weight else None
 
     def chunks(self) -> list[slice]:
         """Places in `rows` of each chunk; where one begins does not depend on how many rows there are."""

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from loss_cases import batch, cast, check, logprob_of
+from loss_cases import batch, cast, check, draw, logprob_of
 
 from mem1_core import _head, _products
 from mem1_core.ops import linear_logprob
+from mem1_core.testing import poisoned_memory
 
 
 @pytest.fixture(autouse=True)
@@ -146,3 +147,47 @@ def test_a_real_measurement_in_two_processes(tmp_path: Path) -> None:
         for _ in range(2)
     )
     assert one == two and len(list(tmp_path.rglob("*.json"))) == 1
+
+
+# ------------------------------------------------------------------------------------------------ bfloat16
+
+
+@pytest.mark.parametrize("vocabulary", [1, 255, 256, 257, 1001])
+def test_narrow_gradients_are_the_wide_ones_rounded(vocabulary: int) -> None:
+    """In the place of the logits, and nothing of them but the row's own."""
+    logits = 3 * draw(5, vocabulary + 7).float()
+    of_rows = [x.float() for x in draw(5, 5, seed=1)]
+    target = torch.arange(5) % vocabulary
+    of_rows[1][3] = torch.nan
+    made = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = logits.clone()
+        given = rows[:, :vocabulary], None, target, torch.ones(5), *of_rows
+        torch.ops.mem1_core._rows_backward_(*given, dtype, 0)
+        made[dtype] = rows.view(dtype)[:, :vocabulary]
+        assert torch.equal(rows[:, vocabulary:], logits[:, vocabulary:])
+    wide, narrow = made.values()
+    assert wide[3].isnan().all() and torch.isfinite(wide[0]).all()
+    torch.testing.assert_close(narrow, wide.bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["as it is", "widened"])
+@pytest.mark.parametrize("sizes", [(1, 2, 1), (37, 48, 1001), (16, 7, 257), (5, 33, 512)], ids=str)
+@pytest.mark.parametrize("rows", [1, 16, 100])
+def test_bfloat16_on_every_processor(native: bool, sizes: tuple[int, int, int], rows: int) -> None:
+    """Odd sizes, one chunk and several; and where the processor has no products of bfloat16."""
+    if native and not torch.ops.mem1_core._linear_in_bfloat16():
+        pytest.skip("this processor has no products of bfloat16")
+    given = logprob_of(cast(batch(*sizes, bias=True), torch.bfloat16))
+    with torch.backends.mkldnn.flags(enabled=native), poisoned_memory():
+        assert torch.ops.mem1_core._linear_in_bfloat16() == native
+        check(linear_logprob, given, workspace_bytes=rows * 4 * (sizes[2] + 3))
+
+
+def test_one_chunk_makes_a_narrow_gradient_of_the_weight() -> None:
+    given = logprob_of(cast(batch(32, 48, 1000), torch.bfloat16))
+    given["weight"].requires_grad_()
+    for workspace_bytes, size in ((None, 2), (16 * 4000, 4)):
+        linear_logprob(**given, workspace_bytes=workspace_bytes)[0].sum().backward()
+        assert given["weight"].grad.untyped_storage().size() == 48_000 * size
+        given["weight"].grad = None

@@ -11,13 +11,14 @@
 namespace mem1::cpu {
 namespace {
 
-constexpr int64_t kBlock = 64;   // rows of the weight
 constexpr int64_t kShares = 16;  // of the vocabulary, whose sums are made apart
 
 // Products run in T on operands that are In: float on anything, widened, or bfloat16 as it is, whose sums are float too
 // and which wants an even inner dimension.
 template <typename T>
 constexpr bool kPairs = std::is_same_v<T, at::BFloat16>;
+template <typename T>
+constexpr int64_t kBlock = kPairs<T> ? 256 : 64;  // rows of the weight
 constexpr int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
 
 // Rows of a matrix as floats: where they lie, or widened into `scratch`.
@@ -64,9 +65,9 @@ const T* right(const In* from, int64_t count, int64_t width, std::vector<T>& pai
 
 template <typename T, typename Body>
 void over_blocks(int64_t vocabulary, const Body& body) {
-  at::parallel_for(0, (vocabulary + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, (vocabulary + kBlock<T> - 1) / kBlock<T>, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      body(block * kBlock, std::min(kBlock, vocabulary - block * kBlock));
+      body(block * kBlock<T>, std::min(kBlock<T>, vocabulary - block * kBlock<T>));
     }
     gemm_done<T>();
   });
@@ -82,7 +83,7 @@ void logits_of(const at::Tensor& hidden, const at::Tensor& weight, const at::Ten
   transposed_operand(left<T>(hidden.const_data_ptr<In>(), rows * width, wide), rows, width, columns.data());
   over_blocks<T>(weight.size(0), [&](int64_t first, int64_t count) {
     thread_local std::vector<float> scratch, tile;
-    tile.resize(kBlock * rows);
+    tile.resize(kBlock<T> * rows);
     const T* block = left<T>(weights + first * width, count * width, scratch);
     gemm(count, rows, width, block, width, columns.data(), rows, tile.data(), rows, false);
     transpose(tile.data(), count, rows, rows, out + first, ld);
@@ -95,16 +96,16 @@ void hidden_gradient(const at::Tensor& d_logits, const at::Tensor& weight, const
   const T* slopes = d_logits.const_data_ptr<T>();
   const In* weights = weight.const_data_ptr<In>();
   In* out = d_hidden.data_ptr<In>();
-  const int64_t blocks = (vocabulary + kBlock - 1) / kBlock, shares = std::min(kShares, blocks);
+  const int64_t blocks = (vocabulary + kBlock<T> - 1) / kBlock<T>, shares = std::min(kShares, blocks);
   std::vector<float> sums(shares * rows * width);
   at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scratch;
     std::vector<T> pairs, last;
     for (int64_t share = begin; share < end; ++share) {
-      const int64_t first = share * blocks / shares * kBlock;
-      const int64_t stop = std::min((share + 1) * blocks / shares * kBlock, vocabulary);
-      for (int64_t v = first; v < stop; v += kBlock) {
-        const int64_t count = std::min(kBlock, stop - v), padded = kPairs<T> ? even(count) : count;
+      const int64_t first = share * blocks / shares * kBlock<T>;
+      const int64_t stop = std::min((share + 1) * blocks / shares * kBlock<T>, vocabulary);
+      for (int64_t v = first; v < stop; v += kBlock<T>) {
+        const int64_t count = std::min(kBlock<T>, stop - v), padded = kPairs<T> ? even(count) : count;
         const T* block = right<T>(weights + v * width, count, width, pairs, scratch);
         const T* own = slopes + v;
         int64_t ld_own = ld;
@@ -134,16 +135,24 @@ void weight_gradient(const at::Tensor& d_logits, const at::Tensor& hidden, const
   const int64_t rows = hidden.size(0), width = hidden.size(1), ld = d_logits.stride(0);
   const int64_t padded = kPairs<T> ? even(rows) : rows;
   const T* slopes = d_logits.const_data_ptr<T>();
-  float* out = d_weight.data_ptr<float>();
+  const bool narrow = !std::is_same_v<In, float> && d_weight.scalar_type() != at::kFloat;
+  void* out = d_weight.data_ptr();
   std::vector<float> wide;
   std::vector<T> pairs;
   const T* states = right<T>(hidden.const_data_ptr<In>(), rows, width, pairs, wide);
   over_blocks<T>(d_weight.size(0), [&](int64_t first, int64_t count) {
     thread_local std::vector<T> tile;
-    tile.resize(kBlock * padded);
+    thread_local std::vector<float> sums;
+    tile.resize(kBlock<T> * padded);
     if (padded != rows) std::fill(tile.begin(), tile.end(), T(0));
     transpose(slopes + first, rows, count, ld, tile.data(), padded);
-    gemm(count, width, padded, tile.data(), padded, states, width, out + first * width, width, accumulate);
+    float* own = static_cast<float*>(out) + first * width;
+    if (narrow) {
+      sums.resize(kBlock<T> * width);
+      own = sums.data();
+    }
+    gemm(count, width, padded, tile.data(), padded, states, width, own, width, accumulate);
+    if (narrow) std::copy_n(own, count * width, static_cast<In*>(out) + first * width);
   });
 }
 
@@ -210,7 +219,8 @@ void linear_weight_gradient_(const at::Tensor& d_logits, const at::Tensor& hidde
                              bool accumulate) {
   const bool narrow = check_gradient(d_logits, {hidden.size(0), d_weight.size(0)}, hidden.scalar_type());
   check("hidden", hidden, {hidden.size(0), d_weight.size(1)}, hidden.scalar_type());
-  check("d_weight", d_weight, d_weight.sizes(), at::kFloat);
+  const bool summed = accumulate || d_weight.scalar_type() != hidden.scalar_type();
+  check("d_weight", d_weight, d_weight.sizes(), summed ? at::kFloat : hidden.scalar_type());
   if (hidden.size(0) == 0) return;
   dispatch(hidden.scalar_type(), narrow, [&](auto product, auto in) {
     weight_gradient<typename decltype(product)::type, typename decltype(in)::type>(d_logits, hidden, d_weight,

@@ -87,7 +87,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> trajectory_attention_backward(
     const at::Tensor& out, const at::Tensor& lse, const Plan& plan, double scale);
 // The checked arguments of the op of this name; rows, lengths, counts int32 [batch].
 // The products of an output layer, for hidden [n, H] and weight [V, H] of one dtype and fp32 logits [n, V] with any
-// stride between rows: logits = hidden weight^T, d_hidden = d_logits weight, d_weight (+)= d_logits^T hidden in fp32.
+// stride between rows: logits = hidden weight^T, d_hidden = d_logits weight, d_weight (+)= d_logits^T hidden in fp32,
+// without the sum also in the dtype of hidden.
 // d_logits may be bfloat16 beside operands of bfloat16 where linear_in_bfloat16() says so.
 bool linear_in_bfloat16();
 void linear_logits_(const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& logits);
