@@ -36,7 +36,7 @@ from mem1.trajectory import Trajectory
 from mem1.warmstart import optimizer_for, warm_start
 
 
-class EnvironmentDown(RuntimeError):
+class EpisodesFailed(RuntimeError):
     """More episodes of a batch have failed than a run can learn beside."""
 
 
@@ -63,7 +63,7 @@ def train(
     the checkpoint before.
 
     Episodes that failed, by an error of the environment or by numbers of the policy that are not finite, are
-    left out of their update. Raises InputError for what cannot be run, EnvironmentDown when more than
+    left out of their update. Raises InputError for what cannot be run, EpisodesFailed when more than
     `config.max_failed` of a batch have failed, Diverged when gradients or weights are not finite any more.
     """
     progress = progress or Progress()
@@ -237,7 +237,7 @@ def _check_failures(trajectories: list[Trajectory], most: float) -> None:
     failed = [t for t in trajectories if t.error]
     if len(failed) > most * len(trajectories) or len(failed) == len(trajectories):
         kinds = ", ".join(f"{kind} {count}" for kind, count in error_counts(failed).items())
-        raise EnvironmentDown(
+        raise EpisodesFailed(
             f"{len(failed)} of {len(trajectories)} episodes failed ({kinds}), after "
             f"{sum(len(t.failures) for t in failed)} more attempts; the first: {failed[0].finished}"
         )

@@ -111,7 +111,7 @@ def test_episodes_are_played_again_and_the_failures_told(tmp_path, monkeypatch):
 def test_a_world_that_is_down_for_good_stops_the_run(tmp_path):
     world = failing(TINY, {(1, 0), (1, 1), (1, 3)})
     with pytest.raises(
-        train.EnvironmentDown, match="3 of 4 episodes failed .LookupError 3.*the world is down"
+        train.EpisodesFailed, match="3 of 4 episodes failed .LookupError 3.*the world is down"
     ):
         train.train(TINY, tmp_path, make_environment=world, progress=quiet())
     assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == 1, "what was learned before is kept"
@@ -119,7 +119,7 @@ def test_a_world_that_is_down_for_good_stops_the_run(tmp_path):
     train.train(patient, tmp_path, make_environment=world, resume=True, progress=quiet())
     assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == 2
     everything = failing(TINY, {(0, i) for i in range(4)})
-    with pytest.raises(train.EnvironmentDown, match="4 of 4"):
+    with pytest.raises(train.EpisodesFailed, match="4 of 4"):
         train.train(patient, tmp_path / "all", make_environment=everything, progress=quiet())
 
 
