@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -71,12 +72,12 @@ def save(
 
     Any Hugging Face tool can load the folder; `trainer` is saved beside it with torch.save. Raises InputError
     if there is something at `path` already (a folder cannot be replaced in one go), Diverged, and writes
-    nothing, for weights that are not finite.
+    nothing, for numbers that are not finite, the trainer's included.
     """
     path = Path(path)
     if path.exists():
         raise InputError(f"path: wanted a name that is free, got {str(path)!r}")
-    name = not_finite(model.state_dict().items())
+    name = not_finite([*model.state_dict().items(), *_tensors(trainer, "trainer")])
     if name:
         raise Diverged(f"model: wanted finite weights to save, got others in {name}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,6 +112,8 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     if not any((path / name).is_file() for name in _TOKENIZERS):
         raise InputError(f"path: wanted a tokenizer.json in {str(path)!r}, got none")
     register()
+    for name in ("config.json", "tokenizer.json"):
+        _check_json(path / name)
     try:
         with _without_bars():
             model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=NAME)
@@ -118,6 +121,9 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         raise InputError(
             f"path: wanted a readable model.safetensors in {str(path)!r}, got {error}"
         ) from error
+    except OSError as error:  # no weights at all
+        reason = str(error).split("\n", 1)[0]
+        raise InputError(f"path: wanted a whole model in {str(path)!r}, got {reason}") from error
     # AutoTokenizer puts the tokenizer class of the architecture over the one that was saved (for qwen2 a
     # byte-level one); tokenizer.json says all there is to say.
     fast = (path / "tokenizer.json").is_file()
@@ -135,6 +141,24 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             enable_progress_bar()
+
+
+def _check_json(path: Path) -> None:
+    """InputError for a file that is there and is none."""
+    if path.is_file():
+        try:
+            json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"path: wanted a readable {path.name}, got {str(path)!r}: {error}") from error
+
+
+def _tensors(tree: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors within dictionaries and lists, by their path."""
+    if isinstance(tree, torch.Tensor):
+        yield name, tree
+    elif isinstance(tree, (dict, list, tuple)):
+        for key, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _tensors(part, f"{name}.{key}")
 
 
 def _load_trainer(path: Path) -> dict[str, Any] | None:

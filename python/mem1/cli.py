@@ -60,6 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace, progress: Progress) -> None:
+    steps = options.warmstart_steps
+    if options.init is not None:  # it has weights
+        require(options.dtype is None, "dtype", "none beside init", options.dtype)
+        require(steps is None, "warmstart-steps", "none beside init", steps)
     config = TrainConfig(
         updates=options.updates,
         batch=options.batch,
@@ -71,9 +75,9 @@ def _train(options: argparse.Namespace, progress: Progress) -> None:
         device=options.device,
         threads=options.threads,
         seed=options.seed,
-        model=ModelConfig(dtype=options.dtype),
+        model=ModelConfig(dtype=options.dtype or ModelConfig.dtype),
         rollout=_rollout_config(options, options.objectives[1]),
-        warmstart=WarmStartConfig(steps=options.warmstart_steps),
+        warmstart=WarmStartConfig(steps=WarmStartConfig.steps if steps is None else steps),
         ppo=PPOConfig(actor_lr=options.actor_lr, critic_lr=options.critic_lr, kl=options.kl),
     )
     _check_writable(options.out)
@@ -268,11 +272,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--objectives", type=_interval, default=config.objectives, help="questions per episode: 2 or 1-4")
     add("--updates", type=int, default=config.updates, help="PPO updates")
     add("--batch", type=_positive, default=config.batch, help="episodes per update")
-    add("--warmstart-steps", type=int, default=config.warmstart.steps, help="supervised steps")
+    add("--warmstart-steps", type=int, help=f"supervised steps; None: {config.warmstart.steps}")
     add("--actor-lr", type=float, default=config.ppo.actor_lr, help="learning rate of the policy")
     add("--critic-lr", type=float, default=config.ppo.critic_lr, help="learning rate of the critic")
     add("--kl", type=float, default=config.ppo.kl, help="weight of the KL to the start of PPO")
-    add("--dtype", choices=DTYPES, default=config.model.dtype, help="of a new model's weights")
+    add("--dtype", choices=DTYPES, help=f"of a new model's weights; None: {config.model.dtype}")
     add(
         "--save-every",
         type=_positive,

@@ -54,7 +54,9 @@ class ModelConfig:
         require_numbers(self, "rope_theta init_std", above=True)
         require_flags(self, "tie_embeddings")
         require_choice(self, "dtype", DTYPES)
-        require(self.width % self.heads == 0, "width", f"a multiple of heads={self.heads}", self.width)
+        require(
+            self.width % (2 * self.heads) == 0, "width", f"a multiple of 2 * heads={self.heads}", self.width
+        )
         require(
             self.heads % self.kv_heads == 0, "heads", f"a multiple of kv_heads={self.kv_heads}", self.heads
         )
@@ -134,7 +136,8 @@ class WarmStartConfig:
     def __post_init__(self) -> None:
         require_integers(self, "steps warmup_steps passage_tokens", 0)
         require_integers(self, "batch_tokens hops save_every", 1)
-        require_numbers(self, "learning_rate max_grad_norm", above=True)
+        require_numbers(self, "max_grad_norm", above=True)
+        require_numbers(self, "learning_rate", 0.0, 1.0, above=True)
         require_numbers(self, "weight_decay")
         require_numbers(self, "auxiliary", 0.0, 1.0)
         require_choice(self, "regime", get_args(Regime))
@@ -176,7 +179,8 @@ class PPOConfig:
         require_integers(self, "actor_warmup critic_warmup critic_only", 0)
         require_numbers(self, "gamma lam", 0.0, 1.0)
         require_numbers(self, "clip", 0.0, 1.0, above=True)
-        require_numbers(self, "value_clip actor_lr critic_lr max_grad_norm", above=True)
+        require_numbers(self, "value_clip max_grad_norm", above=True)
+        require_numbers(self, "actor_lr critic_lr", 0.0, 1.0, above=True)
         require_numbers(self, "kl entropy")
         require_choice(self, "kl_in", ("reward", "loss"))
         require_flags(self, "bootstrap_turn_limit")
@@ -211,7 +215,7 @@ class TrainConfig:
         require_numbers(self, "max_failed", 0.0, 1.0)
         require(isinstance(self.device, str), "device", "'auto' or the name of a torch device", self.device)
         if self.threads is not None:
-            require_integers(self, "threads", 1)
+            require_integers(self, "threads", 1, 4096)
         require(not self.rollout.greedy, "greedy", "False in training, which learns from samples", True)
         _check_objectives(self.objectives)
 

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -35,12 +35,16 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            self._before = {signum: signal.signal(signum, self._arrived) for signum in SIGNALS}
+            # A signal that is ignored, as Ctrl-C is in a shell's background job, stays so.
+            heard = [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+            self._before = {signum: signal.signal(signum, self._arrived) for signum in heard}
         return self
 
-    def __exit__(self, *unused: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
+        if kind is None:  # one that came in the last step
+            self.check()
 
     def check(self) -> None:
         """Raise Interrupted if a signal has come."""
@@ -56,6 +60,7 @@ class Interrupts:
             yield
         finally:
             self._allowed = False
+        self.check()  # foreign code may have caught what was raised
 
     def _arrived(self, signum: int, frame: FrameType | None) -> None:
         if self._allowed or self._pending is not None:
@@ -63,7 +68,7 @@ class Interrupts:
             self._pending = signum
             raise Interrupted(signum)
         self._pending = signum
-        # Not by print: the signal may have come in the middle of one.
-        os.write(
-            2, f"{signal.Signals(signum).name}: finishing this step; again to stop without it\n".encode()
-        )
+        told = f"{signal.Signals(signum).name}: finishing this step; again to stop without it\n"
+        # Not by print: the signal may have come in the middle of one. Whoever reads may be gone by it, too.
+        with suppress(OSError):
+            os.write(2, told.encode())

@@ -183,17 +183,20 @@ class PPO:
         """Old log-probs, reference log-probs, values, rewards and advantages of a batch, with their metrics.
         Changes nothing.
 
-        Trajectories in which the policy wrote nothing are left out; raises ValueError if none is left, or for
-        a reward that is not finite in fp32. The reward of an episode belongs to the last token of the policy.
+        Trajectories that failed or in which the policy wrote nothing are left out; raises ValueError if none
+        is left, or for a reward whose square is not finite in fp32. The reward of an episode belongs to the
+        last token of the policy.
 
         The metrics, as means over policy tokens: `dlogp_max`, `dlogp_mean`, the |difference| between the
         sampled log-probs and the trainer's; `kl_reference`, the k3 estimate of KL(policy | reference);
         `advantage_mean` before whitening; `value_mean`; `explained_variance`, the share of the returns'
         variance that the critic foresaw, NaN if they have none.
         """
-        trajectories = [t for t in trajectories if t.policy_mask.any()]
+        trajectories = [t for t in trajectories if not t.error and t.policy_mask.any()]
         if not trajectories:
-            raise ValueError("trajectories: wanted at least one in which the policy wrote a token, got none")
+            raise ValueError(
+                "trajectories: wanted at least one, sound, in which the policy wrote a token, got none"
+            )
         self._without_dropout()
         parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for group in split(trajectories, self.config.micro_tokens, self.regime):
@@ -238,11 +241,11 @@ class PPO:
         last_value: [B], the critic's value after the policy's last token.
         """
         score = torch.tensor([t.reward for t in trajectories], dtype=torch.float32, device=self.device)
-        for trajectory, value in zip(trajectories, score.tolist(), strict=True):
-            if not math.isfinite(value):
+        for trajectory, square in zip(trajectories, score.square().tolist(), strict=True):
+            if not math.isfinite(square):
                 raise ValueError(
-                    f"trajectories: wanted rewards that are finite in float32, got {trajectory.reward} for "
-                    f"seed {trajectory.seed}"
+                    f"trajectories: wanted rewards whose squares are finite in float32, got "
+                    f"{trajectory.reward} for seed {trajectory.seed}"
                 )
         if self.config.bootstrap_turn_limit:
             cut = torch.tensor([t.finished == TURN_LIMIT for t in trajectories], device=self.device)
@@ -266,7 +269,7 @@ class PPO:
         names = ["value_loss", "value_clip_fraction"]
         if train_actor:
             names += ["policy_loss", "kl", "entropy", "clip_fraction"]
-        result = dict.fromkeys(names, 0.0) | {"tokens": total}
+        result, ratios = dict.fromkeys(names, 0.0) | {"tokens": total}, []
         for group in split([e.trajectory for e in batch], config.micro_tokens, self.regime):
             part = [batch[i] for i in group]
             stream = pack([e.trajectory for e in part], self.regime, self.device)
@@ -308,7 +311,7 @@ class PPO:
             result["policy_loss"] += float(loss.detach()) * normalizer / total
             for name in ("kl", "entropy", "clip_fraction"):
                 result[name] += float(metrics[name]) * share
-            result["ratio_max"] = max(result.get("ratio_max", 0.0), float(metrics["ratio_max"]))
+            ratios.append(float(metrics["ratio_max"]))
         for name, peak, warmup in (
             ("critic", config.critic_lr, config.critic_warmup),
             ("actor", config.actor_lr, config.actor_warmup),
@@ -316,11 +319,12 @@ class PPO:
             optimizer = self.optimizers[name]
             rate = peak * min(1.0, (optimizer.steps + 1) / max(warmup, 1))
             result[f"{name}_grad_norm"] = optimizer.step(rate)
-        return result
+        return result | ({"ratio_max": _largest(ratios)} if ratios else {})
 
     def _without_dropout(self) -> None:
-        without_dropout(self.actor)
-        without_dropout(self.critic)
+        for model in (self.actor, self.critic, self.reference):
+            if model is not None:
+                without_dropout(model)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the models."""
@@ -341,13 +345,18 @@ def explained_variance(returns: Tensor, value: Tensor) -> float:
     return float(1 - (returns - value).var(unbiased=False) / returns.var(unbiased=False))
 
 
+def _largest(values: list[float]) -> float:
+    """NaN if there is one, which `max` would forget or keep by the order."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
 def _summary(steps: list[dict[str, float]], tokens: int) -> dict[str, float]:
     """The metrics of an update from those of its steps, which saw `tokens` policy tokens in all."""
     result: dict[str, float] = {"skipped_steps": 0}
     for name in steps[0]:
         values = [step[name] for step in steps]
         if name == "ratio_max":
-            result[name] = max(values)
+            result[name] = _largest(values)
         elif name.endswith("grad_norm"):
             taken = [value for value in values if math.isfinite(value)]
             result["skipped_steps"] += len(values) - len(taken)

@@ -72,7 +72,7 @@ class Progress:
         self._clock, self._log = clock, log
         console = Console(highlight=False, emoji=False, markup=False)
         self._bars: Bars | None = None
-        if log is None and sys.stdout.isatty() and console.is_interactive:
+        if log is None and sys.stdout is not None and sys.stdout.isatty() and console.is_interactive:
             self._bars = Bars(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
@@ -85,7 +85,9 @@ class Progress:
         self._open = 0  # phases; the bars are on the screen while there are some
 
     def log(self, line: str) -> None:
-        """A line that stays. When nobody reads the output any more, it goes nowhere and the work goes on."""
+        """A line that stays. Where it cannot be written (a closed pipe, a full disk) it goes nowhere, and the
+        work goes on.
+        """
         if self._log is not None:
             self._log(line)
         elif self._bars is not None:
@@ -93,7 +95,7 @@ class Progress:
         else:
             try:
                 print(line, flush=True)
-            except BrokenPipeError:  # as does what Python still holds of it, and flushes at its end
+            except OSError:  # as does what Python still holds of it, and flushes at its end
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     @contextmanager

@@ -7,6 +7,7 @@ it. So whatever goes wrong is the outcome of one question, and ends one episode.
 from __future__ import annotations
 
 import json
+import math
 import operator
 import reprlib
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from mem1.trajectory import TURN_LIMIT
 
 _Value = TypeVar("_Value")
 NO_SCORE = {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
-_LARGEST = torch.finfo(torch.float32).max  # rewards are float32 in training
+_LARGEST = math.sqrt(torch.finfo(torch.float32).max)  # rewards and their squares are float32 in training
 
 
 class Reply(NamedTuple):
@@ -128,7 +129,7 @@ def _score(given: object) -> tuple[dict[str, float], dict[str, Any]]:
     # math.isfinite would raise for an int beyond float64; float32 is what a reward becomes.
     sound = all(-_LARGEST <= value <= _LARGEST for value in score.values())
     if not sound or not NO_SCORE.keys() <= score.keys():
-        wanted = f"numbers, finite in float32, for {', '.join(NO_SCORE)}"
+        wanted = f"numbers, with squares finite in float32, for {', '.join(NO_SCORE)}"
         raise ValueError(f"score: wanted {wanted}, got {reprlib.repr(given)}")
     notes = {name: _note(value) for name, value in values.items() if name not in score}
     return {name: float(value) for name, value in score.items()}, notes

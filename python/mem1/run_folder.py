@@ -8,10 +8,13 @@ last, best                     links to two of them; best.json has the score
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mem1 import checkpoint
 from mem1.checkpoint import CHECKPOINTS, PHASES, Checkpoint, Place, numbered
@@ -21,6 +24,8 @@ from mem1.io import link, unfinished, whole_file
 CONFIG, METRICS = "train.json", "metrics.jsonl"
 LAST, BEST, BEST_SCORE = "last", "best", "best.json"
 
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems on which nobody can be kept out
+
 # Settings that a resumed run may change: they decide how long and where it runs, not what it learns.
 FREE = frozenset(
     "updates save_every keep max_failed device threads warmstart.save_every ppo.micro_tokens rollout.slots "
@@ -28,18 +33,30 @@ FREE = frozenset(
 )
 
 
+class Resumed(NamedTuple):
+    """Where a run goes on."""
+
+    checkpoint: Checkpoint | None  # None: it was stopped before its first one
+    init: str | None  # the model that it began with
+    told: list[str]  # what to say: settings that are others than before, and what was damaged
+
+
 class RunFolder:
-    """One run's folder. Raises InputError if it cannot be one."""
+    """One run's folder, this process's alone until `close`. Raises InputError if it cannot be one."""
 
     def __init__(self, path: Path, keep: int = 2) -> None:
         self.path, self.keep = path, keep
         self.metrics = path / METRICS
+        self.settings: dict[str, Any] = {}  # with "init"
+        self._lock: int | None = None
         if path.exists() and not path.is_dir():
             raise InputError(f"out: wanted a folder, got the file {str(path)!r}")
 
     def begin(self, settings: dict[str, Any], *, overwrite: bool) -> None:
         """Start a run here. Raises InputError if one has been, unless `overwrite`, which deletes it."""
-        held = [path.name for path in map(self.path.joinpath, (CHECKPOINTS, METRICS)) if path.exists()]
+        text = json.dumps(settings, indent=2)  # what cannot be written fails before anything is deleted
+        self.settings = settings
+        held = [path.name for path in (*numbered(self.path), self.metrics) if path.exists()]
         if held and not overwrite:
             raise InputError(
                 f"out: wanted a folder without a run, got {str(self.path)!r} with {' and '.join(held)}; "
@@ -49,46 +66,90 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"out: wanted a folder that can be written, got {error}") from error
+        self._take()
         for name in (LAST, BEST, BEST_SCORE, METRICS):
             (self.path / name).unlink(missing_ok=True)
-        if (self.path / CHECKPOINTS).exists():
-            _remove(self.path / CHECKPOINTS)
-        self._write(settings)
+        for old in numbered(self.path):
+            _remove(old)
+        self._clean()
+        self._write(text)
         self.metrics.touch()
 
-    def resume(self, settings: dict[str, Any]) -> tuple[Checkpoint, list[str]]:
-        """The newest checkpoint, and what is set otherwise than in the run so far, as "slots 32 -> 64".
+    def resume(self, settings: dict[str, Any]) -> Resumed:
+        """Go on from the newest checkpoint that is whole.
 
-        Raises InputError if there is none, or listing the settings that would make it another run. What
+        Raises InputError if there is no run, or listing the settings that would make it another one. What
         `metrics.jsonl` says of later steps is dropped, as is what saves that were killed have left.
         """
-        found = numbered(self.path)
-        if not found:
-            raise InputError(f"resume: wanted the folder of a run with a checkpoint, got {str(self.path)!r}")
-        loaded = checkpoint.load(found[0])
-        if loaded.trainer is None:
-            raise InputError(f"resume: wanted a checkpoint with the trainer's state, got {str(found[0])!r}")
-        before, now = flat(loaded.trainer["settings"]), flat(settings)
-        changed = {name for name in before | now if before.get(name) != now.get(name)}
-        told = [f"{name} {before.get(name)} -> {now.get(name)}" for name in sorted(changed)]
-        if changed - FREE:
-            raise InputError(f"resume: wanted the settings of the run, got {', '.join(told)}")
-        place = Place.of(found[0].name)
-        assert place is not None
-        for leftover in [*self.path.glob(".*.new"), *(self.path / CHECKPOINTS).glob(".*.new")]:
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
-        link(self.path / LAST, f"{CHECKPOINTS}/{found[0].name}")
-        self._keep_records(place)
-        self._write(settings)
-        return loaded, told
+        if not (self.path / CONFIG).is_file():
+            raise InputError(f"resume: wanted the folder of a run, got {str(self.path)!r}")
+        self._take()
+        self._best()  # names what cannot be read before any work
+        loaded, damaged = self._newest()
+        state = loaded.trainer if loaded else None
+        before = state["settings"] if state else json.loads((self.path / CONFIG).read_text())
+        self.settings = settings | {"init": before["init"]}
+        # Compared as JSON has them, where a tuple is a list.
+        old, now = (flat(json.loads(json.dumps(each))) for each in (before, self.settings))
+        names = sorted(name for name in old | now if old.get(name) != now.get(name))
+        changed = ", ".join(f"{name} {old.get(name)} -> {now.get(name)}" for name in names)
+        if not FREE.issuperset(names):
+            raise InputError(f"resume: wanted the settings of the run, got {changed}")
+        told = [f"resumed with other settings: {changed}"] if changed else []
+        for path, error in damaged:
+            told.append(f"{path.name} is damaged and now {path.name}.damaged: {error}")
+            path.rename(path.with_name(f"{path.name}.damaged"))
+        self._clean()
+        newest = next(iter(numbered(self.path)), None)
+        if newest:
+            link(self.path / LAST, f"{CHECKPOINTS}/{newest.name}")
+        dropped = self._keep_records((newest and Place.of(newest.name)) or Place(0, 0))
+        if dropped:
+            told.append(f"{METRICS}: left out {dropped} lines that are no records")
+        self._write(json.dumps(self.settings, indent=2))
+        return Resumed(loaded, before["init"], told)
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _take(self) -> None:
+        """Keep other processes out, by a lock that goes with this one."""
+        if self._lock is None:
+            self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise InputError(f"out: wanted a run that nobody else works on, got {str(self.path)!r}") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+
+    def _newest(self) -> tuple[Checkpoint | None, list[tuple[Path, InputError]]]:
+        """The newest checkpoint that can be loaded, and the newer ones with their faults. Raises InputError
+        where all are damaged: that is no run to begin anew without being told to.
+        """
+        damaged: list[tuple[Path, InputError]] = []
+        for path in numbered(self.path):
+            try:
+                loaded = checkpoint.load(path)
+                if loaded.trainer is None:
+                    raise InputError(f"path: wanted the trainer's state in {str(path)!r}, got none")
+                return loaded, damaged
+            except InputError as error:
+                damaged.append((path, error))
+        if damaged:
+            raise InputError(f"resume: wanted a checkpoint that is whole, got none: {damaged[0][1]}")
+        return None, damaged
 
     def save(
         self, place: Place, model: Any, tokenizer: Any, trainer: dict[str, Any], score: float | None = None
     ) -> None:
         """Save a checkpoint and remove old ones: the newest `keep` stay, and the one of the highest score."""
+        trainer = trainer | {"settings": self.settings}
         checkpoint.save(self.path / CHECKPOINTS / str(place), model, tokenizer, trainer)
         link(self.path / LAST, f"{CHECKPOINTS}/{place}")
         best = self._best()
@@ -103,25 +164,44 @@ class RunFolder:
 
     def _best(self) -> dict[str, Any] | None:
         path = self.path / BEST_SCORE
-        best: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+        try:
+            best: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+            if best is not None:
+                float(best["score"]), str(best["checkpoint"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{BEST_SCORE}: wanted a checkpoint and its score, got {error!r}") from error
         return best
 
-    def _write(self, settings: dict[str, Any]) -> None:
+    def _write(self, settings: str) -> None:
         with whole_file(self.path / CONFIG) as file:
-            json.dump(settings, file, indent=2)
+            file.write(settings)
 
-    def _keep_records(self, place: Place) -> None:
-        """Keep what the metrics say of steps up to `place`: what comes after will be done again."""
-        kept = []
-        lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
-        for line in lines:
-            if not line.endswith("\n"):  # cut off when the run died
-                break
-            record = json.loads(line)
-            if Place(PHASES.index(record["phase"]), record["step"]) <= place:
-                kept.append(line)
+    def _clean(self) -> None:
+        """Remove what saves that were killed have left."""
+        for leftover in [*self.path.glob(".*.new"), *(self.path / CHECKPOINTS).glob(".*.new")]:
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+
+    def _keep_records(self, place: Place) -> int:
+        """Keep what the metrics say of steps up to `place`: what comes after will be done again. Returns how
+        many lines a power cut has left that are no records; one without an end is what every kill leaves.
+        """
+        kept, dropped = [], 0
+        text = self.metrics.read_text(errors="replace") if self.metrics.exists() else ""
+        for line in text.split("\n")[:-1]:
+            try:
+                record = json.loads(line)
+                here = Place(PHASES.index(record["phase"]), int(record["step"]))
+            except (ValueError, KeyError, TypeError):
+                dropped += 1
+                continue
+            if here <= place:
+                kept.append(line + "\n")
         with whole_file(self.metrics) as file:
             file.writelines(kept)
+        return dropped
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,19 +18,20 @@ import torch
 from mem1 import checkpoint
 from mem1.checkpoint import Place
 from mem1.checks import InputError, require
+from mem1.codec import Codec
 from mem1.config import TrainConfig
 from mem1.device import pick_device, whereabouts
 from mem1.engine import Engine
 from mem1.envs.base import Environment
 from mem1.envs.multihop import MultiHopEnv
 from mem1.evaluate import error_counts
-from mem1.interrupts import Interrupted, Interrupts
+from mem1.interrupts import Interrupts
 from mem1.io import append_json, without_nan
 from mem1.model import build_critic, build_model, dropouts
 from mem1.ppo import PPO
 from mem1.progress import Progress
 from mem1.rollout import check_positions, rollout
-from mem1.run_folder import RunFolder
+from mem1.run_folder import Resumed, RunFolder
 from mem1.seeds import derive_seed
 from mem1.tokenizer import build_tokenizer
 from mem1.trajectory import Trajectory
@@ -68,8 +70,8 @@ def train(
     """
     progress = progress or Progress()
     make_world = make_environment or partial(MultiHopEnv, **config.environment())
-    if make_environment is None:
-        make_world()  # an argument that is out of range fails before any work
+    if make_environment is None or not (init or resume):
+        MultiHopEnv(**config.environment())  # an argument that is out of range fails before any work
     if resume and (init is not None or overwrite):
         other = f"init, got {str(init)!r}" if init is not None else "overwrite, got True"
         raise InputError(f"resume: wanted it without {other}")
@@ -79,16 +81,18 @@ def train(
     config = replace(config, warmstart=lessons)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    device, settings, run = pick_device(config.device), asdict(config), RunFolder(out, config.keep)
+    settings = asdict(config) | {"init": init and str(init)}
+    device, run = pick_device(config.device), RunFolder(out, config.keep)
 
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, closing(run):
         # 1. A model: of the run so far, of a checkpoint, or a new one.
-        state: dict[str, Any] = {}
-        if resume:
-            (actor, tokenizer, trainer), changed = run.resume(settings)
-            state = trainer or {}
-            if changed:
-                progress.log(f"resumed with other settings: {', '.join(changed)}")
+        state: dict[str, Any] | None = None
+        resumed = run.resume(settings) if resume else Resumed(None, init and str(init), [])
+        for line in resumed.told:
+            progress.log(line)
+        init = resumed.init and Path(resumed.init)
+        if resumed.checkpoint is not None:
+            actor, tokenizer, state = resumed.checkpoint
         elif init is not None:
             actor, tokenizer, _ = checkpoint.load(init)
         else:
@@ -98,15 +102,16 @@ def train(
         progress.log(whereabouts(actor))
         require(any(p.requires_grad for p in actor.parameters()), "model", "weights that learn", "none")
         check_positions(actor, config.rollout)
+        Codec(tokenizer)  # which refuses one without the tags
         slots = min(config.rollout.slots, config.batch)
         engine = Engine(actor.eval(), slots, config.rollout.prefill_tokens)
-        if not resume:
-            run.begin(settings, overwrite=overwrite)
+        if resumed.checkpoint is None:
+            run.begin(settings | {"init": resumed.init}, overwrite=overwrite or resume)
 
         # 2. The warm start.
-        if init is None and "ppo" not in state:
-            _warm_start(actor, tokenizer, config, run, state, interrupts, progress)
-            state = {}
+        if init is None and (state is None or "ppo" not in state):
+            _warm_start(actor, tokenizer, config, run, state or {}, interrupts, progress)
+            state = None
 
         # 3. PPO.
         critic = build_critic(actor)
@@ -119,7 +124,7 @@ def train(
             ppo.load_state_dict(state["ppo"])
         if dropped := dropouts(actor):
             progress.log(f"dropout is off during PPO ({', '.join(dropped)})")
-        return _ppo(ppo, engine, tokenizer, make_world, config, run, interrupts, progress)
+        return _ppo(ppo, engine, tokenizer, make_world, config, run, state or {}, interrupts, progress)
 
 
 def _warm_start(
@@ -142,26 +147,29 @@ def _warm_start(
         nonlocal saved
         if saved != done:
             trainer = {"optimizer": optimizer.state_dict(), "skipped_steps": skipped}
-            run.save(Place(0, done), actor, tokenizer, trainer | {"settings": asdict(config)})
+            run.save(Place(0, done), actor, tokenizer, trainer)
             saved = done
 
     steps = warm_start(actor, tokenizer, config.warmstart, seed=config.seed, optimizer=optimizer, done=done)
+    complete = False  # the weights are those after `done` steps, and these are on record
     try:
         with progress.phase("warm start", total, done) as phase:
             for record in steps:
+                append_json(run.metrics, without_nan({"phase": "warmstart"} | record))
                 done += 1
                 skipped += not math.isfinite(record["grad_norm"])
-                append_json(run.metrics, without_nan({"phase": "warmstart"} | record))
+                complete = True
                 phase.advance(
                     note=f"loss {record['loss']:.3f}, {100 * record['token_accuracy']:.0f} % of tokens right"
                 )
                 if done % config.warmstart.save_every == 0:
                     save()
                 interrupts.check()
-    except Interrupted:
-        save()
-        raise
-    save()
+                complete = False
+        complete = True
+    finally:
+        if complete:
+            save()
 
 
 def _ppo(
@@ -171,28 +179,33 @@ def _ppo(
     make_world: Callable[[], Environment],
     config: TrainConfig,
     run: RunFolder,
+    state: dict[str, Any],
     interrupts: Interrupts,
     progress: Progress,
 ) -> checkpoint.Checkpoint:
     actor = ppo.actor
-    rewards: list[float] = []  # since the last checkpoint
-    saved: int | None = None
+    rewards: list[float] = state.get("rewards", [])  # since the last checkpoint that has a score
+    saved: int | None = ppo.updates if state else None
 
     def save() -> None:
-        nonlocal saved
-        if saved != ppo.updates:
-            score = fmean(rewards) if rewards else None
-            trainer = {
-                "settings": asdict(config),
-                "critic": ppo.critic.state_dict(),
-                "reference": None if ppo.reference is None else ppo.reference.state_dict(),
-                "ppo": ppo.state_dict(),
-            }
-            run.save(Place(1, ppo.updates), actor, tokenizer, trainer, score)
-            rewards.clear()
-            saved = ppo.updates
+        nonlocal saved, rewards
+        if saved == ppo.updates:
+            return
+        # Only where every run saves: how often one was interrupted shall not decide which is the best.
+        due = ppo.updates % config.save_every == 0 or ppo.updates == config.updates
+        score = fmean(rewards) if due and rewards else None
+        if score is not None:
+            rewards = []
+        trainer = {
+            "critic": ppo.critic.state_dict(),
+            "reference": None if ppo.reference is None else ppo.reference.state_dict(),
+            "ppo": ppo.state_dict(),
+            "rewards": rewards,
+        }
+        run.save(Place(1, ppo.updates), actor, tokenizer, trainer, score)
+        saved = ppo.updates
 
-    complete = True  # the weights are those of `ppo.updates` updates
+    complete = True  # the weights are those of `ppo.updates` updates, and these are on record
     try:
         while ppo.updates < config.updates:
             update, began = ppo.updates, time.perf_counter()
@@ -209,20 +222,19 @@ def _ppo(
                         phase.advance(note=trajectory.error)
                 # In the order of the seeds, not of the clock.
                 trajectories.sort(key=lambda t: place[t.seed])
-                sound = [t for t in trajectories if not t.error and t.policy_mask.any()]
                 _check_failures(trajectories, config.max_failed)
                 rolled = time.perf_counter()
-                batch, metrics = ppo.prepare(sound)
+                batch, metrics = ppo.prepare(trajectories)
             complete = False
             shuffle = torch.Generator().manual_seed(derive_seed(config.seed, "minibatches", update))
             steps = config.ppo.epochs * -(-len(batch) // config.ppo.minibatch)
             with progress.phase(f"update {update + 1}: optimiser steps", steps) as phase:
                 metrics |= ppo.learn(batch, shuffle, phase.advance)
-            complete = True
             record = {"phase": "ppo", "step": ppo.updates, **describe(trajectories), **metrics}
             record |= {"rollout_seconds": rolled - began, "update_seconds": time.perf_counter() - rolled}
             append_json(run.metrics, without_nan(record))
             rewards.append(record["reward"])
+            complete = True
             progress.log(_line(record, config.updates))
             if ppo.updates % config.save_every == 0:
                 save()

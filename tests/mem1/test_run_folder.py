@@ -15,7 +15,7 @@ from mem1.checkpoint import Place, numbered
 from mem1.checks import InputError
 from mem1.run_folder import RunFolder
 
-SETTINGS = {"seed": 0, "updates": 9, "rollout": {"slots": 4, "regime": "carry"}}
+SETTINGS = {"seed": 0, "updates": 9, "rollout": {"slots": 4, "regime": "carry"}, "init": None}
 
 
 class Killed(BaseException):
@@ -34,7 +34,7 @@ def begun(path: Path, keep: int = 2) -> RunFolder:
 
 
 def save(run: RunFolder, step: int, model, tokenizer, score: float | None = None) -> None:
-    run.save(Place(1, step), model, tokenizer, {"settings": SETTINGS, "step": step}, score)
+    run.save(Place(1, step), model, tokenizer, {"step": step}, score)
 
 
 def names(run: RunFolder) -> list[str]:
@@ -43,7 +43,7 @@ def names(run: RunFolder) -> list[str]:
 
 def test_the_newest_and_the_best_stay(model, tokenizer, tmp_path):
     run = begun(tmp_path / "run")
-    run.save(Place(0, 500), model, tokenizer, {"settings": SETTINGS})
+    run.save(Place(0, 500), model, tokenizer, {})
     for step, score in ((1, 0.1), (2, 0.7), (3, 0.3), (4, 0.2), (5, None)):
         save(run, step, model, tokenizer, score)
     assert names(run) == ["ppo-000005", "ppo-000004", "ppo-000002"]
@@ -96,12 +96,15 @@ def test_a_run_killed_anywhere_in_a_save_goes_on(model, tokenizer, tmp_path, mon
                 save(run, last, model, tokenizer, score=-1.0)
             except Killed:
                 kills += 1
-        loaded, changed = RunFolder(path, keep=1).resume(SETTINGS)
-        assert loaded.trainer["step"] in (last - 1, last) and changed == []
+        run.close()
+        again = RunFolder(path, keep=1)
+        loaded, _, told = again.resume(SETTINGS)
+        assert loaded.trainer["step"] in (last - 1, last) and told == []
         assert loaded.trainer["step"] == checkpoint.load(path / "last").trainer["step"]
         assert not list(path.rglob(".*")), "leftovers are cleaned"
         step = loaded.trainer["step"] + 1
-        save(RunFolder(path, keep=1), step, model, tokenizer, score=-2.0)
+        save(again, step, model, tokenizer, score=-2.0)
+        again.close()
         assert checkpoint.load(path).trainer["step"] == step
         assert checkpoint.load(path / "best").trainer["step"] == last - 1
         if calls <= count:
@@ -122,8 +125,9 @@ def test_a_run_is_not_overwritten_without_being_told(model, tokenizer, tmp_path)
     run = begun(tmp_path / "run")
     save(run, 1, model, tokenizer, score=1.0)
     run.metrics.write_text('{"phase": "ppo", "step": 1}\n')
-    with pytest.raises(InputError, match="out: wanted a folder without a run, got .*checkpoints and metrics"):
+    with pytest.raises(InputError, match="out: wanted a folder without a run, got .*ppo-000001 and metrics"):
         RunFolder(run.path).begin(SETTINGS, overwrite=False)
+    run.close()
     assert run.metrics.read_text() and names(run) == ["ppo-000001"]
     (run.path / "mine.txt").write_text("kept")
     RunFolder(run.path).begin(SETTINGS, overwrite=True)
@@ -144,9 +148,9 @@ def test_every_difference_is_listed_and_those_that_matter_refused(model, tokeniz
     )
     assert json.loads((run.path / "train.json").read_text()) == SETTINGS
     free = {"seed": 0, "updates": 12, "rollout": {"slots": 8, "regime": "carry"}}
-    _, changed = run.resume(free)
-    assert changed == ["rollout.slots 4 -> 8", "updates 9 -> 12"]
-    assert json.loads((run.path / "train.json").read_text()) == free
+    _, _, told = run.resume(free)
+    assert told == ["resumed with other settings: rollout.slots 4 -> 8, updates 9 -> 12"]
+    assert json.loads((run.path / "train.json").read_text()) == free | {"init": None}
 
 
 def test_records_of_steps_to_come_are_dropped(model, tokenizer, tmp_path):
@@ -166,13 +170,88 @@ def test_records_of_steps_to_come_are_dropped(model, tokenizer, tmp_path):
 
 
 def test_what_is_no_run_is_named(tmp_path, model, tokenizer):
-    with pytest.raises(InputError, match="resume: wanted the folder of a run with a checkpoint, got "):
+    with pytest.raises(InputError, match="resume: wanted the folder of a run, got "):
         RunFolder(tmp_path / "nothing").resume(SETTINGS)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="out: wanted a folder, got the file "):
         RunFolder(tmp_path / "file")
     with pytest.raises(InputError, match="out: wanted a folder that can be written, got "):
         RunFolder(Path("/proc/nothing/run")).begin(SETTINGS, overwrite=False)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "trainer.pt"])
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(model, tokenizer, tmp_path, name, how):
+    run = begun(tmp_path / "run")
+    for step in (1, 2):
+        save(run, step, model, tokenizer)
+    damaged = run.path / "checkpoints" / "ppo-000002"
+    if how == "cut":
+        (damaged / name).write_bytes((damaged / name).read_bytes()[:100])
+    else:
+        (damaged / name).unlink()
+    loaded, _, told = run.resume(SETTINGS)
+    assert loaded.trainer["step"] == 1 and names(run) == ["ppo-000001"]
+    assert len(told) == 1 and told[0].startswith("ppo-000002 is damaged and now ppo-000002.damaged: path: ")
+    assert os.readlink(run.path / "last") == "checkpoints/ppo-000001"
+    save(run, 2, model, tokenizer)
+    (run.path / "checkpoints" / "ppo-000001" / name).unlink()
+    (run.path / "checkpoints" / "ppo-000002" / name).unlink()
+    with pytest.raises(InputError, match="resume: wanted a checkpoint that is whole, got none: path: wanted"):
+        run.resume(SETTINGS)
+    assert names(run) == ["ppo-000002", "ppo-000001"], "nothing is renamed or begun anew"
+
+
+def test_a_run_without_a_checkpoint_yet_begins_anew(tmp_path):
+    run = begun(tmp_path / "run")
+    assert run.resume(SETTINGS) == (None, None, [])
+    with pytest.raises(InputError, match="resume: wanted the settings of the run, got seed 0 -> 1"):
+        run.resume(SETTINGS | {"seed": 1})
+
+
+def test_lines_that_are_no_records_are_left_out_and_told(model, tokenizer, tmp_path):
+    run = begun(tmp_path / "run")
+    save(run, 2, model, tokenizer)
+    good = '{"phase": "ppo", "step": 1}\n'
+    run.metrics.write_bytes(
+        b'{"phase": "p\n\0\0\0\n[1]\n{"phase": "sleep", "step": 1}\n' + good.encode() + b'{"ph'
+    )
+    _, _, told = run.resume(SETTINGS)
+    assert told == ["metrics.jsonl: left out 4 lines that are no records"]
+    assert run.metrics.read_text() == good
+    (run.path / "best.json").write_text("")
+    with pytest.raises(InputError, match="best.json: wanted a checkpoint and its score, got JSONDecodeError"):
+        run.resume(SETTINGS)
+
+
+def test_two_processes_do_not_share_a_run(model, tokenizer, tmp_path):
+    run = begun(tmp_path / "run")
+    save(run, 1, model, tokenizer)
+    for other in (
+        lambda: RunFolder(run.path).resume(SETTINGS),
+        lambda: RunFolder(run.path).begin(SETTINGS, overwrite=True),
+    ):
+        with pytest.raises(InputError, match="out: wanted a run that nobody else works on"):
+            other()
+    run.close()
+    second = RunFolder(run.path)
+    assert second.resume(SETTINGS).checkpoint.trainer["step"] == 1
+    second.close()
+
+
+def test_overwriting_leaves_the_folder_of_checkpoints_where_it_is(model, tokenizer, tmp_path):
+    """It may be a link to a larger disk."""
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "scratch")
+    run = begun(tmp_path / "run")
+    save(run, 1, model, tokenizer)
+    run.begin(SETTINGS, overwrite=True)
+    assert list((tmp_path / "scratch").iterdir()) == []
+    with pytest.raises(TypeError):  # what cannot be written is found before anything is deleted
+        save(run, 1, model, tokenizer)
+        run.begin(SETTINGS | {"seed": object()}, overwrite=True)
+    assert names(run) == ["ppo-000001"]
 
 
 def test_weights_that_are_not_finite_are_never_saved(model, tokenizer, tmp_path):
@@ -182,4 +261,8 @@ def test_weights_that_are_not_finite_are_never_saved(model, tokenizer, tmp_path)
         model.lm_head.weight[0, 0] = torch.nan
     with pytest.raises(RuntimeError, match="wanted finite weights to save, got others in lm_head.weight"):
         save(run, 2, model, tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = 0.0
+    with pytest.raises(RuntimeError, match="got others in trainer.critic.head"):
+        run.save(Place(1, 2), model, tokenizer, {"critic": {"head": torch.tensor([1.0, torch.inf])}})
     assert names(run) == ["ppo-000001"] and not list(run.path.rglob(".*"))
