@@ -49,7 +49,7 @@ def took(monkeypatch: pytest.MonkeyPatch) -> Took:
     return tell
 
 
-def ask(rows: int = 12, vocabulary: int = 512) -> bool:
+def ask(rows: int = 12, vocabulary: int = 64) -> bool:
     return _products.by_blocks(torch.randn(rows, 8), torch.randn(vocabulary, 8), rows)
 
 
@@ -113,14 +113,14 @@ def test_without_a_cache_the_process_decides(cache: Path, took: Took) -> None:
 
 def test_small_products_are_never_measured(cache: Path, took: Took, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = took(1.0, 0.5)
-    assert ask(vocabulary=255)
+    assert ask(vocabulary=31)
     monkeypatch.setattr(_products, "LEAST_WORK", 2**33)
     assert ask() and not calls and not cache.exists()
 
 
 def test_the_measurement_counts_the_best_turn_after_the_first() -> None:
     hidden, weight = torch.randn(4, 8), torch.randn(16, 8)
-    ticks = iter([0, 0, 0, 5, 0, 4, 0, 3, 0, 7, 0, 6, 0, 6])  # one look in each of the first two runs
+    ticks = iter([0, 0, 0, 5, 0, 4, 0, 3, 0, 6])  # one look in each of the first two runs
     assert _products._measure(hidden, weight, lambda: next(ticks)) == {"blocks": 3, "torch.mm": 4}
 
 
@@ -137,7 +137,7 @@ def test_both_ways_are_right(monkeypatch: pytest.MonkeyPatch, blocks: bool, rows
 def test_a_real_measurement_in_two_processes(tmp_path: Path) -> None:
     code = (
         "import torch; from mem1_core import _products, ops; _products.LEAST_WORK = 0; torch.manual_seed(0)\n"
-        "h, w = torch.randn(64, 64), torch.randn(16 * _products.PIECE, 64)\n"
+        "h, w = torch.randn(64, 64), torch.randn(2 * _products.PIECE, 64)\n"
         "print(ops.linear_logprob(h, w, torch.arange(64))[0].double().sum().item())"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "HOME": str(tmp_path)}
