@@ -47,9 +47,10 @@ class Interrupts:
             self.check()
 
     def check(self) -> None:
-        """Raise Interrupted if a signal has come."""
-        if self._pending is not None:
-            raise Interrupted(self._pending)
+        """Raise Interrupted, once, if a signal has come."""
+        signum, self._pending = self._pending, None
+        if signum is not None:
+            raise Interrupted(signum)
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
@@ -58,6 +59,9 @@ class Interrupts:
         self._allowed = True
         try:
             yield
+        except Interrupted:
+            self._pending = None
+            raise
         finally:
             self._allowed = False
         self.check()  # foreign code may have caught what was raised

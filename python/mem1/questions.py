@@ -25,7 +25,7 @@ from mem1.trajectory import TURN_LIMIT
 
 _Value = TypeVar("_Value")
 NO_SCORE = {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
-_LARGEST = math.sqrt(torch.finfo(torch.float32).max)  # rewards and their squares are float32 in training
+_LARGEST = torch.finfo(torch.float32).max  # rewards, and their squares in the value loss, are float32
 
 
 class Reply(NamedTuple):
@@ -126,10 +126,10 @@ def _score(given: object) -> tuple[dict[str, float], dict[str, Any]]:
     """The numbers of a score, and the rest of it."""
     values = {str(name): _plain(value) for name, value in _expect("score", given, dict).items()}
     score = {name: value for name, value in values.items() if isinstance(value, Real)}
-    # math.isfinite would raise for an int beyond float64; float32 is what a reward becomes.
+    # math.isfinite would raise for an int beyond float64.
     sound = all(-_LARGEST <= value <= _LARGEST for value in score.values())
-    if not sound or not NO_SCORE.keys() <= score.keys():
-        wanted = f"numbers, with squares finite in float32, for {', '.join(NO_SCORE)}"
+    if not (sound and NO_SCORE.keys() <= score.keys() and abs(score["reward"]) <= math.sqrt(_LARGEST)):
+        wanted = f"numbers, finite in float32, for {', '.join(NO_SCORE)}, and a reward whose square is, too"
         raise ValueError(f"score: wanted {wanted}, got {reprlib.repr(given)}")
     notes = {name: _note(value) for name, value in values.items() if name not in score}
     return {name: float(value) for name, value in score.items()}, notes

@@ -89,7 +89,7 @@ def test_the_defaults_are_those_of_the_config(trained):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--actor-lr", "nan"], "actor_lr: wanted a finite number > 0, got nan"),
+        (["--actor-lr", "nan"], "actor_lr: wanted a finite number > 0 and <= 1, got nan"),
         (["--kl", "-1"], "kl: wanted a finite number >= 0, got -1.0"),
         (["--updates", "-1"], "updates: wanted an integer >= 0, got -1"),
         (["--temperature", "0"], "temperature: wanted a finite number >= 0.0001, got 0.0"),

@@ -283,7 +283,7 @@ def test_a_batch_without_policy_tokens_is_refused(make_model):
     failed = Trajectory(
         torch.arange(3), [Segment("prompt", 0, 3)], torch.zeros(3), "action", finished="environment error: x"
     )
-    with pytest.raises(ValueError, match="at least one in which the policy wrote a token"):
+    with pytest.raises(ValueError, match="at least one, sound, in which the policy wrote a token"):
         build(make_model).update([failed])
 
 
@@ -334,12 +334,13 @@ def test_explained_variance_of_equal_returns_is_nan(make_model, played):
     assert math.isnan(explained_variance(torch.zeros(3), returns))
 
 
-@pytest.mark.parametrize("reward", [1e39, math.inf, math.nan])
+@pytest.mark.parametrize("reward", [1e20, 1e39, math.inf, math.nan])
 def test_a_reward_that_is_not_finite_is_refused(make_model, played, reward):
     bad = copy.copy(played[3])
     bad.score = {"reward": reward}
     with pytest.raises(
-        ValueError, match=f"finite in float32, got {reward} for seed {bad.seed}".replace("+", r".")
+        ValueError,
+        match=f"whose squares are finite in float32, got {reward} for seed {bad.seed}".replace("+", r"."),
     ):
         build(make_model).prepare([*played[:3], bad])
 

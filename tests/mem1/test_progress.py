@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -206,3 +207,16 @@ def test_work_goes_on_when_nobody_reads(tmp_path):
     _, said = process.communicate()
     assert process.returncode == 0 and "Error" not in said
     assert finished.exists()
+
+
+@pytest.mark.parametrize("where", [">&-", ">/dev/full", "| true"])
+def test_work_goes_on_where_nothing_can_be_written(where, tmp_path):
+    code = (
+        "import time, sys; from mem1.progress import Progress\n"
+        "p = Progress(); p.log('first'); time.sleep(0.2)\n"
+        "with p.phase('work', 2) as phase: phase.advance(); p.log('second'); phase.advance()\n"
+        "open(sys.argv[1], 'w').write('done')"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {tmp_path / 'done'} {where}"
+    subprocess.run(["bash", "-c", command], check=False, capture_output=True, timeout=120)
+    assert (tmp_path / "done").read_text() == "done"

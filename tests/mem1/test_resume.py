@@ -9,13 +9,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from mem1 import checkpoint, train
 from mem1.checks import InputError
 from mem1.config import ModelConfig, PPOConfig, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.envs.multihop import MultiHopEnv
 from mem1.interrupts import Interrupted
+from mem1.optim import AdamW
 from mem1.ppo import PPO
 from mem1.progress import Progress
 from mem1.run_folder import METRICS
@@ -74,6 +79,11 @@ def unbroken(tmp_path_factory) -> Path:
     return out
 
 
+def untagged_tokenizer() -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.WordLevel(vocab={"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+
+
 def interrupt(monkeypatch, owner: Any, name: str, when: int, signum: int, times: int = 1) -> None:
     """Send a signal to this process in the call of that number, which then goes on."""
     original, calls = getattr(owner, name), []
@@ -129,6 +139,147 @@ def test_an_interrupted_run_loses_nothing(
     assert_same(tmp_path, unbroken)
 
 
+@pytest.mark.parametrize("updates", [2, 1])
+def test_a_finished_run_is_resumed_to_no_more(tmp_path, updates):
+    config = replace(CONFIG, updates=2)
+    run(config, tmp_path)
+    before = records(tmp_path)
+    run(replace(config, updates=updates), tmp_path, resume=True)
+    run(replace(config, updates=updates), tmp_path, resume=True)
+    assert records(tmp_path) == before
+    assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == 2
+
+
+def test_a_signal_in_the_first_rollout_after_a_resume(tmp_path, unbroken, monkeypatch):
+    run(replace(CONFIG, updates=2), tmp_path)
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            interrupt(patch, train, "rollout", 0, signal.SIGTERM)
+            with pytest.raises(Interrupted):
+                run(CONFIG, tmp_path, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "rollout", lambda *a, **s: (_ for _ in ()).throw(OSError("no engine")))
+        with pytest.raises(OSError, match="no engine"):
+            run(CONFIG, tmp_path, resume=True)
+    run(CONFIG, tmp_path, resume=True)
+    assert_same(tmp_path, unbroken)
+
+
+def test_two_signals_in_a_step_of_the_warm_start_save_no_half_of_it(tmp_path, unbroken, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, AdamW, "step", 3, signal.SIGTERM, times=1)
+        step = AdamW.step
+
+        def again(self, rate):
+            norm = step(self, rate)
+            if self.steps == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return norm
+
+        patch.setattr(AdamW, "step", again)
+        with pytest.raises(Interrupted):
+            run(CONFIG, tmp_path)
+    assert [path.name for path in checkpoint.numbered(tmp_path)] == ["warmstart-000002"]
+    run(CONFIG, tmp_path, resume=True)
+    assert_same(tmp_path, unbroken)
+
+
+def test_a_signal_in_the_last_save_is_not_swallowed(tmp_path, monkeypatch):
+    config = replace(CONFIG, updates=1)
+    with monkeypatch.context() as patch:
+        save = checkpoint.save
+
+        def signalled(path, *arguments):
+            if path.name.startswith("ppo"):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return save(path, *arguments)
+
+        patch.setattr(checkpoint, "save", signalled)
+        with pytest.raises(Interrupted):
+            run(config, tmp_path)
+    assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == 1
+
+
+@pytest.mark.parametrize("when", [3, 6])  # in the warm start, after update 2
+def test_a_disk_that_is_full_loses_no_record(tmp_path, unbroken, monkeypatch, when):
+    append, calls = train.append_json, []
+
+    def full(path, record):
+        calls.append(1)
+        if len(calls) == when:
+            raise OSError(28, "No space left on device")
+        append(path, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "append_json", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(CONFIG, tmp_path)
+    run(CONFIG, tmp_path, resume=True)
+    assert_same(tmp_path, unbroken)
+
+
+def test_interruptions_do_not_decide_which_checkpoint_is_the_best(tmp_path, monkeypatch):
+    def rewarded(trajectories, original=train.describe):
+        rewards = iter_rewards[len(rewarded_so_far)]
+        rewarded_so_far.append(rewards)
+        return original(trajectories) | {"reward": rewards}
+
+    config = replace(CONFIG, updates=6, save_every=3, keep=9)
+    iter_rewards, best = [0.2, 0.3, 0.1, 0.9, 0.0, 0.0], []
+    for name, stops in (("whole", []), ("stopped", [4])):
+        rewarded_so_far: list[float] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "describe", rewarded)
+            for stop in stops:
+                with monkeypatch.context() as other:
+                    interrupt(other, PPO, "prepare", stop, signal.SIGTERM)
+                    with pytest.raises(Interrupted):
+                        run(config, tmp_path / name)
+                assert checkpoint.load(tmp_path / name).trainer["rewards"] == [0.9]
+            run(config, tmp_path / name, resume=bool(stops))
+        best.append(json.loads((tmp_path / name / "best.json").read_text()))
+    assert best[0] == best[1] == {"checkpoint": "ppo-000006", "score": pytest.approx(0.3)}
+
+
+def test_a_run_killed_before_its_first_checkpoint_goes_on_with_what_it_began_with(
+    tmp_path, unbroken, monkeypatch
+):
+    config = replace(CONFIG, updates=1)
+    run(config, tmp_path / "whole", init=unbroken)
+
+    class Killed(BaseException):
+        pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "PPO", lambda *arguments: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            run(config, tmp_path / "killed", init=unbroken)
+    run(config, tmp_path / "killed", resume=True)
+    assert_same(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_numbers_of_numpy_become_python_s(tmp_path):
+    config = replace(CONFIG, updates=1, seed=np.int64(3), ppo=replace(CONFIG.ppo, actor_lr=np.float64(1e-3)))
+    config = replace(config, rollout=replace(config.rollout, regime=np.str_("carry")))
+    run(config, tmp_path)
+    run(replace(config, updates=2, seed=3), tmp_path, resume=True)
+    assert json.loads((tmp_path / "train.json").read_text())["seed"] == 3
+
+
+def test_a_run_that_cannot_be_deletes_nothing(tmp_path, unbroken, make_model):
+    run(replace(CONFIG, updates=1), tmp_path)
+    before = state(tmp_path)
+    other = checkpoint.save(tmp_path / "untagged", make_model(), untagged_tokenizer())
+    for config, how, message in (
+        (replace(CONFIG, hops=9), {"make_environment": MultiHopEnv}, "hops: wanted"),
+        (CONFIG, {"init": other}, "tokenizer: wanted one token for the tag"),
+        (CONFIG, {"init": tmp_path / "nothing"}, "path: wanted a model folder"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(config, tmp_path, overwrite=True, **how)
+    assert state(tmp_path).keys() == before.keys()
+
+
 def test_a_second_signal_stops_at_once_with_the_checkpoint_before(tmp_path, unbroken, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt(patch, PPO, "step", 4, signal.SIGINT, times=2)
@@ -162,7 +313,7 @@ def test_settings_that_make_another_run_are_refused(tmp_path, unbroken):
     for other, told in (
         (replace(CONFIG, batch=8), "batch 4 -> 8"),
         (replace(CONFIG, seed=7), "seed 0 -> 7"),
-        (replace(CONFIG, objectives=(4, 4)), "objectives (1, 2) -> (4, 4)"),
+        (replace(CONFIG, objectives=(4, 4)), "objectives [1, 2] -> [4, 4]"),
         (replace(CONFIG, rollout=replace(CONFIG.rollout, temperature=0.5)), "rollout.temperature 1.0 -> 0.5"),
         (replace(CONFIG, rollout=replace(CONFIG.rollout, regime="reencode")), "rollout.regime carry -> reen"),
         (replace(CONFIG, ppo=replace(CONFIG.ppo, kl=0.0)), "ppo.kl 0.5 -> 0.0"),

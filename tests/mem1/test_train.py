@@ -58,8 +58,9 @@ class Watched:
         prepare = PPO.prepare
 
         def watching(ppo, trajectories):
-            self.learned.append([t.seed for t in trajectories])
-            return prepare(ppo, trajectories)
+            batch, metrics = prepare(ppo, trajectories)
+            self.learned.append([experience.trajectory.seed for experience in batch])
+            return batch, metrics
 
         monkeypatch.setattr(PPO, "prepare", watching)
 
