@@ -312,6 +312,13 @@ def test_bf16_is_trained_through_fp32_masters(tmp_path):
         ({"rollout": {"max_turns": 2.5}}, "max_turns: wanted an integer >= 1, got 2.5"),
         ({"model": {"dtype": "float8"}}, "dtype: wanted one of float32, bfloat16, got 'float8'"),
         ({"model": {"init_std": 0.0}}, "init_std: wanted a finite number > 0"),
+        ({"ppo": {"gamma": 10**400}}, "gamma: wanted a finite number >= 0 and <= 1, got 1000"),
+        ({"ppo": {"critic_lr": 1e38}}, "critic_lr: wanted a finite number > 0 and <= 1, got 1e+38"),
+        (
+            {"model": {"width": 6, "heads": 2, "kv_heads": 2}},
+            "width: wanted a multiple of 2 * heads=2, got 6",
+        ),
+        ({"threads": 10**10}, "threads: wanted an integer from 1 to 4096"),
         ({"seed": -1}, "seed: wanted an integer from 0 to"),
         ({"keep": 0}, "keep: wanted an integer >= 1, got 0"),
         ({"max_failed": 1.5}, "max_failed: wanted a finite number >= 0 and <= 1, got 1.5"),
