@@ -85,9 +85,14 @@ def _kept(folder: Path, key: str, measure: Callable[[], dict[str, float]]) -> bo
         with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".new") as file:
             json.dump({"key": key, "by_blocks": answer, "seconds": seconds}, file, indent=1)
             file.flush()
-            os.link(file.name, path)  # all of it or nothing, and never in the place of another
-    except FileExistsError:
-        found = _read(path, key)
+            os.fsync(file.fileno())
+            try:
+                os.link(file.name, path)  # all of it or nothing, and never in the place of another
+            except FileExistsError:
+                found = _read(path, key)
+                if found is None:  # damaged
+                    os.link(file.name, f"{file.name}.again")
+                    os.replace(f"{file.name}.again", path)
     except OSError:  # a cache is no condition
         pass
     return answer if found is None else found

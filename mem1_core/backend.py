@@ -24,11 +24,12 @@ def choose_backend(op: str, tensor: Tensor, requested: str, available: Sequence[
     if requested == "auto":
         if device not in _BACKENDS:
             raise NotImplementedError(f"{op}: wanted a cpu or cuda tensor, got one on {device}")
-        requested = next((x for x in available if x in _BACKENDS[device]), _BACKENDS[device][-1])
+        requested = next((x for x in available if x in _BACKENDS[device]), device)
     if requested not in ("cpu", "cuda", "triton", "reference"):
         raise ValueError(f"backend: wanted 'auto', 'cpu', 'cuda', 'triton' or 'reference', got {requested!r}")
     if requested not in available:
-        hint = "; it needs `pip install triton`" if requested == "triton" else ""
+        needs = {"triton": "; it needs `pip install triton`", "cuda": "; it needs a build with nvcc"}
+        hint = needs.get(requested, "")
         raise NotImplementedError(
             f"{op}: the {requested!r} backend is missing here, where there are {', '.join(available)}{hint}; "
             "backend='reference' runs anywhere, slowly"

@@ -61,7 +61,7 @@ PYTHON = {
     ),
     "mem1.slots": May("torch mem1_core", call="flash_attn"),
     "mem1.plots": May("torch mem1 mem1_core", call="matplotlib"),
-    "mem1.progress": May("rich"),
+    "mem1.progress": May("rich mem1.io"),
     "mem1.waiting": May(""),
     "mem1.seeds": May("numpy"),
     "mem1": May("torch transformers tokenizers mem1 mem1_core"),

@@ -28,7 +28,7 @@ from mem1_core.integrations.transformers import NAME, register
 
 CHECKPOINTS = "checkpoints"  # the folder within a training run's
 PHASES = ("warmstart", "ppo")  # of a training run; a checkpoint is called by one and its step
-_TRAINER = "trainer.pt"
+_TRAINER, _SCORE = "trainer.pt", "score.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # one of them must be there
 
 
@@ -58,8 +58,16 @@ def numbered(run: Path) -> list[Path]:
     """The checkpoints of a training run's folder, the newest first. All are whole: `save` names them last."""
     folder = run / CHECKPOINTS
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    places = sorted((place for place in map(Place.of, names) if place is not None), reverse=True)
+    places = sorted(
+        (place for name in names if (place := Place.of(name)) and str(place) == name), reverse=True
+    )
     return [folder / str(place) for place in places]
+
+
+def score_of(path: Path) -> float | None:
+    """What a checkpoint was saved with."""
+    file = path / _SCORE
+    return float(json.loads(file.read_text())["score"]) if file.is_file() else None
 
 
 def save(
@@ -67,12 +75,13 @@ def save(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     trainer: dict[str, Any] | None = None,
+    score: float | None = None,
 ) -> Path:
     """Write a checkpoint to the new folder `path`, which has its name only once all of it is on disk.
 
-    Any Hugging Face tool can load the folder; `trainer` is saved beside it with torch.save. Raises InputError
-    if there is something at `path` already (a folder cannot be replaced in one go), Diverged, and writes
-    nothing, for numbers that are not finite, the trainer's included.
+    Any Hugging Face tool can load the folder; `trainer` is saved in it with torch.save, `score` in
+    score.json. Raises InputError if there is something at `path` already (a folder cannot be replaced in one
+    go), Diverged, and writes nothing, for numbers that are not finite, the trainer's included.
     """
     path = Path(path)
     if path.exists():
@@ -89,6 +98,8 @@ def save(
             tokenizer.save_pretrained(fresh)
         if trainer is not None:
             torch.save(trainer, fresh / _TRAINER)
+        if score is not None:
+            (fresh / _SCORE).write_text(json.dumps({"score": score}))
         for file in [*fresh.rglob("*"), fresh]:
             sync(file)
         fresh.rename(path)
@@ -112,7 +123,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     if not any((path / name).is_file() for name in _TOKENIZERS):
         raise InputError(f"path: wanted a tokenizer.json in {str(path)!r}, got none")
     register()
-    for name in ("config.json", "tokenizer.json"):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", _SCORE):
         _check_json(path / name)
     try:
         with _without_bars():
@@ -166,7 +177,7 @@ def _load_trainer(path: Path) -> dict[str, Any] | None:
         return None
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).split("\n", 1)[0]
         raise InputError(f"path: wanted a readable trainer state in {str(path)!r}, got {reason}") from error
     return state

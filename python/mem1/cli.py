@@ -33,7 +33,7 @@ from mem1.device import pick_device, whereabouts
 from mem1.envs.multihop import MultiHopEnv
 from mem1.evaluate import OBJECTIVES, Result, evaluate, parity, table
 from mem1.interrupts import Interrupts
-from mem1.io import whole_file
+from mem1.io import perhaps_unread, whole_file
 from mem1.progress import Progress
 from mem1.rollout import check_positions, rollout
 from mem1.seeds import LARGEST
@@ -51,12 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with Interrupts() as interrupts, interrupts.allowed():
             options.run(options, Progress())
     except InputError as error:
-        print(f"mem1 {options.command}: {error}", file=sys.stderr)
+        _complain(f"mem1 {options.command}: {error}")
         return 2
     except KeyboardInterrupt as error:
-        print(f"mem1 {options.command}: {str(error) or 'interrupted'}", file=sys.stderr)
+        _complain(f"mem1 {options.command}: {str(error) or 'interrupted'}")
         return 128 + int(getattr(error, "signum", signal.SIGINT))
     return 0
+
+
+def _complain(line: str) -> None:
+    with perhaps_unread(sys.stderr):  # Ctrl-C ends the `tee` behind `2>&1 |` as well
+        print(line, file=sys.stderr, flush=True)
 
 
 def _train(options: argparse.Namespace, progress: Progress) -> None:
@@ -81,14 +86,18 @@ def _train(options: argparse.Namespace, progress: Progress) -> None:
         ppo=PPOConfig(actor_lr=options.actor_lr, critic_lr=options.critic_lr, kl=options.kl),
     )
     _check_writable(options.out)
-    train(
-        config,
-        options.out,
-        init=options.init,
-        resume=options.resume,
-        overwrite=options.overwrite,
-        progress=progress,
-    )
+    try:
+        train(
+            config,
+            options.out,
+            init=options.init,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    except KeyboardInterrupt:
+        progress.log(f"stopped; the same options with --resume go on from what is in {options.out}")
+        raise
     progress.log(f"checkpoint and metrics are in {options.out}")
 
 
@@ -267,7 +276,7 @@ def _parser() -> argparse.ArgumentParser:
     add = command("train", _train, "warm start on scripted trajectories, then PPO").add_argument
     add("--out", type=Path, default=Path("runs/train"), help="folder of the run")
     add("--init", type=Path, help="checkpoint to start PPO from, without a warm start")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    add("--resume", action="store_true", help="go on in --out, with the options of that run")
     add("--overwrite", action="store_true", help="begin anew in an --out that has a run")
     add("--objectives", type=_interval, default=config.objectives, help="questions per episode: 2 or 1-4")
     add("--updates", type=int, default=config.updates, help="PPO updates")
@@ -348,17 +357,15 @@ def _prune(text: str) -> Prune | str:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"wanted an integer >= 1, got {text}")
-    return value
+    return int(text)
 
 
 def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < LARGEST:
+    if not text.isdecimal() or int(text) >= LARGEST:
         raise argparse.ArgumentTypeError(f"wanted an integer in [0, 2**53), got {text}")
-    return value
+    return int(text)
 
 
 def _interval(text: str) -> tuple[int, int]:

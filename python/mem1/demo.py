@@ -73,7 +73,8 @@ def demo(
         say("two idle cores of a server take about five minutes for all four parts")
     model, tokenizer, _ = train(config, out / "train", overwrite=overwrite, progress=progress)
 
-    title("2/4 the trained policy, greedy: MEM1 against the same weights with everything kept in context")
+    title("2/4 the trained policy, greedy: MEM1 against the same weights with everything kept in context,")
+    say("which in training they never saw; trained on 1 to 8 objectives")
     say("means per episode; lengths in tokens, seconds of wall time per episode")
     results: list[Result] = []
     lines: list[str] = []

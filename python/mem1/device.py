@@ -6,17 +6,23 @@ import torch
 from torch import nn
 
 from mem1.checks import require
+from mem1_core import cuda_architectures
 from mem1_core.testing import machine
 
 
 def pick_device(name: str) -> torch.device:
     """The device called `name`: "cpu", "cuda", "cuda:1"; "auto" is the first CUDA device if there is one,
-    else the CPU. A CUDA device comes with its index. Raises InputError for one that is not there.
+    else the CPU. A CUDA device comes with its index. Raises InputError for one that is not there, or that
+    this build of mem1_core has no code for.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count and not cuda_architectures():
+        require(not name.startswith("cuda"), "device", "a build of mem1_core with nvcc for CUDA", name)
+        count = 0
     there = {"cpu": torch.device("cpu")} | {f"cuda:{i}": torch.device("cuda", i) for i in range(count)}
     chosen = {"auto": "cuda:0" if count else "cpu", "cuda": "cuda:0"}.get(name, name)
-    require(chosen in there, "device", f"one of auto, {', '.join(there)}", name)
+    seen = f"{', '.join(there)} (torch {torch.__version__} sees {count or 'no'} CUDA devices)"
+    require(chosen in there, "device", f"one of auto, {seen}", name)
     return there[chosen]
 
 

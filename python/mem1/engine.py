@@ -190,13 +190,15 @@ class Engine:
         where no query looks.
         """
         lengths, longest = self.cache.lengths, max(self.cache.lengths) + 1
-        self._reserve(longest)  # every slot has a place behind its end
+        # Every slot has a place behind its end. How much is read, and so how sums are split, follows from the
+        # longest one alone, not from what the cache has held before.
+        used = -(-longest // _GRAPH_TOKENS) * _GRAPH_TOKENS
+        self._reserve(used)
         inputs = torch.zeros(3, len(lengths), dtype=torch.int64)
         inputs[0, rows], inputs[1, rows] = torch.tensor(tokens)[:, 0], torch.tensor(positions)[:, 0]
         inputs[2] = torch.tensor(lengths)
         self._inputs.copy_(inputs, non_blocking=True)
         span = min(1 << max(rows).bit_length(), len(lengths))
-        used = min(-(-longest // _GRAPH_TOKENS) * _GRAPH_TOKENS, self.cache.capacity)
         hidden = graphs.run((span, used), partial(self._decode_step, span, used))
         for row in rows:
             lengths[row] += 1

@@ -36,7 +36,8 @@ class Interrupts:
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
             # A signal that is ignored, as Ctrl-C is in a shell's background job, stays so.
-            heard = [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+            # (None: a handler that is not Python's, which could not be put back.)
+            heard = [signum for signum in SIGNALS if signal.getsignal(signum) not in (signal.SIG_IGN, None)]
             self._before = {signum: signal.signal(signum, self._arrived) for signum in heard}
         return self
 
@@ -55,9 +56,9 @@ class Interrupts:
     @contextmanager
     def allowed(self) -> Iterator[None]:
         """Work that may be cut off anywhere."""
-        self.check()
-        self._allowed = True
         try:
+            self._allowed = True  # before the check, or one that comes in between would wait
+            self.check()
             yield
         except Interrupted:
             self._pending = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,11 @@ from mem1.checks import InputError
 def unfinished(path: Path) -> Path:
     """Where what will be `path` is written."""
     return path.with_name(f".{path.name}.{os.getpid()}.new")
+
+
+def leftovers(folder: Path, name: str) -> list[Path]:
+    """What processes that were killed have left in `folder` of files whose names begin with `name`."""
+    return [path for path in folder.glob(f".{name}*.new") if re.fullmatch(r"\..+\.\d+\.new", path.name)]
 
 
 def sync(path: Path) -> None:
@@ -66,6 +72,18 @@ def without_nan(record: dict[str, Any]) -> dict[str, Any]:
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in record.items()
     }
+
+
+@contextmanager
+def perhaps_unread(stream: TextIO | None) -> Iterator[None]:
+    """Writing to standard output or error, which may lead nowhere (a closed pipe, a full disk, a terminal
+    that is gone): then that, and whatever follows, is lost, and the work goes on.
+    """
+    try:
+        yield
+    except OSError:
+        if stream is not None:  # what Python still holds of it is flushed at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def append_json(path: Path, record: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +10,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bars
+
+from mem1.io import perhaps_unread
 
 _LINE_EVERY_S = 10.0
 
@@ -80,23 +81,21 @@ class Progress:
                 TextColumn("{task.fields[pace]}  {task.fields[note]}", markup=False),
                 console=console,
                 refresh_per_second=4,
-                redirect_stderr=sys.stderr.isatty(),  # else it is someone's file, and stays one
+                redirect_stderr=sys.stderr is not None
+                and sys.stderr.isatty(),  # else it is someone's file, and stays one
             )
         self._open = 0  # phases; the bars are on the screen while there are some
 
     def log(self, line: str) -> None:
-        """A line that stays. Where it cannot be written (a closed pipe, a full disk) it goes nowhere, and the
-        work goes on.
-        """
+        """A line that stays."""
         if self._log is not None:
             self._log(line)
-        elif self._bars is not None:
-            self._bars.console.print(line, soft_wrap=True)
-        else:
-            try:
+            return
+        with perhaps_unread(sys.stdout):
+            if self._bars is not None:
+                self._bars.console.print(line, soft_wrap=True)
+            else:
                 print(line, flush=True)
-            except OSError:  # as does what Python still holds of it, and flushes at its end
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     @contextmanager
     def phase(self, name: str, total: int, done: int = 0) -> Iterator[Phase]:
@@ -130,16 +129,18 @@ class Progress:
         def show(phase: Phase) -> None:
             bars.update(task, completed=phase.done, pace=phase.pace(), note=phase.note)
 
-        self._open += 1
-        if self._open == 1:
-            bars.start()
         try:
+            self._open += 1
+            if self._open == 1:
+                with perhaps_unread(sys.stdout):
+                    bars.start()
             yield show
         finally:  # an exception, too, gives the terminal back
             bars.remove_task(task)
             self._open -= 1
             if self._open == 0:
-                bars.stop()
+                with perhaps_unread(sys.stdout):
+                    bars.stop()
 
 
 def _duration(seconds: float) -> str:

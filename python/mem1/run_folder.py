@@ -3,7 +3,7 @@
 train.json                     the settings
 metrics.jsonl                  a line for each step
 checkpoints/ppo-000020/        the newest ones, and the best
-last, best                     links to two of them; best.json has the score
+last, best                     links to two of them
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mem1 import checkpoint
-from mem1.checkpoint import CHECKPOINTS, PHASES, Checkpoint, Place, numbered
+from mem1.checkpoint import CHECKPOINTS, PHASES, Checkpoint, Place, numbered, score_of
 from mem1.checks import InputError
-from mem1.io import link, unfinished, whole_file
+from mem1.io import leftovers, link, sync, unfinished, whole_file
 
 CONFIG, METRICS = "train.json", "metrics.jsonl"
-LAST, BEST, BEST_SCORE = "last", "best", "best.json"
+LAST, BEST = "last", "best"
 
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems on which nobody can be kept out
 
@@ -31,6 +31,10 @@ FREE = frozenset(
     "updates save_every keep max_failed device threads warmstart.save_every ppo.micro_tokens rollout.slots "
     "rollout.prefill_tokens rollout.env_timeout rollout.env_retries rollout.episode_retries".split()
 )
+
+
+# What the warm start has from the rest of the settings.
+_COPIES = frozenset(f"warmstart.{name}" for name in "objectives hops passage_tokens regime prune".split())
 
 
 class Resumed(NamedTuple):
@@ -42,7 +46,9 @@ class Resumed(NamedTuple):
 
 
 class RunFolder:
-    """One run's folder, this process's alone until `close`. Raises InputError if it cannot be one."""
+    """One run's folder, of all processes on this machine this one's alone until `close`. Raises InputError if
+    it cannot be one.
+    """
 
     def __init__(self, path: Path, keep: int = 2) -> None:
         self.path, self.keep = path, keep
@@ -60,16 +66,17 @@ class RunFolder:
         if held and not overwrite:
             raise InputError(
                 f"out: wanted a folder without a run, got {str(self.path)!r} with {' and '.join(held)}; "
-                "resume goes on with that run, overwrite deletes it"
+                "resume (--resume) goes on with that run, overwrite (--overwrite) deletes it"
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"out: wanted a folder that can be written, got {error}") from error
         self._take()
-        for name in (LAST, BEST, BEST_SCORE, METRICS):
+        self._check_links()
+        for name in (LAST, BEST, METRICS):
             (self.path / name).unlink(missing_ok=True)
-        for old in numbered(self.path):
+        for old in [*numbered(self.path), *(self.path / CHECKPOINTS).glob("*.damaged")]:
             _remove(old)
         self._clean()
         self._write(text)
@@ -84,26 +91,30 @@ class RunFolder:
         if not (self.path / CONFIG).is_file():
             raise InputError(f"resume: wanted the folder of a run, got {str(self.path)!r}")
         self._take()
-        self._best()  # names what cannot be read before any work
         loaded, damaged = self._newest()
         state = loaded.trainer if loaded else None
         before = state["settings"] if state else json.loads((self.path / CONFIG).read_text())
         self.settings = settings | {"init": before["init"]}
         # Compared as JSON has them, where a tuple is a list.
         old, now = (flat(json.loads(json.dumps(each))) for each in (before, self.settings))
-        names = sorted(name for name in old | now if old.get(name) != now.get(name))
-        changed = ", ".join(f"{name} {old.get(name)} -> {now.get(name)}" for name in names)
+        names = sorted(name for name in old | now if old.get(name) != now.get(name) and name not in _COPIES)
+        changed = {name: f"{name} {old.get(name)} -> {now.get(name)}" for name in names}
+        free = ", ".join(changed[name] for name in names if name in FREE)
         if not FREE.issuperset(names):
-            raise InputError(f"resume: wanted the settings of the run, got {changed}")
-        told = [f"resumed with other settings: {changed}"] if changed else []
+            others = ", ".join(changed[name] for name in names if name not in FREE)
+            may = f" ({free} may change)" if free else ""
+            raise InputError(f"resume: wanted the settings of the run, got {others}{may}")
+        told = [f"resumed with other settings: {free}"] if free else []
         for path, error in damaged:
             told.append(f"{path.name} is damaged and now {path.name}.damaged: {error}")
-            path.rename(path.with_name(f"{path.name}.damaged"))
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
         self._clean()
-        newest = next(iter(numbered(self.path)), None)
-        if newest:
-            link(self.path / LAST, f"{CHECKPOINTS}/{newest.name}")
+        newest = self._link()
         dropped = self._keep_records((newest and Place.of(newest.name)) or Place(0, 0))
+        if newest:
+            told.append(f"goes on from {newest.name}")
         if dropped:
             told.append(f"{METRICS}: left out {dropped} lines that are no records")
         self._write(json.dumps(self.settings, indent=2))
@@ -149,40 +160,51 @@ class RunFolder:
         self, place: Place, model: Any, tokenizer: Any, trainer: dict[str, Any], score: float | None = None
     ) -> None:
         """Save a checkpoint and remove old ones: the newest `keep` stay, and the one of the highest score."""
+        if self.metrics.exists():
+            sync(self.metrics)  # first: steps that are saved are not done again
         trainer = trainer | {"settings": self.settings}
-        checkpoint.save(self.path / CHECKPOINTS / str(place), model, tokenizer, trainer)
-        link(self.path / LAST, f"{CHECKPOINTS}/{place}")
+        checkpoint.save(self.path / CHECKPOINTS / str(place), model, tokenizer, trainer, score)
+        self._link()
         best = self._best()
-        if score is not None and (best is None or score >= best["score"]):
-            best = {"checkpoint": str(place), "score": score}
-            with whole_file(self.path / BEST_SCORE) as file:
-                json.dump(best, file)
-            link(self.path / BEST, f"{CHECKPOINTS}/{place}")
         for old in numbered(self.path)[self.keep :]:
-            if best is None or old.name != best["checkpoint"]:
+            if old != best:
                 _remove(old)
 
-    def _best(self) -> dict[str, Any] | None:
-        path = self.path / BEST_SCORE
+    def _best(self) -> Path | None:
+        """The checkpoint of the highest score, the newest of these."""
+        scores = {path: score_of(path) for path in reversed(numbered(self.path))}
+        scored = [path for path, score in scores.items() if score is not None]
+        return max(reversed(scored), key=lambda path: scores[path] or 0.0, default=None)
+
+    def _link(self) -> Path | None:
+        """Let `last` and `best` name what they say; returns the newest checkpoint."""
+        newest, best = next(iter(numbered(self.path)), None), self._best()
+        for name, path in ((LAST, newest), (BEST, best)):
+            if path is None:
+                (self.path / name).unlink(missing_ok=True)
+            else:
+                link(self.path / name, f"{CHECKPOINTS}/{path.name}")
+        return newest
+
+    def _check_links(self) -> None:
+        """InputError before any work where there can be no links."""
         try:
-            best: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
-            if best is not None:
-                float(best["score"]), str(best["checkpoint"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{BEST_SCORE}: wanted a checkpoint and its score, got {error!r}") from error
-        return best
+            link(self.path / LAST, CHECKPOINTS)
+        except OSError as error:
+            raise InputError(f"out: wanted a folder that can have symbolic links, got {error}") from error
 
     def _write(self, settings: str) -> None:
         with whole_file(self.path / CONFIG) as file:
             file.write(settings)
 
     def _clean(self) -> None:
-        """Remove what saves that were killed have left."""
-        for leftover in [*self.path.glob(".*.new"), *(self.path / CHECKPOINTS).glob(".*.new")]:
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover)
-            else:
+        """Remove what saves that were killed have left, and nothing that is someone else's."""
+        for name in (LAST, BEST, CONFIG, METRICS):
+            for leftover in leftovers(self.path, name):
                 leftover.unlink()
+        for phase in PHASES:
+            for leftover in leftovers(self.path / CHECKPOINTS, f"{phase}-"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def _keep_records(self, place: Place) -> int:
         """Keep what the metrics say of steps up to `place`: what comes after will be done again. Returns how
@@ -217,4 +239,5 @@ def _remove(folder: Path) -> None:
     leaving = unfinished(folder)
     shutil.rmtree(leaving, ignore_errors=True)
     folder.rename(leaving)
-    shutil.rmtree(leaving)
+    # What another process has open, some file systems keep a while: the next run's start removes it.
+    shutil.rmtree(leaving, ignore_errors=True)

@@ -146,9 +146,9 @@ def _warm_start(
     def save() -> None:
         nonlocal saved
         if saved != done:
+            saved = done  # one that fails is not tried again: what it was shall be seen
             trainer = {"optimizer": optimizer.state_dict(), "skipped_steps": skipped}
             run.save(Place(0, done), actor, tokenizer, trainer)
-            saved = done
 
     steps = warm_start(actor, tokenizer, config.warmstart, seed=config.seed, optimizer=optimizer, done=done)
     complete = False  # the weights are those after `done` steps, and these are on record
@@ -191,6 +191,7 @@ def _ppo(
         nonlocal saved, rewards
         if saved == ppo.updates:
             return
+        saved = ppo.updates  # one that fails is not tried again: what it was shall be seen
         # Only where every run saves: how often one was interrupted shall not decide which is the best.
         due = ppo.updates % config.save_every == 0 or ppo.updates == config.updates
         score = fmean(rewards) if due and rewards else None
@@ -203,7 +204,6 @@ def _ppo(
             "rewards": rewards,
         }
         run.save(Place(1, ppo.updates), actor, tokenizer, trainer, score)
-        saved = ppo.updates
 
     complete = True  # the weights are those of `ppo.updates` updates, and these are on record
     try:

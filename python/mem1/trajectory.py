@@ -48,7 +48,7 @@ class Trajectory:
     prune: Prune
     score: dict[str, float] = field(default_factory=dict)
     finished: str = "answered"  # why it ended
-    seconds: float = 0.0  # wall time from the first to the last token, in a batch with others
+    seconds: float = 0.0  # wall time from the environment's reset to the end, in a batch with others
     objectives: int = 1
     seed: int = 0
     regime: Regime = "carry"

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from mem1 import device
 from mem1.checks import InputError
 from mem1.device import pick_device, whereabouts
 
@@ -15,6 +16,7 @@ from mem1.device import pick_device, whereabouts
 def count(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: request.param)
+    monkeypatch.setattr(device, "cuda_architectures", lambda: "90a")
     return request.param
 
 
@@ -28,15 +30,27 @@ def test_a_device_that_is_not_there_is_an_error_of_the_user(count, name):
     if count:
         assert pick_device(name) == torch.device("cuda", int(name == "cuda:1"))
     else:
-        with pytest.raises(InputError, match=f"device: wanted one of auto, cpu, got '{name}'"):
+        message = rf"device: wanted one of auto, cpu \(torch .* sees no CUDA devices\), got '{name}'"
+        with pytest.raises(InputError, match=message):
             pick_device(name)
 
 
 @pytest.mark.parametrize("name", ["cuda:2", "gpu", "", "cuda:x", "meta"])
 def test_a_name_that_no_device_has(count, name):
     there = "auto, cpu, cuda:0, cuda:1" if count else "auto, cpu"
-    with pytest.raises(InputError, match=f"device: wanted one of {there}, got '{name}'"):
+    with pytest.raises(InputError, match=rf"device: wanted one of {there} \(torch .*, got '{name}'"):
         pick_device(name)
+
+
+def test_a_build_without_cuda_code_runs_on_the_cpu(count, monkeypatch):
+    """Some ops have Triton alone, others nothing there: a run would end in the middle."""
+    monkeypatch.setattr(device, "cuda_architectures", lambda: "")
+    assert pick_device("auto") == torch.device("cpu")
+    if count:
+        with pytest.raises(
+            InputError, match="device: wanted a build of mem1_core with nvcc for CUDA, got 'cuda:1'"
+        ):
+            pick_device("cuda:1")
 
 
 def test_the_line_says_where_and_in_what(make_model):

@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from mem1 import checkpoint, train
+from mem1 import checkpoint, run_folder, train
 from mem1.checks import InputError
 from mem1.config import ModelConfig, PPOConfig, RolloutConfig, TrainConfig, WarmStartConfig
 from mem1.envs.multihop import MultiHopEnv
@@ -237,8 +237,8 @@ def test_interruptions_do_not_decide_which_checkpoint_is_the_best(tmp_path, monk
                         run(config, tmp_path / name)
                 assert checkpoint.load(tmp_path / name).trainer["rewards"] == [0.9]
             run(config, tmp_path / name, resume=bool(stops))
-        best.append(json.loads((tmp_path / name / "best.json").read_text()))
-    assert best[0] == best[1] == {"checkpoint": "ppo-000006", "score": pytest.approx(0.3)}
+        best.append((os.readlink(tmp_path / name / "best"), checkpoint.score_of(tmp_path / name / "best")))
+    assert best[0] == best[1] == ("checkpoints/ppo-000006", pytest.approx(0.3))
 
 
 def test_a_run_killed_before_its_first_checkpoint_goes_on_with_what_it_began_with(
@@ -278,6 +278,27 @@ def test_a_run_that_cannot_be_deletes_nothing(tmp_path, unbroken, make_model):
         with pytest.raises(InputError, match=message):
             run(config, tmp_path, overwrite=True, **how)
     assert state(tmp_path).keys() == before.keys()
+
+
+@pytest.mark.parametrize("fails", ["link", "_remove"])
+def test_a_save_that_fails_shows_why(tmp_path, monkeypatch, fails):
+    config = replace(CONFIG, updates=2, save_every=1, keep=1)
+    run(replace(config, updates=1), tmp_path)
+    with monkeypatch.context() as patch:
+        error = PermissionError(1, "not permitted")
+        original, calls = getattr(run_folder, fails), []
+
+        def failing(*arguments):
+            calls.append(1)
+            if len(calls) > (2 if fails == "link" else 0):  # not those of the resume itself
+                raise error
+            return original(*arguments)
+
+        patch.setattr(run_folder, fails, failing)
+        with pytest.raises(PermissionError, match="not permitted"):
+            run(config, tmp_path, resume=True)
+    run(config, tmp_path, resume=True)
+    assert [record["step"] for record in records(tmp_path) if record["phase"] == "ppo"] == [1, 2]
 
 
 def test_a_second_signal_stops_at_once_with_the_checkpoint_before(tmp_path, unbroken, monkeypatch):

@@ -73,6 +73,4 @@ def test_fifty_updates_beside_everything_that_goes_wrong(tmp_path):
     assert [r["step"] for r in ppo if r["skipped_steps"]] == [9]
     assert [r["step"] for r in ppo if "policy" in r["errors"]] == [21]
     assert sum(r["replays"] for r in ppo) > 10
-    assert {*os.listdir(broken)} == {
-        *("best", "best.json", "checkpoints", "last", "metrics.jsonl", "train.json")
-    }
+    assert {*os.listdir(broken)} == {*("best", "checkpoints", "last", "metrics.jsonl", "train.json")}
