@@ -24,12 +24,16 @@ def choose_backend(op: str, tensor: Tensor, requested: str, available: Sequence[
     if requested == "auto":
         if device not in _BACKENDS:
             raise NotImplementedError(f"{op}: wanted a cpu or cuda tensor, got one on {device}")
-        requested = next((x for x in available if x in _BACKENDS[device]), device)
+        requested = next((x for x in available if x in _BACKENDS[device]), "")
+        if not requested:
+            raise NotImplementedError(
+                f"{op}: wanted a backend for {device} tensors, got {', '.join(available)}; attention needs "
+                "`pip install triton`, all else a build with nvcc; backend='reference' runs anywhere, slowly"
+            )
     if requested not in ("cpu", "cuda", "triton", "reference"):
         raise ValueError(f"backend: wanted 'auto', 'cpu', 'cuda', 'triton' or 'reference', got {requested!r}")
     if requested not in available:
-        needs = {"triton": "; it needs `pip install triton`", "cuda": "; it needs a build with nvcc"}
-        hint = needs.get(requested, "")
+        hint = "; it needs `pip install triton`" if requested == "triton" else ""
         raise NotImplementedError(
             f"{op}: the {requested!r} backend is missing here, where there are {', '.join(available)}{hint}; "
             "backend='reference' runs anywhere, slowly"

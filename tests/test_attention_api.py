@@ -122,8 +122,11 @@ def test_a_backend_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, mask = attention_inputs(1, 10, 4, 2, 16), mask_of(causal_evict(10))
     with pytest.raises(NotImplementedError, match=missing):
         trajectory_attention(*inputs, mask, backend="triton")
-    with pytest.raises(NotImplementedError, match=missing):  # as does a CUDA tensor without a word
-        choose_backend("trajectory_attention", on("cuda"), "auto", ("cpu", "reference"))
+    nothing = (
+        "^gae: wanted a backend for cuda tensors, got cpu, reference; attention needs `pip install triton`"
+    )
+    with pytest.raises(NotImplementedError, match=nothing + ", all else a build with nvcc; "):
+        choose_backend("gae", on("cuda"), "auto", ("cpu", "reference"))
     with pytest.raises(
         NotImplementedError, match="the 'cuda' backend is missing here, .* cpu, reference; back"
     ):
