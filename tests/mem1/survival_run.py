@@ -20,6 +20,7 @@ from mem1.envs.base import Action, Observation
 from mem1.envs.multihop import MultiHopEnv
 from mem1.interrupts import Interrupted
 from mem1.ppo import PPO
+from mem1.seeds import derive_seed
 
 FAULTY = 0.05  # of the calls
 NAN_GRADIENT, NAN_LOGITS = 9, 21  # updates
@@ -57,18 +58,14 @@ class Faulty(MultiHopEnv):
 
 
 def main(out: Path, updates: int) -> int:
-    update_of = {"now": 0}
-    prepare, step, logits = PPO.prepare, PPO.step, Engine.logits
+    step, logits = PPO.step, Engine.logits
     poisoned = {"gradient": 0, "logits": 0}
+    poisoned_seeds = {derive_seed(CONFIG.seed, "training", NAN_LOGITS - 1, i) for i in range(CONFIG.batch)}
 
     def rolling(*arguments, original=train.rollout, **settings):
         Faulty.attempts.clear()
-        poisoned.update(gradient=0, logits=0)
+        poisoned.update(gradient=0, logits=0 if poisoned_seeds.issuperset(arguments[3]) else -(10**9))
         return original(*arguments, **settings)
-
-    def preparing(self, trajectories):
-        update_of["now"] = self.updates + 1
-        return prepare(self, trajectories)
 
     def stepping(self, *arguments):
         poison = self.updates + 1 == NAN_GRADIENT and not poisoned["gradient"]
@@ -83,12 +80,12 @@ def main(out: Path, updates: int) -> int:
     def poisoning(self, hidden):
         made = logits(self, hidden)
         poisoned["logits"] += 1
-        if update_of["now"] + 1 == NAN_LOGITS and poisoned["logits"] == 10:
+        if poisoned["logits"] == 10:
             made = made.clone()
             made[0] = torch.nan
         return made
 
-    train.rollout, PPO.prepare, PPO.step, Engine.logits = rolling, preparing, stepping, poisoning
+    train.rollout, PPO.step, Engine.logits = rolling, stepping, poisoning
     config = CONFIG.__class__(**{**vars(CONFIG), "updates": updates})
     resume = any(out.glob("checkpoints/*-*"))
     try:
