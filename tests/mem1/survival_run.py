@@ -32,7 +32,7 @@ CONFIG = TrainConfig(
     threads=1,
     max_failed=0.9,
     model=ModelConfig(layers=1, width=32, heads=2, kv_heads=1, mlp_width=64),
-    rollout=RolloutConfig(slots=4, max_action=12, max_turns=3, env_timeout=0.5, synchronous=True),
+    rollout=RolloutConfig(slots=4, max_action=12, max_turns=3, env_timeout=1.0, synchronous=True),
     warmstart=WarmStartConfig(steps=20, batch_tokens=256, save_every=7),
     ppo=PPOConfig(minibatch=4, actor_lr=1e-3, critic_only=1),
 )
@@ -52,7 +52,7 @@ class Faulty(MultiHopEnv):
         if fault == "fail":
             raise LookupError("no such page")
         if fault == "hang":
-            time.sleep(1.5)
+            time.sleep(2.5)
         observation = super().step(action)
         return observation._replace(text=7) if fault == "nonsense" else observation  # type: ignore[arg-type]
 
