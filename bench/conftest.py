@@ -3,10 +3,6 @@ correctness tests. `-k gpu` picks the tables of a CUDA device, `-k "not gpu"` th
 
 from __future__ import annotations
 
-from mem1.waiting import wait_briefly
-
-wait_briefly()  # before anything loads torch
-
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +26,7 @@ from measure import (
     table,
 )
 
+from mem1.waiting import share_cpus
 from mem1_core import testing
 
 # Sides of the square products that make the roofline.
@@ -152,6 +149,12 @@ class Bench:
     def print(self, text: str) -> None:
         with self._capture.global_and_fixture_disabled():
             print(text, flush=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_cpus() -> Iterator[None]:
+    with share_cpus():
+        yield
 
 
 @pytest.fixture(scope="session")

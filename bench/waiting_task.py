@@ -1,15 +1,17 @@
-"""The work that `bench_waiting.py` times, in a process of its own: python waiting_task.py STEPS EPISODES.
+"""The work that `bench_waiting.py` times, in a process of its own: python waiting_task.py ROUNDS STEPS EPISODES.
 
-Prints one line of JSON: seconds for a step of the warm start, for an update of PPO (its rollout included),
-and for an evaluation, all of the default small model.
+Prints one line of JSON: for each kind of work, policy and company the seconds of each round, for a step of the
+warm start, for an update of PPO (its rollout included) and for an evaluation, all of the default small model.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -23,9 +25,11 @@ from mem1.model import build_critic, build_model
 from mem1.ppo import PPO
 from mem1.rollout import rollout
 from mem1.tokenizer import build_tokenizer
+from mem1.waiting import share_cpus
 from mem1.warmstart import warm_start
 
 LIMITS = RolloutConfig(max_turns=6, max_action=32)
+POLICIES: dict[str, Callable[[], Any]] = {"mem1": share_cpus, "as OpenMP comes": nullcontext}
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -34,7 +38,8 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def main(steps: int, episodes: int) -> None:
+def measured(steps: int, episodes: int) -> dict[str, float]:
+    """Seconds of each kind of work."""
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, ModelConfig())
     warm = warm_start(model, tokenizer, WarmStartConfig(steps=steps + 2))
@@ -52,7 +57,31 @@ def main(steps: int, episodes: int) -> None:
     found["evaluation"] = seconds(
         lambda: evaluate(model, tokenizer, LIMITS, agent="", objectives=(2,), episodes=episodes)
     )
-    print(json.dumps(found))
+    return found
+
+
+@contextmanager
+def beside_a_busy_process() -> Iterator[None]:
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        other.kill()
+        other.wait()
+
+
+COMPANY: dict[str, Callable[[], Any]] = {"idle": nullcontext, "beside a busy process": beside_a_busy_process}
+
+
+def main(rounds: int, steps: int, episodes: int) -> None:
+    rows: dict[str, dict[str, list[float]]] = {}
+    for _ in range(rounds):
+        for company, beside in COMPANY.items():
+            for policy, waiting in POLICIES.items():
+                with beside(), waiting():
+                    for work, took in measured(steps, episodes).items():
+                        rows.setdefault(work, {}).setdefault(f"{policy}, {company}", []).append(took)
+    print(json.dumps(rows))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
-
-from mem1.waiting import wait_briefly
-
-wait_briefly()  # before anything loads torch
 
 import pytest
 import torch
+
+from mem1.waiting import share_cpus
 
 if not torch.cuda.is_available():  # before anything imports Triton: its kernels are then tested on the CPU
     os.environ["TRITON_INTERPRET"] = "1"
@@ -24,6 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_cpus() -> Iterator[None]:
+    with share_cpus():
+        yield
 
 
 @pytest.fixture(scope="session")

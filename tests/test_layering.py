@@ -62,7 +62,7 @@ PYTHON = {
     "mem1.slots": May("torch mem1_core", call="flash_attn"),
     "mem1.plots": May("torch mem1 mem1_core", call="matplotlib"),
     "mem1.progress": May("rich mem1.io"),
-    "mem1.waiting": May(""),
+    "mem1.waiting": May("torch"),
     "mem1.seeds": May("numpy"),
     "mem1": May("torch transformers tokenizers mem1 mem1_core"),
     "mem1.*": May("torch transformers tokenizers safetensors mem1 mem1_core"),
@@ -294,8 +294,8 @@ BANS = {  # what: (pattern, folders)
     "notes to self": (r"\b(TODO|FIXME|XXX|HACK)\b", (*LIBRARY, "bench")),
 }
 
-# One place each. A world is foreign code: whatever it raises ends its episode and is recorded. How threads
-# wait can be said to libgomp in no other way.
+# One place each. A world is foreign code: whatever it raises ends its episode and is recorded. What
+# the user has told libgomp about threads that wait is read, never written.
 ALLOWED = {
     "catching everything": ("python/mem1/calls.py",),
     "environment variables": ("python/mem1/waiting.py",),

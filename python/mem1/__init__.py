@@ -13,7 +13,7 @@ _HOMES = {"MemoryEfficientAgent": "mem1.agent", "Trajectory": "mem1.trajectory"}
 
 
 def __getattr__(name: str) -> object:
-    # Not before they are asked for: the command says how threads wait before torch is loaded.
+    # Not before they are asked for: torch takes seconds to load.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)

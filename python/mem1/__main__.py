@@ -2,12 +2,9 @@
 
 import sys
 
-from mem1.waiting import wait_briefly
-
 
 def main() -> int:
     """`mem1.cli.main` in a process of its own."""
-    wait_briefly()
     try:
         from mem1.cli import main as run  # not before: it loads torch, which takes seconds
     except KeyboardInterrupt:

@@ -39,6 +39,7 @@ from mem1.rollout import check_positions, rollout
 from mem1.seeds import LARGEST
 from mem1.train import train
 from mem1.trajectory import Trajectory
+from mem1.waiting import share_cpus
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        with Interrupts() as interrupts, interrupts.allowed():
+        with share_cpus(), Interrupts() as interrupts, interrupts.allowed():
             options.run(options, Progress())
     except InputError as error:
         _complain(f"mem1 {options.command}: {error}")
