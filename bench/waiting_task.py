@@ -1,7 +1,7 @@
-"""The work that `bench_waiting.py` times, in a process of its own: python waiting_task.py ROUNDS STEPS EPISODES.
+"""What `bench_waiting.py` times, in a process of its own: python waiting_task.py ROUNDS STEPS EPISODES.
 
-Prints one line of JSON: for each kind of work, policy and company the seconds of each round, for a step of the
-warm start, for an update of PPO (its rollout included) and for an evaluation, all of the default small model.
+Prints one line of JSON: the seconds of each round, for each kind of work, policy and company. The work is a
+step of the warm start, an update of PPO (its rollout included) and an evaluation of the default small model.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """How threads that compute wait for each other while other work wants the same CPUs.
 
-GNU's OpenMP, which runs torch's threads on Linux, lets a thread without work turn round for milliseconds before
-it sleeps. On an idle machine nothing is faster; beside a busy process the turning takes the CPU from the very
+GNU's OpenMP, which runs torch's threads on Linux, lets a thread without work spin for milliseconds before it
+sleeps. On an idle machine nothing is faster; beside a busy process the spinning takes the CPU from the very
 thread that is waited for. libgomp itself knows a short spin, for processes with more OpenMP threads than CPUs
 ("GOMP_SPINCOUNT" in its manual: 100 turns instead of 300,000). `share_cpus` makes it take that one while, and
 only while, this process's threads have to queue for a CPU.
 
-Results do not depend on it: it changes how threads wait, never how many there are or what each of them does.
+Results do not depend on it: it changes how threads wait, never how many compute or what each of them does.
 """
 
 from __future__ import annotations
@@ -85,12 +85,12 @@ def _watch(over: threading.Event) -> None:
 
 @contextmanager
 def share_cpus() -> Iterator[None]:
-    """Inside, torch's threads wait with a short spin while other work wants the CPUs, and as they come otherwise.
+    """Inside, torch's threads wait with a short spin while other work wants the CPUs, else as they come.
 
-    For programs; the commands, tests and benches of this project run in it. It does nothing where the user has
-    set OMP_WAIT_POLICY or GOMP_SPINCOUNT and where the kernel keeps no scheduling statistics (anything but
-    Linux), and has no effect on an OpenMP other than GNU's and on torch's threads where they are at most half as
-    many as the CPUs.
+    For programs; the commands, tests and benches of this project run in it. It does nothing where the user
+    has set OMP_WAIT_POLICY or GOMP_SPINCOUNT and where the kernel keeps no scheduling statistics (anything but
+    Linux), and has no effect on an OpenMP other than GNU's and on torch's threads where they are at most half
+    as many as the CPUs.
     """
     if not STATISTICS.exists() or any(name in os.environ for name in SETTINGS):
         yield

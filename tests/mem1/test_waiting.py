@@ -17,7 +17,9 @@ from mem1 import cli, waiting
 from mem1.waiting import COME, CROWDED, GO, SETTINGS, SpareTeam, queued_s, share_cpus
 
 WATCH, TEAM = "mem1-share-cpus", "mem1-spare-team"
-LINUX = pytest.mark.skipif(not waiting.STATISTICS.exists(), reason="the kernel keeps no scheduling statistics")
+LINUX = pytest.mark.skipif(
+    not waiting.STATISTICS.exists(), reason="the kernel keeps no scheduling statistics"
+)
 
 
 def python(code: str, **settings: str) -> list[str]:
@@ -71,7 +73,7 @@ def test_it_does_nothing(alone, monkeypatch, reason):
 
 
 class Queue:
-    """A machine whose threads queue for the given number of CPUs in each interval, one for each step of time."""
+    """A machine whose threads queue for so many CPUs in one interval after the other."""
 
     def __init__(self, *shares: float) -> None:
         self.left = list(shares)
@@ -152,7 +154,9 @@ print(spun())
 
 @LINUX
 @pytest.mark.skipif("libgomp" not in Path("/proc/self/maps").read_text(), reason="not GNU's OpenMP")
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) > 2, reason="with two threads this machine has CPUs to spare")
+@pytest.mark.skipif(
+    len(os.sched_getaffinity(0)) > 2, reason="with two threads this machine has CPUs to spare"
+)
 def test_a_spare_team_makes_the_spin_short():
     long, short, again = map(float, python(SPUN))
     assert long > 1 and again > 1
@@ -163,7 +167,9 @@ def test_a_spare_team_makes_the_spin_short():
 def test_results_do_not_depend_on_it():
     def work() -> list[torch.Tensor]:
         draw = torch.Generator().manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(96, 300), torch.nn.LayerNorm(300), torch.nn.Linear(300, 70))
+        model = torch.nn.Sequential(
+            torch.nn.Linear(96, 300), torch.nn.LayerNorm(300), torch.nn.Linear(300, 70)
+        )
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, generator=draw)
         loss = model(torch.randn(500, 96, generator=draw)).softmax(-1).square().sum()
