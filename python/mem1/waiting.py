@@ -88,9 +88,9 @@ def share_cpus() -> Iterator[None]:
     """Inside, torch's threads wait with a short spin while other work wants the CPUs, else as they come.
 
     For programs; the commands, tests and benches of this project run in it. It does nothing where the user
-    has set OMP_WAIT_POLICY or GOMP_SPINCOUNT and where the kernel keeps no scheduling statistics (anything but
-    Linux), and has no effect on an OpenMP other than GNU's and on torch's threads where they are at most half
-    as many as the CPUs.
+    has set OMP_WAIT_POLICY or GOMP_SPINCOUNT and where the kernel keeps no scheduling statistics (anything
+    but Linux), and has no effect on an OpenMP other than GNU's and on torch's threads where they are at most
+    half as many as the CPUs.
     """
     if not STATISTICS.exists() or any(name in os.environ for name in SETTINGS):
         yield
