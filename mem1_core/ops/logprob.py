@@ -185,10 +185,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     _, entropy, top, log_mass, kept = output
     ctx.mark_non_differentiable(top, log_mass, kept)
     ctx.save_for_backward(*tensors, top, log_mass, entropy, kept)
+    ctx.set_materialize_grads(False)  # those of `kept` would be as large as the logits
 
 
-def _backward(ctx: Any, d_logprob: Tensor, d_entropy: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, *unused: None
+) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[:3])
+    entropy = ctx.saved_tensors[-2]
+    d_logprob, d_entropy = (torch.zeros_like(entropy) if d is None else d for d in (d_logprob, d_entropy))
     in_place = ctx.overwrite and last_backward(d_logprob) and not torch.is_grad_enabled()
     backward: Any = _gradients if in_place else _library.ops.linear_logprob_backward
     made = backward(d_logprob, d_entropy, *ctx.saved_tensors, ctx.space, wanted)
