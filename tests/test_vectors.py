@@ -1,0 +1,73 @@
+"""The loops over logits and scores are vectors in each instruction set that they are compiled for, not only
+in that of the machine they were written on."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import mem1_core
+from mem1_core import _library
+
+PACKAGE = Path(mem1_core.__file__).parent
+CLONES = {"avx2": "ymm", "avx512f": "zmm"}  # of csrc/common/clones.h, and the registers of each
+# Functions whose time shows, by the beginning of what objdump calls them; those of doubles need not be fast.
+LOOPS = (
+    "ppo_loss::(anonymous namespace)::highest(float",
+    "ppo_loss::(anonymous namespace)::sums(float",
+    "ppo_loss::(anonymous namespace)::gradient(float",
+    "cpu::column_max(float",
+    "cpu::exponentials(float const*, long, long, float, float const*, float*, float*)",
+    "cpu::exponentials(float const*, long, long, float, float const*, float*, c10::BFloat16*)",
+    "cpu::gradients(float const*, float const*, long, long, float, float const*, float const*, float*",
+    "cpu::gradients(float const*, float const*, long, long, float, float const*, float const*, c10",
+)
+# What such a loop does with each element. Not sums: they are also made of what scalars have found.
+ARITHMETIC = re.compile(r"\sv(?:mul|max|cmp\w*|fn?m(?:add|sub)\d+)ps .*%([yz]mm)")
+
+pytestmark = [
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86-64"),
+    pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump, of binutils"),
+]
+
+
+def functions() -> Iterator[tuple[str, str]]:
+    """Name and instructions of each function that is compiled into the package."""
+    libraries = [next((PACKAGE / "lib").glob("libmem1_core.so*")), Path(_library._C.__file__)]
+    for library in libraries:
+        command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", str(library)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        for function in re.split(r"\n\n", text):
+            head, _, body = function.partition("\n")
+            name = re.match(r"[0-9a-f]+ <(.*)>:$", head)
+            if name is not None:
+                yield name[1], body
+
+
+@cache
+def clones() -> dict[tuple[str, str], str]:
+    """Instructions of each loop, by its name and instruction set."""
+    found = {}
+    for name, body in functions():
+        told = re.fullmatch(r"mem1::(.*) \[clone \.(\w+)\]", name)
+        if told is not None and told[2] in CLONES:
+            found[told[1], told[2]] = body
+    return found
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("instructions", CLONES)
+def test_a_loop_is_made_of_vectors(loop: str, instructions: str) -> None:
+    if not clones():
+        pytest.skip("this compiler made one version of each function")
+    (body,) = (
+        body for (name, made), body in clones().items() if name.startswith(loop) and made == instructions
+    )
+    assert CLONES[instructions] in ARITHMETIC.findall(body)
