@@ -192,11 +192,12 @@ def _backward(
     ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, *unused: None
 ) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[:3])
-    entropy = ctx.saved_tensors[-2]
+    saved = ctx.saved_tensors  # once: where checkpoints or hooks stand behind them, each reading is paid for
+    entropy = saved[-2]
     d_logprob, d_entropy = (torch.zeros_like(entropy) if d is None else d for d in (d_logprob, d_entropy))
     in_place = ctx.overwrite and last_backward(d_logprob) and not torch.is_grad_enabled()
     backward: Any = _gradients if in_place else _library.ops.linear_logprob_backward
-    made = backward(d_logprob, d_entropy, *ctx.saved_tensors, ctx.space, wanted)
+    made = backward(d_logprob, d_entropy, *saved, ctx.space, wanted)
     return *(x if want else None for x, want in zip(made, wanted, strict=True)), *(None,) * 5
 
 

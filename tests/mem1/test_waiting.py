@@ -8,17 +8,17 @@ import os
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 
 from mem1 import cli, waiting
-from mem1.waiting import COME, CROWDED, GO, SETTINGS, SpareTeam, queued_s, share_cpus
+from mem1.waiting import COME, CROWDED, GO, INTERVAL_S, SETTINGS, SpareTeam, gnu_openmp, queued_s, share_cpus
 
 WATCH, TEAM = "mem1-share-cpus", "mem1-spare-team"
-LINUX = pytest.mark.skipif(
-    not waiting.STATISTICS.exists(), reason="the kernel keeps no scheduling statistics"
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+WATCHED = pytest.mark.skipif(
+    gnu_openmp() is None or not queued_s(), reason="not GNU's OpenMP, or no scheduling statistics"
 )
 
 
@@ -52,7 +52,7 @@ def test_an_import_changes_nobodys_process(name):
     assert threads == 1
 
 
-@LINUX
+@WATCHED
 def test_a_command_shares_the_cpus(alone, monkeypatch, tmp_path):
     before, during = running(WATCH), []
     monkeypatch.setattr(cli, "_demo", lambda options, progress: during.append(running(WATCH)))
@@ -60,20 +60,36 @@ def test_a_command_shares_the_cpus(alone, monkeypatch, tmp_path):
     assert (during, running(WATCH)) == ([before + 1], before)
 
 
-@LINUX
-@pytest.mark.parametrize("reason", [*SETTINGS, "no statistics"])
-def test_it_does_nothing(alone, monkeypatch, reason):
+@WATCHED
+@pytest.mark.parametrize("reason", [*SETTINGS, "no statistics", "another OpenMP"])
+def test_it_does_nothing(alone, monkeypatch, tmp_path, reason):
     if reason in SETTINGS:
         monkeypatch.setenv(reason, "7")
+    elif reason == "no statistics":
+        (tmp_path / "1").mkdir()
+        (tmp_path / "1" / "schedstat").write_text("0 0 0\n")  # of a kernel that could, and was not asked to
+        monkeypatch.setattr(waiting, "THREADS", tmp_path)
     else:
-        monkeypatch.setattr(waiting, "STATISTICS", Path("/nowhere"))
+        (tmp_path / "maps").write_text("7f-80 r-xp 0 00:00 0 /usr/lib/libiomp5.so\n")
+        monkeypatch.setattr(waiting, "MAPS", tmp_path / "maps")
     before = running(WATCH)
     with share_cpus():
         assert running(WATCH) == before
 
 
-class Queue:
-    """A machine whose threads queue for so many CPUs in one interval after the other."""
+def test_a_thread_that_cannot_be_read_does_not_count(monkeypatch, tmp_path):
+    for name, text in {"1": "5000 2000000000 3\n", "2": "", "3": "5000 0 3\n"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "schedstat").write_text(text)
+    (tmp_path / "4").mkdir()
+    monkeypatch.setattr(waiting, "THREADS", tmp_path)
+    assert queued_s() == {"1": 2.0, "3": 0.0}
+    monkeypatch.setattr(waiting, "THREADS", tmp_path / "none")
+    assert queued_s() == {}
+
+
+class Machine:
+    """One of whose threads queues for a share of each interval, as listed; the others never do."""
 
     def __init__(self, *shares: float) -> None:
         self.left = list(shares)
@@ -90,6 +106,23 @@ class Queue:
         self.queued += self.left.pop(0) * interval
         return False
 
+    def queued_s(self) -> dict[str, float]:
+        return {"1": self.queued, **{str(thread): 7.0 for thread in range(2, 50)}}
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
+    class Team:
+        def __init__(self, openmp: object) -> None:
+            machine.team = True
+
+        def dismiss(self) -> None:
+            machine.team = False
+
+    monkeypatch.setattr(waiting, "SpareTeam", Team)
+    monkeypatch.setattr(waiting, "queued_s", machine.queued_s)
+    monkeypatch.setattr(waiting, "monotonic", lambda: machine.now)
+    waiting._watch(machine, None)  # type: ignore[arg-type]
+
 
 @pytest.mark.parametrize(
     ("shares", "teams"),
@@ -99,42 +132,52 @@ class Queue:
         ([1.0, 0.0] * 4, [False] * 8),  # a moment here and there
         ([1.0] * COME + [0.0] * (GO + 1), [False] * (COME - 1) + [True] * GO + [False] * 2),
         ([1.0] * COME + [0.0] * (GO - 1) + [1.0] + [0.0] * (GO - 1), [False] * (COME - 1) + [True] * 2 * GO),
-        ([-3.0] * 4, [False] * 4),  # a thread has ended, and its share went with it
     ],
 )
 def test_the_short_spin_comes_with_the_crowd_and_goes_after_it(monkeypatch, shares, teams):
-    queue = Queue(*shares)
-
-    class Team:
-        def __init__(self) -> None:
-            queue.team = True
-
-        def dismiss(self) -> None:
-            queue.team = False
-
-    monkeypatch.setattr(waiting, "SpareTeam", Team)
-    monkeypatch.setattr(waiting, "queued_s", lambda: queue.queued)
-    monkeypatch.setattr(waiting, "monotonic", lambda: queue.now)
-    waiting._watch(queue)  # type: ignore[arg-type]
-    assert queue.teams == teams
-    assert not queue.team
+    machine = Machine(*shares)
+    watched(monkeypatch, machine)
+    assert machine.teams == teams
+    assert not machine.team
 
 
-@LINUX
-def test_threads_that_have_no_cpu_queue():
-    """More of them than CPUs, and each wants one: together they queue for what is too much."""
-    code = "import sys, time\nwhile time.process_time() < 0.5: pass\n"
-    others = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2 * len(os.sched_getaffinity(0)))]
-    before = queued_s()
+def test_what_goes_wrong_leaves_no_team(monkeypatch):
+    class Failing(Machine):
+        def queued_s(self) -> dict[str, float]:
+            if self.team:
+                raise RuntimeError("no more")
+            return super().queued_s()
+
+    machine = Failing(*[1.0] * 9)
+    with pytest.raises(RuntimeError, match="no more"):
+        watched(monkeypatch, machine)
+    assert not machine.team
+
+
+@WATCHED
+def test_a_team_that_cannot_be_made_is_not_waited_for(monkeypatch):
+    said: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", said.append)
+    before, team = running(TEAM), SpareTeam(None)  # type: ignore[arg-type]
+    team.dismiss()
+    assert [told.exc_type for told in said] == [AttributeError]
+    assert running(TEAM) == before
+
+
+@WATCHED
+def test_a_thread_without_a_cpu_queues():
+    code = "import time\nwhile time.process_time() < 0.5: pass\n"
+    others = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2 * CPUS)]
+    before, me = queued_s(), str(threading.get_native_id())
     while any(other.poll() is None for other in others):
         sum(range(10_000))
-    assert queued_s() - before > 0.1
+    assert queued_s()[me] - before[me] > INTERVAL_S
 
 
 # CPU time, in milliseconds, that the threads of a parallel region take after it.
 SPUN = """
 import statistics, time, torch
-from mem1.waiting import SpareTeam
+from mem1.waiting import SpareTeam, gnu_openmp
 def spun():
     took = []
     for _ in range(20):
@@ -143,27 +186,25 @@ def spun():
         time.sleep(0.02)
         took.append(1e3 * (time.process_time() - before))
     return statistics.median(took)
-torch.set_num_threads(2)
+torch.set_num_threads(THREADS)
 print(spun())
-team = SpareTeam()
+team = SpareTeam(gnu_openmp())
 print(spun())
 team.dismiss()
 print(spun())
 """
 
 
-@LINUX
-@pytest.mark.skipif("libgomp" not in Path("/proc/self/maps").read_text(), reason="not GNU's OpenMP")
-@pytest.mark.skipif(
-    len(os.sched_getaffinity(0)) > 2, reason="with two threads this machine has CPUs to spare"
-)
-def test_a_spare_team_makes_the_spin_short():
-    long, short, again = map(float, python(SPUN))
+@WATCHED
+@pytest.mark.skipif(CPUS < 2, reason="with one CPU the spin is short as it comes")
+@pytest.mark.parametrize("threads", sorted({2, CPUS}))
+def test_a_spare_team_makes_the_spin_short(threads):
+    long, short, again = map(float, python(SPUN.replace("THREADS", str(threads))))
     assert long > 1 and again > 1
     assert short < 0.5
 
 
-@LINUX
+@WATCHED
 def test_results_do_not_depend_on_it():
     def work() -> list[torch.Tensor]:
         draw = torch.Generator().manual_seed(0)
@@ -176,7 +217,7 @@ def test_results_do_not_depend_on_it():
         return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
     plain = work()
-    before, team = running(TEAM), SpareTeam()
+    before, team = running(TEAM), SpareTeam(gnu_openmp())
     try:
         assert running(TEAM) == before + 1
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(work(), plain, strict=True))
