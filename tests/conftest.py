@@ -27,6 +27,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_cpus() -> Iterator[None]:
+    """CPUs for this process beside other work, of which the other workers of pytest-xdist are some."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if workers > 1:  # two threads at least, for what only several can get wrong
+        torch.set_num_threads(max(2, torch.get_num_threads() // workers))
     with share_cpus():
         yield
 
