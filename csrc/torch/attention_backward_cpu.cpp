@@ -60,8 +60,8 @@ void differentiate(const Shape& shape, const Plan& plan, const Task& task, const
           *k_chunks = keys.k_chunks.const_data_ptr<T>() + offset;
   pack_queries<In, T>(shape, plan, task, const_view_of<In>(saved.q), w.q_rows.data());
   pack_queries<In, T>(shape, plan, task, const_view_of<In>(saved.d_out), w.do_rows.data());
-  transposed_operand(w.q_rows.data(), columns, dim, w.q_transposed.data());
-  transposed_operand(w.do_rows.data(), columns, dim, w.do_transposed.data());
+  transposed_operand(w.q_rows.data(), columns, dim, w.q_transposed.data(), columns);
+  transposed_operand(w.do_rows.data(), columns, dim, w.do_transposed.data(), columns);
   const T *q_operand = operand(w.q_rows.data(), columns, dim, w.q_pairs.data()),
           *do_operand = operand(w.do_rows.data(), columns, dim, w.do_pairs.data());
   load_statistics<In, T>(shape, plan, task, saved, w);

@@ -217,7 +217,7 @@ void forward(const Plan& plan, const at::Tensor& q, const at::Tensor& k, const a
     for (int64_t n = begin; n < end; ++n) {
       const Task task(shape, plan, n);
       pack_queries<In, T>(shape, plan, task, q_in, w.rows.data());
-      transposed_operand(w.rows.data(), shape.columns, shape.padded_dim, w.queries.data());
+      transposed_operand(w.rows.data(), shape.columns, shape.padded_dim, w.queries.data(), shape.columns);
       attend<T>(shape, plan, task, keys, scale, w);
 
       transpose(w.out.data(), shape.padded_dim, shape.columns, shape.columns, w.out_rows.data(), shape.padded_dim);

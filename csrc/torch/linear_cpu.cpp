@@ -21,6 +21,29 @@ template <typename T>
 constexpr int64_t kBlock = kPairs<T> ? 256 : 64;  // rows of the weight
 constexpr int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
 
+// A product reads all of its right operand again for every few rows of the left one: pieces of this size stay in the
+// second-level cache.
+constexpr int64_t kDepth = 512, kColumns = 128;
+
+// At least n elements, in an odd number of cache lines: rows that lie a power of two apart share few places of a cache.
+template <typename T>
+constexpr int64_t odd_lines(int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  return ((n + kLine - 1) / kLine | 1) * kLine;
+}
+
+// C[M, N] (+)= A[M, K] B[K, N]. Strides of B are those of gemm_cpu.h.
+template <typename T>
+void product(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc,
+             bool accumulate) {
+  for (int64_t column = 0; column < n; column += kColumns) {
+    for (int64_t row = 0; row < k; row += kDepth) {
+      gemm(m, std::min(kColumns, n - column), std::min(kDepth, k - row), a + row, lda,
+           b + row * ldb + column * (kPairs<T> ? 2 : 1), ldb, c + column, ldc, accumulate || row > 0);
+    }
+  }
+}
+
 // Rows of a matrix as floats: where they lie, or widened into `scratch`.
 template <typename In>
 const float* as_floats(const In* from, int64_t count, std::vector<float>& scratch) {
@@ -43,23 +66,25 @@ const T* left(const In* from, int64_t count, std::vector<float>& scratch) {
   }
 }
 
-// Rows [count, width] as the right operand; bfloat16 in pairs of rows, the last one beside zeros if it is alone.
+// Rows [count, width] of a matrix as the right operand with `ld` columns; bfloat16 in pairs of rows, the last one
+// beside zeros if it is alone.
 template <typename T, typename In>
-const T* right(const In* from, int64_t count, int64_t width, std::vector<T>& pairs, std::vector<float>& scratch) {
+void pack_right(const In* from, int64_t count, int64_t width, int64_t ld_from, std::vector<T>& to, int64_t ld) {
+  to.resize(even(count) * ld);
   if constexpr (std::is_same_v<T, float>) {
-    return as_floats(from, count * width, scratch);
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t d = 0; d < width; ++d) to[r * ld + d] = static_cast<float>(from[r * ld_from + d]);
+    }
   } else {
-    pairs.resize(even(count) * width);
     const auto* in = reinterpret_cast<const uint16_t*>(from);
-    auto* out = reinterpret_cast<uint32_t*>(pairs.data());
+    auto* out = reinterpret_cast<uint32_t*>(to.data());
     for (int64_t r = 0; r < count; r += 2) {
-      const uint16_t *low = in + r * width, *high = r + 1 < count ? low + width : nullptr;
-      uint32_t* pair = out + r / 2 * width;
+      const uint16_t *low = in + r * ld_from, *high = r + 1 < count ? low + ld_from : nullptr;
+      uint32_t* pair = out + r / 2 * ld;
       for (int64_t d = 0; d < width; ++d) {
         pair[d] = low[d] | (high == nullptr ? 0u : static_cast<uint32_t>(high[d]) << 16);
       }
     }
-    return pairs.data();
   }
 }
 
@@ -79,14 +104,15 @@ void logits_of(const at::Tensor& hidden, const at::Tensor& weight, const at::Ten
   const In* weights = weight.const_data_ptr<In>();
   float* out = logits.data_ptr<float>();
   std::vector<float> wide;
-  std::vector<T> columns(rows * width);
-  transposed_operand(left<T>(hidden.const_data_ptr<In>(), rows * width, wide), rows, width, columns.data());
+  const int64_t padded = odd_lines<float>(rows);
+  std::vector<T> columns(padded * width);
+  transposed_operand(left<T>(hidden.const_data_ptr<In>(), rows * width, wide), rows, width, columns.data(), padded);
   over_blocks<T>(weight.size(0), [&](int64_t first, int64_t count) {
     thread_local std::vector<float> scratch, tile;
-    tile.resize(kBlock<T> * rows);
+    tile.resize(kBlock<T> * padded);
     const T* block = left<T>(weights + first * width, count * width, scratch);
-    gemm(count, rows, width, block, width, columns.data(), rows, tile.data(), rows, false);
-    transpose(tile.data(), count, rows, rows, out + first, ld);
+    product(count, rows, width, block, width, columns.data(), padded, tile.data(), padded, false);
+    transpose(tile.data(), count, rows, padded, out + first, ld);
   });
 }
 
@@ -97,25 +123,24 @@ void hidden_gradient(const at::Tensor& d_logits, const at::Tensor& weight, const
   const In* weights = weight.const_data_ptr<In>();
   In* out = d_hidden.data_ptr<In>();
   const int64_t blocks = (vocabulary + kBlock<T> - 1) / kBlock<T>, shares = std::min(kShares, blocks);
+  const int64_t ld_own = odd_lines<T>(kBlock<T>), ld_block = odd_lines<float>(kColumns);
   std::vector<float> sums(shares * rows * width);
   at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch;
-    std::vector<T> pairs, last;
+    std::vector<T> block, own(rows * ld_own);
     for (int64_t share = begin; share < end; ++share) {
-      const int64_t first = share * blocks / shares * kBlock<T>;
-      const int64_t stop = std::min((share + 1) * blocks / shares * kBlock<T>, vocabulary);
-      for (int64_t v = first; v < stop; v += kBlock<T>) {
-        const int64_t count = std::min(kBlock<T>, stop - v), padded = kPairs<T> ? even(count) : count;
-        const T* block = right<T>(weights + v * width, count, width, pairs, scratch);
-        const T* own = slopes + v;
-        int64_t ld_own = ld;
-        if (padded != count) {  // nothing is read behind the end of a row
-          last.assign(rows * padded, T(0));
-          for (int64_t r = 0; r < rows; ++r) std::copy_n(own + r * ld, count, last.data() + r * padded);
-          own = last.data();
-          ld_own = padded;
+      float* sum = sums.data() + share * rows * width;
+      for (int64_t b = share * blocks / shares; b < (share + 1) * blocks / shares; ++b) {
+        const int64_t first = b * kBlock<T>, count = std::min(kBlock<T>, vocabulary - first);
+        for (int64_t r = 0; r < rows; ++r) {
+          std::fill(std::copy_n(slopes + r * ld + first, count, own.data() + r * ld_own), own.data() + (r + 1) * ld_own,
+                    T(0));
         }
-        gemm(rows, width, padded, own, ld_own, block, width, sums.data() + share * rows * width, width, v > first);
+        for (int64_t column = 0; column < width; column += kColumns) {
+          const int64_t columns = std::min(kColumns, width - column);
+          pack_right(weights + first * width + column, count, columns, width, block, ld_block);
+          gemm(rows, columns, kPairs<T> ? even(count) : count, own.data(), ld_own, block.data(), ld_block, sum + column,
+               width, b > share * blocks / shares);
+        }
       }
     }
     gemm_done<T>();
@@ -133,25 +158,25 @@ template <typename T, typename In>
 void weight_gradient(const at::Tensor& d_logits, const at::Tensor& hidden, const at::Tensor& d_weight,
                      bool accumulate) {
   const int64_t rows = hidden.size(0), width = hidden.size(1), ld = d_logits.stride(0);
-  const int64_t padded = kPairs<T> ? even(rows) : rows;
+  const int64_t padded = kPairs<T> ? even(rows) : rows, ld_tile = odd_lines<T>(padded),
+                ld_states = odd_lines<float>(width);
   const T* slopes = d_logits.const_data_ptr<T>();
   const bool narrow = !std::is_same_v<In, float> && d_weight.scalar_type() != at::kFloat;
   void* out = d_weight.data_ptr();
-  std::vector<float> wide;
-  std::vector<T> pairs;
-  const T* states = right<T>(hidden.const_data_ptr<In>(), rows, width, pairs, wide);
+  std::vector<T> states;
+  pack_right(hidden.const_data_ptr<In>(), rows, width, width, states, ld_states);
   over_blocks<T>(d_weight.size(0), [&](int64_t first, int64_t count) {
     thread_local std::vector<T> tile;
     thread_local std::vector<float> sums;
-    tile.resize(kBlock<T> * padded);
+    tile.resize(kBlock<T> * ld_tile);
     if (padded != rows) std::fill(tile.begin(), tile.end(), T(0));
-    transpose(slopes + first, rows, count, ld, tile.data(), padded);
+    transpose(slopes + first, rows, count, ld, tile.data(), ld_tile);
     float* own = static_cast<float*>(out) + first * width;
     if (narrow) {
       sums.resize(kBlock<T> * width);
       own = sums.data();
     }
-    gemm(count, width, padded, tile.data(), padded, states, width, own, width, accumulate);
+    product(count, width, padded, tile.data(), ld_tile, states.data(), ld_states, own, width, accumulate);
     if (narrow) std::copy_n(own, count * width, static_cast<In*>(out) + first * width);
   });
 }

@@ -45,15 +45,14 @@ bool pack_row(const In* in, int64_t dim, int64_t padded, T* out) {
   return zero == 0;
 }
 
-// Rows as the right operand of a product: B[k, n] = rows[n, k].
+// Rows as the right operand of a product: B[k, n] = rows[n, k], with `ld` columns.
 template <typename T>
-void transposed_operand(const T* rows, int64_t count, int64_t dim, T* out) {
+void transposed_operand(const T* rows, int64_t count, int64_t dim, T* out, int64_t ld) {
   if constexpr (std::is_same_v<T, at::BFloat16>) {
     // A pair of elements of a row is a pair of rows of the operand: transpose in units of pairs.
-    transpose(reinterpret_cast<const uint32_t*>(rows), count, dim / 2, dim / 2, reinterpret_cast<uint32_t*>(out),
-              count);
+    transpose(reinterpret_cast<const uint32_t*>(rows), count, dim / 2, dim / 2, reinterpret_cast<uint32_t*>(out), ld);
   } else {
-    transpose(rows, count, dim, dim, out, count);
+    transpose(rows, count, dim, dim, out, ld);
   }
 }
 
