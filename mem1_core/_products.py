@@ -24,6 +24,7 @@ from torch import Tensor
 
 PIECE = 16_384  # rows of the weight that are measured: fewer, and what a call costs by itself would show
 LEAST_WORK = 2**33  # multiplications of one product: below, measuring would cost more than it could bring
+BLOCKS = 2  # raised when the block products of csrc/torch/linear_cpu.cpp change: answers about others are void
 CLEARLY = 0.9  # of the time of block products: what torch.mm has to stay below to replace them
 REPEATS = 2
 
@@ -47,6 +48,7 @@ def _kind(rows: int, width: int, vocabulary: int) -> dict[str, Any]:
     """Sizes by their powers of two: a chunk that is a little shorter is no other kind."""
     sizes = [size.bit_length() for size in (rows, width, vocabulary)]
     return {
+        "blocks": BLOCKS,
         "cpu": _processor(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
