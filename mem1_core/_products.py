@@ -24,7 +24,7 @@ from torch import Tensor
 
 PIECE = 16_384  # rows of the weight that are measured: fewer, and what a call costs by itself would show
 LEAST_WORK = 2**33  # multiplications of one product: below, measuring would cost more than it could bring
-BLOCKS = 2  # raised when the block products of csrc/torch/linear_cpu.cpp change: answers about others are void
+BLOCKS = 2  # raised when the block products of linear_cpu.cpp change, which voids answers about them
 CLEARLY = 0.9  # of the time of block products: what torch.mm has to stay below to replace them
 REPEATS = 2
 
