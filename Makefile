@@ -1,6 +1,6 @@
 # make demo    roll out, train, evaluate and draw, on the CPU, from a bare checkout
-# make test    all tests this machine can run, one process for each CPU, at most 8 (WORKERS says another number); NEWEST=1:
-#              with the newest packages instead of constraints.txt's
+# make test    all tests this machine can run, in WORKERS processes (0: in pytest's own, as --pdb wants it); NEWEST=1: with
+#              the newest packages instead of constraints.txt's
 # make ends    the tests of what other packages do for this one, with the oldest supported and the newest there are
 # make lint    ruff, mypy, clang-format
 # make ext     rebuild the compiled part after an edit in csrc/ (seconds)
@@ -14,10 +14,10 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 OUT ?= demo
 NEWEST ?=
-WORKERS ?= logical
+WORKERS ?= $(shell .ci/workers)
 
 BIN := $(VENV)/bin
-SPREAD := -n $(WORKERS) --maxprocesses 8 --dist worksteal
+SPREAD = -n $(WORKERS) --dist worksteal
 STEP := @.ci/step
 READY := $(VENV)/ready$(if $(NEWEST),-newest)
 VERSIONS := $(if $(NEWEST),--upgrade --upgrade-strategy eager,--constraint constraints.txt) --constraint $(VENV)/torch.txt

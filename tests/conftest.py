@@ -25,6 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests have recorded as "report" is shown once, whichever process they ran in."""
+    ran = [test for outcome in ("passed", "failed") for test in terminalreporter.getreports(outcome)]
+    shown = dict.fromkeys(text for test in ran for name, text in test.user_properties if name == "report")
+    for text in shown:
+        terminalreporter.write_line(f"\n{text}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def shared_cpus() -> Iterator[None]:
     """CPUs for this process beside other work, of which the other workers of pytest-xdist are some."""

@@ -100,18 +100,13 @@ def commands(text: str, program: str) -> list[tuple[str, list[str]]]:
 # --- the README ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("readme")
-
-
 @pytest.mark.parametrize("block", [pytest.param(b, id=f"line{b.line}") for b in python_blocks(README)])
-def test_python_block_runs(block: Block, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if block.no_run:
         assert "cuda" in block.code, "no-run is for blocks that need a GPU"
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
-    monkeypatch.chdir(folder)  # one folder for all blocks: a later one may read what an earlier one wrote
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     run(block)
 

@@ -31,8 +31,11 @@ every_dim = pytest.mark.parametrize("dim", HEAD_DIMS)
 Rows = dict[tuple[str, int, str], dict[str, Any]]
 
 
-def compiled(arch: str, dtypes: tuple[str, ...], folder: Path, config: pytest.Config) -> Rows:
-    """Compiles the kernels for `arch`, shows the report and returns its rows."""
+reports: list[str] = []  # that are still to be shown, by the summary at the end (conftest)
+
+
+def compiled(arch: str, dtypes: tuple[str, ...], folder: Path) -> Rows:
+    """Compiles the kernels for `arch` and returns the rows of the report."""
     done = subprocess.run(
         [sys.executable, "tests/triton_report.py", arch, "--dtypes", *dtypes, "--json", folder / "rows.json"],
         cwd=ROOT,
@@ -42,23 +45,28 @@ def compiled(arch: str, dtypes: tuple[str, ...], folder: Path, config: pytest.Co
         timeout=900,
         check=False,
     )
-    capture: Any = config.pluginmanager.getplugin("capturemanager")
-    with capture.global_and_fixture_disabled():
-        print(f"\n{done.stdout}", end="", flush=True)
+    reports.append(done.stdout)
     assert done.returncode == 0, done.stderr
     rows = json.loads((folder / "rows.json").read_text())
     return {(row["kernel"], row["D"], row["dtype"]): row for row in rows}
 
 
 @pytest.fixture(scope="session")
-def hopper(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    return compiled("sm_90a", ("bf16", "fp16", "fp32"), tmp_path_factory.mktemp("sm_90a"), request.config)
+def hopper(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    return compiled("sm_90a", ("bf16", "fp16", "fp32"), tmp_path_factory.mktemp("sm_90a"))
 
 
 @pytest.fixture(scope="session")
-def ampere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Rows:
+def ampere(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     """Without float16, which runs the instructions of bfloat16."""
-    return compiled("sm_80", ("bf16", "fp32"), tmp_path_factory.mktemp("sm_80"), request.config)
+    return compiled("sm_80", ("bf16", "fp32"), tmp_path_factory.mktemp("sm_80"))
+
+
+@pytest.fixture(autouse=True)
+def shown(record_property: Callable[[str, object], None]) -> Iterator[None]:
+    yield
+    while reports:
+        record_property("report", reports.pop())
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])

@@ -19,7 +19,8 @@ template <typename T>
 constexpr bool kPairs = std::is_same_v<T, at::BFloat16>;
 template <typename T>
 constexpr int64_t kBlock = kPairs<T> ? 256 : 64;  // rows of the weight
-constexpr int64_t even(int64_t n) { return (n + 1) / 2 * 2; }
+// Sizes of products, which are compiled and kept for each: few kinds, and an even number of terms.
+constexpr int64_t whole(int64_t n) { return (n + 15) / 16 * 16; }
 
 // A product reads all of its right operand again for every few rows of the left one: pieces of this size stay in the
 // second-level cache.
@@ -70,7 +71,7 @@ const T* left(const In* from, int64_t count, std::vector<float>& scratch) {
 // beside zeros if it is alone.
 template <typename T, typename In>
 void pack_right(const In* from, int64_t count, int64_t width, int64_t ld_from, std::vector<T>& to, int64_t ld) {
-  to.resize(even(count) * ld);
+  to.assign(whole(count) * ld, T(0));
   if constexpr (std::is_same_v<T, float>) {
     for (int64_t r = 0; r < count; ++r) {
       for (int64_t d = 0; d < width; ++d) to[r * ld + d] = static_cast<float>(from[r * ld_from + d]);
@@ -111,7 +112,7 @@ void logits_of(const at::Tensor& hidden, const at::Tensor& weight, const at::Ten
     thread_local std::vector<float> scratch, tile;
     tile.resize(kBlock<T> * padded);
     const T* block = left<T>(weights + first * width, count * width, scratch);
-    product(count, rows, width, block, width, columns.data(), padded, tile.data(), padded, false);
+    product(count, whole(rows), width, block, width, columns.data(), padded, tile.data(), padded, false);
     transpose(tile.data(), count, rows, padded, out + first, ld);
   });
 }
@@ -124,11 +125,12 @@ void hidden_gradient(const at::Tensor& d_logits, const at::Tensor& weight, const
   In* out = d_hidden.data_ptr<In>();
   const int64_t blocks = (vocabulary + kBlock<T> - 1) / kBlock<T>, shares = std::min(kShares, blocks);
   const int64_t ld_own = odd_lines<T>(kBlock<T>), ld_block = odd_lines<float>(kColumns);
-  std::vector<float> sums(shares * rows * width);
+  const int64_t size = whole(rows) * width;
+  std::vector<float> sums(shares * size);
   at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> block, own(rows * ld_own);
+    std::vector<T> block, own(whole(rows) * ld_own);
     for (int64_t share = begin; share < end; ++share) {
-      float* sum = sums.data() + share * rows * width;
+      float* sum = sums.data() + share * size;
       for (int64_t b = share * blocks / shares; b < (share + 1) * blocks / shares; ++b) {
         const int64_t first = b * kBlock<T>, count = std::min(kBlock<T>, vocabulary - first);
         for (int64_t r = 0; r < rows; ++r) {
@@ -138,8 +140,8 @@ void hidden_gradient(const at::Tensor& d_logits, const at::Tensor& weight, const
         for (int64_t column = 0; column < width; column += kColumns) {
           const int64_t columns = std::min(kColumns, width - column);
           pack_right(weights + first * width + column, count, columns, width, block, ld_block);
-          gemm(rows, columns, kPairs<T> ? even(count) : count, own.data(), ld_own, block.data(), ld_block, sum + column,
-               width, b > share * blocks / shares);
+          gemm(whole(rows), columns, whole(count), own.data(), ld_own, block.data(), ld_block, sum + column, width,
+               b > share * blocks / shares);
         }
       }
     }
@@ -148,7 +150,7 @@ void hidden_gradient(const at::Tensor& d_logits, const at::Tensor& weight, const
   at::parallel_for(0, rows * width, 1 << 14, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       float sum = 0;
-      for (int64_t share = 0; share < shares; ++share) sum += sums[share * rows * width + n];
+      for (int64_t share = 0; share < shares; ++share) sum += sums[share * size + n];
       out[n] = static_cast<In>(sum);
     }
   });
@@ -158,8 +160,7 @@ template <typename T, typename In>
 void weight_gradient(const at::Tensor& d_logits, const at::Tensor& hidden, const at::Tensor& d_weight,
                      bool accumulate) {
   const int64_t rows = hidden.size(0), width = hidden.size(1), ld = d_logits.stride(0);
-  const int64_t padded = kPairs<T> ? even(rows) : rows, ld_tile = odd_lines<T>(padded),
-                ld_states = odd_lines<float>(width);
+  const int64_t padded = whole(rows), ld_tile = odd_lines<T>(padded), ld_states = odd_lines<float>(width);
   const T* slopes = d_logits.const_data_ptr<T>();
   const bool narrow = !std::is_same_v<In, float> && d_weight.scalar_type() != at::kFloat;
   void* out = d_weight.data_ptr();
