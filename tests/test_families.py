@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -251,7 +251,7 @@ def test_checks_pass_dropout_between_layers_and_leave_random_numbers_alone() -> 
 
 
 @pytest.mark.slow
-def test_every_family(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_family(record_property: Callable[[str, object], None]) -> None:
     rows, failed = [], {}
     for family in FAMILIES:
         try:
@@ -260,11 +260,15 @@ def test_every_family(capsys: pytest.CaptureFixture[str]) -> None:
             failed[family] = f"{type(error).__name__}: {error}"
     verdicts = Counter(row.verdict for row in rows)
     reasons = Counter(kind(row.mask) for row in rows if row.verdict == "refused")
-    with capsys.disabled():
-        print(f"\ntransformers {transformers.__version__}: {len(FAMILIES)} families, {dict(verdicts)}")
-        print(f"{'family':35}{'mask':>7} {'slots':>7} {'pruned':>7} {'engine':>7}  reason")
-        print(*rows, *(f"{family:25}FAILED    {error}" for family, error in failed.items()), sep="\n")
-        print("refused:", *(f"{count:4} {reason}" for reason, count in reasons.most_common()), sep="\n")
+    report = [
+        f"transformers {transformers.__version__}: {len(FAMILIES)} families, {dict(verdicts)}",
+        f"{'family':35}{'mask':>7} {'slots':>7} {'pruned':>7} {'engine':>7}  reason",
+        *map(str, rows),
+        *(f"{family:25}FAILED    {error}" for family, error in failed.items()),
+        "refused:",
+        *(f"{count:4} {reason}" for reason, count in reasons.most_common()),
+    ]
+    record_property("report", "\n".join(report))
     assert not failed
     assert not {*WELL_KNOWN} - {row.family for row in rows if row.verdict == "passed"}
     assert len(rows) == len(FAMILIES) >= 170 and verdicts["passed"] >= 60
