@@ -156,7 +156,8 @@ def compare(
     """Check each contender once, then time all of them in turn for about `budget_s` seconds.
 
     budget_s 0 only checks. A contender whose call takes over `SLOW_CALL_S` runs `min_rounds` times, over
-    twice that one time less; the others share what the budget allows. The clock is `HostClock` by default.
+    twice that one time less, over ten times that once; the others share what the budget allows. The clock is
+    `HostClock` by default.
     """
     clock = clock or HostClock()
     results = [Result(c.name, note=c.note) for c in contenders]
@@ -180,7 +181,10 @@ def compare(
         _add(result, timing)
     quick = sum(s for s in costs if s <= SLOW_CALL_S)
     many = max(min_rounds, min(MAX_ROUNDS, int(budget_s / max(quick, 1e-9))))
-    rounds = [many if s <= SLOW_CALL_S else min_rounds - (s > 2 * SLOW_CALL_S) for s in costs]
+    rounds = [
+        many if s <= SLOW_CALL_S else 1 if s > 10 * SLOW_CALL_S else min_rounds - (s > 2 * SLOW_CALL_S)
+        for s in costs
+    ]
     for turn in range(1, max(rounds, default=0)):
         for (_, run, result), wanted, together in zip(running, rounds, calls, strict=True):
             if turn < wanted:

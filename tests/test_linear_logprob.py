@@ -53,7 +53,7 @@ def test_large_vocabularies(
 
 
 @every_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("sizes", "workspace_bytes"),
     [((37, 1026, 300), None), ((5, 515, 257), None), ((515, 130, 300), None), ((600, 140, 70), 528 * 72 * 4)],
@@ -62,7 +62,7 @@ def test_large_vocabularies(
 def test_products_in_pieces(
     backend: str, device: str, dtype: torch.dtype, sizes: tuple[int, int, int], workspace_bytes: int | None
 ) -> None:
-    """On the CPU they take so many columns and terms at a time; the last pieces are odd, and chunks add up."""
+    """On the CPU: so many columns and terms at a time; the last pieces are odd, and chunks add up."""
     options = {"backend": backend, "workspace_bytes": workspace_bytes}
     with poisoned_memory():
         check(linear_logprob, inputs(*sizes, dtype=dtype, device=device, bias=True), **options)
