@@ -27,8 +27,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What tests have recorded as "report" is shown once, whichever process they ran in."""
-    ran = [test for outcome in ("passed", "failed") for test in terminalreporter.getreports(outcome)]
-    shown = dict.fromkeys(text for test in ran for name, text in test.user_properties if name == "report")
+    ran = [report for of_a_kind in terminalreporter.stats.values() for report in of_a_kind]
+    # Warnings are among them, which have none.
+    recorded = [pair for report in ran for pair in getattr(report, "user_properties", ())]
+    shown = dict.fromkeys(text for name, text in recorded if name == "report")
     for text in shown:
         terminalreporter.write_line(f"\n{text}")
 
