@@ -25,8 +25,6 @@ struct Plan {
   int64_t block_q, block_k;
 };
 
-inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
 // Sizes. A "pair" is one (batch, KV head); "columns" are the queries of a task: heads of the group times block_q.
 struct Shape {
   int64_t batch, length, query_heads, kv_heads, dim;

@@ -20,7 +20,7 @@ constexpr bool kPairs = std::is_same_v<T, at::BFloat16>;
 template <typename T>
 constexpr int64_t kBlock = kPairs<T> ? 256 : 64;  // rows of the weight
 // Sizes of products, which are compiled and kept for each: few kinds, and an even number of terms.
-constexpr int64_t whole(int64_t n) { return (n + 15) / 16 * 16; }
+constexpr int64_t whole(int64_t n) { return round_up(n, 16); }
 
 // A product reads all of its right operand again for every few rows of the left one: pieces of this size stay in the
 // second-level cache.
@@ -30,7 +30,7 @@ constexpr int64_t kDepth = 512, kColumns = 128;
 template <typename T>
 constexpr int64_t odd_lines(int64_t n) {
   constexpr int64_t kLine = 64 / sizeof(T);
-  return ((n + kLine - 1) / kLine | 1) * kLine;
+  return (round_up(n, kLine) / kLine | 1) * kLine;
 }
 
 // C[M, N] (+)= A[M, K] B[K, N]. Strides of B are those of gemm_cpu.h.
@@ -71,7 +71,8 @@ const T* left(const In* from, int64_t count, std::vector<float>& scratch) {
 // beside zeros if it is alone.
 template <typename T, typename In>
 void pack_right(const In* from, int64_t count, int64_t width, int64_t ld_from, std::vector<T>& to, int64_t ld) {
-  to.assign(whole(count) * ld, T(0));
+  to.resize(whole(count) * ld);
+  std::fill(to.begin() + (kPairs<T> ? round_up(count, 2) : count) * ld, to.end(), T(0));
   if constexpr (std::is_same_v<T, float>) {
     for (int64_t r = 0; r < count; ++r) {
       for (int64_t d = 0; d < width; ++d) to[r * ld + d] = static_cast<float>(from[r * ld_from + d]);
@@ -170,8 +171,8 @@ void weight_gradient(const at::Tensor& d_logits, const at::Tensor& hidden, const
     thread_local std::vector<T> tile;
     thread_local std::vector<float> sums;
     tile.resize(kBlock<T> * ld_tile);
-    if (padded != rows) std::fill(tile.begin(), tile.end(), T(0));
     transpose(slopes + first, rows, count, ld, tile.data(), ld_tile);
+    for (int64_t v = 0; v < count; ++v) std::fill_n(tile.data() + v * ld_tile + rows, padded - rows, T(0));
     float* own = static_cast<float*>(out) + first * width;
     if (narrow) {
       sums.resize(kBlock<T> * width);

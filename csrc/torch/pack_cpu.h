@@ -10,6 +10,8 @@
 
 namespace mem1::cpu {
 
+constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
 // A [batch, length, heads, dim] tensor: contiguous last dimension, any other strides (in elements).
 template <typename T>
 struct View {
