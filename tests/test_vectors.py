@@ -29,6 +29,8 @@ LOOPS = (
     "cpu::exponentials(float const*, long, long, float, float const*, float*, c10::BFloat16*)",
     "cpu::gradients(float const*, float const*, long, long, float, float const*, float const*, float*",
     "cpu::gradients(float const*, float const*, long, long, float, float const*, float const*, c10",
+    "cpu::(anonymous namespace)::attend<float>",
+    "cpu::(anonymous namespace)::attend<c10::BFloat16>",
 )
 # What such a loop does with each element. Not sums: they are also made of what scalars have found.
 ARITHMETIC = re.compile(r"\sv(?:mul|max|cmp\w*|fn?m(?:add|sub)\d+)ps .*%([yz]mm)")
@@ -53,21 +55,38 @@ def functions() -> Iterator[tuple[str, str]]:
 
 @cache
 def clones() -> dict[tuple[str, str], str]:
-    """Instructions of each loop, by its name and instruction set."""
+    """Instructions of each loop, by its name and instruction set: those that the compiler has cloned, and
+    templates of a vector's width, which have the set in their own name.
+    """
     found = {}
     for name, body in functions():
-        told = re.fullmatch(r"mem1::(.*) \[clone \.(\w+)\]", name)
-        if told is not None and told[2] in CLONES:
+        if told := re.fullmatch(r"mem1::(.*) \[clone \.(\w+)\]", name):
             found[told[1], told[2]] = body
+        elif told := re.fullmatch(r"void mem1::(.*)_(avx2|avx512)(<.*)", name):
+            found[told[1] + told[3], told[2].replace("avx512", "avx512f")] = body
     return found
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("instructions", CLONES)
-def test_a_loop_is_made_of_vectors(loop: str, instructions: str) -> None:
+def compiled(loop: str, instructions: str) -> str:
     if b"clang version" in LIBRARIES[0].read_bytes():  # as compilers sign their work
         pytest.skip("clang, for which clones.h makes one version of each function")
     (body,) = (
         body for (name, made), body in clones().items() if name.startswith(loop) and made == instructions
     )
+    return body
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("instructions", CLONES)
+def test_a_loop_is_made_of_vectors(loop: str, instructions: str) -> None:
+    body = compiled(loop, instructions)
     assert CLONES[instructions] in ARITHMETIC.findall(body)
+
+
+@pytest.mark.parametrize("loop", [loop for loop in LOOPS if "attend<" in loop])
+@pytest.mark.parametrize("instructions", CLONES)
+def test_sums_of_products_stay_in_registers(loop: str, instructions: str) -> None:
+    """Vectors wider than those of the instruction set go to memory after each step: five times slower."""
+    body = compiled(loop, instructions)
+    stored = re.findall(r"\svmov\w+ +%[xyz]mm\d+,.*\(%r[sb]p\)", body)
+    assert len(re.findall(r"\svfmadd\w+ ", body)) > 2 * len(stored)

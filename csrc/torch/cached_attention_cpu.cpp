@@ -1,159 +1,153 @@
 // Attention over a KV cache on the CPU. A decode step (one query per row) reads every key and value once and is bound
 // by that: a kernel of its own keeps the query heads of a KV head together and never looks behind a row's length.
 // Longer pieces are the last queries of a causal stream, which the tiles of trajectory attention do.
-#include "torch/attention_cpu.h"
 #include "common/exp2_cpu.h"
+#include "torch/attention_cpu.h"
+#include "torch/lanes_cpu.h"
 #include "torch/ops.h"
 
-#include <c10/util/BFloat16.h>
-
-#include <cmath>
-#include <cstring>
+#include <algorithm>
 
 namespace mem1::cpu {
 namespace {
 
-constexpr int kLanes = 16;
-constexpr int kKeys = 64;      // of a block: scores stay in the first-level cache
-constexpr int kMostHeads = 8;  // query heads that share a pass over the keys
-
-// GCC's and Clang's vectors: what the instruction set lacks in width, the compiler splits.
-typedef float Floats __attribute__((vector_size(kLanes * 4)));
-typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
-typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
-
-MEM1_INLINE Floats load(const float* from) {
-  Floats lanes;
-  std::memcpy(&lanes, from, sizeof(lanes));
-  return lanes;
-}
-
-MEM1_INLINE Floats load(const at::BFloat16* from) {
-  Halves bits;
-  std::memcpy(&bits, from, sizeof(bits));
-  const Words words = __builtin_convertvector(bits, Words) << 16;
-  Floats lanes;
-  std::memcpy(&lanes, &words, sizeof(lanes));
-  return lanes;
-}
-
-// The last, incomplete chunk of a row, zero-padded.
-template <typename In>
-MEM1_INLINE Floats load(const In* from, int64_t count) {
-  In lanes[kLanes] = {};
-  std::memcpy(lanes, from, static_cast<size_t>(count) * sizeof(In));
-  return load(lanes);
-}
-
-MEM1_INLINE void store(Floats lanes, float* to) { std::memcpy(to, &lanes, sizeof(lanes)); }
-
-// Each adds, or compares, lanes with those `width` further on.
-MEM1_INLINE float sum_of(Floats x) {
-  x += __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  x += __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-  x += __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-  return x[0] + x[1];
-}
-
-MEM1_INLINE float max_of(Floats x) {
-  float best = x[0];
-  for (int lane = 1; lane < kLanes; ++lane) best = x[lane] > best ? x[lane] : best;
-  return best;
-}
+constexpr int kKeys = 64;  // of a block: the scores stay in the first-level cache
+// Keys, or vectors of a value, that are multiplied side by side with up to two heads: eight independent sums hide the
+// latency of an addition, and 16 registers hold them.
+constexpr int kTile = 4;
 
 // What is known of a query head so far.
 struct Running {
   float max = -std::numeric_limits<float>::infinity(), sum = 0;
 };
 
-// A block of up to kKeys keys of one KV head, for `kHeads` query heads. queries: [kHeads, padded], times the softmax
-// scale and log2(e), zero-padded to whole chunks of lanes; out likewise, not yet divided by the sums.
-template <int kHeads, typename In>
-MEM1_INLINE void attend_block(const In* keys, const In* values, int64_t stride, int count, int64_t dim,
-                              const float* queries, Running* running, float* out) {
-  const int64_t whole = dim / kLanes * kLanes, rest = dim - whole, padded = whole + (rest > 0 ? kLanes : 0);
-  constexpr float kNone = -std::numeric_limits<float>::infinity();
-  alignas(64) float scores[kHeads][kKeys];
-  for (int j = 0; j < count; ++j) {
-    const In* key = keys + j * stride;
-    Floats dots[kHeads] = {};
-    for (int64_t d = 0; d < whole; d += kLanes) {
-      const Floats part = load(key + d);
-      for (int h = 0; h < kHeads; ++h) dots[h] += part * load(queries + h * padded + d);
+// `count` keys of one KV head and the values to them, for `heads` query heads. queries: [heads, padded], times the
+// softmax scale and log2(e), zero-padded to whole vectors; sums likewise, not yet divided by those of `running`.
+template <typename In>
+struct Block {
+  const In *keys, *values;
+  int64_t stride, dim, padded, heads;
+  int64_t ahead;  // from a key to the one in its place in the next block, which is fetched meanwhile
+  int count;
+  const float* queries;
+  Running* running;
+  float* sums;
+};
+
+// Into the second-level cache: of those that wait for the first level, a core of Zen 4 has too few for the bandwidth of
+// the memory.
+template <typename In>
+MEM1_INLINE void prefetch(const In* from, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(In);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + i, 0, 2);
+}
+
+// Of kTile keys, for kHeads heads from `head` on. Behind the last key it is taken again.
+template <int kLanes, int kHeads, typename In>
+MEM1_INLINE void score(const Block<In>& block, int64_t head, int first, float (*scores)[kKeys]) {
+  using Vector = Lanes<kLanes>;
+  const int64_t whole = block.dim / kLanes * kLanes, rest = block.dim - whole;
+  const float* queries = block.queries + head * block.padded;
+  const In* keys[kTile];
+  for (int t = 0; t < kTile; ++t) keys[t] = block.keys + std::min(first + t, block.count - 1) * block.stride;
+  for (int t = 0; head == 0 && t < kTile; ++t) prefetch(keys[t] + block.ahead, block.dim);
+  typename Vector::Floats dots[kHeads][kTile] = {};
+  for (int64_t d = 0; d < whole; d += kLanes) {
+    for (int t = 0; t < kTile; ++t) {
+      const auto key = Vector::load(keys[t] + d);
+      for (int h = 0; h < kHeads; ++h) dots[h][t] += key * Vector::load(queries + h * block.padded + d);
     }
-    if (rest > 0) {
-      const Floats part = load(key + whole, rest);
-      for (int h = 0; h < kHeads; ++h) dots[h] += part * load(queries + h * padded + whole);
+  }
+  if (rest > 0) {
+    for (int t = 0; t < kTile; ++t) {
+      const auto key = Vector::load(keys[t] + whole, rest);
+      for (int h = 0; h < kHeads; ++h) dots[h][t] += key * Vector::load(queries + h * block.padded + whole);
     }
-    for (int h = 0; h < kHeads; ++h) scores[h][j] = sum_of(dots[h]);
   }
   for (int h = 0; h < kHeads; ++h) {
-    std::fill(scores[h] + count, scores[h] + kKeys, kNone);
-    Floats highest = load(scores[h]);
-    for (int j = kLanes; j < kKeys; j += kLanes) {
-      const Floats part = load(scores[h] + j);
-      highest = part > highest ? part : highest;
-    }
-    const float best = std::max(running[h].max, max_of(highest));
-    const float safe = best == kNone ? 0.0f : best;  // nothing finite so far: exp2(-inf - 0)
-    const float factor = running[h].max == kNone ? 0.0f : std::exp2(running[h].max - safe);
-    float total = 0;
+    const Quad sums = Vector::sums(dots[h][0], dots[h][1], dots[h][2], dots[h][3]);
+    std::memcpy(scores[h] + first, &sums, sizeof(sums));
+  }
+}
+
+// Scores of a head become probabilities, up to the sum over all blocks; returns what earlier sums are to be multiplied
+// with.
+template <int kLanes>
+MEM1_INLINE float soften(float* scores, int count, Running& running) {
+  constexpr float kNone = -std::numeric_limits<float>::infinity();
+  std::fill(scores + count, scores + kKeys, kNone);
+  float best = running.max;
+#pragma omp simd reduction(max : best)
+  for (int j = 0; j < kKeys; ++j) best = scores[j] > best ? scores[j] : best;
+  const float safe = best == kNone ? 0.0f : best;  // nothing finite so far: exp2(-inf - 0)
+  const float factor = running.max == kNone ? 0.0f : exp2_of(running.max - safe);
+  float total = 0;
 #pragma omp simd reduction(+ : total)
-    for (int j = 0; j < kKeys; ++j) {
-      const float p = exp2_of(scores[h][j] - safe);
-      scores[h][j] = p;
-      total += p;
-    }
-    running[h] = {best, running[h].sum * factor + total};
-    if (factor != 1.0f) {
-      for (int64_t d = 0; d < padded; d += kLanes) store(load(out + h * padded + d) * factor, out + h * padded + d);
+  for (int j = 0; j < kKeys; ++j) {
+    const float p = exp2_of(scores[j] - safe);
+    scores[j] = p;
+    total += p;
+  }
+  running = {best, running.sum * factor + total};
+  return factor;
+}
+
+// Adds kVectors vectors of each value from element d on, or the `rest` last elements.
+template <int kLanes, int kHeads, int kVectors, typename In>
+MEM1_INLINE void add_values(const Block<In>& block, int64_t head, int64_t d, const float (*scores)[kKeys],
+                            const float* factors, int64_t rest = 0) {
+  using Vector = Lanes<kLanes>;
+  float* out = block.sums + head * block.padded + d;
+  typename Vector::Floats sums[kHeads][kVectors];
+  for (int h = 0; h < kHeads; ++h) {
+    for (int v = 0; v < kVectors; ++v) sums[h][v] = Vector::load(out + h * block.padded + v * kLanes) * factors[h];
+  }
+  const In* value = block.values + d;
+  for (int j = 0; j < block.count; ++j, value += block.stride) {
+    if (head == 0) prefetch(value + block.ahead, kVectors * kLanes);
+    for (int v = 0; v < kVectors; ++v) {
+      const auto part = rest > 0 ? Vector::load(value, rest) : Vector::load(value + v * kLanes);
+      for (int h = 0; h < kHeads; ++h) sums[h][v] += part * scores[h][j];
     }
   }
-  for (int64_t d = 0; d < padded; d += kLanes) {
-    Floats sums[kHeads];
-    for (int h = 0; h < kHeads; ++h) sums[h] = load(out + h * padded + d);
-    const In* value = values + d;
-    for (int j = 0; j < count; ++j, value += stride) {
-      const Floats part = d < whole ? load(value) : load(value, rest);
-      for (int h = 0; h < kHeads; ++h) sums[h] += part * scores[h][j];
-    }
-    for (int h = 0; h < kHeads; ++h) store(sums[h], out + h * padded + d);
+  for (int h = 0; h < kHeads; ++h) {
+    for (int v = 0; v < kVectors; ++v) Vector::store(sums[h][v], out + h * block.padded + v * kLanes);
   }
 }
 
-template <typename In>
-using Attend = void (*)(const In*, const In*, int64_t, int, int64_t, const float*, Running*, float*);
-
-#define MEM1_ATTEND(heads, In)                                                                              \
-  MEM1_CLONES void attend_##heads(const In* keys, const In* values, int64_t stride, int count, int64_t dim, \
-                                  const float* queries, Running* running, float* out) {                     \
-    attend_block<heads>(keys, values, stride, count, dim, queries, running, out);                           \
+template <int kLanes, int kHeads, typename In>
+MEM1_INLINE void attend_heads(const Block<In>& block, int64_t head) {
+  alignas(64) float scores[kHeads][kKeys];
+  float factors[kHeads];
+  for (int j = 0; j < block.count; j += kTile) score<kLanes, kHeads>(block, head, j, scores);
+  for (int h = 0; h < kHeads; ++h) factors[h] = soften<kLanes>(scores[h], block.count, block.running[head + h]);
+  const int64_t whole = block.dim / kLanes * kLanes;
+  int64_t d = 0;
+  for (; d + kTile * kLanes <= whole; d += kTile * kLanes) {
+    add_values<kLanes, kHeads, kTile>(block, head, d, scores, factors);
   }
-#define MEM1_ATTEND_ALL(In) \
-  MEM1_ATTEND(1, In)        \
-  MEM1_ATTEND(2, In)        \
-  MEM1_ATTEND(3, In)        \
-  MEM1_ATTEND(4, In)        \
-  MEM1_ATTEND(5, In)        \
-  MEM1_ATTEND(6, In)        \
-  MEM1_ATTEND(7, In)        \
-  MEM1_ATTEND(8, In)
-MEM1_ATTEND_ALL(float)
-MEM1_ATTEND_ALL(at::BFloat16)
-#undef MEM1_ATTEND_ALL
-#undef MEM1_ATTEND
+  for (; d < whole; d += kLanes) add_values<kLanes, kHeads, 1>(block, head, d, scores, factors);
+  if (d < block.dim) add_values<kLanes, kHeads, 1>(block, head, d, scores, factors, block.dim - d);
+}
 
-// By the number of query heads.
-template <typename In>
-Attend<In> attend_of(int64_t heads) {
-  static constexpr Attend<In> kAll[] = {attend_1, attend_2, attend_3, attend_4, attend_5, attend_6, attend_7, attend_8};
-  return kAll[heads - 1];
+template <int kLanes, typename In>
+MEM1_INLINE void attend(const Block<In>& block) {
+  int64_t head = 0;
+  for (; head + 2 <= block.heads; head += 2) attend_heads<kLanes, 2>(block, head);
+  if (head < block.heads) attend_heads<kLanes, 1>(block, head);
 }
 
 template <typename In>
-void prefetch(const In* row, int64_t dim) {
-  constexpr int64_t kLine = 64 / sizeof(In);
-  for (int64_t d = 0; d < dim; d += kLine) __builtin_prefetch(row + d);
+MEM1_FOR_AVX512 void attend_avx512(const Block<In>& block) {
+  attend<16>(block);
+}
+template <typename In>
+MEM1_FOR_AVX2 void attend_avx2(const Block<In>& block) {
+  attend<8>(block);
+}
+template <typename In>
+void attend_anywhere(const Block<In>& block) {
+  attend<4>(block);
 }
 
 // A step of one token: q, out [batch, 1, heads, dim]. Block after block of a row's keys is read for all of its heads,
@@ -164,8 +158,11 @@ void decode(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& value
   const auto q_in = const_view_of<In>(q), k_in = const_view_of<In>(keys), v_in = const_view_of<In>(values);
   const auto out_view = view_of<In>(out);
   const int64_t batch = q.size(0), kv_heads = keys.size(2), group = q.size(2) / kv_heads, dim = q.size(3);
-  const int64_t padded = round_up(dim, kLanes), threads = at::get_num_threads();
+  const int64_t padded = round_up(dim, 16), threads = at::get_num_threads();
   const int64_t task_heads = batch >= 2 * threads || threads == 1 ? kv_heads : 1, splits = kv_heads / task_heads;
+  const auto attend_here = lanes_here() == 16  ? attend_avx512<In>
+                           : lanes_here() == 8 ? attend_avx2<In>
+                                               : attend_anywhere<In>;
   int64_t work = 1;
   for (int64_t b = 0; b < batch; ++b) work += lengths[b] * dim * kv_heads;
   constexpr int64_t kWorthAThread = 1 << 15;  // elements of keys
@@ -187,18 +184,11 @@ void decode(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& value
       std::fill(running.begin(), running.end(), Running{});
       for (int64_t first = 0; first < lengths[b]; first += kKeys) {
         const int count = static_cast<int>(std::min<int64_t>(kKeys, lengths[b] - first));
-        for (int64_t j = first + count; j < std::min<int64_t>(first + count + kKeys, lengths[b]); ++j) {
-          for (int64_t kv = 0; kv < task_heads; ++kv) {
-            prefetch(k_in.row(rows[b], j, first_kv + kv), dim);
-            prefetch(v_in.row(rows[b], j, first_kv + kv), dim);
-          }
-        }
-        for (int64_t h = 0; h < heads;) {
-          const int64_t kv = h / group, together = std::min<int64_t>(kMostHeads, (kv + 1) * group - h);
-          attend_of<In>(together)(k_in.row(rows[b], first, first_kv + kv), v_in.row(rows[b], first, first_kv + kv),
-                                  k_in.stride_row, count, dim, queries.data() + h * padded, running.data() + h,
-                                  sums.data() + h * padded);
-          h += together;
+        const int64_t ahead = first + count < lengths[b] ? kKeys * k_in.stride_row : 0;
+        for (int64_t kv = 0; kv < task_heads; ++kv) {
+          attend_here({k_in.row(rows[b], first, first_kv + kv), v_in.row(rows[b], first, first_kv + kv),
+                       k_in.stride_row, dim, padded, group, ahead, count, queries.data() + kv * group * padded,
+                       running.data() + kv * group, sums.data() + kv * group * padded});
         }
       }
       for (int64_t h = 0; h < heads; ++h) {
