@@ -236,17 +236,31 @@ def matmuls(
     """Square matrix products and their FLOPs: the best of them is the roofline, timed in the same rounds.
 
     Which of torch's libraries is fastest on a CPU depends on the processor (MKL's fp32 product runs at a
-    third of oneDNN's on some), so each is asked.
+    third of oneDNN's on some), so each is asked. Where it has no product of bf16 theirs take a minute, and
+    one of fp32 is the most that it can do.
     """
     products: dict[str, tuple[Contender, float]] = {}
+    onednn = device == "cpu" and torch.backends.mkldnn.is_available()
     for size in sizes:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        ways = {"torch.mm": partial(torch.mm, a, b)}
-        if device == "cpu" and torch.backends.mkldnn.is_available():
-            ways["oneDNN"] = partial(torch.nn.functional.linear, a.to_mkldnn(), b.to_mkldnn())
+        kind = ""
+        if onednn and not _onednn_multiplies(dtype):
+            a, b, kind = a.float(), b.float(), " of fp32"
+        ways = {f"torch.mm{kind}": partial(torch.mm, a, b)}
+        if onednn:
+            ways[f"oneDNN{kind}"] = partial(torch.nn.functional.linear, a.to_mkldnn(), b.to_mkldnn())
         for way, run in ways.items():
             products[f"{way} {size}^3"] = Contender(f"{way} {size}^3", run), 2.0 * size**3
     return products
+
+
+def _onednn_multiplies(dtype: torch.dtype) -> bool:
+    small = torch.zeros(2, 2, dtype=dtype).to_mkldnn()
+    try:
+        torch.nn.functional.linear(small, small)
+    except RuntimeError:  # "bf16 path needs the cpu support avx512bw, ..."
+        return False
+    return True
 
 
 def plain_copy(moved_bytes: int, device: str = "cpu") -> Contender:
