@@ -19,11 +19,11 @@ from measure import Contender, Result
 from rollout_task import RandomWords, Workload, check_generated, check_ours, generate, play
 
 from mem1.config import ModelConfig, Prune, Regime
-from mem1.engine import Engine
+from mem1.engine.engine import Engine
 from mem1.envs.base import Action, Observation
-from mem1.model import build_model
-from mem1.rollout import rollout
-from mem1.tokenizer import build_tokenizer
+from mem1.envs.toy.tokenizer import build_tokenizer
+from mem1.models.build import build_model
+from mem1.rollout.rollout_loop import rollout
 
 MIB = 2**20
 OURS, REENCODE = "mem1.rollout, carry", "mem1.rollout, reencode"
@@ -167,7 +167,7 @@ def test_memory(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         engines.append(Engine(*args))
         return engines[-1]
 
-    monkeypatch.setattr("mem1.rollout.Engine", recorded)
+    monkeypatch.setattr("mem1.rollout.rollout_loop.Engine", recorded)
     turns = 64 if bench.measuring else 6
     workload = Workload(1, turns, prompt=(40, 40), action=(16, 16), info=(240, 240))
     model = policy(HEAVY_CACHE)

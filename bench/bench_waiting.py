@@ -1,5 +1,6 @@
 """How threads wait: the loop alone on the machine and beside a busy process, as OpenMP comes and as the
-project's commands have it (`mem1.waiting`). In a process of its own, as this one shares its CPUs already.
+project's commands have it (`mem1.runtime.waiting`). In a process of its own, as this one shares its CPUs
+already.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from measure import Result, speedup, table
 
-from mem1.waiting import SETTINGS
+from mem1.runtime.waiting import SETTINGS
 
 TASK = Path(__file__).with_name("waiting_task.py")
 WORK = ("warm start", "PPO update", "evaluation")

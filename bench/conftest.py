@@ -26,7 +26,7 @@ from measure import (
     table,
 )
 
-from mem1.waiting import share_cpus
+from mem1.runtime.waiting import share_cpus
 from mem1_core import testing
 
 # Sides of the square products that make the roofline.

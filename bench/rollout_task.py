@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from mem1.config import Regime, RolloutConfig
-from mem1.engine import Engine
+from mem1.engine.engine import Engine
 from mem1.envs.base import Action, Observation, ScriptedAction
-from mem1.envs.words import FILLER
-from mem1.evaluate import parity
-from mem1.rollout import rollout
-from mem1.tokenizer import build_tokenizer
+from mem1.envs.toy.tokenizer import build_tokenizer
+from mem1.envs.toy.words import FILLER
+from mem1.evaluation.evaluation_loop import parity
+from mem1.rollout.rollout_loop import rollout
 from mem1.trajectory import Trajectory
 from mem1_core.integrations.transformers import NAME
 

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from mem1.config import ModelConfig, PPOConfig, RolloutConfig, WarmStartConfig
-from mem1.envs.multihop import MultiHopEnv
-from mem1.evaluate import evaluate
-from mem1.model import build_critic, build_model
-from mem1.ppo import PPO
-from mem1.rollout import rollout
-from mem1.tokenizer import build_tokenizer
-from mem1.waiting import share_cpus
-from mem1.warmstart import warm_start
+from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.envs.toy.tokenizer import build_tokenizer
+from mem1.evaluation.evaluation_loop import evaluate
+from mem1.models.build import build_critic, build_model
+from mem1.rollout.rollout_loop import rollout
+from mem1.runtime.waiting import share_cpus
+from mem1.train.ppo import PPO
+from mem1.train.warmstart import warm_start
 
 LIMITS = RolloutConfig(max_turns=6, max_action=32)
 POLICIES: dict[str, Callable[[], Any]] = {"mem1": share_cpus, "as OpenMP comes": nullcontext}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mem1.waiting import share_cpus
+from mem1.runtime.waiting import share_cpus
 
 if not torch.cuda.is_available():  # before anything imports Triton: its kernels are then tested on the CPU
     os.environ["TRITON_INTERPRET"] = "1"

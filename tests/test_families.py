@@ -16,7 +16,7 @@ from small_families import FAMILIES, NO_MODEL, VOCABULARY, build
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mem1.engine import Engine
+from mem1.engine.engine import Engine
 from mem1_core.integrations import transformers as integration
 from mem1_core.integrations.transformers_cache import SlotCache
 from mem1_core.layout import TrajectoryLayout

@@ -384,7 +384,7 @@ def test_trl_trains_packed_trajectories(device: str, tmp_path: Any) -> None:
     trl = pytest.importorskip("trl")
     import datasets  # which trl requires
 
-    from mem1.tokenizer import build_tokenizer  # SFTTrainer wants one, and has no use for it here
+    from mem1.envs.toy.tokenizer import build_tokenizer  # SFTTrainer wants one, and has no use for it here
 
     def make(model: PreTrainedModel, callback: transformers.TrainerCallback) -> Trainer:
         kept = {"dataset_kwargs": {"skip_prepare_dataset": True}}

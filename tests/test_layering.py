@@ -59,12 +59,18 @@ PYTHON = {
     "mem1_core.integrations.*": May(
         "torch transformers mem1_core.ops mem1_core.trajectory mem1_core.versions"
     ),
-    "mem1.slots": May("torch mem1_core", call="flash_attn"),
-    "mem1.plots": May("torch mem1 mem1_core", call="matplotlib"),
-    "mem1.progress": May("rich mem1.io"),
-    "mem1.waiting": May("torch"),
+    "mem1": May("", types="mem1.agent mem1.trajectory"),
+    "mem1.__main__": May("", call="mem1.cli"),
+    "mem1.checks": May(""),
     "mem1.seeds": May("numpy"),
-    "mem1": May("torch transformers tokenizers mem1 mem1_core"),
+    "mem1.io": May("mem1.checks"),
+    "mem1.config": May("mem1.checks mem1.seeds mem1_core.trajectory"),
+    "mem1.trajectory": May("torch mem1_core.layout mem1_core.trajectory"),
+    "mem1.runtime.progress": May("rich mem1.io"),
+    "mem1.runtime.*": May("torch mem1.checks mem1_core"),
+    "mem1.engine.slots": May("torch mem1_core.ops", call="flash_attn"),
+    "mem1.engine.*": May("torch transformers mem1.checks mem1.config mem1.engine mem1_core.integrations"),
+    "mem1.evaluation.plots": May("mem1.evaluation mem1.trajectory", call="matplotlib"),
     "mem1.*": May("torch transformers tokenizers safetensors mem1 mem1_core"),
 }
 PACKAGES = {"mem1_core": ROOT / "mem1_core", "mem1": ROOT / "python" / "mem1"}
@@ -297,8 +303,8 @@ BANS = {  # what: (pattern, folders)
 # One place each. A world is foreign code: whatever it raises ends its episode and is recorded. What
 # the user has told libgomp about threads that wait is read, never written.
 ALLOWED = {
-    "catching everything": ("python/mem1/calls.py",),
-    "environment variables": ("python/mem1/waiting.py",),
+    "catching everything": ("python/mem1/rollout/call_pool.py",),
+    "environment variables": ("python/mem1/runtime/waiting.py",),
 }
 
 

@@ -52,7 +52,7 @@ def test_the_newest_has_the_parts_that_count(
     ("package", "modules"),
     [
         ("torch", "mem1_core, mem1_core.ops"),
-        ("transformers", "mem1_core.integrations.transformers_generate, mem1.model"),
+        ("transformers", "mem1_core.integrations.transformers_generate, mem1.models.build"),
         ("triton", "mem1_core.triton.attention"),
     ],
 )

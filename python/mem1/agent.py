@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from mem1 import checkpoint
 from mem1.config import RolloutConfig
-from mem1.engine import Engine
+from mem1.engine.engine import Engine
 from mem1.envs.base import Action, Environment, Observation
-from mem1.rollout import rollout
+from mem1.rollout.rollout_loop import rollout
+from mem1.train import checkpoint
 from mem1.trajectory import Trajectory
 
 # The agent reads this as `<info>`, in which tags are left out: it has to make do with words.

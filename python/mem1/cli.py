@@ -16,7 +16,6 @@ from typing import Any, get_args
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mem1 import checkpoint
 from mem1.checks import InputError, require
 from mem1.config import (
     DTYPES,
@@ -29,17 +28,18 @@ from mem1.config import (
     WarmStartConfig,
 )
 from mem1.demo import demo
-from mem1.device import pick_device, whereabouts
-from mem1.envs.multihop import MultiHopEnv
-from mem1.evaluate import OBJECTIVES, Result, evaluate, parity, table
-from mem1.interrupts import Interrupts
+from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.evaluation.evaluation_loop import OBJECTIVES, Result, evaluate, parity, table
 from mem1.io import perhaps_unread, whole_file
-from mem1.progress import Progress
-from mem1.rollout import check_positions, rollout
+from mem1.rollout.rollout_loop import check_positions, rollout
+from mem1.runtime.device import pick_device, whereabouts
+from mem1.runtime.interrupts import Interrupts
+from mem1.runtime.progress import Progress
+from mem1.runtime.waiting import share_cpus
 from mem1.seeds import LARGEST
-from mem1.train import train
+from mem1.train import checkpoint
+from mem1.train.train_loop import train
 from mem1.trajectory import Trajectory
-from mem1.waiting import share_cpus
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

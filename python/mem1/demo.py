@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError
 from mem1.config import Prune, Regime, RolloutConfig, TrainConfig, WarmStartConfig
-from mem1.envs.multihop import MultiHopEnv
-from mem1.evaluate import (
+from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.evaluation.evaluation_loop import (
     OBJECTIVES,
     Parity,
     Result,
@@ -26,12 +26,12 @@ from mem1.evaluate import (
     parity,
     table,
 )
+from mem1.evaluation.plots import plot_learning, plot_mask, plot_peaks
 from mem1.io import whole_file, without_nan
-from mem1.plots import plot_learning, plot_mask, plot_peaks
-from mem1.progress import Progress
-from mem1.rollout import rollout
-from mem1.run_folder import METRICS
-from mem1.train import train
+from mem1.rollout.rollout_loop import rollout
+from mem1.runtime.progress import Progress
+from mem1.train.run_folder import METRICS
+from mem1.train.train_loop import train
 
 AGENTS: tuple[tuple[str, Prune], ...] = (("MEM1", "action"), ("full context", "never"))
 PASSAGE = 400  # tokens: the size of a retrieved passage

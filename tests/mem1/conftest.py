@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from mem1.tokenizer import build_tokenizer
+from mem1.envs.toy.tokenizer import build_tokenizer
 from mem1_core.integrations.transformers import register
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from mem1 import checkpoint
 from mem1.checks import InputError
 from mem1.cli import _parser, _rollout_config, main
 from mem1.config import ModelConfig, PPOConfig, RolloutConfig, TrainConfig, WarmStartConfig
-from mem1.device import whereabouts
+from mem1.runtime.device import whereabouts
 from mem1.seeds import LARGEST, derive_seed
+from mem1.train import checkpoint
 from mem1.trajectory import Trajectory
 
 

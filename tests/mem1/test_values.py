@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from mem1.calls import outcome
-from mem1.codec import Codec
 from mem1.config import RolloutConfig
 from mem1.envs.base import Action, Observation, ScriptedAction
-from mem1.envs.multihop import MultiHopEnv
-from mem1.episode import Episode
-from mem1.rollout import rollout
+from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.parsing.codec import Codec
+from mem1.rollout.call_pool import outcome
+from mem1.rollout.episode import Episode
+from mem1.rollout.rollout_loop import rollout
 from mem1.trajectory import ENVIRONMENT_ERROR, Trajectory
 
 CONFIG = RolloutConfig(max_action=8, max_turns=2, env_retries=0)

@@ -1,1 +1,1 @@
-"""Worlds for the agent."""
+"""Environments: what the loop asks of one, and those that come with it."""

@@ -1,0 +1,42 @@
+"""Two exercises in what small decoders find hardest, copying and looking up.
+
+    copy    copy : dora leo max . <answer> dora leo max </answer>
+    lookup  lookup : dora leo ; max ivan ; rosa cyril . max [ivan] dora [leo]
+
+In a look-up the bracketed words are the policy's; each word before one is named by the environment.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+from mem1.envs.toy.examples import Example
+from mem1.envs.toy.words import NAMES
+from mem1_core.trajectory import Segment
+
+MOST_WORDS = 12  # of a copy
+MOST_PAIRS = 8  # of a look-up
+
+
+def copy_example(ids: Mapping[str, int], draw: random.Random) -> Example:
+    """Repeat 2 to `MOST_WORDS` different names. `ids` maps every word and tag to its token id."""
+    words = draw.sample(NAMES, draw.randint(2, MOST_WORDS))
+    prompt = ["copy", ":", *words, "."]
+    answer = ["<answer>", *words, "</answer>"]
+    segments = [Segment("prompt", 0, len(prompt)), Segment("answer", 1, len(answer))]
+    return Example([ids[word] for word in prompt + answer], segments, "never")
+
+
+def lookup_example(ids: Mapping[str, int], draw: random.Random) -> Example:
+    """Say which name stands beside each of 2 to `MOST_PAIRS` names, asked for in a new order."""
+    count = draw.randint(2, MOST_PAIRS)
+    names = draw.sample(NAMES, 2 * count)
+    pairs = list(zip(names[:count], names[count:], strict=True))
+    words = ["lookup", ":", *" ; ".join(f"{key} {value}" for key, value in pairs).split(), "."]
+    draw.shuffle(pairs)
+    segments = [Segment("prompt", 0, len(words) + 1)]
+    for turn, (key, value) in enumerate(pairs, start=1):
+        words += [key, value]
+        segments += [Segment("answer", turn, 1), Segment("info", turn, 1)]
+    return Example([ids[word] for word in words], segments[:-1], "never")

@@ -1,0 +1,1 @@
+"""Against the full-context agent; tables and pictures."""

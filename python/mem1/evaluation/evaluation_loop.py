@@ -1,0 +1,242 @@
+"""Evaluation: an agent with constant memory beside one that keeps everything and one that truncates, and the
+parity of their log-probs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mem1.config import Prune, Regime, RolloutConfig
+from mem1.engine.engine import Engine
+from mem1.envs.base import Environment
+from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.rollout.rollout_loop import play_script, rollout
+from mem1.runtime.progress import Progress
+from mem1.seeds import derive_seed
+from mem1.train.ppo import pack, recompute_logprobs, split
+from mem1.trajectory import Trajectory
+
+OBJECTIVES = (1, 2, 4, 8, 16)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Means over the sound episodes of one agent at one number of objectives; NaN if there is none. Lengths
+    in tokens, time per episode.
+    """
+
+    agent: str
+    objectives: int
+    episodes: int  # with those that went wrong
+    errors: dict[str, int]  # episodes that went wrong, by kind: they are in none of the means
+    replays: int  # attempts that the environment ended, and that were begun anew
+    reward: float  # share of objectives answered right
+    exact_match: float  # objectives answered right, as the paper sums them
+    f1: float
+    answered: float  # share of episodes that ended with an answer
+    turns: float
+    tokens: float
+    peak: float  # most tokens live at once
+    peak_without_prompt: float
+    dependency: float  # token pairs
+    dependency_without_prompt: float  # as the paper counts them
+    seconds: float  # wall time of all episodes, over the sound ones
+
+
+def error_counts(trajectories: Sequence[Trajectory]) -> dict[str, int]:
+    """How many of them went wrong, by `Trajectory.error`, the most frequent kind first."""
+    counts = Counter(t.error for t in trajectories if t.error)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def summarize(agent: str, objectives: int, trajectories: Sequence[Trajectory], seconds: float) -> Result:
+    """One row of the table; `seconds` is the wall time of all `trajectories` together."""
+    if not trajectories:
+        raise ValueError(
+            f"trajectories: wanted at least one for {agent} at {objectives} objectives, got none"
+        )
+    sound = [t for t in trajectories if not t.error]
+
+    def mean(value: Callable[[Trajectory], float]) -> float:
+        return fmean(map(value, sound)) if sound else math.nan
+
+    return Result(
+        agent=agent,
+        objectives=objectives,
+        episodes=len(trajectories),
+        errors=error_counts(trajectories),
+        replays=sum(len(t.failures) for t in trajectories),
+        reward=mean(lambda t: t.reward),
+        exact_match=mean(lambda t: t.score.get("exact_match", 0.0)),
+        f1=mean(lambda t: t.score.get("f1", 0.0)),
+        answered=mean(lambda t: t.finished == "answered"),
+        turns=mean(lambda t: t.turns),
+        tokens=mean(lambda t: t.tokens.numel()),
+        peak=mean(lambda t: t.peak_tokens()),
+        peak_without_prompt=mean(lambda t: t.peak_tokens(prompt=False)),
+        dependency=mean(lambda t: t.dependency_length()),
+        dependency_without_prompt=mean(lambda t: t.dependency_length(prompt=False)),
+        seconds=seconds / len(sound) if sound else math.nan,
+    )
+
+
+def evaluation_seeds(seed: int, episodes: int) -> list[int]:
+    """Seeds of episodes that neither a warm start nor training ever sees."""
+    return [derive_seed(seed, "evaluation", i) for i in range(episodes)]
+
+
+def evaluate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: RolloutConfig,
+    *,
+    agent: str,
+    objectives: Sequence[int] = OBJECTIVES,
+    episodes: int = 16,
+    seed: int = 0,
+    make_environment: Callable[[int], Environment] = MultiHopEnv,
+    progress: Progress | None = None,
+) -> tuple[list[Result], list[Trajectory]]:
+    """Let the policy play `episodes` episodes at each number of objectives.
+
+    `make_environment(n)` builds the world with n objectives. The episodes follow from `seed`: every agent
+    gets the same, and training never saw them. A row is a phase of `progress`; None says nothing.
+    """
+    results, trajectories = [], []
+    progress = progress or Progress(log=lambda line: None)
+    seeds = evaluation_seeds(seed, episodes)
+    engine = Engine(model, max(1, min(config.slots, episodes)), config.prefill_tokens)
+    for n in objectives:
+        start = time.perf_counter()
+        world, played = partial(make_environment, n), []
+        with progress.phase(f"{agent}, {n} objective" + "s" * (n > 1), total=episodes) as phase:
+            for trajectory in rollout(model, tokenizer, world, seeds, config, engine=engine):
+                played.append(trajectory)
+                phase.advance()
+        results.append(summarize(agent, n, played, time.perf_counter() - start))
+        trajectories += played
+    return results, trajectories
+
+
+def evaluate_script(
+    tokenizer: PreTrainedTokenizerBase,
+    config: RolloutConfig,
+    *,
+    agent: str,
+    objectives: Sequence[int] = OBJECTIVES,
+    episodes: int = 4,
+    passage_tokens: int = 0,
+    hops: int = 2,
+    seed: int = 0,
+) -> tuple[list[Result], list[Trajectory]]:
+    """The environment's expert in the place of the policy, without a model: what memory a finished job takes.
+
+    No token is computed, so the rows' seconds say nothing about speed.
+    """
+    results, trajectories = [], []
+    for n in objectives:
+        start = time.perf_counter()
+        played = list(
+            play_script(
+                tokenizer,
+                partial(MultiHopEnv, n, hops, passage_tokens),
+                evaluation_seeds(seed, episodes),
+                # The expert's notes and turns grow with the task; only what is asked of it may end an
+                # episode.
+                replace(
+                    config, max_turns=4 * n * hops + 4, max_action=4096, max_info=max(passage_tokens, 512)
+                ),
+            )
+        )
+        results.append(summarize(agent, n, played, time.perf_counter() - start))
+        trajectories += played
+    return results, trajectories
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the log-probs that the trainer recomputes are from those that the rollout sampled with."""
+
+    regime: str
+    prune: Prune
+    dtype: str
+    trajectories: int
+    turns: int  # of the longest trajectory
+    tokens: int  # policy tokens compared
+    max_dlogp: float
+    mean_dlogp: float
+    kl: float  # k3 estimate of KL(rollout | trainer) per token
+
+
+def parity(
+    model: Any,
+    trajectories: Sequence[Trajectory],
+    regime: Regime,
+    temperature: float = 1.0,
+    micro_tokens: int = 16384,
+) -> Parity:
+    """Recompute the log-probs of `trajectories` as a trainer of `regime` does and compare.
+
+    The trajectories must come from this very model, at `temperature`, and from a rollout of the same regime.
+    Those in which the policy wrote nothing are left out; NaN if there is no other.
+    """
+    if not trajectories:
+        raise ValueError("trajectories: wanted at least one, got none")
+    chosen = [t for t in trajectories if t.policy_mask.any()]
+    weight = model.get_output_embeddings().weight
+    difference = [torch.empty(0)]
+    for group in split(chosen, micro_tokens, regime):
+        part = [chosen[i] for i in group]
+        new = recompute_logprobs(model, pack(part, regime, weight.device), temperature).cpu()
+        difference.append(new - torch.cat([t.logprobs[t.policy_mask] for t in part]))
+    d = torch.cat(difference).double()
+    return Parity(
+        regime=regime,
+        prune=trajectories[0].prune,
+        dtype=str(weight.dtype).removeprefix("torch."),
+        trajectories=len(chosen),
+        turns=max((t.turns for t in chosen), default=0),
+        tokens=d.numel(),
+        max_dlogp=float(d.abs().max()) if chosen else math.nan,
+        mean_dlogp=float(d.abs().mean()),
+        kl=float((d.expm1() - d).mean()),
+    )
+
+
+def table(rows: Sequence[Any], columns: Sequence[str] | None = None) -> str:
+    """Dataclass instances as a Markdown table, one line each; `columns` picks and orders the fields."""
+    if not rows:
+        return "(no rows)"
+    names = list(columns or (field.name for field in fields(rows[0])))
+    cells = [[_cell(getattr(row, name)) for name in names] for row in rows]
+    widths = [max(len(line[i]) for line in [names, *cells]) for i in range(len(names))]
+    rule = "|".join("-" * (width + 2) for width in widths)
+    body = [
+        " | ".join(value.rjust(width) for value, width in zip(line, widths, strict=True))
+        for line in [names, *cells]
+    ]
+    return "\n".join([f"| {body[0]} |", f"|{rule}|", *(f"| {line} |" for line in body[1:])])
+
+
+def _cell(value: object) -> str:
+    """A dict of counts as "3: TimeoutError 2, policy 1"; what there is no number for as "-"."""
+    if isinstance(value, dict):
+        kinds = ", ".join(f"{name} {count}" for name, count in value.items())
+        return f"{sum(value.values())}" + (f": {kinds}" if kinds else "")
+    if not isinstance(value, float):
+        return str(value)
+    if math.isnan(value):
+        return "-"
+    if value != 0 and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.0f}"

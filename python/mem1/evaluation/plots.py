@@ -1,0 +1,79 @@
+"""The pictures of a run. Needs matplotlib (`pip install mem1_core[plot]`), which only these functions
+import.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mem1.evaluation.evaluation_loop import Result
+from mem1.trajectory import Trajectory
+
+
+def plot_peaks(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
+    """Peak tokens against the number of objectives, with the prompt (left) and without (right), a line per
+    agent.
+    """
+    figure, axes = _figure(1, 2)
+    sides = (("peak", "with the prompt"), ("peak_without_prompt", "without the prompt"))
+    for ax, (name, title) in zip(axes, sides, strict=True):
+        for agent in dict.fromkeys(result.agent for result in results):
+            rows = sorted((r for r in results if r.agent == agent), key=lambda r: r.objectives)
+            ax.plot([r.objectives for r in rows], [getattr(r, name) for r in rows], marker="o", label=agent)
+        ticks = sorted({r.objectives for r in results})
+        ax.set(xscale="log", yscale="log", xlabel="objectives", ylabel="peak tokens", title=title)
+        ax.set_xticks(ticks, [str(tick) for tick in ticks])
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.savefig(path)
+
+
+def plot_learning(metrics: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """The learning curve of a `metrics.jsonl`: the loss of the warm start (left), the reward of PPO (right).
+
+    Where there is no number (null, NaN, or nothing at all) the curve has a gap.
+    """
+    records: list[dict[str, Any]] = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
+    figure, (left, right) = _figure(1, 2)
+    for ax, phase, names in ((left, "warmstart", ("loss",)), (right, "ppo", ("reward", "answered"))):
+        rows = [record for record in records if record["phase"] == phase]
+        for name in names:
+            ax.plot(
+                [r["step"] for r in rows],
+                [_number(r.get(name)) for r in rows],
+                label=name,
+                marker="." if len(rows) < 50 else "",
+            )
+        ax.set(
+            xlabel="step" if phase == "warmstart" else "update",
+            title="warm start" if phase == "warmstart" else "PPO",
+        )
+        ax.grid(alpha=0.3)
+        if rows:
+            ax.legend()
+    left.set_yscale("log")
+    right.set_ylim(0.0, 1.02)  # shares: a scale of its own would blow noise up into a trend
+    figure.savefig(path)
+
+
+def plot_mask(trajectory: Trajectory, path: str | os.PathLike[str]) -> None:
+    """Who sees whom in one trajectory, with its turns and prunes."""
+    trajectory.mask.plot(path, title=f"{trajectory.objectives} objectives, {trajectory.turns} turns")
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _figure(rows: int, columns: int) -> tuple[Any, Any]:
+    # The object interface: no window system, no global state, works the same in a thread or a test.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * columns, 4.0 * rows), layout="constrained", dpi=120)
+    return figure, figure.subplots(rows, columns)

@@ -1,0 +1,1 @@
+"""Text and tokens: what the policy wrote, and what it is told."""

@@ -1,0 +1,1 @@
+"""Episodes side by side on one engine."""

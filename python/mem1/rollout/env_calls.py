@@ -1,0 +1,143 @@
+"""What an episode asks its environment, and what it takes for an answer.
+
+All that is foreign happens here: calls of the environment, checks of what they gave, the tokenizer's work on
+it. So whatever goes wrong is the outcome of one question, and ends one episode.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import reprlib
+from collections.abc import Callable
+from functools import partial
+from numbers import Integral, Real
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from mem1.config import RolloutConfig
+from mem1.envs.base import Environment, Observation, ScriptedAction
+from mem1.parsing.codec import Codec
+from mem1.rollout.call_pool import patiently
+from mem1.trajectory import TURN_LIMIT
+
+_Value = TypeVar("_Value")
+NO_SCORE = {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
+_LARGEST = torch.finfo(torch.float32).max  # rewards, and their squares in the value loss, are float32
+
+
+class Reply(NamedTuple):
+    """What an environment says to one question of the loop."""
+
+    tokens: list[int]  # of the prompt, or of the info that an action is answered with
+    objectives: int
+    finished: str = ""  # why the episode is over
+    score: dict[str, float] | None = None  # then
+    notes: dict[str, Any] | None = None  # and what the score says beside numbers
+    script: list[int] | None = None  # tokens of the expert's next action
+
+
+class Questions:
+    """The questions of one episode. They may run on another thread, and one that hangs holds this object for
+    ever: it knows the environment and settings, nothing of the episode.
+
+    Each takes its deadline as the last argument: no call is tried again after it.
+    """
+
+    def __init__(self, environment: Environment, codec: Codec, config: RolloutConfig, scripted: bool) -> None:
+        self.environment, self._codec, self._config = environment, codec, config
+        self._scripted = scripted
+
+    def reset(self, seed: int, deadline: float) -> Reply:
+        text = _text("reset", self._patiently(partial(self.environment.reset, seed), deadline))
+        most = self._config.max_prompt
+        tokens = self._codec.prompt(text, most)
+        if not 0 < len(tokens) <= most:
+            raise ValueError(f"reset: wanted a prompt of 1 to {most} tokens, got {reprlib.repr(text)}")
+        objectives = _integer("objectives", self.environment.objectives)
+        return Reply(tokens, objectives, script=self._expert())
+
+    def step(self, written: list[int], objectives: int, last: bool, deadline: float) -> Reply:
+        """`written`: the tokens of an action without its `is` segment."""
+        action = self._codec.action(written)
+        observation = self._patiently(partial(self.environment.step, action), deadline)
+        text, _, done = _expect("step", observation, Observation)
+        text, done = _text("step: text", text), _flag("step: done", done)
+        if not done and not last:
+            tokens = self._codec.info(text, self._config.max_info)
+            return Reply(tokens, objectives, script=self._expert())
+        how = "answered" if action.kind == "answer" else "ended by the environment"
+        score, notes = _score(self._patiently(self.environment.score, deadline))
+        return Reply([], objectives, how if done else TURN_LIMIT, score, notes)
+
+    def _expert(self) -> list[int] | None:
+        if not self._scripted:
+            return None
+        step = self.environment.expert_action()  # type: ignore[attr-defined]
+        return self._codec.script(_expect("expert_action", step, ScriptedAction))
+
+    def _patiently(self, call: Callable[[], _Value], deadline: float) -> _Value:
+        errors = getattr(self.environment, "retryable", (OSError,))
+        sound = isinstance(errors, tuple) and all(
+            isinstance(error, type) and issubclass(error, BaseException) for error in errors
+        )
+        if not sound:
+            raise TypeError(f"retryable: wanted a tuple of exception types, got {reprlib.repr(errors)}")
+        return patiently(call, self._config.env_retries, errors, deadline)
+
+
+def _expect(what: str, value: object, kind: type[_Value]) -> _Value:
+    if not isinstance(value, kind):
+        raise TypeError(f"{what}: wanted {kind.__name__}, got {_told(value)}")
+    return value
+
+
+def _told(value: object) -> str:
+    return f"{type(value).__name__} {reprlib.repr(value)}"
+
+
+def _text(what: str, value: object) -> str:
+    text = str.__str__(_expect(what, value, str))  # of a subclass the text itself
+    text.encode()  # a lone surrogate, which no tokenizer takes, raises here
+    return text
+
+
+def _plain(value: Any) -> Any:
+    """The Python object in a scalar of numpy or torch."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _flag(what: str, value: object) -> bool:
+    plain = _plain(value)
+    if not isinstance(plain, Integral) or plain not in (0, 1):
+        raise TypeError(f"{what}: wanted bool, got {_told(value)}")
+    return bool(plain)
+
+
+def _integer(what: str, value: object) -> int:
+    if isinstance(_plain(value), bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{what}: wanted int, got {_told(value)}")
+    return operator.index(value)  # type: ignore[arg-type]
+
+
+def _score(given: object) -> tuple[dict[str, float], dict[str, Any]]:
+    """The numbers of a score, and the rest of it."""
+    values = {str(name): _plain(value) for name, value in _expect("score", given, dict).items()}
+    score = {name: value for name, value in values.items() if isinstance(value, Real)}
+    # math.isfinite would raise for an int beyond float64.
+    sound = all(-_LARGEST <= value <= _LARGEST for value in score.values())
+    if not (sound and NO_SCORE.keys() <= score.keys() and abs(score["reward"]) <= math.sqrt(_LARGEST)):
+        wanted = f"numbers, finite in float32, for {', '.join(NO_SCORE)}, and a reward whose square is, too"
+        raise ValueError(f"score: wanted {wanted}, got {reprlib.repr(given)}")
+    notes = {name: _note(value) for name, value in values.items() if name not in score}
+    return {name: float(value) for name, value in score.items()}, notes
+
+
+def _note(value: object) -> Any:
+    """A copy of `value` as JSON has it, or in words where it has not."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError):
+        return reprlib.repr(value)

@@ -1,0 +1,216 @@
+"""One episode: a stream of tokens that the policy and its environment write in turns."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mem1.config import RolloutConfig
+from mem1.envs.base import Environment
+from mem1.parsing.codec import Codec
+from mem1.rollout.call_pool import outcome
+from mem1.rollout.env_calls import NO_SCORE, Questions, Reply
+from mem1.seeds import derive_seed
+from mem1.trajectory import ENVIRONMENT_ERROR, POLICY_ERROR, Failure, Trajectory
+from mem1_core.trajectory import Kind, Segment, evict_from_turns
+
+_MOST_TOLD = 200  # characters of an exception's message
+_DRAWN = 64  # random numbers at a time
+
+
+class Episode:
+    """One episode: its stream of tokens, and which of these the policy still has to read and may still see.
+
+    Boundaries come from who wrote a token: only `write`, the policy's way in, looks at tags. What a prune
+    leaves is asked of `evict_from_turns`, the table that the training mask is made of.
+
+    question: what the environment is to be asked next; `hear` gets the outcome, and until then the episode is
+    `waiting`: it may read, but not write. cached: stream index of each token in the slot, in order. unread:
+    indices to feed now; held: after the prune that is due.
+    """
+
+    def __init__(
+        self,
+        environment: Environment,
+        seed: int,
+        codec: Codec,
+        config: RolloutConfig,
+        sampling_seed: int = 0,
+        scripted: bool = False,
+        model: str = "",
+        failures: Sequence[Failure] = (),
+    ) -> None:
+        self.seed, self.codec, self.config, self.sampling_seed = seed, codec, config, sampling_seed
+        self.model, self.failures = model, [*failures]
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.rollout_logprobs: list[float] = []
+        self.segments: list[Segment] = []
+        self.turn = 0
+        self._questions = Questions(environment, codec, config, scripted)
+        self.question: Callable[[float], Reply] | None = partial(self._questions.reset, seed)
+        self.waiting = True
+        self.finished = ""
+        self.cached: list[int] = []
+        self.unread: list[int] = []
+        self.held: list[int] = []
+        self._alive: Tensor | None = None  # bool per token of the stream: a prune is due
+        self._action_start = 0  # stream index
+        self._state_length = 0  # tokens of this action's `is` segment, 0 before its end
+        self._script: deque[int] = deque()
+        self._objectives, self._score, self._notes = 1, dict(NO_SCORE), dict[str, Any]()
+        self._began = time.perf_counter()
+        self._uniform: list[float] = []  # drawn and not yet used, the next one last
+        self._generator = torch.Generator().manual_seed(derive_seed(seed, "sampling", sampling_seed))
+
+    @property
+    def instant(self) -> bool:
+        """Whether the environment may be asked without a thread."""
+        environment = self._questions.environment
+        return outcome(lambda: bool(getattr(environment, "instant", False))) is True
+
+    def take_question(self) -> Callable[[float], Reply] | None:
+        """The question that is open, once."""
+        question, self.question = self.question, None
+        return question
+
+    def hear(self, reply: Reply | BaseException) -> None:
+        """What became of the question."""
+        self.waiting = False
+        if isinstance(reply, BaseException):
+            reply = Reply([], self._objectives, f"{ENVIRONMENT_ERROR}: {_described(reply)}")
+        self._objectives = reply.objectives
+        if reply.finished:
+            self.finished = reply.finished
+            self._score, self._notes = reply.score or self._score, reply.notes or self._notes
+            self.unread, self.held = [], []
+            return
+        self._append("info" if self.turn else "prompt", reply.tokens)
+        self.turn += 1
+        self._action_start, self._state_length = len(self.tokens), 0
+        self._script = deque(reply.script or [])
+
+    def positions(self) -> list[int]:
+        """Position ids of `unread`: the stream's own, or, re-encoding, the places in the pruned context."""
+        if self.config.regime == "carry":
+            return self.unread
+        return list(range(len(self.cached), len(self.cached) + len(self.unread)))
+
+    def read(self) -> Tensor | None:
+        """`unread` has been fed. Returns which cached tokens to keep, bool [cached], if a prune is due
+        now.
+        """
+        self.cached += self.unread
+        self.unread, self.held = self.held, []
+        if self._alive is None:
+            return None
+        keep = self._alive[self.cached]
+        self.cached = torch.tensor(self.cached)[keep].tolist()
+        self._alive = None
+        return keep
+
+    def uniform(self) -> float:
+        """The next number of this episode's own random stream, in [0, 1)."""
+        if not self._uniform:
+            self._uniform = torch.rand(_DRAWN, generator=self._generator).tolist()[::-1]
+        return self._uniform.pop()
+
+    def forced(self) -> int:
+        """The next token of the script, -1 where the policy is free."""
+        return self._script.popleft() if self._script else -1
+
+    def write(self, token: int, logprob: float, rollout_logprob: float | None = None) -> None:
+        """The policy writes one token; where this completes an action, the environment is asked.
+
+        rollout_logprob: that with which it was drawn, where it is another one.
+        """
+        if not math.isfinite(logprob):
+            self.finished = f"{POLICY_ERROR}: wanted a finite log-prob, got {logprob}"
+            self._close("query")
+            return
+        self.unread = [len(self.tokens)]
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.rollout_logprobs.append(logprob if rollout_logprob is None else rollout_logprob)
+        length = len(self.tokens) - self._action_start
+        complete = token in self.codec.stops or length == self.config.max_action
+        if token == self.codec.ids["</IS>"] and self._state_length == 0:
+            self._state_length = length
+            self.segments.append(Segment("is", self.turn, length))
+            if not complete:
+                self._boundary("query")
+        if complete:
+            written = self.tokens[self._action_start + self._state_length :]
+            self._close("answer" if self.codec.kind(written) == "answer" else "query")
+            self._boundary("info")  # before the answer is there: what leaves need not wait for it
+            last = self.turn == self.config.max_turns
+            self.question = partial(self._questions.step, written, self._objectives, last)
+            self.waiting = True
+
+    def trajectory(self) -> Trajectory:
+        """What has happened, once `finished` says why it is over."""
+        config, same = self.config, self.rollout_logprobs == self.logprobs
+        return Trajectory(
+            tokens=torch.tensor(self.tokens, dtype=torch.int64),
+            segments=self.segments,
+            logprobs=torch.tensor(self.logprobs, dtype=torch.float32),
+            prune=config.prune,
+            score=self._score,
+            finished=self.finished,
+            seconds=time.perf_counter() - self._began,
+            objectives=self._objectives,
+            seed=self.seed,
+            regime=config.regime,
+            temperature=float(config.temperature),
+            top_p=float(config.top_p),
+            top_k=int(config.top_k),
+            greedy=config.greedy,
+            sampling_seed=self.sampling_seed,
+            model=self.model,
+            rollout_logprobs=None if same else torch.tensor(self.rollout_logprobs, dtype=torch.float32),
+            failures=self.failures,
+            notes=self._notes,
+        )
+
+    def _close(self, kind: Kind) -> None:
+        """What the policy has written since its `is` segment, or since its turn began, is one segment."""
+        length = len(self.tokens) - self._action_start - self._state_length
+        if length:
+            self.segments.append(Segment(kind, self.turn, length))
+
+    def _boundary(self, following: Kind) -> None:
+        """A place where tokens may leave: ask the table, as if one token of kind `following` came next."""
+        n = len(self.tokens)
+        evict = evict_from_turns([*self.segments, Segment(following, self.turn, 1)], self.config.prune)[:n]
+        if not (evict == n).any():
+            return
+        alive = evict > n
+        if self.config.regime == "carry":
+            self._alive = alive  # the last token written is fed first: it still sees what leaves
+        else:
+            prompt = self.segments[0].length
+            self.cached = self.cached[:prompt]
+            self.unread = [prompt + j for j in alive[prompt:].nonzero()[:, 0].tolist()]
+
+    def _append(self, kind: Kind, tokens: list[int]) -> None:
+        begin = len(self.tokens)
+        self.tokens += tokens
+        self.logprobs += [0.0] * len(tokens)
+        self.rollout_logprobs += [0.0] * len(tokens)
+        self.segments.append(Segment(kind, self.turn, len(tokens)))
+        (self.unread if self._alive is None else self.held).extend(range(begin, len(self.tokens)))
+
+
+def _described(error: BaseException) -> str:
+    message = outcome(str, error)
+    told = message if isinstance(message, str) else "(it cannot be told)"
+    printable = told.encode(errors="replace").decode()
+    return f"{type(error).__name__}: {textwrap.shorten(printable, _MOST_TOLD)}"

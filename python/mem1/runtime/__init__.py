@@ -1,0 +1,1 @@
+"""How a command runs: where it computes, how it waits, how far it is, when it is stopped."""

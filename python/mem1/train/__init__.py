@@ -1,0 +1,1 @@
+"""Warm start and PPO; checkpoints and the folder of a run."""

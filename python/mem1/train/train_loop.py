@@ -1,0 +1,294 @@
+"""One training run, top to bottom: a model with random weights, a supervised warm start, then PPO."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from mem1.checks import InputError, require
+from mem1.config import TrainConfig
+from mem1.engine.engine import Engine
+from mem1.envs.base import Environment
+from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.envs.toy.tokenizer import build_tokenizer
+from mem1.evaluation.evaluation_loop import error_counts
+from mem1.io import append_json, without_nan
+from mem1.models.build import build_critic, build_model, dropouts
+from mem1.parsing.codec import Codec
+from mem1.rollout.rollout_loop import check_positions, rollout
+from mem1.runtime.device import pick_device, whereabouts
+from mem1.runtime.interrupts import Interrupts
+from mem1.runtime.progress import Progress
+from mem1.seeds import derive_seed
+from mem1.train import checkpoint
+from mem1.train.checkpoint import Place
+from mem1.train.ppo import PPO
+from mem1.train.run_folder import Resumed, RunFolder
+from mem1.train.warmstart import optimizer_for, warm_start
+from mem1.trajectory import Trajectory
+
+
+class EpisodesFailed(RuntimeError):
+    """More episodes of a batch have failed than a run can learn beside."""
+
+
+def train(
+    config: TrainConfig,
+    out: Path,
+    *,
+    make_environment: Callable[[], Environment] | None = None,
+    init: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> checkpoint.Checkpoint:
+    """Train and return the last checkpoint, which is also in the folder `out/last`.
+
+    `out` gets what `RunFolder` says: settings, metrics.jsonl (one line per step, its "phase" is warmstart or
+    ppo) and checkpoints. `init` is a checkpoint to start from, in place of random weights and a warm start.
+    `make_environment` makes the world of PPO, by default the `MultiHopEnv` of `config`, in which the warm
+    start is in any case, laid out as the rollouts to come.
+
+    All random numbers follow from `config.seed`, and nothing from time: `resume` goes on from the newest
+    checkpoint in `out` to where the unbroken run would have come. Ctrl-C and SIGTERM save the last complete
+    step and raise Interrupted; an exception in the middle of an update, when the weights are half-way, leaves
+    the checkpoint before.
+
+    Episodes that failed, by an error of the environment or by numbers of the policy that are not finite, are
+    left out of their update. Raises InputError for what cannot be run, EpisodesFailed when more than
+    `config.max_failed` of a batch have failed, Diverged when gradients or weights are not finite any more.
+    """
+    progress = progress or Progress()
+    make_world = make_environment or partial(MultiHopEnv, **config.environment())
+    if make_environment is None or not (init or resume):
+        MultiHopEnv(**config.environment())  # an argument that is out of range fails before any work
+    if resume and (init is not None or overwrite):
+        other = f"init, got {str(init)!r}" if init is not None else "overwrite, got True"
+        raise InputError(f"resume: wanted it without {other}")
+    lessons = replace(
+        config.warmstart, regime=config.rollout.regime, prune=config.rollout.prune, **config.environment()
+    )
+    config = replace(config, warmstart=lessons)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    settings = asdict(config) | {"init": init and str(init)}
+    device, run = pick_device(config.device), RunFolder(out, config.keep)
+
+    with Interrupts() as interrupts, closing(run):
+        # 1. A model: of the run so far, of a checkpoint, or a new one.
+        state: dict[str, Any] | None = None
+        resumed = run.resume(settings) if resume else Resumed(None, init and str(init), [])
+        for line in resumed.told:
+            progress.log(line)
+        init = resumed.init and Path(resumed.init)
+        if resumed.checkpoint is not None:
+            actor, tokenizer, state = resumed.checkpoint
+        elif init is not None:
+            actor, tokenizer, _ = checkpoint.load(init)
+        else:
+            tokenizer = build_tokenizer()
+            actor = build_model(tokenizer, config.model, derive_seed(config.seed, "weights"))
+        actor.to(device)
+        progress.log(whereabouts(actor))
+        require(any(p.requires_grad for p in actor.parameters()), "model", "weights that learn", "none")
+        check_positions(actor, config.rollout)
+        Codec(tokenizer)  # which refuses one without the tags
+        slots = min(config.rollout.slots, config.batch)
+        engine = Engine(actor.eval(), slots, config.rollout.prefill_tokens)
+        if resumed.checkpoint is None:
+            run.begin(settings | {"init": resumed.init}, overwrite=overwrite or resume)
+
+        # 2. The warm start.
+        if init is None and (state is None or "ppo" not in state):
+            _warm_start(actor, tokenizer, config, run, state or {}, interrupts, progress)
+            state = None
+
+        # 3. PPO.
+        critic = build_critic(actor)
+        reference = copy.deepcopy(actor).requires_grad_(False) if config.ppo.kl else None
+        ppo = PPO(actor, critic, reference, config.ppo, config.rollout.regime, config.rollout.temperature)
+        if state:
+            critic.load_state_dict(state["critic"])
+            if reference is not None:
+                reference.load_state_dict(state["reference"])
+            ppo.load_state_dict(state["ppo"])
+        if dropped := dropouts(actor):
+            progress.log(f"dropout is off during PPO ({', '.join(dropped)})")
+        return _ppo(ppo, engine, tokenizer, make_world, config, run, state or {}, interrupts, progress)
+
+
+def _warm_start(
+    actor: Any,
+    tokenizer: Any,
+    config: TrainConfig,
+    run: RunFolder,
+    state: dict[str, Any],
+    interrupts: Interrupts,
+    progress: Progress,
+) -> None:
+    """The supervised steps that `state` has not, with checkpoints; the last one is where PPO starts."""
+    optimizer, done, total = optimizer_for(actor, config.warmstart), 0, config.warmstart.steps
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        done = optimizer.steps + state["skipped_steps"]
+    skipped, saved = state.get("skipped_steps", 0), done if state else None
+
+    def save() -> None:
+        nonlocal saved
+        if saved != done:
+            saved = done  # one that fails is not tried again: what it was shall be seen
+            trainer = {"optimizer": optimizer.state_dict(), "skipped_steps": skipped}
+            run.save(Place(0, done), actor, tokenizer, trainer)
+
+    steps = warm_start(actor, tokenizer, config.warmstart, seed=config.seed, optimizer=optimizer, done=done)
+    complete = False  # the weights are those after `done` steps, and these are on record
+    try:
+        with progress.phase("warm start", total, done) as phase:
+            for record in steps:
+                append_json(run.metrics, without_nan({"phase": "warmstart"} | record))
+                done += 1
+                skipped += not math.isfinite(record["grad_norm"])
+                complete = True
+                phase.advance(
+                    note=f"loss {record['loss']:.3f}, {100 * record['token_accuracy']:.0f} % of tokens right"
+                )
+                if done % config.warmstart.save_every == 0:
+                    save()
+                interrupts.check()
+                complete = False
+        complete = True
+    finally:
+        if complete:
+            save()
+
+
+def _ppo(
+    ppo: PPO,
+    engine: Engine,
+    tokenizer: Any,
+    make_world: Callable[[], Environment],
+    config: TrainConfig,
+    run: RunFolder,
+    state: dict[str, Any],
+    interrupts: Interrupts,
+    progress: Progress,
+) -> checkpoint.Checkpoint:
+    actor = ppo.actor
+    rewards: list[float] = state.get("rewards", [])  # since the last checkpoint that has a score
+    saved: int | None = ppo.updates if state else None
+
+    def save() -> None:
+        nonlocal saved, rewards
+        if saved == ppo.updates:
+            return
+        saved = ppo.updates  # one that fails is not tried again: what it was shall be seen
+        # Only where every run saves: how often one was interrupted shall not decide which is the best.
+        due = ppo.updates % config.save_every == 0 or ppo.updates == config.updates
+        score = fmean(rewards) if due and rewards else None
+        if score is not None:
+            rewards = []
+        trainer = {
+            "critic": ppo.critic.state_dict(),
+            "reference": None if ppo.reference is None else ppo.reference.state_dict(),
+            "ppo": ppo.state_dict(),
+            "rewards": rewards,
+        }
+        run.save(Place(1, ppo.updates), actor, tokenizer, trainer, score)
+
+    complete = True  # the weights are those of `ppo.updates` updates, and these are on record
+    try:
+        while ppo.updates < config.updates:
+            update, began = ppo.updates, time.perf_counter()
+            seeds = [derive_seed(config.seed, "training", update, i) for i in range(config.batch)]
+            place = {seed: i for i, seed in enumerate(seeds)}
+            # Nothing is lost in these: the same update starts anew from its seeds.
+            with interrupts.allowed():
+                actor.eval()
+                trajectories = []
+                with progress.phase(f"update {update + 1}: rollout", config.batch) as phase:
+                    played = rollout(actor, tokenizer, make_world, seeds, config.rollout, engine=engine)
+                    for trajectory in played:
+                        trajectories.append(trajectory)
+                        phase.advance(note=trajectory.error)
+                # In the order of the seeds, not of the clock.
+                trajectories.sort(key=lambda t: place[t.seed])
+                _check_failures(trajectories, config.max_failed)
+                rolled = time.perf_counter()
+                batch, metrics = ppo.prepare(trajectories)
+            complete = False
+            shuffle = torch.Generator().manual_seed(derive_seed(config.seed, "minibatches", update))
+            steps = config.ppo.epochs * -(-len(batch) // config.ppo.minibatch)
+            with progress.phase(f"update {update + 1}: optimiser steps", steps) as phase:
+                metrics |= ppo.learn(batch, shuffle, phase.advance)
+            record = {"phase": "ppo", "step": ppo.updates, **describe(trajectories), **metrics}
+            record |= {"rollout_seconds": rolled - began, "update_seconds": time.perf_counter() - rolled}
+            append_json(run.metrics, without_nan(record))
+            rewards.append(record["reward"])
+            complete = True
+            progress.log(_line(record, config.updates))
+            if ppo.updates % config.save_every == 0:
+                save()
+            interrupts.check()
+    finally:
+        if complete:
+            save()
+    return checkpoint.Checkpoint(actor.eval(), tokenizer, None)
+
+
+def _check_failures(trajectories: list[Trajectory], most: float) -> None:
+    failed = [t for t in trajectories if t.error]
+    if len(failed) > most * len(trajectories) or len(failed) == len(trajectories):
+        kinds = ", ".join(f"{kind} {count}" for kind, count in error_counts(failed).items())
+        raise EpisodesFailed(
+            f"{len(failed)} of {len(trajectories)} episodes failed ({kinds}), after "
+            f"{sum(len(t.failures) for t in failed)} more attempts; the first: {failed[0].finished}"
+        )
+
+
+def _line(record: dict[str, Any], updates: int) -> str:
+    text = (
+        f"update {record['step']}/{updates}  reward {record['reward']:.3f}  exact match "
+        f"{record['exact_match']:.2f}  answered {record['answered']:.2f}  turns {record['turns']:.1f}  peak "
+        f"{record['peak_tokens']:.0f}  kl {record['kl_reference']:.4f}  dlogp {record['dlogp_max']:.1e}  "
+        f"rollout {record['rollout_seconds']:.1f} s, update {record['update_seconds']:.1f} s"
+    )
+    if record["errors"] or record["replays"]:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in record["errors"].items()) or "none"
+        text += f"  failed: {kinds}; played again: {record['replays']}"
+    return text + (f"  skipped steps: {record['skipped_steps']}" if record["skipped_steps"] else "")
+
+
+def describe(trajectories: list[Trajectory]) -> dict[str, Any]:
+    """What a batch of episodes looks like. Means over those that did not fail; token counts are sums.
+
+    errors: episodes lost for good, by kind. replays: attempts that the environment broke off and that were
+    played again; dropped_turns, dropped_tokens: means over these and the lost episodes, to be held against
+    turns and tokens: failures hit long episodes more often.
+    """
+    sound = [t for t in trajectories if not t.error]
+    replays = [failure for t in trajectories for failure in t.failures]
+    dropped = [(f.turns, f.tokens) for f in replays]
+    dropped += [(t.turns, t.tokens.numel()) for t in trajectories if t.error]
+    return {
+        "reward": fmean(t.reward for t in sound),
+        "exact_match": fmean(t.score.get("exact_match", 0.0) for t in sound),
+        "answered": fmean(t.finished == "answered" for t in sound),
+        "turns": fmean(t.turns for t in sound),
+        "peak_tokens": fmean(t.peak_tokens() for t in sound),
+        "tokens": sum(t.tokens.numel() for t in sound),
+        "policy_tokens": sum(int(t.policy_mask.sum()) for t in sound),
+        "errors": error_counts(trajectories),
+        "replays": len(replays),
+        "dropped_turns": fmean(turns for turns, _ in dropped) if dropped else None,
+        "dropped_tokens": fmean(tokens for _, tokens in dropped) if dropped else None,
+    }

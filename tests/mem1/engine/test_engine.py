@@ -1,0 +1,247 @@
+"""The slot cache against one forward without a cache, and the sampler."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from mem1.checks import InputError
+from mem1.config import RolloutConfig
+from mem1.engine.engine import Engine
+from mem1.engine.sampling import sample
+from mem1_core.trajectory import TrajectoryMask
+
+
+def whole_forward(model, tokens, positions, evict):
+    """Hidden states [n, H] of one forward with the mask `evict`."""
+    with torch.no_grad():
+        return model.get_decoder()(
+            input_ids=torch.tensor([tokens]),
+            position_ids=torch.tensor([positions]),
+            mem1_mask=TrajectoryMask.from_evict(torch.tensor(evict)),
+            use_cache=False,
+        ).last_hidden_state[0]
+
+
+@pytest.mark.parametrize("prefill_tokens", [1, 40, 10_000])
+def test_ragged_feeding_is_one_forward(make_model, prefill_tokens):
+    model, generator = make_model(), torch.Generator().manual_seed(1)
+    streams = [torch.randint(11, 200, (n,), generator=generator).tolist() for n in (29, 7, 18)]
+    engine = Engine(model, slots=4, prefill_tokens=prefill_tokens)
+    cursor = {0: 0, 1: 0, 3: 0}
+    rows = list(cursor)
+    for chunk in ((5, 3, 9), (1, 1, 1), (13, 1, 4), (10, 2, 4)):
+        tokens = [streams[i][cursor[r] : cursor[r] + chunk[i]] for i, r in enumerate(rows)]
+        positions = [list(range(cursor[r], cursor[r] + chunk[i])) for i, r in enumerate(rows)]
+        hidden = engine.feed(rows, tokens, positions)
+        for i, row in enumerate(rows):
+            cursor[row] += chunk[i]
+            n = cursor[row]
+            expected = whole_forward(model, streams[i][:n], list(range(n)), [n] * n)[-1]
+            torch.testing.assert_close(hidden[i], expected, atol=2e-4, rtol=1e-4)
+    assert engine.cache.lengths == [29, 7, 0, 18]
+
+
+def test_pruning_is_masking_by_evict(make_model):
+    """Entries removed between two steps and the lifetimes of one forward are the same function."""
+    model = make_model()
+    tokens = torch.randint(11, 200, (20,), generator=torch.Generator().manual_seed(2)).tolist()
+    engine = Engine(model, slots=2)
+    engine.feed([1], [tokens[:12]], [list(range(12))])
+    keep = torch.tensor([j % 3 != 1 for j in range(12)])
+    engine.prune({1: keep})
+    assert engine.cache.lengths == [0, 8]
+    hidden = engine.feed([1], [tokens[12:]], [list(range(12, 20))])[0]
+    evict = [20 if k else 12 for k in keep.tolist()] + [20] * 8
+    torch.testing.assert_close(
+        hidden, whole_forward(model, tokens, list(range(20)), evict)[-1], atol=2e-4, rtol=1e-4
+    )
+
+
+def test_move_and_truncate(make_model):
+    model = make_model()
+    tokens = torch.randint(11, 200, (9,), generator=torch.Generator().manual_seed(3)).tolist()
+    engine = Engine(model, slots=3)
+    engine.feed([0, 2], [tokens[:4], tokens[:8]], [list(range(4)), list(range(8))])
+    engine.move(2, 0)
+    engine.truncate(0, 6)
+    assert engine.cache.lengths == [6, 0, 8]
+    hidden = engine.feed([0], [tokens[6:]], [[6, 7, 8]])[0]
+    torch.testing.assert_close(
+        hidden, whole_forward(model, tokens, list(range(9)), [9] * 9)[-1], atol=2e-4, rtol=1e-4
+    )
+
+
+def test_prune_names_a_wrong_shape(make_model):
+    engine = Engine(make_model(), slots=1)
+    engine.feed([0], [[11, 12, 13]], [[0, 1, 2]])
+    with pytest.raises(ValueError, match=r"keep: wanted shape \[3\], the length of slot 0, got \[4\]"):
+        engine.prune({0: torch.ones(4, dtype=torch.bool)})
+
+
+def test_sliding_windows_are_refused(make_model):
+    model = make_model(use_sliding_window=True, sliding_window=16, max_window_layers=1)
+    with pytest.raises(ValueError, match="wanted full_attention in all of"):
+        Engine(model, slots=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attn_implementation": "sdpa"}, "wanted attn_implementation='mem1', got 'sdpa'"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "wanted frequencies that stay as they are, got rope_type='dynamic'",
+        ),
+        ({"logits_scaling": 8.0}, "wanted plain logits, got logits_scaling=8.0"),
+        ({"final_logit_softcapping": 30.0}, "wanted plain logits, got final_logit_softcapping=30.0"),
+    ],
+)
+def test_models_that_the_trainer_would_not_agree_with_are_refused(make_model, settings, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Engine(make_model(**settings), slots=1)
+
+
+def test_dropout_in_training_mode_is_refused(make_model):
+    model = make_model()
+    model.get_decoder().layers[0].mlp = torch.nn.Sequential(
+        model.get_decoder().layers[0].mlp, torch.nn.Dropout(0.1)
+    )
+    Engine(model, slots=1)
+    with pytest.raises(ValueError, match=r"wanted model.eval\(\), as it has dropout"):
+        Engine(model.train(), slots=1)
+
+
+def watched_forwards(monkeypatch) -> list[int]:
+    """The number of tokens of each forward to come."""
+    sizes: list[int] = []
+    forward = Engine._forward
+
+    def watched(engine, tokens, *rest):
+        sizes.append(tokens.numel())
+        return forward(engine, tokens, *rest)
+
+    monkeypatch.setattr(Engine, "_forward", watched)
+    return sizes
+
+
+def test_long_rows_are_read_in_pieces(make_model, monkeypatch):
+    model = make_model()
+    streams = torch.randint(11, 200, (2, 50), generator=torch.Generator().manual_seed(5)).tolist()
+    streams[1] = streams[1][:20]
+    places = [list(range(len(stream))) for stream in streams]
+    whole = Engine(model, slots=2).feed([0, 1], streams, places)
+    sizes = watched_forwards(monkeypatch)
+    monkeypatch.setattr("mem1.engine.engine._PIECE", 16)
+    engine = Engine(model, slots=2)
+    torch.testing.assert_close(engine.feed([0, 1], streams, places), whole, atol=2e-4, rtol=1e-4)
+    assert sizes == [2, 16, 20, 32] and engine.cache.lengths == [50, 20]
+
+
+def test_only_the_rows_that_are_fed_are_computed(make_model, monkeypatch):
+    """On the CPU a row that waits costs nothing."""
+    engine = Engine(make_model(), slots=8)
+    engine.feed([0, 5, 7], [[11, 12]] * 3, [[0, 1]] * 3)
+    sizes = watched_forwards(monkeypatch)
+    engine.feed([0, 7], [[13], [14]], [[2], [2]])
+    assert sizes == [2] and engine.cache.lengths == [3, 0, 0, 0, 0, 2, 0, 3]
+
+
+def test_a_session_sees_the_weights_as_they_are_and_leaves_nothing(make_model):
+    model = make_model(torch.bfloat16)  # whose head is a copy in fp32
+    engine = Engine(model, slots=2)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(2)
+    with engine.session():
+        assert torch.equal(engine.head, model.get_output_embeddings().weight.float())
+        engine.feed([1], [[11, 12]], [[0, 1]])
+        with pytest.raises(RuntimeError, match="wanted one that is free"), engine.session():
+            pass
+        assert engine.cache.lengths == [0, 2]
+    assert engine.cache.lengths == [0, 0] and not engine.cache.kv.any()
+    with engine.session():
+        pass
+
+
+def test_what_lies_behind_a_length_is_not_read(make_model):
+    model, tokens = make_model(), [11, 12, 13, 14]
+    engine = Engine(model, slots=1)
+    engine.feed([0], [tokens[:2]], [[0, 1]])
+    with torch.inference_mode():
+        engine.cache.kv[:, :, :, 2:] = torch.nan
+    for n in (2, 3):
+        hidden = engine.feed([0], [tokens[n : n + 1]], [[n]])[0]
+    expected = whole_forward(model, tokens, list(range(4)), [4] * 4)[-1]
+    torch.testing.assert_close(hidden, expected, atol=2e-4, rtol=1e-4)
+    engine.clear(0)
+    assert engine.cache.kv.isfinite().all() and engine.cache.lengths == [0]
+
+
+FREE = -torch.ones(1, dtype=torch.int64)
+
+
+def test_the_logprob_is_that_of_the_full_distribution():
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
+    config = RolloutConfig(temperature=0.7, top_p=0.5, top_k=10)
+    tokens, logprobs, _ = sample(logits, torch.rand(64), FREE.expand(64), config)
+    expected = (logits / 0.7).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs, expected)
+
+
+def test_samples_follow_the_distribution():
+    logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]])
+    n = 20_000
+    uniform = torch.rand(n, generator=torch.Generator().manual_seed(0))
+    tokens, _, _ = sample(logits.expand(n, 4), uniform, FREE.expand(n), RolloutConfig())
+    share = torch.bincount(tokens, minlength=4) / n
+    torch.testing.assert_close(share, logits[0].softmax(-1), atol=0.01, rtol=0)
+    assert share[2] == 0
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-24])
+def test_top_k_and_top_p_cut_the_tail(uniform):
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    number = torch.tensor([uniform])
+    assert sample(logits, number, FREE, RolloutConfig(top_k=1))[0].item() == 0
+    assert sample(logits, number, FREE, RolloutConfig(top_k=2))[0].item() <= 1
+    assert sample(logits, number, FREE, RolloutConfig(top_p=0.39))[0].item() == 0
+    assert sample(logits, number, FREE, RolloutConfig(top_p=1e-46))[0].item() == 0
+    assert sample(logits, number, FREE, RolloutConfig(top_p=0.69))[0].item() <= 1
+    assert sample(logits, number, FREE, RolloutConfig(greedy=True))[0].item() == 0
+
+
+def test_forced_tokens_are_taken():
+    tokens, logprobs, _ = sample(torch.zeros(2, 8), torch.rand(2), torch.tensor([5, -1]), RolloutConfig())
+    assert tokens[0] == 5
+    torch.testing.assert_close(logprobs, torch.full((2,), 8.0).log().neg())
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 4}, {"top_p": 0.7}, {"top_k": 8, "top_p": 0.5}])
+def test_the_rollout_logprob_is_that_of_what_is_left(settings):
+    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
+    config = RolloutConfig(temperature=0.7, **settings)
+    tokens, logprobs, drawn = sample(logits, torch.rand(64), FREE.expand(64), config)
+    for row in range(64):
+        probs, order = (logits[row] / 0.7).double().softmax(0).sort(descending=True)
+        probs = probs[: config.top_k or 50]
+        probs = probs[(probs.cumsum(0) - probs) < config.top_p * probs.sum()]
+        place = order.tolist().index(int(tokens[row]))
+        torch.testing.assert_close(drawn[row], (probs / probs.sum())[place].log().float())
+    forced = sample(logits, torch.rand(64), torch.full((64,), 7), config)
+    assert torch.equal(forced.rollout_logprobs, forced.logprobs)
+
+
+def test_nothing_cut_has_one_logprob_and_a_greedy_choice_is_certain():
+    logits, uniform = torch.randn(4, 50), torch.rand(4)
+    assert sample(logits, uniform, FREE.expand(4), RolloutConfig()).rollout_logprobs is None
+    greedy = sample(logits, uniform, torch.tensor([-1, -1, 3, -1]), RolloutConfig(greedy=True, top_k=2))
+    assert greedy.rollout_logprobs.tolist() == [0.0, 0.0, greedy.logprobs[2].item(), 0.0]
+
+
+def test_a_model_that_cannot_be_used_is_the_users_error(make_model):
+    with pytest.raises(InputError, match="wanted attn_implementation='mem1', got 'sdpa'"):
+        Engine(make_model(attn_implementation="sdpa"), slots=1)
+    with pytest.raises(InputError, match="wanted plain logits, got logits_scaling=8.0"):
+        Engine(make_model(logits_scaling=8.0), slots=1)

@@ -1,0 +1,158 @@
+"""The slot cache by itself, and the call of flash-attn against what that function is documented to do."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mem1.engine.engine import slots
+from mem1.engine.slots import Rows, Slots, Step
+
+
+def filled(lengths: list[int], capacity: int = 24) -> Slots:
+    cache = Slots(2, len(lengths), 2, 8, torch.float32, torch.device("cpu"))
+    cache.reserve(capacity)
+    cache.kv.copy_(torch.randn(cache.kv.shape, generator=torch.Generator().manual_seed(0)))
+    cache.lengths = list(lengths)
+    return cache
+
+
+def test_reserve_grows_by_doubling_and_keeps_what_is_there():
+    cache = filled([5, 3])
+    assert not cache.reserve(128) and cache.capacity == 128
+    before = cache.kv.clone()
+    assert cache.reserve(129) and cache.capacity == 256
+    assert torch.equal(cache.kv[:, :, :, :128], before)
+    assert not cache.kv[:, :, :, 128:].any()
+
+
+def test_prune_is_one_call_for_all_slots_and_moves_nothing_else(monkeypatch):
+    cache = filled([10, 7, 20])
+    before, address = cache.kv.clone(), cache.kv.data_ptr()
+    calls = []
+    op = slots.prune_kv_cache_
+    monkeypatch.setattr(slots, "prune_kv_cache_", lambda *a: (calls.append(a), op(*a))[1])
+    first, last = torch.arange(10) % 3 > 0, torch.arange(20) >= 15
+    cache.prune({0: first, 2: last})
+    assert len(calls) == 1 and cache.kv.data_ptr() == address
+    assert cache.lengths == [6, 7, 5]
+    assert torch.equal(cache.kv[:, :, 0, :6], before[:, :, 0, :10][:, :, first])
+    assert torch.equal(cache.kv[:, :, 1], before[:, :, 1])
+    assert torch.equal(cache.kv[:, :, 2, :5], before[:, :, 2, 15:20])
+    cache.prune({})
+    assert len(calls) == 1
+
+
+def test_a_wrong_mask_is_refused_before_anything_moves():
+    cache = filled([10, 7])
+    before = cache.kv.clone()
+    with pytest.raises(ValueError, match=r"keep: wanted shape \[7\], the length of slot 1, got \[8\]"):
+        cache.prune({0: torch.zeros(10, dtype=torch.bool), 1: torch.ones(8, dtype=torch.bool)})
+    assert torch.equal(cache.kv, before) and cache.lengths == [10, 7]
+
+
+def naive_step(cache: Slots, rows, counts, query, key, value, scale):
+    """What a forward must compute, row by row and query by query: query [N, Hq, D] -> [N, Hq, D]."""
+    out, group = torch.empty_like(query), query.shape[1] // key.shape[1]
+    begin = 0
+    for row, count in zip(rows, counts, strict=True):
+        length, new = cache.lengths[row], slice(begin, begin + count)
+        begin += count
+        keys, values = (
+            torch.cat([cache.kv[0, which, row, :length], x[new]]) for which, x in enumerate((key, value))
+        )
+        for t in range(count):
+            seen = length + t + 1
+            for head in range(query.shape[1]):
+                score = keys[:seen, head // group] @ query[new][t, head] * scale
+                out[new][t, head] = score.softmax(0) @ values[:seen, head // group]
+    return out
+
+
+def documented_flash(q, k_cache, v_cache, *, cache_seqlens, cache_batch_idx, softmax_scale, causal):
+    """flash_attn_with_kvcache as its docstring has it: caches [B, S, Hkv, D], causal masks aligned to the
+    bottom right corner, a query that sees nothing gives 0.
+    """
+    assert causal and k_cache.stride(-1) == 1 and cache_seqlens.dtype == torch.int32
+    rows = range(q.shape[0]) if cache_batch_idx is None else cache_batch_idx.tolist()
+    out, group = torch.zeros_like(q), q.shape[2] // k_cache.shape[2]
+    for i, row in enumerate(rows):
+        for t in range(q.shape[1]):
+            seen = int(cache_seqlens[i]) - q.shape[1] + t + 1
+            for head in range(q.shape[2] if seen > 0 else 0):
+                score = k_cache[row, :seen, head // group] @ q[i, t, head] * softmax_scale
+                out[i, t, head] = score.softmax(0) @ v_cache[row, :seen, head // group]
+    return out
+
+
+def transposed_sdpa(query, key, value, **settings):
+    """Results as torch's memory-efficient kernel lays them out, which is its choice on a GPU."""
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, **settings)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def attend_like_a_gpu(monkeypatch, parts: list[Rows], flash: bool) -> None:
+    """Let `Rows.attend` go the way it goes on a GPU, on the CPU."""
+    monkeypatch.setattr(slots, "scaled_dot_product_attention", transposed_sdpa)
+
+    def attention(query, keys, values, ends, *, rows, counts, scale):
+        (part,) = (part for part in parts if part.slots is rows)
+        if flash:
+            return part._flash(documented_flash, query, keys, values, scale)
+        return part._sdpa(query, keys, values, scale)
+
+    monkeypatch.setattr(slots, "cached_attention", attention)
+
+
+@pytest.mark.parametrize("backend", ["op", "sdpa", "flash"])
+@pytest.mark.parametrize(
+    ("rows", "counts"),
+    [([0, 1, 2], [1, 1, 1]), ([1, 2], [3, 5]), ([0, 2], [4, 2]), ([2], [6]), ([3, 0, 1, 2], [1, 1, 5, 3])],
+)
+def test_a_step_stores_and_attends(monkeypatch, backend, rows, counts):
+    """The three ways of attention; what a GPU takes is run here on the CPU."""
+    cache, generator = filled([10, 7, 15, 0]), torch.Generator().manual_seed(1)
+    query, key, value = (torch.randn(sum(counts), heads, 8, generator=generator) for heads in (4, 2, 2))
+    expected = naive_step(cache, rows, counts, query, key, value, 0.3)
+    ends = [cache.lengths[row] + count for row, count in zip(rows, counts, strict=True)]
+    ones = counts.count(1)
+    parts = [
+        Rows.of(rows[part], counts[part], ends[part], torch.device("cpu"))
+        for part in (slice(0, ones), slice(ones, None))
+        if rows[part]
+    ]
+    stored = [(row, ends[i] - counts[i] + t) for i, row in enumerate(rows) for t in range(counts[i])]
+    where, columns = torch.tensor(stored).T
+    if backend != "op":
+        attend_like_a_gpu(monkeypatch, parts, backend == "flash")
+    step = Step(cache.kv, None, where, columns, parts)
+    packed = (x.transpose(0, 1)[None] for x in (query, key, value))
+    out = step.attend(SimpleNamespace(layer_idx=0), *packed, 0.3)
+    torch.testing.assert_close(out, expected[None])
+    assert torch.equal(cache.kv[0, :, where, columns], torch.stack([key, value]))
+
+
+def test_neighbours_are_named_by_a_slice():
+    for rows, expected in (([1, 2], slice(1, 3)), ([4], slice(4, 5)), ([0, 2], None), ([2, 1], None)):
+        ones = [1] * len(rows)
+        assert Rows.of(rows, ones, ones, torch.device("cpu")).neighbours == expected
+
+
+def test_flash_attention_is_for_half_precision_on_a_gpu(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_with_kvcache=documented_flash))
+    monkeypatch.setattr(slots.importlib.util, "find_spec", lambda name: object())
+    for device, dtype, dim, taken in [
+        ("cuda", torch.bfloat16, 128, True),
+        ("cuda", torch.float16, 256, True),
+        ("cuda", torch.float32, 128, False),
+        ("cuda", torch.bfloat16, 512, False),
+        ("cpu", torch.bfloat16, 128, False),
+    ]:
+        kv = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(2, 2, 4, 8, 2, dim))
+        assert (slots.flash_attention(kv) is documented_flash) == taken
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(cute=None))  # the fourth generation alone
+    kv = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(2, 2, 4, 8, 2, 128))
+    assert slots.flash_attention(kv) is None

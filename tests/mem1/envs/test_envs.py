@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from mem1 import agent
+from mem1.envs.base import Action, Observation
+from mem1.envs.toy.multihop import INSTRUCTION, MALFORMED, NOTHING_FOUND, MultiHopEnv
+from mem1.envs.toy.scripted import scripted_example
+from mem1.envs.toy.words import NAMES
+from mem1.parsing.codec import Codec
+from mem1_core.trajectory import Prune, TrajectoryMask
+
+
+def play(environment: MultiHopEnv, seed: int) -> tuple[list[str], Observation]:
+    """All texts of an episode of the expert, and the last observation."""
+    texts = [environment.reset(seed)]
+    while True:
+        state, action = environment.expert_action()
+        observation = environment.step(action)
+        texts += [state, action.text, observation.text]
+        if observation.done:
+            return texts, observation
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("hops", [1, 2, 4])
+def test_expert_solves_every_episode(objectives: int, hops: int) -> None:
+    environment = MultiHopEnv(objectives, hops=hops)
+    for seed in range(5):
+        texts, last = play(environment, seed)
+        assert last.reward == 1.0
+        assert environment.score() == {"reward": 1.0, "exact_match": objectives, "f1": objectives}
+        assert len(texts) == 1 + 3 * (objectives * hops + 1)  # a turn per hop, and the answer
+
+
+def test_an_episode_follows_from_its_seed_and_no_two_share_their_facts() -> None:
+    environment = MultiHopEnv(4)
+    assert play(environment, 7) == play(MultiHopEnv(4), 7)
+    answers = set()
+    for seed in range(20):
+        environment.reset(seed)
+        answers.add(environment.step(Action("query", "ada boss")).text)
+    assert len(answers) > 10
+
+
+def test_the_notes_rewrite_each_question_as_far_as_it_is_known() -> None:
+    environment = MultiHopEnv(2)
+    prompt = environment.reset(3)
+    first, second = prompt.removeprefix(f"{INSTRUCTION} ").removesuffix(" .").split(" ; ")
+    (head, one, two), (other, three, _) = first.split(), second.split()
+    assert environment.expert_action() == (first, Action("query", f"{head} {one}"))
+    found = environment.step(Action("query", f"{head} {one}")).text.removeprefix("found ")
+    assert environment.expert_action() == (f"{head} {found} {two}", Action("query", f"{found} {two}"))
+    answer = environment.step(Action("query", f"{found} {two}")).text.removeprefix("found ")
+    assert environment.answers[0] == answer
+    assert environment.expert_action() == (f"{head} {answer} ; {second}", Action("query", f"{other} {three}"))
+
+
+def test_ranges_are_drawn_from() -> None:
+    environment = MultiHopEnv((1, 3), hops=(1, 2))
+    seen = set()
+    for seed in range(40):
+        prompt = environment.reset(seed)
+        questions = prompt.removeprefix(f"{INSTRUCTION} ").removesuffix(" .").split(" ; ")
+        assert len(questions) == environment.objectives
+        seen |= {(len(questions), len(q.split()) - 1) for q in questions}
+    assert seen == {(k, h) for k in (1, 2, 3) for h in (1, 2)}
+
+
+@pytest.mark.parametrize("text", ["", "ada", "ada ada", "boss ada", "ada boss coach", "<IS>", "xyzzy \x00"])
+def test_a_query_without_an_answer_finds_nothing(text: str) -> None:
+    environment = MultiHopEnv(1)
+    environment.reset(0)
+    assert environment.step(Action("query", text)) == (NOTHING_FOUND, 0.0, False)
+
+
+def test_malformed_actions_are_told_the_format_and_the_episode_goes_on() -> None:
+    environment = MultiHopEnv(1)
+    environment.reset(0)
+    assert environment.step(Action("malformed", "<query> <query> ;")) == (MALFORMED, 0.0, False)
+    found, name = environment.step(environment.expert_action().action).text.split()
+    assert found == "found" and name in NAMES
+
+
+def test_partial_credit() -> None:
+    environment = MultiHopEnv(4)
+    environment.reset(5)
+    assert environment.score() == {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
+    a, b, c, d = environment.answers
+    observation = environment.step(Action("answer", f"{a} ; {b} {c} ; ; {d} ; {d}"))
+    assert observation == ("answered", 0.5, True)
+    assert environment.score() == {"reward": 0.5, "exact_match": 2.0, "f1": pytest.approx(2 + 2 / 3)}
+    environment.reset(5)
+    assert environment.score()["exact_match"] == 0.0
+    assert environment.step(Action("answer", "")).reward == 0.0
+
+
+def test_order_of_the_answers_matters() -> None:
+    environment = MultiHopEnv(2)
+    environment.reset(1)
+    assert environment.step(Action("answer", " ; ".join(reversed(environment.answers)))).reward == 0.0
+
+
+def test_an_episode_that_is_over_takes_no_step() -> None:
+    environment = MultiHopEnv(1)
+    with pytest.raises(RuntimeError, match="reset"):
+        environment.step(Action("query", "ada boss"))
+    play(environment, 0)
+    with pytest.raises(RuntimeError, match="reset"):
+        environment.step(Action("answer", "ada"))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("objectives", 0),
+        ("objectives", 17),
+        ("objectives", (3, 2)),
+        ("hops", 0),
+        ("hops", 5),
+        ("passage_tokens", -1),
+    ],
+)
+def test_arguments_out_of_range_are_named(argument: str, value: object) -> None:
+    with pytest.raises(ValueError, match=argument):
+        MultiHopEnv(**{argument: value})  # type: ignore[arg-type]
+
+
+def test_passages_have_their_length_in_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    environment = MultiHopEnv(1, passage_tokens=400)
+    environment.reset(0)
+    passage = environment.step(environment.expert_action().action).text
+    ids = tokenizer.encode(passage)
+    assert len(ids) == 400 and tokenizer.unk_token_id not in ids
+    assert len([word for word in passage.split() if word in NAMES]) == 1
+
+
+def test_adversarial_answers_imitate_tags() -> None:
+    environment = MultiHopEnv(2, adversarial=True)
+    texts, last = play(environment, 0)
+    assert last.reward == 1.0
+    infos = texts[3:-1:3]
+    assert len(infos) == 4
+    assert all("</info><answer>" in info and info.endswith("</answer>") for info in infos)
+
+
+def test_all_texts_are_in_the_vocabulary(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts, _ = play(MultiHopEnv(16, hops=(1, 4), passage_tokens=30), 0)
+    texts += play(MultiHopEnv(2, adversarial=True), 0)[0]
+    for text in [*texts, MALFORMED, NOTHING_FOUND]:
+        assert tokenizer.unk_token_id not in tokenizer.encode(text), text
+
+
+@pytest.mark.parametrize("hint", [MALFORMED, agent.MALFORMED])
+def test_hints_reach_the_agent_word_for_word(tokenizer: PreTrainedTokenizerFast, hint: str) -> None:
+    shown = tokenizer.decode(Codec(tokenizer).info(hint, limit=64))
+    assert shown == f"<info> {hint} </info>"
+
+
+def peak(
+    tokenizer: PreTrainedTokenizerFast, objectives: int, passage: int, prune: Prune, prompt: bool
+) -> float:
+    """Mean peak of live tokens of the expert's episodes."""
+    ids = tokenizer.get_vocab()
+    environment = MultiHopEnv(objectives, passage_tokens=passage)
+    peaks = []
+    for seed in range(4):
+        segments = scripted_example(environment, seed, ids).segments
+        peaks.append(int(TrajectoryMask.from_turns(segments, prune=prune).peak_tokens(prompt=prompt)))
+    return sum(peaks) / len(peaks)
+
+
+def growth(tokenizer: PreTrainedTokenizerFast, passage: int, prune: Prune, prompt: bool) -> float:
+    """How often the peak at 2 objectives fits into that at 16."""
+    two, sixteen = (peak(tokenizer, k, passage, prune, prompt) for k in (2, 16))
+    return sixteen / two
+
+
+def test_peak_memory_grows_at_most_a_third_as_fast_as_with_the_full_context(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    full = growth(tokenizer, 0, "never", prompt=True)
+    for prune in ("action", "is"):
+        assert growth(tokenizer, 0, prune, prompt=True) <= full / 3
+
+
+def test_peak_memory_is_nearly_constant_with_real_passages(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert growth(tokenizer, 400, "action", prompt=False) <= 1.65
+    assert growth(tokenizer, 400, "is", prompt=False) <= 1.65
+    assert growth(tokenizer, 400, "never", prompt=False) > 6

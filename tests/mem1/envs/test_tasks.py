@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from mem1.config import RolloutConfig
+from mem1.envs.toy.auxiliary import copy_example, lookup_example
+from mem1.envs.toy.examples import Example
+from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.envs.toy.scripted import scripted_example
+from mem1.rollout.rollout_loop import play_script
+from mem1_core.layout import TrajectoryLayout
+from mem1_core.trajectory import policy_tokens
+
+
+def words(tokenizer: PreTrainedTokenizerFast, example: Example, policy: bool | None = None) -> list[str]:
+    """The words of an example; with `policy` only those that the policy writes, or only the others."""
+    tokens = torch.tensor(example.tokens)
+    if policy is not None:
+        tokens = tokens[policy_tokens(example.segments) == policy]
+    return tokenizer.convert_ids_to_tokens(tokens.tolist())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_copy(tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    example = copy_example(tokenizer.get_vocab(), random.Random(seed))
+    given, written = words(tokenizer, example, policy=False), words(tokenizer, example, policy=True)
+    assert given[:2] == ["copy", ":"] and given[-1] == "."
+    assert written == ["<answer>", *given[2:-1], "</answer>"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lookup(tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    example = lookup_example(tokenizer.get_vocab(), random.Random(seed))
+    listed, asked = " ".join(words(tokenizer, example)).removeprefix("lookup : ").split(" . ")
+    table = dict(pair.split() for pair in listed.split(" ; "))
+    keys, values = asked.split()[::2], asked.split()[1::2]
+    assert sorted(keys) == sorted(table)
+    assert [table[key] for key in keys] == values == words(tokenizer, example, policy=True)
+
+
+@pytest.mark.parametrize("prune", ["action", "is", "never"])
+@pytest.mark.parametrize("settings", [{"objectives": 3}, {"objectives": 2, "hops": 1, "passage_tokens": 20}])
+def test_scripted_examples_are_what_the_rollout_makes(
+    tokenizer: PreTrainedTokenizerFast, settings: dict[str, int], prune: str
+) -> None:
+    config = RolloutConfig(prune=prune)  # type: ignore[arg-type]
+    (expected,) = play_script(tokenizer, lambda: MultiHopEnv(**settings), [11], config)
+    example = scripted_example(MultiHopEnv(**settings), 11, tokenizer.get_vocab(), config.prune)
+    assert example.tokens == expected.tokens.tolist()
+    assert example.segments == expected.segments
+    assert example.prune == expected.prune
+
+
+def test_examples_of_all_kinds_pack_into_one_stream(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids, draw = tokenizer.get_vocab(), random.Random(0)
+    batch = [
+        copy_example(ids, draw),
+        lookup_example(ids, draw),
+        scripted_example(MultiHopEnv(2), 0, ids),
+    ]
+    for regime in ("carry", "reencode"):
+        layouts = [TrajectoryLayout.from_turns(e.segments, regime=regime, prune=e.prune) for e in batch]
+        layout = TrajectoryLayout.packed(layouts)
+        assert layout.lengths == tuple(len(e.tokens) for e in batch)
+        assert len(layout.targets) == sum(int(policy_tokens(e.segments).sum()) for e in batch)
+
+
+def test_a_word_outside_the_vocabulary_is_named() -> None:
+    with pytest.raises(KeyError, match="answer"):
+        scripted_example(MultiHopEnv(1), 0, {"ada": 0})

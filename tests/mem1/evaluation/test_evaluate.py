@@ -1,0 +1,290 @@
+"""Tables, summaries and pictures."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from mem1.config import RolloutConfig
+from mem1.demo import demo_config, growth, script_results
+from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.evaluation.evaluation_loop import (
+    Parity,
+    Result,
+    error_counts,
+    evaluate,
+    evaluate_script,
+    evaluation_seeds,
+    parity,
+    summarize,
+    table,
+)
+from mem1.evaluation.plots import plot_learning, plot_mask, plot_peaks
+from mem1.io import without_nan
+from mem1.runtime.progress import Progress
+from mem1.seeds import derive_seed
+from mem1.trajectory import ENVIRONMENT_ERROR, POLICY_ERROR, Failure, Trajectory
+from mem1_core.trajectory import Segment
+
+
+def result(agent: str, objectives: int, peak: float) -> Result:
+    lengths = 40.0, peak, peak - 10, 500.0, 400.0
+    return Result(agent, objectives, 1, {}, 0, 0.5, 1.0, 1.0, 1.0, 3.0, *lengths, seconds=0.1)
+
+
+def handmade(*segments: Segment, **settings) -> Trajectory:
+    length = sum(segment.length for segment in segments)
+    return Trajectory(torch.zeros(length, dtype=torch.int64), list(segments), torch.zeros(length), **settings)
+
+
+def test_a_row_is_the_mean_over_the_episodes():
+    long = handmade(
+        Segment("prompt", 0, 4),
+        *(Segment("is", 1, 3), Segment("query", 1, 2), Segment("info", 1, 5)),
+        *(Segment("is", 2, 2), Segment("query", 2, 3), Segment("info", 2, 1)),
+        *(Segment("is", 3, 1), Segment("answer", 3, 2)),
+        prune="action",
+        score={"reward": 0.5, "exact_match": 2.0, "f1": 3.0},
+    )
+    short = handmade(
+        *(Segment("prompt", 0, 6), Segment("is", 1, 2), Segment("query", 1, 2)),
+        prune="action",
+        finished="too many turns",
+    )
+    # Actions: 5 tokens that find the prompt's 4; 5 that find 4 + 10; 3 that find 4 + 6, turn 1 being pruned.
+    # At most the prompt, turn 1 and action 2 are live: 4 + 10 + 5. The short one: 4 tokens that find 6.
+    dependency = (4 + 5 / 2) * 5 + (14 + 5 / 2) * 5 + (10 + 3 / 2) * 3, (6 + 4 / 2) * 4
+    row = Result(
+        agent="MEM1",
+        objectives=3,
+        episodes=2,
+        errors={},
+        replays=0,
+        reward=0.25,
+        exact_match=1.0,
+        f1=1.5,
+        answered=0.5,
+        turns=(3 + 1) / 2,
+        tokens=(23 + 10) / 2,
+        peak=(19 + 10) / 2,
+        peak_without_prompt=(15 + 4) / 2,
+        dependency=sum(dependency) / 2,
+        dependency_without_prompt=(sum(dependency) - 4 * (5 + 5 + 3) - 6 * 4) / 2,
+        seconds=3.5,
+    )
+    assert summarize("MEM1", 3, [long, short], seconds=7.0) == row
+
+    # Episodes that went wrong are counted and change no mean: their zeros would pull every length down.
+    start = handmade(
+        Segment("prompt", 0, 2), prune="action", finished=f"{ENVIRONMENT_ERROR}: TimeoutError: x"
+    )
+    lost = [start, start, replace(start, finished=f"{POLICY_ERROR}: NaN")]
+    long = replace(long, failures=[Failure("TimeoutError", 1, 20), Failure("OSError", 0, 0)])
+    bad = summarize("MEM1", 3, [start, long, *lost[1:], short], seconds=7.0)
+    assert bad == replace(row, episodes=5, errors={"TimeoutError": 2, "policy": 1}, replays=2)
+
+    none = summarize("MEM1", 3, lost, seconds=7.0)
+    assert (none.episodes, none.errors) == (3, {"TimeoutError": 2, "policy": 1})
+    means = [v for name, v in vars(none).items() if name not in ("agent", "objectives", "episodes", "errors")]
+    assert means[0] == 0 and all(math.isnan(mean) for mean in means[1:])
+    assert table([none], ("errors", "replays", "reward")).splitlines()[2] == (
+        "| 3: TimeoutError 2, policy 1 |       0 |      - |"
+    )
+
+
+def test_errors_by_kind():
+    broken = [
+        f"{ENVIRONMENT_ERROR}: OSError: disk",
+        f"{ENVIRONMENT_ERROR}: BoomError",
+        f"{POLICY_ERROR}: NaN",
+    ]
+    played = [
+        handmade(prune="action", finished=text) for text in ["answered", "turn limit", *broken, broken[1]]
+    ]
+    assert list(error_counts(played).items()) == [("BoomError", 2), ("OSError", 1), ("policy", 1)]
+
+
+class Broken(MultiHopEnv):
+    """Fails half of its resets and a query now and then."""
+
+    def reset(self, seed: int) -> str:
+        self.bad = seed % 2 == 0
+        if self.bad:
+            raise ConnectionError("no answer")
+        return super().reset(seed)
+
+
+def test_a_broken_retriever_gets_no_better_number(make_model, tokenizer):
+    model, config = make_model(), RolloutConfig(slots=4, max_action=12, max_turns=3, episode_retries=0)
+
+    def play(world: type[MultiHopEnv]) -> tuple[Result, list[Trajectory]]:
+        (row,), played = evaluate(
+            *(model, tokenizer, config),
+            agent="MEM1",
+            objectives=(2,),
+            episodes=8,
+            make_environment=world,
+        )
+        return row, played
+
+    (good, played), (bad, _) = play(MultiHopEnv), play(Broken)
+    lost = sum(seed % 2 == 0 for seed in evaluation_seeds(0, 8))
+    assert 0 < lost < 8 and bad.errors == {"ConnectionError": lost} and good.errors == {}
+    same = summarize("MEM1", 2, [t for t in played if t.seed % 2], seconds=0.0)
+    names = ("turns", "tokens", "peak", "peak_without_prompt", "dependency", "reward")
+    for name in names:
+        assert getattr(bad, name) == pytest.approx(getattr(same, name))
+    assert bad.seconds > 0
+
+
+def test_evaluation_seeds_are_its_own():
+    assert evaluation_seeds(0, 3) == [derive_seed(0, "evaluation", i) for i in range(3)]
+    assert evaluation_seeds(0, 2) == evaluation_seeds(0, 3)[:2], "more episodes are more of the same"
+    other = {
+        derive_seed(seed, "training", update, i) for seed in (0, 1) for update in range(50) for i in range(64)
+    }
+    ours = [s for seed in (0, 1) for s in evaluation_seeds(seed, 1000)]
+    assert len(set(ours)) == 2000 and not other & set(ours)
+
+
+def test_a_row_is_a_phase(make_model, tokenizer):
+    class Clock:
+        now = 0.0
+
+        def __call__(self) -> float:
+            self.now += 4.0
+            return self.now
+
+    lines: list[str] = []
+    config = RolloutConfig(slots=2, max_action=8, max_turns=2)
+    evaluate(
+        *(make_model(), tokenizer, config),
+        agent="MEM1",
+        objectives=(1, 3),
+        episodes=6,
+        progress=Progress(lines.append, Clock()),
+    )
+    assert [line.split(",")[:2] for line in lines if "6/6" in line] == [
+        ["MEM1", " 1 objective 6/6"],
+        ["MEM1", " 3 objectives 6/6"],
+    ]
+    assert any(" left" in line for line in lines)
+
+
+def test_parity_of_nothing_is_no_number(make_model):
+    start = handmade(Segment("prompt", 0, 2), prune="is", finished=f"{ENVIRONMENT_ERROR}: OSError")
+    row = parity(make_model(), [start], "carry")
+    assert (row.prune, row.trajectories, row.turns, row.tokens) == ("is", 0, 0, 0)
+    assert math.isnan(row.max_dlogp) and math.isnan(row.mean_dlogp) and math.isnan(row.kl)
+    with pytest.raises(ValueError, match="wanted at least one, got none"):
+        parity(make_model(), [], "carry")
+
+
+def test_no_number_is_null_in_json():
+    row = replace(result("MEM1", 2, 40.0), reward=math.nan, errors={"OSError": 1})
+    data = json.loads(json.dumps(without_nan(asdict(row)), allow_nan=False))
+    assert data["reward"] is None and data["peak"] == 40.0 and data["errors"] == {"OSError": 1}
+
+
+def test_the_demo_fits_the_model():
+    for quick in (True, False):
+        config = demo_config(quick, seed=3)
+        assert config.seed == 3
+        assert config.rollout.positions() <= config.model.max_positions
+    assert config.updates >= 8
+
+
+def test_every_agent_gets_the_same_episodes(make_model, tokenizer):
+    prompts = []
+    for prune in ("action", "never", 20):
+        config, agent = RolloutConfig(slots=4, max_action=12, max_turns=3, prune=prune), f"agent {prune}"
+        results, played = evaluate(
+            make_model(), tokenizer, config, agent=agent, objectives=(1, 3), episodes=2
+        )
+        assert [(r.agent, r.objectives, r.episodes) for r in results] == [(agent, 1, 2), (agent, 3, 2)]
+        assert [t.objectives for t in played] == [1, 1, 3, 3]
+        assert all(r.peak >= r.peak_without_prompt > 0 and r.seconds > 0 for r in results)
+        by_seed = sorted(played, key=lambda t: (t.objectives, t.seed))
+        prompts.append([t.tokens[: t.segments[0].length].tolist() for t in by_seed])
+    assert prompts[0] == prompts[1] == prompts[2]
+
+
+def test_the_script_answers_everything_at_every_size(tokenizer):
+    results, played = evaluate_script(
+        tokenizer, RolloutConfig(max_action=8, max_turns=2), agent="MEM1", episodes=1
+    )
+    assert [r.objectives for r in results] == [1, 2, 4, 8, 16]
+    assert all(r.reward == 1.0 and r.answered == 1.0 for r in results)
+    assert [r.exact_match for r in results] == [1, 2, 4, 8, 16]
+    assert results[-1].turns == 33
+    assert len(played) == 5
+
+
+def test_memory_of_the_default_world_grows_far_slower_than_with_the_full_context(tokenizer):
+    rows = {(r.agent, r.objectives): r for r in script_results(tokenizer, RolloutConfig())}
+
+    def ratio(agent: str, name: str) -> float:
+        return getattr(rows[agent, 16], name) / getattr(rows[agent, 2], name)
+
+    assert (
+        ratio("MEM1, script", "peak_without_prompt")
+        <= ratio("full context, script", "peak_without_prompt") / 3
+    )
+    assert ratio("MEM1, script, 400-token passages", "peak_without_prompt") <= 1.65
+
+
+def test_the_truncating_agent_holds_its_window_and_a_turn(tokenizer):
+    (row,), (played,) = evaluate_script(
+        tokenizer, RolloutConfig(prune=300), agent="truncated", objectives=(16,), episodes=1
+    )
+    sizes: dict[int, int] = {}
+    for segment in played.segments[1:]:
+        sizes[segment.turn] = sizes.get(segment.turn, 0) + segment.length
+    assert sum(sizes.values()) > 4 * 300
+    assert 300 < row.peak_without_prompt <= 300 + 2 * max(sizes.values()), "full until the action is complete"
+    assert row.answered == 1.0 and row.dependency == played.dependency_length()
+    again = Trajectory.from_dict(json.loads(played.to_json()))
+    assert again.prune == 300 and torch.equal(again.mask.evict, played.mask.evict)
+
+
+def test_a_table_is_markdown():
+    text = table(
+        [result("MEM1", 2, 1234.4), result("full context", 16, 5.25)], ("agent", "objectives", "peak")
+    )
+    assert text.splitlines() == [
+        "|        agent | objectives |  peak |",
+        "|--------------|------------|-------|",
+        "|         MEM1 |          2 |  1234 |",
+        "| full context |         16 | 5.250 |",
+    ]
+    assert "1.2e-06" in table([Parity("carry", "action", "float32", 1, 4, 9, 1.2e-6, 1e-7, 0.0)])
+    assert "|    64 |" in table([Parity("carry", 64, "float32", 1, 4, 9, 0.0, 0.0, 0.0)], ("prune",))
+
+
+def test_growth_compares_16_with_2():
+    text = growth([result("MEM1", 2, 40.0), result("MEM1", 16, 100.0)])
+    assert text == "MEM1: 16 objectives need 2.50x the peak of 2, 3.00x without the prompt"
+
+
+def test_pictures(tokenizer, tmp_path):
+    pytest.importorskip("matplotlib")
+    results, played = evaluate_script(tokenizer, RolloutConfig(), agent="MEM1", objectives=(1, 2), episodes=1)
+    records = [{"phase": "warmstart", "step": i, "loss": 3 / i} for i in (1, 2, 3)]
+    records += [{"phase": "ppo", "step": i, "reward": 0.1 * i, "answered": 0.5} for i in (1, 2)]
+    # Gaps: no number, one that is none, and an update of which nothing is said.
+    records += [
+        {"phase": "ppo", "step": 3, "reward": None, "answered": math.nan},
+        {"phase": "ppo", "step": 4},
+    ]
+    results.append(replace(results[0], objectives=4, peak=math.nan, peak_without_prompt=math.nan))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    plot_peaks(results, tmp_path / "peaks.png")
+    plot_learning(tmp_path / "metrics.jsonl", tmp_path / "learning.png")
+    plot_mask(played[1], tmp_path / "mask.png")
+    for name in ("peaks.png", "learning.png", "mask.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+        assert (tmp_path / name).stat().st_size > 5000

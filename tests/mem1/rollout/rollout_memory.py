@@ -1,0 +1,56 @@
+"""Prints, as JSON, the resident size of this process in bytes each time the policy has finished an action.
+
+python rollout_memory.py action|never TURNS
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+from mem1.config import ModelConfig, RolloutConfig
+from mem1.envs.base import Action, Observation
+from mem1.envs.toy.tokenizer import build_tokenizer
+from mem1.models.build import build_model
+from mem1.rollout.rollout_loop import rollout
+
+INFO_TOKENS = 240
+# Keys and values of a token take 4 KiB: what is kept shows.
+MODEL = ModelConfig(layers=2, width=256, heads=4, kv_heads=4, mlp_width=64, max_positions=2**15)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+class Meter:
+    objectives = 1
+    instant = True
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def reset(self, seed: int) -> str:
+        return "ada boss ?"
+
+    def step(self, action: Action) -> Observation:
+        self.sizes.append(resident_bytes())
+        return Observation("anna " * INFO_TOKENS, 0.0, False)
+
+    def score(self) -> dict[str, float]:
+        return {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
+
+
+def main(prune: str, turns: int) -> None:
+    tokenizer, meter = build_tokenizer(), Meter()
+    limits = {"max_turns": turns, "max_action": 8, "max_info": INFO_TOKENS}
+    config = RolloutConfig(slots=1, prune=prune, **limits)  # type: ignore[arg-type]
+    (trajectory,) = rollout(build_model(tokenizer, MODEL), tokenizer, lambda: meter, [0], config)
+    tokens = trajectory.tokens.numel()
+    print(json.dumps({"sizes": meter.sizes, "tokens": tokens, "finished": trajectory.finished}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,99 @@
+"""A run for `test_survival.py`, in a process that can be killed: python survival_run.py OUT UPDATES.
+
+Of the environment's calls 5 % fail, hang or talk nonsense, which ones follows from the episode's seed, the
+attempt and the step; in one update a gradient is NaN, and in another one row of the policy's logits.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from mem1.config import ModelConfig, PPOConfig, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.engine.engine import Engine
+from mem1.envs.base import Action, Observation
+from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.runtime.interrupts import Interrupted
+from mem1.seeds import derive_seed
+from mem1.train import train_loop as train
+from mem1.train.ppo import PPO
+
+FAULTY = 0.05  # of the calls
+NAN_GRADIENT, NAN_LOGITS = 9, 21  # updates
+
+CONFIG = TrainConfig(
+    batch=6,
+    objectives=(1, 2),
+    save_every=3,
+    threads=1,
+    max_failed=0.9,
+    model=ModelConfig(layers=1, width=32, heads=2, kv_heads=1, mlp_width=64),
+    rollout=RolloutConfig(slots=4, max_action=12, max_turns=3, env_timeout=1.0, synchronous=True),
+    warmstart=WarmStartConfig(steps=20, batch_tokens=256, save_every=7),
+    ppo=PPOConfig(minibatch=4, actor_lr=1e-3, critic_only=1),
+)
+
+
+class Faulty(MultiHopEnv):
+    instant = False
+    attempts: dict[int, int] = {}  # of each seed, in this update
+
+    def reset(self, seed: int) -> str:
+        self.attempts[seed] = self.attempts.get(seed, 0) + 1
+        self.draw = random.Random(f"{seed} {self.attempts[seed]}")
+        return super().reset(seed)
+
+    def step(self, action: Action) -> Observation:
+        fault = self.draw.choice(("fail", "hang", "nonsense")) if self.draw.random() < FAULTY else ""
+        if fault == "fail":
+            raise LookupError("no such page")
+        if fault == "hang":
+            time.sleep(2.5)
+        observation = super().step(action)
+        return observation._replace(text=7) if fault == "nonsense" else observation  # type: ignore[arg-type]
+
+
+def main(out: Path, updates: int) -> int:
+    step, logits = PPO.step, Engine.logits
+    poisoned = {"gradient": 0, "logits": 0}
+    poisoned_seeds = {derive_seed(CONFIG.seed, "training", NAN_LOGITS - 1, i) for i in range(CONFIG.batch)}
+
+    def rolling(*arguments, original=train.rollout, **settings):
+        Faulty.attempts.clear()
+        poisoned.update(gradient=0, logits=0 if poisoned_seeds.issuperset(arguments[3]) else -(10**9))
+        return original(*arguments, **settings)
+
+    def stepping(self, *arguments):
+        poison = self.updates + 1 == NAN_GRADIENT and not poisoned["gradient"]
+        poisoned["gradient"] = 1
+        weight = self.actor.get_output_embeddings().weight
+        handle = weight.register_hook(lambda grad: grad * torch.nan) if poison else None
+        result = step(self, *arguments)
+        if handle is not None:
+            handle.remove()
+        return result
+
+    def poisoning(self, hidden):
+        made = logits(self, hidden)
+        poisoned["logits"] += 1
+        if poisoned["logits"] == 10:
+            made = made.clone()
+            made[0] = torch.nan
+        return made
+
+    train.rollout, PPO.step, Engine.logits = rolling, stepping, poisoning
+    config = CONFIG.__class__(**{**vars(CONFIG), "updates": updates})
+    resume = any(out.glob("checkpoints/*-*"))
+    try:
+        train.train(config, out, make_environment=lambda: Faulty((1, 2)), resume=resume, overwrite=not resume)
+    except Interrupted as error:
+        return 128 + error.signum
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,48 @@
+"""The trainer on the fast losses learns as it does on their specification."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+from mem1.config import PPOConfig, TrainConfig, WarmStartConfig
+from mem1.runtime.progress import Progress
+from mem1.train import ppo
+from mem1.train import train_loop as train
+
+SETTINGS = TrainConfig(
+    updates=5,
+    batch=8,
+    objectives=(1, 1),
+    warmstart=WarmStartConfig(steps=150),
+    ppo=PPOConfig(minibatch=4, epochs=2, critic_only=1, kl=0.01, kl_in="loss", entropy=0.01, actor_lr=3e-4),
+)
+
+
+@pytest.mark.slow
+def test_the_curve_is_that_of_the_reference_loss(tmp_path, monkeypatch):
+    config = replace(SETTINGS, rollout=replace(SETTINGS.rollout, max_turns=4, max_action=24))
+    quiet = Progress(log=lambda line: None)
+    train.train(replace(config, updates=0), tmp_path / "start", progress=quiet)
+    curves = []
+    for backend in ("auto", "reference"):
+        with monkeypatch.context() as patch:
+            for name in ("fused_linear_ppo_loss", "linear_logprob", "gae"):
+                patch.setattr(ppo, name, partial(getattr(ppo, name), backend=backend))
+            train.train(config, tmp_path / backend, init=tmp_path / "start", progress=quiet)
+        lines = (tmp_path / backend / "metrics.jsonl").read_text().splitlines()
+        curves.append([r for r in map(json.loads, lines) if r["phase"] == "ppo"])
+    ours, reference = curves
+    assert len(ours) == len(reference) == 5
+    for step, (one, other) in enumerate(zip(ours, reference, strict=True)):
+        assert one.keys() == other.keys()
+        for name in one.keys() - {"phase", "rollout_seconds", "update_seconds"}:
+            # The differences of two log-probs that should be equal are rounding and nothing else.
+            number = isinstance(other[name], int | float)
+            expected = pytest.approx(other[name], rel=2e-3, abs=1e-4) if number else other[name]
+            assert one[name] == expected, f"update {step + 1}: {name}"
+    assert all(record["actor_grad_norm"] > 0 for record in ours[1:])
+    assert any(record["reward"] > 0 for record in ours)

@@ -1,0 +1,337 @@
+"""A training run: what it learns from, what stops it, and what it says of both."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mem1.checks import InputError
+from mem1.config import ModelConfig, PPOConfig, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.engine.engine import Engine
+from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.runtime.progress import Progress
+from mem1.seeds import derive_seed
+from mem1.train import checkpoint
+from mem1.train import train_loop as train
+from mem1.train.optim import Diverged
+from mem1.train.ppo import PPO
+from mem1.train.run_folder import METRICS
+
+TINY = TrainConfig(
+    updates=2,
+    batch=4,
+    objectives=(1, 2),
+    model=ModelConfig(layers=1, width=32, heads=2, kv_heads=1, mlp_width=64),
+    rollout=RolloutConfig(slots=4, max_action=12, max_turns=2, env_retries=0, episode_retries=0),
+    warmstart=WarmStartConfig(steps=0),
+    ppo=PPOConfig(critic_only=0, minibatch=2),
+)
+
+
+def records(run: Path, phase: str = "ppo") -> list[dict]:
+    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    return [line for line in lines if line["phase"] == phase]
+
+
+def quiet() -> Progress:
+    return Progress(log=lambda line: None)
+
+
+def place(config: TrainConfig, seed: int) -> tuple[int, int]:
+    """Update and index of an episode's seed."""
+    return next(
+        (update, i)
+        for update in range(config.updates)
+        for i in range(config.batch)
+        if derive_seed(config.seed, "training", update, i) == seed
+    )
+
+
+class Watched:
+    """The seeds of the trajectories that an update learns from."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.learned: list[list[int]] = []
+        prepare = PPO.prepare
+
+        def watching(ppo, trajectories):
+            batch, metrics = prepare(ppo, trajectories)
+            self.learned.append([experience.trajectory.seed for experience in batch])
+            return batch, metrics
+
+        monkeypatch.setattr(PPO, "prepare", watching)
+
+
+def failing(config: TrainConfig, bad: set[tuple[int, int]], times: int = 10**9):
+    """A world whose steps raise in the episodes at `bad`, so many times each."""
+    failed: dict[tuple[int, int], int] = {}
+
+    class Failing(MultiHopEnv):
+        def reset(self, seed: int) -> str:
+            self.place = place(config, seed)
+            return super().reset(seed)
+
+        def step(self, action):
+            if self.place in bad and failed.get(self.place, 0) < times:
+                failed[self.place] = failed.get(self.place, 0) + 1
+                raise LookupError("the world is down")
+            return super().step(action)
+
+    return lambda: Failing((1, 2))
+
+
+def test_failed_episodes_are_not_learned_from(tmp_path, monkeypatch):
+    watched, said = Watched(monkeypatch), []
+    world = failing(TINY, {(0, 1), (0, 2), (1, 3)})
+    train.train(TINY, tmp_path, make_environment=world, progress=Progress(log=said.append))
+    assert [[place(TINY, seed) for seed in seeds] for seeds in watched.learned] == [
+        [(0, 0), (0, 3)],
+        [(1, 0), (1, 1), (1, 2)],
+    ]
+    first, second = records(tmp_path)
+    assert first["errors"] == {"LookupError": 2} and second["errors"] == {"LookupError": 1}
+    assert first["replays"] == 0 and first["dropped_turns"] == 1.0
+    assert any("failed: LookupError 2" in line for line in said)
+    assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == 2
+
+
+def test_episodes_are_played_again_and_the_failures_told(tmp_path, monkeypatch):
+    watched = Watched(monkeypatch)
+    config = replace(TINY, rollout=replace(TINY.rollout, episode_retries=2))
+    train.train(config, tmp_path, make_environment=failing(config, {(0, 1)}, times=2), progress=quiet())
+    assert [len(seeds) for seeds in watched.learned] == [4, 4]
+    first, second = records(tmp_path)
+    assert first["errors"] == {} and first["replays"] == 2 and second["replays"] == 0
+    assert first["dropped_turns"] == 1.0 and second["dropped_turns"] is None
+    assert 0 < first["dropped_tokens"] < first["tokens"] / 4
+
+
+def test_a_world_that_is_down_for_good_stops_the_run(tmp_path):
+    world = failing(TINY, {(1, 0), (1, 1), (1, 3)})
+    with pytest.raises(
+        train.EpisodesFailed, match="3 of 4 episodes failed .LookupError 3.*the world is down"
+    ):
+        train.train(TINY, tmp_path, make_environment=world, progress=quiet())
+    assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == 1, "what was learned before is kept"
+    patient = replace(TINY, max_failed=1.0)
+    train.train(patient, tmp_path, make_environment=world, resume=True, progress=quiet())
+    assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == 2
+    everything = failing(TINY, {(0, i) for i in range(4)})
+    with pytest.raises(train.EpisodesFailed, match="4 of 4"):
+        train.train(patient, tmp_path / "all", make_environment=everything, progress=quiet())
+
+
+def poisoned(monkeypatch, calls: set[int]) -> None:
+    """Logits of one row are NaN in those calls of the engine."""
+    count, logits = 0, Engine.logits
+
+    def bad(self, hidden):
+        nonlocal count
+        count += 1
+        made = logits(self, hidden).clone()
+        if count in calls:
+            made[0] = torch.nan
+        return made
+
+    monkeypatch.setattr(Engine, "logits", bad)
+
+
+def test_policy_errors_are_counted_and_not_learned_from(tmp_path, monkeypatch):
+    poisoned(monkeypatch, {5})
+    watched = Watched(monkeypatch)
+    train.train(TINY, tmp_path, progress=quiet())
+    assert [len(seeds) for seeds in watched.learned] == [3, 4]
+    assert [record["errors"] for record in records(tmp_path)] == [{"policy": 1}, {}]
+    model = checkpoint.load(tmp_path).model
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_an_update_follows_the_seeds_and_not_the_clock(tmp_path, monkeypatch):
+    watched = Watched(monkeypatch)
+    rollout = train.rollout
+    monkeypatch.setattr(train, "rollout", lambda *a, **s: reversed(list(rollout(*a, **s))))
+    train.train(TINY, tmp_path, progress=quiet())
+    assert [[place(TINY, seed) for seed in seeds] for seeds in watched.learned] == [
+        [(update, i) for i in range(4)] for update in range(2)
+    ]
+
+
+@pytest.mark.parametrize("which", ["actor", "critic"])
+def test_a_gradient_that_is_not_finite_is_not_stepped_on(tmp_path, monkeypatch, which):
+    step, calls = PPO.step, []
+
+    def poison(self, batch, train_actor=True, normalizer=None):
+        calls.append(1)
+        if len(calls) == 2:
+            # As an overflow in one kernel does; the backward adds to it.
+            model = getattr(self, which)
+            parameter = next(p for p in model.parameters())
+            handle = parameter.register_hook(lambda grad: torch.full_like(grad, torch.inf))
+            try:
+                return step(self, batch, train_actor, normalizer)
+            finally:
+                handle.remove()
+        return step(self, batch, train_actor, normalizer)
+
+    monkeypatch.setattr(PPO, "step", poison)
+    said = []
+    train.train(TINY, tmp_path, progress=Progress(log=said.append))
+    assert [record["skipped_steps"] for record in records(tmp_path)] == [1, 0]
+    assert any("skipped steps: 1" in line for line in said)
+    saved = checkpoint.load(tmp_path)
+    assert all(parameter.isfinite().all() for parameter in saved.model.parameters())
+    assert saved.trainer["ppo"]["optimizers"][which]["steps"] == 3
+    assert all(value.isfinite().all() for value in saved.trainer["critic"].values())
+
+
+def test_three_in_a_row_stop_the_run_with_the_last_good_weights(tmp_path, monkeypatch):
+    step = PPO.step
+
+    def poison(self, batch, train_actor=True, normalizer=None):
+        if self.updates == 1:
+            for experience in batch:
+                experience.returns.fill_(torch.nan)
+        return step(self, batch, train_actor, normalizer)
+
+    monkeypatch.setattr(PPO, "step", poison)
+    config = replace(TINY, updates=9, save_every=1, ppo=replace(TINY.ppo, minibatch=1))
+    with pytest.raises(Diverged, match="3 steps in a row"):
+        train.train(config, tmp_path, progress=quiet())
+    assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == 1
+    assert len(records(tmp_path)) == 1
+
+
+def test_a_reward_beyond_fp32_ends_its_episode_only(tmp_path):
+    class Generous(MultiHopEnv):
+        def reset(self, seed: int) -> str:
+            self.place = place(TINY, seed)
+            return super().reset(seed)
+
+        def score(self):
+            return super().score() | ({"reward": 1e39} if self.place == (0, 1) else {})
+
+    train.train(TINY, tmp_path, make_environment=lambda: Generous((1, 2)), progress=quiet())
+    assert records(tmp_path)[0]["errors"] == {"ValueError": 1}
+
+
+def test_seeds_make_independent_runs(tmp_path, monkeypatch):
+    played: dict[int, list] = {}
+    rollout = train.rollout
+
+    def watching(*arguments, **settings):
+        for trajectory in rollout(*arguments, **settings):
+            played[seed].append(trajectory)
+            yield trajectory
+
+    monkeypatch.setattr(train, "rollout", watching)
+    weights = {}
+    for seed in (0, 1):
+        played[seed] = []
+        config = replace(TINY, seed=seed, updates=1, batch=16, warmstart=WarmStartConfig(steps=1))
+        model = train.train(config, tmp_path / str(seed), progress=quiet()).model
+        weights[seed] = torch.cat([p.detach().flatten() for p in model.parameters() if p.dim() > 1])
+    tokens = [{tuple(t.tokens.tolist()) for t in played[seed]} for seed in (0, 1)]
+    assert not tokens[0] & tokens[1]
+    correlation = torch.corrcoef(torch.stack([weights[0], weights[1]]))[0, 1]
+    assert abs(float(correlation)) < 0.1
+    first = [record["loss"] for run in "01" for record in records(tmp_path / run, "warmstart")]
+    assert first[0] != first[1]
+
+
+def test_the_first_line_says_where_it_runs(tmp_path):
+    said = []
+    train.train(replace(TINY, updates=0), tmp_path, progress=Progress(log=said.append))
+    assert said[0].startswith(f"device {'cuda' if torch.cuda.is_available() else 'cpu'}")
+    with pytest.raises(InputError, match="device: wanted one of auto, cpu"):
+        train.train(replace(TINY, device="tpu"), tmp_path / "other", progress=quiet())
+    assert not (tmp_path / "other").exists()
+
+
+def test_dropout_is_off_and_said_once(tmp_path, make_model, tokenizer):
+    from transformers import PhiConfig, PhiForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape["max_position_embeddings"] = 8192
+    phi = PhiForCausalLM(PhiConfig(vocab_size=len(tokenizer), resid_pdrop=0.1, embd_pdrop=0.1, **shape))
+    phi.lm_head.bias = None
+    with torch.no_grad():
+        phi.lm_head.weight.mul_(5)
+    init = checkpoint.save(tmp_path / "init", phi, tokenizer)
+    loaded = checkpoint.load(init)
+    loaded.model.lm_head.bias = None
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "load", lambda path: loaded)
+        one_step = replace(TINY, updates=1, ppo=replace(TINY.ppo, minibatch=TINY.batch))
+        train.train(one_step, tmp_path / "run", init=init, progress=Progress(log=said.append))
+    assert sum("dropout is off" in line for line in said) == 1
+    (record,) = records(tmp_path / "run")
+    assert record["dlogp_max"] < 5e-5 and record["ratio_max"] < 1.0001
+
+
+def test_bf16_is_trained_through_fp32_masters(tmp_path):
+    config = replace(TINY, model=replace(TINY.model, dtype="bfloat16"), updates=2)
+    config = replace(config, warmstart=WarmStartConfig(steps=2, batch_tokens=256))
+    train.train(config, tmp_path, progress=quiet())
+    saved = checkpoint.load(tmp_path)
+    assert saved.model.dtype == torch.bfloat16
+    masters = saved.trainer["ppo"]["optimizers"]["actor"]["masters"]
+    assert masters and all(master.dtype == torch.float32 for master in masters)
+    resumed = replace(config, updates=3)
+    train.train(resumed, tmp_path, resume=True, progress=quiet())
+    train.train(resumed, tmp_path / "unbroken", progress=quiet())
+    one, other = (checkpoint.load(tmp_path / name).model.state_dict() for name in ("last", "unbroken"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ppo": {"clip": -1.0}}, "clip: wanted a finite number > 0 and <= 1, got -1.0"),
+        ({"ppo": {"value_clip": -1.0}}, "value_clip: wanted a finite number > 0"),
+        ({"ppo": {"max_grad_norm": 0.0}}, "max_grad_norm: wanted a finite number > 0"),
+        ({"ppo": {"epochs": 1.5}}, "epochs: wanted an integer >= 1, got 1.5"),
+        ({"ppo": {"gamma": float("nan")}}, "gamma: wanted a finite number"),
+        ({"ppo": {"lam": 2.0}}, "lam: wanted a finite number >= 0 and <= 1, got 2.0"),
+        ({"ppo": {"entropy": float("nan")}}, "entropy: wanted a finite number"),
+        ({"ppo": {"critic_only": -1}}, "critic_only: wanted an integer >= 0"),
+        ({"ppo": {"minibatch": True}}, "minibatch: wanted an integer >= 1, got True"),
+        ({"ppo": {"rollout_is_cap": 0.0}}, "rollout_is_cap: wanted a finite number > 0"),
+        ({"ppo": {"kl_in": "both"}}, "kl_in: wanted one of reward, loss, got 'both'"),
+        ({"warmstart": {"batch_tokens": 0}}, "batch_tokens: wanted an integer >= 1, got 0"),
+        ({"warmstart": {"warmup_steps": -1}}, "warmup_steps: wanted an integer >= 0"),
+        ({"warmstart": {"weight_decay": -1.0}}, "weight_decay: wanted a finite number >= 0"),
+        ({"warmstart": {"regime": "x"}}, "regime: wanted one of carry, reencode, paper, got 'x'"),
+        ({"rollout": {"greedy": True}}, "greedy: wanted False in training"),
+        ({"rollout": {"greedy": 1}}, "greedy: wanted True or False, got 1"),
+        ({"rollout": {"temperature": float("inf")}}, "temperature: wanted a finite number >= 0.0001"),
+        ({"rollout": {"max_turns": 2.5}}, "max_turns: wanted an integer >= 1, got 2.5"),
+        ({"model": {"dtype": "float8"}}, "dtype: wanted one of float32, bfloat16, got 'float8'"),
+        ({"model": {"init_std": 0.0}}, "init_std: wanted a finite number > 0"),
+        ({"ppo": {"gamma": 10**400}}, "gamma: wanted a finite number >= 0 and <= 1, got 1000"),
+        ({"ppo": {"critic_lr": 1e38}}, "critic_lr: wanted a finite number > 0 and <= 1, got 1e+38"),
+        (
+            {"model": {"width": 6, "heads": 2, "kv_heads": 2}},
+            "width: wanted a multiple of 2 * heads=2, got 6",
+        ),
+        ({"threads": 10**10}, "threads: wanted an integer from 1 to 4096"),
+        ({"seed": -1}, "seed: wanted an integer from 0 to"),
+        ({"keep": 0}, "keep: wanted an integer >= 1, got 0"),
+        ({"max_failed": 1.5}, "max_failed: wanted a finite number >= 0 and <= 1, got 1.5"),
+        ({"objectives": (2, 1)}, "objectives: wanted 1 <= least <= most, got (2, 1)"),
+        ({"objectives": 2}, "objectives: wanted 1 <= least <= most, got 2"),
+    ],
+)
+def test_every_setting_is_checked_when_it_is_made(change, message):
+    with pytest.raises(InputError) as error:
+        settings = {
+            name: replace(getattr(TINY, name), **value) if isinstance(value, dict) else value
+            for name, value in change.items()
+        }
+        replace(TINY, **settings)
+    assert message in str(error.value)

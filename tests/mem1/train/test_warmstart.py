@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from mem1.config import ModelConfig, WarmStartConfig
+from mem1.models.build import build_critic, build_model
+from mem1.train.warmstart import examples, label_logits, optimizer_for, rate_factor, warm_start
+from mem1_core.trajectory import TrajectoryMask
+
+SMALL = ModelConfig(layers=2, width=32, heads=2, kv_heads=1, mlp_width=64)
+SHORT = WarmStartConfig(steps=12, batch_tokens=256, warmup_steps=2, objectives=(1, 2))
+
+
+def test_loss_falls(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build_model(tokenizer, SMALL)
+    records = list(warm_start(model, tokenizer, replace(SHORT, steps=50)))
+    losses = [record["loss"] for record in records]
+    assert [record["step"] for record in records] == list(range(1, 51))
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert not model.training
+    assert list(warm_start(model, tokenizer, replace(SHORT, steps=0))) == []
+
+
+def test_the_seed_and_the_step_decide(tokenizer: PreTrainedTokenizerFast) -> None:
+    def losses(seed: int, stop: int = SHORT.steps) -> list[float]:
+        """Of a run that is stopped after `stop` steps and goes on."""
+        model = build_model(tokenizer, SMALL)
+        optimizer = optimizer_for(model, SHORT)
+        first = list(islice(warm_start(model, tokenizer, SHORT, seed=seed, optimizer=optimizer), stop))
+        rest = warm_start(model, tokenizer, SHORT, seed=seed, optimizer=optimizer, done=stop)
+        return [record["loss"] for record in (*first, *rest)]
+
+    assert losses(3) == losses(3) == losses(3, stop=5)
+    assert losses(3)[0] != losses(4)[0]
+
+
+def test_schedule() -> None:
+    config = WarmStartConfig(steps=100, warmup_steps=10)
+    factors = [rate_factor(step, step / 100, config) for step in range(101)]
+    assert factors[0] == 0.1 and factors[10:51] == [1.0] * 41
+    assert factors[-1] == pytest.approx(0.02)
+    assert factors[50:] == sorted(factors[50:], reverse=True)
+
+
+def test_curriculum(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = WarmStartConfig(objectives=(1, 4), auxiliary=0.4, batch_tokens=40_000)
+    for done, most, share in ((0.0, 2, 0.4), (0.5, 4, 0.25), (1.0, 4, 0.1)):
+        batch = list(examples(tokenizer.get_vocab(), random.Random(0), config, done))
+        scripted = [e for e in batch if e.prune == "action"]
+        assert 1 - len(scripted) / len(batch) == pytest.approx(share, abs=0.06)
+        turns = {e.segments[-1].turn for e in scripted}
+        assert turns == {1 + config.hops * k for k in range(1, most + 1)}
+
+
+def test_examples_come_from_the_world_of_the_config(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = replace(SHORT, hops=3, objectives=(2, 2), passage_tokens=50, prune="is", auxiliary=0.0)
+    for example in examples(tokenizer.get_vocab(), random.Random(0), config, 0.0):
+        assert example.prune == "is"
+        assert example.segments[-1].turn == 2 * 3 + 1
+        assert {s.length for s in example.segments if s.kind == "info"} == {50 + 2}
+
+
+@pytest.mark.parametrize("regime", ["carry", "reencode"])
+def test_labels_are_the_tokens_of_the_policy(tokenizer: PreTrainedTokenizerFast, regime: str) -> None:
+    model = build_model(tokenizer, SMALL)
+    batch = list(examples(tokenizer.get_vocab(), random.Random(0), SHORT, 0.0))
+    logits, labels = label_logits(model, batch, regime, torch.device("cpu"))  # type: ignore[arg-type]
+    expected: list[int] = []
+    for example in batch:
+        tokens = iter(example.tokens)
+        for segment in example.segments:
+            part = [next(tokens) for _ in range(segment.length)]
+            expected += part if segment.kind in ("is", "query", "answer") else []
+    assert labels.tolist() == expected
+    assert logits.shape == (len(labels), len(tokenizer))
+
+
+def test_model_follows_its_config(tokenizer: PreTrainedTokenizerFast) -> None:
+    state = torch.random.get_rng_state()
+    model = build_model(tokenizer, SMALL)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    weights = model.get_output_embeddings().weight
+    assert weights is model.get_input_embeddings().weight
+    assert weights.std().item() == pytest.approx(SMALL.init_std, rel=0.1)
+    other = build_model(tokenizer, SMALL, seed=1)
+    assert not torch.equal(other.get_output_embeddings().weight, weights)
+    assert build_model(tokenizer, replace(SMALL, dtype="bfloat16")).dtype == torch.bfloat16
+
+
+def test_critic_starts_as_a_copy_that_values_everything_at_zero(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build_model(tokenizer, SMALL)
+    critic = build_critic(model)
+    ids = torch.arange(20)[None]
+    mask = TrajectoryMask.from_evict(torch.full((1, 20), 20, dtype=torch.int32))
+    values = critic(ids, ids, mask)
+    assert values.shape == (1, 20) and not values.any()
+    (values - 1).square().mean().backward()
+    assert critic.head.bias.grad is not None
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_bf16_keeps_its_frequencies(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build_model(tokenizer, replace(SMALL, dtype="bfloat16"))
+    exact = build_model(tokenizer, SMALL)
+    buffers = dict(exact.named_buffers())
+    assert buffers
+    for name, buffer in [*model.named_buffers(), *build_critic(model).trunk.named_buffers(prefix="model")]:
+        assert torch.equal(buffer, buffers[name]), name
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_what_is_frozen_in_the_actor_learns_in_the_critic(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = build_model(tokenizer, SMALL)
+    model.get_input_embeddings().weight.requires_grad_(False)
+    assert all(p.requires_grad for p in build_critic(model).parameters())
