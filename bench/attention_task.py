@@ -10,9 +10,9 @@ from peers import Attention, block_mask, flex
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from mem1_core.mask import TrajectoryMask
 from mem1_core.ops import trajectory_attention
 from mem1_core.testing import assert_accurate, eager_attention, visible_rows
-from mem1_core.trajectory import TrajectoryMask
 
 OURS, DENSE, FLEX, EAGER, CAUSAL = (
     "trajectory_attention", "SDPA dense mask", "FlexAttention", "eager dense mask", "SDPA causal",

@@ -31,6 +31,9 @@ from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 
+from mem1_core.layout import TrajectoryLayout
+from mem1_core.mask import TrajectoryMask
+from mem1_core.segments import Segment
 from mem1_core.testing import (
     MEM1_TRAJECTORIES,
     causal_evict,
@@ -38,7 +41,6 @@ from mem1_core.testing import (
     prefix_tree_evict,
     random_evict,
 )
-from mem1_core.trajectory import Segment, TrajectoryMask
 
 MIB = 2**20
 
@@ -62,7 +64,7 @@ def synthetic(evict: Callable[[int], Tensor], tokens: int) -> Callable[[bool], T
 def trajectories(copies: int) -> Callable[[bool], TrajectoryMask]:
     def packed(full: bool) -> TrajectoryMask:
         segments = MEM1_TRAJECTORIES[11_852]
-        one = TrajectoryMask.from_turns(segments if full else shortened(segments))
+        one = TrajectoryLayout.from_turns(segments if full else shortened(segments)).mask
         return TrajectoryMask.packed([one] * (copies if full else min(copies, 2)))
 
     return packed
@@ -89,7 +91,7 @@ def test_attention(bench: Any, tokens: int, dtype: torch.dtype, direction: str) 
     if not bench.measuring:
         segments, heads = shortened(segments), (4, 2, 32)
     backward = direction != "forward"
-    task = Task(TrajectoryMask.from_turns(segments), heads, dtype)
+    task = Task(TrajectoryLayout.from_turns(segments).mask, heads, dtype)
 
     contenders = [task.ours(direction)]
     # Dense forward+backward at N 11,852 takes most of a minute and many GiB.
@@ -122,7 +124,7 @@ def long_evict(table: str, full: bool) -> Tensor:
     if table == "random":
         return random_evict(n)[None]
     turns = (n - 1) // 500
-    return TrajectoryMask.from_turns(mem1_segments(turns, prompt=n - turns * 500)).evict
+    return TrajectoryLayout.from_turns(mem1_segments(turns, prompt=n - turns * 500)).mask.evict
 
 
 @pytest.mark.parametrize("table", ["MEM1 turns", "random"])
@@ -265,7 +267,7 @@ def test_mask_construction_against_flex(bench: Any) -> None:
     segments = MEM1_TRAJECTORIES[11_852]
     if not bench.measuring:
         segments = shortened(segments)
-    mask = TrajectoryMask.from_turns(segments)
+    mask = TrajectoryLayout.from_turns(segments).mask
     n, evict = mask.evict.shape[1], mask.evict[0]
 
     def visit_every_pair() -> BlockMask:
@@ -281,9 +283,11 @@ def test_mask_construction_against_flex(bench: Any) -> None:
     padded = torch.nn.functional.pad(mask.dense(), (0, tiles * FLEX_BLOCK - n) * 2)
     live_tiles = padded.view(1, 1, tiles, FLEX_BLOCK, tiles, FLEX_BLOCK).any(dim=5).any(dim=3).int()
     contenders = [
-        Contender("TrajectoryMask.from_turns", lambda: TrajectoryMask.from_turns(segments)),
+        Contender("TrajectoryMask.from_turns", lambda: TrajectoryLayout.from_turns(segments).mask),
         Contender(
-            "BlockMask from our plan", lambda: block_mask(TrajectoryMask.from_turns(segments)), check_flex
+            "BlockMask from our plan",
+            lambda: block_mask(TrajectoryLayout.from_turns(segments).mask),
+            check_flex,
         ),
         Contender("create_block_mask", visit_every_pair, check_flex),
     ]

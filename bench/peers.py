@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from mem1_core.trajectory import TrajectoryMask
+from mem1_core.mask import TrajectoryMask
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from mem1_core._library import cuda_architectures
 from mem1_core._library import version as __version__
 from mem1_core.layout import TrajectoryLayout
-from mem1_core.trajectory import Segment, TilePlan, TrajectoryMask
+from mem1_core.mask import TilePlan, TrajectoryMask
+from mem1_core.segments import Segment
 
 cmake_prefix_path = str(Path(__file__).parent)
 

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from mem1_core.trajectory import (
-    Prune,
-    Regime,
-    Segment,
-    TrajectoryMask,
-    check_segments,
-    evict_from_turns,
-    policy_tokens,
-)
+from mem1_core.eviction import Prune, evict_from_turns
+from mem1_core.mask import TrajectoryMask
+from mem1_core.segments import Segment, check_segments, policy_tokens
+
+Regime = Literal["carry", "reencode", "paper"]
 
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth value to compare by

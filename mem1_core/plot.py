@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from mem1_core.trajectory import Segment, TrajectoryMask
+from mem1_core.mask import TrajectoryMask
+from mem1_core.segments import Segment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,10 +39,13 @@ def plot_mask(
     title: str | None = None,
     row: int = 0,
 ) -> Figure:
-    """Draw row `row` of a mask; see `TrajectoryMask.plot`. Returns the figure, saved to `path` if given.
+    """Draw who sees whom in row `row` of the batch: query rows against key columns.
 
-    A cell has its key's colour where the query (vertical) sees the key (horizontal) and is grey where the key
-    is evicted. Dotted lines: a turn begins. Red lines: a prune event, from there on fewer keys are seen.
+    A cell has its key's colour, that of the segment's kind, where the query (vertical) sees the key
+    (horizontal) and is grey where the key is evicted. Dotted lines: a turn begins. Red lines: a prune event,
+    from there on fewer keys are seen. Returns the figure, saved to `path` if given (the suffix decides the
+    format); `ax` draws into an existing plot. Long trajectories are sampled, never made N x N. Raises
+    ImportError without matplotlib (`pip install 'mem1_core[plot]'`).
     """
     try:
         from matplotlib.colors import to_rgb

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mem1_core.trajectory import TrajectoryMask
+from mem1_core.mask import TrajectoryMask
 
 Positions = Literal["keep", "compact"]
 KLEstimator = Literal["k1", "k2", "k3"]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mem1_core.trajectory import Segment
+from mem1_core.segments import Segment
 
 # ---------------------------------------------------------------------------------------------- accuracy
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from mem1_core import reference
+from mem1_core.layout import TrajectoryLayout
+from mem1_core.mask import TrajectoryMask
 from mem1_core.ops import trajectory_attention
 from mem1_core.testing import (
     EVICT_TABLES,
@@ -24,7 +26,6 @@ from mem1_core.testing import (
     poisoned_memory,
     random_evict,
 )
-from mem1_core.trajectory import TrajectoryMask
 
 BACKENDS = [
     pytest.param(*pair, id="-".join(pair), marks=[pytest.mark.gpu] if pair[1] == "cuda" else [])
@@ -96,7 +97,7 @@ def test_evict_tables(backend: str, device: str, dtype: torch.dtype, table: str)
 @pytest.mark.parametrize("prune", ["action", "is", "never"])
 def test_mem1_trajectory(backend: str, device: str, dtype: torch.dtype, prune: Any) -> None:
     segments = mem1_segments(6, prompt=97, internal_state=21, query=9, info=95)
-    evict = TrajectoryMask.from_turns(segments, prune=prune).evict
+    evict = TrajectoryLayout.from_turns(segments, prune=prune).mask.evict
     check(attention_inputs(1, evict.shape[1], 2, 1, 32, dtype=dtype, device=device), evict, backend)
 
 
@@ -228,7 +229,7 @@ def without_bad_keys(backend: str, device: str, dtype: torch.dtype, table: str) 
         bad = torch.tensor([3, 64, 70, 127, 130, 200])
     else:
         segments = mem1_segments(5, prompt=40, internal_state=9, query=5, info=36)
-        evict = TrajectoryMask.from_turns(segments).evict
+        evict = TrajectoryLayout.from_turns(segments).mask.evict
         bad = torch.tensor([45, 80, 150, 199])  # of turns 1, 1, 3 and 4
     mask = mask_of(evict.to(device))
     n = evict.shape[1]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mem1_core.backend import choose_backend
+from mem1_core.mask import TrajectoryMask
 from mem1_core.ops import trajectory_attention
 from mem1_core.testing import attention_backends, attention_inputs, causal_evict, gradients, random_evict
-from mem1_core.trajectory import TrajectoryMask
 
 mask_of = TrajectoryMask.from_evict
 
@@ -260,13 +260,13 @@ def test_memory_is_linear() -> None:
 import torch
 from mem1_core.ops import trajectory_attention
 from mem1_core.testing import attention_inputs, mem1_segments
-from mem1_core.trajectory import TrajectoryMask
+from mem1_core.mask import TrajectoryMask
 
 def memory(key):
     return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith(key)) / 1024
 
 def step(turns):
-    mask = TrajectoryMask.from_turns(mem1_segments(turns, prompt=768))
+    mask = TrajectoryLayout.from_turns(mem1_segments(turns, prompt=768)).mask
     q, k, v = attention_inputs(1, mask.shape[1], 2, 1, 16, requires_grad=True)
     open("/proc/self/clear_refs", "w").write("5")
     before = memory("VmRSS")

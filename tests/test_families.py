@@ -20,12 +20,13 @@ from mem1.engine.engine import Engine
 from mem1_core.integrations import transformers as integration
 from mem1_core.integrations.transformers_cache import SlotCache
 from mem1_core.layout import TrajectoryLayout
+from mem1_core.mask import TrajectoryMask
+from mem1_core.segments import POLICY_KINDS
 from mem1_core.testing import mem1_segments
-from mem1_core.trajectory import POLICY_KINDS, TrajectoryMask
 
 SEGMENTS = mem1_segments(4, prompt=5, internal_state=4, query=2, info=5)
-MASK = TrajectoryMask.from_turns(SEGMENTS)
-CAUSAL = TrajectoryMask.from_turns(SEGMENTS, prune="never")
+MASK = TrajectoryLayout.from_turns(SEGMENTS).mask
+CAUSAL = TrajectoryLayout.from_turns(SEGMENTS, prune="never").mask
 TOKENS = MASK.shape[1]
 POSITIONS = torch.arange(TOKENS)[None]
 IDS = torch.randint(1, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(1))

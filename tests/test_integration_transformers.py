@@ -15,8 +15,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache, Trai
 from mem1_core.integrations import transformers as integration
 from mem1_core.integrations.transformers_cache import CACHE
 from mem1_core.layout import TrajectoryLayout
+from mem1_core.mask import TrajectoryMask
+from mem1_core.segments import Segment, policy_tokens
 from mem1_core.testing import assert_accurate, gradients, mem1_segments, random_evict
-from mem1_core.trajectory import Segment, TrajectoryMask, policy_tokens
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 FAMILIES = ("Qwen2", "Qwen3", "Llama")
@@ -71,7 +72,7 @@ def tokens(mask: TrajectoryMask, rows: int | None = None) -> Tensor:
 
 def padded(segments: list[list[Segment]]) -> tuple[TrajectoryMask, Tensor]:
     """Trajectories as rows of a batch, padding at the end is seen by itself only: mask, positions [B, N]."""
-    masks = [TrajectoryMask.from_turns(s) for s in segments]
+    masks = [TrajectoryLayout.from_turns(s).mask for s in segments]
     length = max(mask.shape[1] for mask in masks)
     evict = torch.arange(1, length + 1, dtype=torch.int32).repeat(len(masks), 1)
     for row, mask in zip(evict, masks, strict=True):
@@ -109,7 +110,7 @@ def test_parity_with_eager(family: str, layout: str, device: str, dtype: torch.d
 
 
 def test_one_mask_for_all_rows() -> None:
-    mask = TrajectoryMask.from_turns(SEGMENTS)
+    mask = TrajectoryLayout.from_turns(SEGMENTS).mask
     ids = tokens(mask, rows=3)
     model = build("Qwen2")
     together = model(ids, mem1_mask=mask, use_cache=False).logits
@@ -120,7 +121,7 @@ def test_one_mask_for_all_rows() -> None:
 def test_without_the_mask_the_model_is_as_under_sdpa() -> None:
     model = build("Qwen2")
     reference = twin(model, "sdpa")
-    ids = tokens(TrajectoryMask.from_turns(SEGMENTS))
+    ids = tokens(TrajectoryLayout.from_turns(SEGMENTS).mask)
     n = ids.shape[1]
     padding = torch.ones(1, n, dtype=torch.int64)
     padding[:, :6] = 0
@@ -154,7 +155,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool, cache: dict[str
 def test_a_cache_may_be_filled_but_not_read() -> None:
     """The mask says nothing of keys from before; what a prefill leaves can be pruned and decoded on."""
     model = build("Llama")
-    mask = TrajectoryMask.from_turns(SEGMENTS)
+    mask = TrajectoryLayout.from_turns(SEGMENTS).mask
     n = mask.shape[1]
     ids = tokens(mask)
     expected = model(ids, mem1_mask=mask, use_cache=False).logits
@@ -241,7 +242,7 @@ def test_more_than_plain_attention_is_refused(
     family: str, settings: dict[str, Any], layer: str, reason: str
 ) -> None:
     model = build(family, **settings).train()
-    mask = TrajectoryMask.from_turns(SEGMENTS)
+    mask = TrajectoryLayout.from_turns(SEGMENTS).mask
     name, index = layer.split()
     with pytest.raises(ValueError, match=rf"in {name} \(layer {index}\): .*{re.escape(reason)}"):
         model(tokens(mask), mem1_mask=mask)
@@ -251,7 +252,7 @@ def test_more_than_plain_attention_is_refused(
 
 def test_a_mask_of_another_kind_is_refused() -> None:
     model = build("Qwen2")
-    mask = TrajectoryMask.from_turns(SEGMENTS)
+    mask = TrajectoryLayout.from_turns(SEGMENTS).mask
     ids = tokens(mask)
     for beside in (mask.dense()[:, None], torch.ones_like(ids)):
         message = f"wanted no attention_mask beside it, got one of shape {list(beside.shape)}"
@@ -322,7 +323,10 @@ def pack(examples: list[dict[str, Any]]) -> dict[str, Any]:
 
 def rollouts() -> list[dict[str, Any]]:
     return [
-        {"input_ids": tokens(TrajectoryMask.from_turns(s))[0].tolist(), "segments": [x._asdict() for x in s]}
+        {
+            "input_ids": tokens(TrajectoryLayout.from_turns(s).mask)[0].tolist(),
+            "segments": [x._asdict() for x in s],
+        }
         for s in (SEGMENTS, SEGMENTS[:7])
     ]
 

@@ -31,18 +31,18 @@ class May(NamedTuple):
 
 # The first row whose pattern matches a module's name counts; a module without a row is an error.
 PYTHON = {
-    "mem1_core": May("mem1_core._library mem1_core.layout mem1_core.trajectory"),
+    "mem1_core": May("mem1_core._library mem1_core.layout mem1_core.mask mem1_core.segments"),
     "mem1_core._C": May(""),
     "mem1_core.versions": May(""),
     "mem1_core._library": May("torch mem1_core._C mem1_core.versions", call="mem1_core.triton"),
     "mem1_core.backend": May("torch"),
-    "mem1_core.trajectory": May(
-        "torch mem1_core._library", call="mem1_core.layout mem1_core.plot", types="matplotlib"
-    ),
-    "mem1_core.layout": May("torch mem1_core.trajectory"),
-    "mem1_core.plot": May("torch mem1_core.trajectory", call="matplotlib"),
-    "mem1_core.reference": May("torch mem1_core.trajectory"),
-    "mem1_core.testing": May("torch mem1_core.trajectory mem1_core.reference", call="mem1_core.triton"),
+    "mem1_core.segments": May("torch"),
+    "mem1_core.eviction": May("torch mem1_core.segments"),
+    "mem1_core.mask": May("torch mem1_core._library mem1_core.eviction mem1_core.segments"),
+    "mem1_core.layout": May("torch mem1_core.eviction mem1_core.mask mem1_core.segments"),
+    "mem1_core.plot": May("torch mem1_core.mask mem1_core.segments", call="matplotlib", types="matplotlib"),
+    "mem1_core.reference": May("torch mem1_core.mask"),
+    "mem1_core.testing": May("torch mem1_core.segments mem1_core.reference", call="mem1_core.triton"),
     "mem1_core.triton": May("triton mem1_core.versions"),
     "mem1_core.triton.*": May("torch triton mem1_core.triton"),
     "mem1_core.ops": May("mem1_core.ops"),
@@ -50,22 +50,20 @@ PYTHON = {
     "mem1_core._head": May("torch mem1_core._products mem1_core.backend"),
     "mem1_core.ops.*": May(
         "torch mem1_core._head mem1_core._library mem1_core.backend mem1_core.ops mem1_core.reference "
-        "mem1_core.trajectory"
+        "mem1_core.mask"
     ),
     "mem1_core.integrations": May(""),
     "mem1_core.integrations.transformers_*": May(
-        "torch transformers mem1_core.integrations mem1_core.ops mem1_core.trajectory"
+        "torch transformers mem1_core.integrations mem1_core.ops mem1_core.eviction mem1_core.segments"
     ),
-    "mem1_core.integrations.*": May(
-        "torch transformers mem1_core.ops mem1_core.trajectory mem1_core.versions"
-    ),
+    "mem1_core.integrations.*": May("torch transformers mem1_core.ops mem1_core.mask mem1_core.versions"),
     "mem1": May("", types="mem1.agent mem1.trajectory"),
     "mem1.__main__": May("", call="mem1.cli"),
     "mem1.checks": May(""),
     "mem1.seeds": May("numpy"),
     "mem1.io": May("mem1.checks"),
-    "mem1.config": May("mem1.checks mem1.seeds mem1_core.trajectory"),
-    "mem1.trajectory": May("torch mem1_core.layout mem1_core.trajectory"),
+    "mem1.config": May("mem1.checks mem1.seeds mem1_core.eviction mem1_core.layout"),
+    "mem1.trajectory": May("torch mem1_core.eviction mem1_core.layout mem1_core.mask mem1_core.segments"),
     "mem1.runtime.progress": May("rich mem1.io"),
     "mem1.runtime.*": May("torch mem1.checks mem1_core"),
     "mem1.engine.slots": May("torch mem1_core.ops", call="flash_attn"),
@@ -159,7 +157,7 @@ def test_python_table_has_no_dead_row() -> None:
 @pytest.mark.parametrize(
     ("module", "source", "caught"),
     [
-        ("mem1_core.reference", "import torch.nn\nfrom mem1_core.trajectory import Segment", ""),
+        ("mem1_core.reference", "import torch.nn\nfrom mem1_core.mask import TrajectoryMask", ""),
         ("mem1_core.reference", "from mem1_core.ops import trajectory_attention", "mem1_core.ops"),
         ("mem1_core.reference", "from mem1_core import TrajectoryMask", "mem1_core"),
         ("mem1_core.reference", "from . import ops", "mem1_core.ops"),
@@ -168,10 +166,10 @@ def test_python_table_has_no_dead_row() -> None:
         ("mem1_core.ops.attention", "import transformers", "transformers"),
         ("mem1_core.ops.attention", "def f():\n    from mem1 import Trajectory", "mem1"),
         ("mem1_core.layout", "if TYPE_CHECKING:\n    from mem1.trajectory import T", "mem1.trajectory"),
-        ("mem1_core.trajectory", "def f():\n    from mem1_core.layout import L", ""),
-        ("mem1_core.trajectory", "from mem1_core.layout import L", "mem1_core.layout"),
-        ("mem1_core.trajectory", "if TYPE_CHECKING:\n    from matplotlib.axes import Axes", ""),
-        ("mem1_core.trajectory", "def f():\n    import matplotlib", "matplotlib"),
+        ("mem1_core.mask", "def f():\n    from mem1_core.layout import L", "mem1_core.layout"),
+        ("mem1_core.mask", "def f():\n    import matplotlib", "matplotlib"),
+        ("mem1_core.eviction", "from mem1_core.mask import M", "mem1_core.mask"),
+        ("mem1_core.plot", "if TYPE_CHECKING:\n    from matplotlib.axes import Axes", ""),
         ("mem1_core.plot", "import matplotlib.pyplot as plt", "matplotlib.pyplot"),
         ("mem1_core.plot", "def f():\n    import matplotlib.pyplot as plt", ""),
         ("mem1.demo", "def f():\n    import matplotlib", "matplotlib"),

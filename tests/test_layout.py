@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mem1_core.layout import TrajectoryLayout
-from mem1_core.trajectory import POLICY_KINDS, Prune, Regime, Segment, TrajectoryMask
+from mem1_core.eviction import Prune
+from mem1_core.layout import Regime, TrajectoryLayout
+from mem1_core.segments import POLICY_KINDS, Segment
 
 Context = list[tuple[int, int]]  # (token of the trajectory, position), in the order they were fed
 
@@ -210,7 +211,7 @@ def test_reencode_holds_as_many_tokens_as_carry() -> None:
     for seed in range(20):
         for prune in PRUNES:
             carry, again = (
-                TrajectoryMask.from_turns(random_segments(seed), regime=regime, prune=prune)
+                TrajectoryLayout.from_turns(random_segments(seed), regime=regime, prune=prune).mask
                 for regime in ("carry", "reencode")
             )
             assert torch.equal(carry.peak_tokens(), again.peak_tokens())

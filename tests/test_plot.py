@@ -9,13 +9,15 @@ import pytest
 import torch
 from test_trajectory import TURNS
 
-from mem1_core.trajectory import TrajectoryMask
+from mem1_core.layout import TrajectoryLayout
+from mem1_core.mask import TrajectoryMask
+from mem1_core.plot import plot_mask
 
 
 def test_plot_writes_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    mask = TrajectoryMask.from_turns(TURNS)
-    figure = mask.plot(tmp_path / "mask.png", title="three turns")
+    mask = TrajectoryLayout.from_turns(TURNS).mask
+    figure = plot_mask(mask, tmp_path / "mask.png", title="three turns")
     assert (tmp_path / "mask.png").stat().st_size > 10_000
     (axes,) = figure.axes
     assert (
@@ -38,16 +40,16 @@ def test_plot_of_other_masks(tmp_path: Path) -> None:
 
     batch = TrajectoryMask.from_evict(torch.tensor([[1, 3, 3], [3, 3, 3]]))
     figure = Figure()
-    assert batch.plot(ax=figure.add_subplot(), row=1) is figure
+    assert plot_mask(batch, ax=figure.add_subplot(), row=1) is figure
     with pytest.raises(ValueError, match="row: wanted one of the 2 rows of the batch, got 2"):
-        batch.plot(row=2)
-    TrajectoryMask.from_turns([]).plot(tmp_path / "empty.svg")
+        plot_mask(batch, row=2)
+    plot_mask(TrajectoryLayout.from_turns([]).mask, tmp_path / "empty.svg")
     assert (tmp_path / "empty.svg").exists()
-    long = TrajectoryMask.from_evict(torch.full((65_536,), 65_536)).plot()
+    long = plot_mask(TrajectoryMask.from_evict(torch.full((65_536,), 65_536)))
     assert max(long.axes[0].images[0].get_array().shape) <= 1024, "never N x N"
 
 
 def test_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.colors", None)
     with pytest.raises(ImportError, match=r"mem1_core\[plot\]"):
-        TrajectoryMask.from_turns(TURNS).plot()
+        plot_mask(TrajectoryLayout.from_turns(TURNS).mask)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mem1_core import reference
+from mem1_core.mask import TrajectoryMask
 from mem1_core.testing import EVICT_TABLES
-from mem1_core.trajectory import TrajectoryMask
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, grad: bool = False) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mem1_core.layout import TrajectoryLayout
+from mem1_core.mask import TrajectoryMask
 from mem1_core.reference import trajectory_attention
 from mem1_core.testing import (
     EVICT_TABLES,
@@ -18,7 +20,6 @@ from mem1_core.testing import (
     prefix_tree_evict,
     visible_rows,
 )
-from mem1_core.trajectory import TrajectoryMask
 
 
 def test_accuracy_rule() -> None:
@@ -65,7 +66,7 @@ def test_prefix_tree_is_nested() -> None:
 
 def test_mem1_trajectories_have_the_published_shape() -> None:
     for tokens, segments in MEM1_TRAJECTORIES.items():
-        mask = TrajectoryMask.from_turns(segments)
+        mask = TrajectoryLayout.from_turns(segments).mask
         assert mask.shape == (1, tokens)
     assert mask.visible_pairs() == 11_041_998  # 7.9 % of all pairs at N 11,852
 

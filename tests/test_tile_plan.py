@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from mem1_core import _library
+from mem1_core.eviction import evict_from_turns
+from mem1_core.layout import TrajectoryLayout
+from mem1_core.mask import TilePlan, TrajectoryMask
 from mem1_core.testing import (
     EVICT_TABLES,
     adversarial_evict,
@@ -18,7 +21,6 @@ from mem1_core.testing import (
     poisoned_memory,
     random_evict,
 )
-from mem1_core.trajectory import TilePlan, TrajectoryMask, evict_from_turns
 
 BLOCKS = [(128, 128), (64, 64), (16, 64), (64, 32), (7, 13)]
 LISTS = ("full", "partial")
@@ -186,7 +188,7 @@ def test_the_device_plans_as_the_host(table: str, blocks: tuple[int, int]) -> No
 
 @pytest.mark.gpu
 def test_a_mask_comes_to_the_device_without_a_wait() -> None:
-    masks = [TrajectoryMask.from_turns(mem1_segments(turns)) for turns in (1, 3)]
+    masks = [TrajectoryLayout.from_turns(mem1_segments(turns)).mask for turns in (1, 3)]
     with no_wait():
         moved = [mask.to("cuda") for mask in masks]
         packed = TrajectoryMask.packed(moved)

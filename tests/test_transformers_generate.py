@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from mem1_core.eviction import Prune, evict_from_turns
 from mem1_core.integrations.transformers_cache import CACHE, SlotCache
 from mem1_core.integrations.transformers_generate import TurnRule, prune_generate
-from mem1_core.trajectory import Prune, TrajectoryMask, evict_from_turns
+from mem1_core.layout import TrajectoryLayout
+from mem1_core.mask import TrajectoryMask
 
 PAD, STATE, QUERY, ANSWER, EOS = range(5)  # the ids of </IS> and so on
 PROMPTS = (9, 4, 13)
@@ -117,7 +119,7 @@ def test_what_was_written_is_exact(family: str, implementation: str, prune: Prun
         assert given == len(prompt) and (out.sequences[row, start + written :] == PAD).all()
         segments = rule.segments(tokens, (given, written))
         assert segments[-1].turn >= 4
-        mask = TrajectoryMask.from_turns(segments, prune=prune)
+        mask = TrajectoryLayout.from_turns(segments, prune=prune).mask
         logits = {given + step: out.logits[step][row] for step in range(written)}
         assert distance(model, tokens, mask, logits) <= 5e-5
         assert distance(model, tokens, no_prune(mask), logits) > 1e-3  # the prune is felt
@@ -161,7 +163,7 @@ def test_an_environment_answers(family: str, implementation: str, rows: int, dev
                 stream += ids(4 + 5 * row + turn, seed=turn)
     for row, stream in enumerate(tokens):
         stream = stream[: sum(cache.runs[row])]
-        mask = TrajectoryMask.from_turns(rule.segments(stream, cache.runs[row]))
+        mask = TrajectoryLayout.from_turns(rule.segments(stream, cache.runs[row])).mask
         assert distance(model, stream, mask, logits[row]) <= 5e-5
         assert distance(model, stream, no_prune(mask), logits[row]) > 1e-3
     assert cache.kv.data_ptr() == place and max(map(len, tokens)) > cache.capacity

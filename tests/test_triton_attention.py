@@ -17,6 +17,8 @@ from test_tile_plan import no_wait
 from torch import Tensor
 
 from mem1_core import _library, reference
+from mem1_core.layout import TrajectoryLayout
+from mem1_core.mask import TrajectoryMask
 from mem1_core.ops import trajectory_attention
 from mem1_core.testing import (
     EVICT_TABLES,
@@ -29,7 +31,6 @@ from mem1_core.testing import (
     mem1_segments,
     random_evict,
 )
-from mem1_core.trajectory import TrajectoryMask
 from mem1_core.triton.attention_blocks import HEAD_DIMS
 
 pytestmark = pytest.mark.skipif(
@@ -388,7 +389,7 @@ def test_a_million_tokens() -> None:
     """Offsets past 2^31, checked on windows of queries and the keys that only those see."""
     segments = mem1_segments(2_096, prompt=576)
     heads, dim, gib = 17, 128, 2**30
-    mask = TrajectoryMask.from_turns(segments).to("cuda")
+    mask = TrajectoryLayout.from_turns(segments).mask.to("cuda")
     tokens = mask.shape[1]
     assert tokens == 2**20 and tokens * heads * dim > 2**31
     torch.cuda.reset_peak_memory_stats()

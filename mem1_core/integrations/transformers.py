@@ -28,8 +28,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from mem1_core.mask import TrajectoryMask
 from mem1_core.ops import trajectory_attention
-from mem1_core.trajectory import TrajectoryMask
 from mem1_core.versions import warn_if_untested
 
 warn_if_untested(transformers)

@@ -8,7 +8,7 @@ To go on after the environment's answer, give each call the same `SlotCache` (`*
 has read.
 
 What is generated has the log-probs that one forward over all tokens gives with positions 0 .. N-1 and the
-mask `TrajectoryMask.from_turns(rule.segments(tokens, cache.runs[row]), prune=rule.prune)`.
+mask `TrajectoryLayout.from_turns(rule.segments(tokens, cache.runs[row]), prune=rule.prune).mask`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from mem1_core.eviction import Prune, evict_from_turns
 from mem1_core.integrations.transformers_cache import CACHE, SlotCache
-from mem1_core.trajectory import Kind, Prune, Segment, evict_from_turns
+from mem1_core.segments import Kind, Segment
 
 Forget = Callable[[list[int], list[int], bool], Tensor | None]
 

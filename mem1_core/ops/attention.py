@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mem1_core import _library, reference
 from mem1_core.backend import check_whole, choose_backend
-from mem1_core.trajectory import DEFAULT_BLOCKS, TrajectoryMask
+from mem1_core.mask import DEFAULT_BLOCKS, TrajectoryMask
 
 _AVAILABLE = ("cpu", *(["triton"] if importlib.util.find_spec("triton") else []), "reference")
 

@@ -17,7 +17,8 @@ from mem1.checks import (
     require_numbers,
 )
 from mem1.seeds import LARGEST
-from mem1_core.trajectory import Prune, Regime, check_prune
+from mem1_core.eviction import Prune, check_prune
+from mem1_core.layout import Regime
 
 DTYPES = ("float32", "bfloat16")
 

@@ -26,7 +26,7 @@ from mem1.evaluation.evaluation_loop import (
     parity,
     table,
 )
-from mem1.evaluation.plots import plot_learning, plot_mask, plot_peaks
+from mem1.evaluation.plots import plot_learning, plot_peaks, plot_trajectory
 from mem1.io import whole_file, without_nan
 from mem1.rollout.rollout_loop import rollout
 from mem1.runtime.progress import Progress
@@ -120,7 +120,7 @@ def demo(
     plot_peaks(results, out / "peak_tokens_trained.png")
     plot_learning(out / "train" / METRICS, out / "learning_curve.png")
     _, shown = evaluate_script(tokenizer, config.rollout, agent="MEM1", objectives=(4,), episodes=1)
-    plot_mask(shown[0], out / "trajectory_mask.png")
+    plot_trajectory(shown[0], out / "trajectory_mask.png")
     title(f"done. Plots, tables and trajectories are in {out.resolve()}")
 
 

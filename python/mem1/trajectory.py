@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mem1_core.layout import TrajectoryLayout
-from mem1_core.trajectory import Prune, Regime, Segment, TrajectoryMask, dependency_length, policy_tokens
+from mem1_core.eviction import Prune, dependency_length
+from mem1_core.layout import Regime, TrajectoryLayout
+from mem1_core.mask import TrajectoryMask
+from mem1_core.segments import Segment, policy_tokens
 
 # How `Trajectory.finished` begins when the environment failed: it raised, took too long, or gave something
 # else than the protocol asks for. Such an episode has reward 0 and says nothing about the policy.
@@ -86,7 +88,7 @@ class Trajectory:
     @cached_property
     def mask(self) -> TrajectoryMask:
         """What each token saw when it was made: the table that also drove the pruning of the KV cache."""
-        return TrajectoryMask.from_turns(self.segments, prune=self.prune)
+        return TrajectoryLayout.from_turns(self.segments, prune=self.prune).mask
 
     @cached_property
     def policy_mask(self) -> Tensor:
@@ -110,7 +112,7 @@ class Trajectory:
         return int(self.mask.peak_tokens(prompt=prompt))
 
     def dependency_length(self, prompt: bool = True) -> float:
-        """The paper's measure of attention work, in token pairs (see mem1_core.trajectory); the official
+        """The paper's measure of attention work, in token pairs (see mem1_core.eviction); the official
         definition, which leaves the prompt out of the context, if `prompt` is False.
         """
         return dependency_length(self.segments, self.prune, prompt=prompt)

@@ -13,6 +13,7 @@ from typing import Any
 
 from mem1.evaluation.evaluation_loop import Result
 from mem1.trajectory import Trajectory
+from mem1_core.plot import plot_mask
 
 
 def plot_peaks(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
@@ -62,9 +63,9 @@ def plot_learning(metrics: str | os.PathLike[str], path: str | os.PathLike[str])
     figure.savefig(path)
 
 
-def plot_mask(trajectory: Trajectory, path: str | os.PathLike[str]) -> None:
+def plot_trajectory(trajectory: Trajectory, path: str | os.PathLike[str]) -> None:
     """Who sees whom in one trajectory, with its turns and prunes."""
-    trajectory.mask.plot(path, title=f"{trajectory.objectives} objectives, {trajectory.turns} turns")
+    plot_mask(trajectory.mask, path, title=f"{trajectory.objectives} objectives, {trajectory.turns} turns")
 
 
 def _number(value: float | None) -> float:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 from mem1.checks import InputError
 from mem1.config import ModelConfig
 from mem1_core.integrations.transformers import NAME, register
-from mem1_core.trajectory import TrajectoryMask
+from mem1_core.mask import TrajectoryMask
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, seed: int = 0) -> Qwen2ForCausalLM:

@@ -20,7 +20,8 @@ from mem1.rollout.call_pool import outcome
 from mem1.rollout.env_calls import NO_SCORE, Questions, Reply
 from mem1.seeds import derive_seed
 from mem1.trajectory import ENVIRONMENT_ERROR, POLICY_ERROR, Failure, Trajectory
-from mem1_core.trajectory import Kind, Segment, evict_from_turns
+from mem1_core.eviction import evict_from_turns
+from mem1_core.segments import Kind, Segment
 
 _MOST_TOLD = 200  # characters of an exception's message
 _DRAWN = 64  # random numbers at a time

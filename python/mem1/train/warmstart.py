@@ -20,8 +20,7 @@ from mem1.envs.toy.scripted import scripted_example
 from mem1.seeds import derive_seed
 from mem1.train.optim import AdamW
 from mem1.train.ppo import Stream, label_hidden
-from mem1_core.layout import TrajectoryLayout
-from mem1_core.trajectory import Regime
+from mem1_core.layout import Regime, TrajectoryLayout
 
 
 def optimizer_for(actor: Any, config: WarmStartConfig) -> AdamW:

@@ -11,7 +11,7 @@ from mem1.checks import InputError
 from mem1.config import RolloutConfig
 from mem1.engine.engine import Engine
 from mem1.engine.sampling import sample
-from mem1_core.trajectory import TrajectoryMask
+from mem1_core.mask import TrajectoryMask
 
 
 def whole_forward(model, tokens, positions, evict):

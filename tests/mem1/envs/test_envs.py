@@ -9,7 +9,8 @@ from mem1.envs.toy.multihop import INSTRUCTION, MALFORMED, NOTHING_FOUND, MultiH
 from mem1.envs.toy.scripted import scripted_example
 from mem1.envs.toy.words import NAMES
 from mem1.parsing.codec import Codec
-from mem1_core.trajectory import Prune, TrajectoryMask
+from mem1_core.eviction import Prune
+from mem1_core.layout import TrajectoryLayout
 
 
 def play(environment: MultiHopEnv, seed: int) -> tuple[list[str], Observation]:
@@ -167,7 +168,7 @@ def peak(
     peaks = []
     for seed in range(4):
         segments = scripted_example(environment, seed, ids).segments
-        peaks.append(int(TrajectoryMask.from_turns(segments, prune=prune).peak_tokens(prompt=prompt)))
+        peaks.append(int(TrajectoryLayout.from_turns(segments, prune=prune).mask.peak_tokens(prompt=prompt)))
     return sum(peaks) / len(peaks)
 
 

@@ -13,7 +13,7 @@ from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.envs.toy.scripted import scripted_example
 from mem1.rollout.rollout_loop import play_script
 from mem1_core.layout import TrajectoryLayout
-from mem1_core.trajectory import policy_tokens
+from mem1_core.segments import policy_tokens
 
 
 def words(tokenizer: PreTrainedTokenizerFast, example: Example, policy: bool | None = None) -> list[str]:

@@ -23,12 +23,12 @@ from mem1.evaluation.evaluation_loop import (
     summarize,
     table,
 )
-from mem1.evaluation.plots import plot_learning, plot_mask, plot_peaks
+from mem1.evaluation.plots import plot_learning, plot_peaks, plot_trajectory
 from mem1.io import without_nan
 from mem1.runtime.progress import Progress
 from mem1.seeds import derive_seed
 from mem1.trajectory import ENVIRONMENT_ERROR, POLICY_ERROR, Failure, Trajectory
-from mem1_core.trajectory import Segment
+from mem1_core.segments import Segment
 
 
 def result(agent: str, objectives: int, peak: float) -> Result:
@@ -284,7 +284,7 @@ def test_pictures(tokenizer, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     plot_peaks(results, tmp_path / "peaks.png")
     plot_learning(tmp_path / "metrics.jsonl", tmp_path / "learning.png")
-    plot_mask(played[1], tmp_path / "mask.png")
+    plot_trajectory(played[1], tmp_path / "mask.png")
     for name in ("peaks.png", "learning.png", "mask.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
         assert (tmp_path / name).stat().st_size > 5000

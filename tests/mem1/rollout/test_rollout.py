@@ -22,7 +22,7 @@ from mem1.rollout.call_pool import outcome
 from mem1.rollout.episode import Episode
 from mem1.rollout.rollout_loop import check_positions, play_script, rollout
 from mem1.trajectory import Trajectory
-from mem1_core.trajectory import evict_from_turns
+from mem1_core.eviction import evict_from_turns
 
 CONFIG = RolloutConfig(slots=4, max_action=24, max_turns=6, env_retries=0, episode_retries=0)
 

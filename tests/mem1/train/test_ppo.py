@@ -19,7 +19,7 @@ from mem1.models.build import build_critic
 from mem1.rollout.rollout_loop import rollout
 from mem1.train.ppo import PPO, explained_variance, pack, recompute_logprobs, split
 from mem1.trajectory import TURN_LIMIT, Trajectory
-from mem1_core.trajectory import Segment
+from mem1_core.segments import Segment
 
 ROLLOUT = RolloutConfig(slots=8, max_action=16, max_turns=4)
 

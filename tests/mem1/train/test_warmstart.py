@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from mem1.config import ModelConfig, WarmStartConfig
 from mem1.models.build import build_critic, build_model
 from mem1.train.warmstart import examples, label_logits, optimizer_for, rate_factor, warm_start
-from mem1_core.trajectory import TrajectoryMask
+from mem1_core.mask import TrajectoryMask
 
 SMALL = ModelConfig(layers=2, width=32, heads=2, kv_heads=1, mlp_width=64)
 SHORT = WarmStartConfig(steps=12, batch_tokens=256, warmup_steps=2, objectives=(1, 2))

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from mem1.envs.toy.examples import Example
 from mem1.envs.toy.words import NAMES
-from mem1_core.trajectory import Segment
+from mem1_core.segments import Segment
 
 MOST_WORDS = 12  # of a copy
 MOST_PAIRS = 8  # of a look-up

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mem1_core.trajectory import Prune, Segment
+from mem1_core.eviction import Prune
+from mem1_core.segments import Segment
 
 
 class Example(NamedTuple):

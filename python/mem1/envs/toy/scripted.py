@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from mem1.envs.base import ScriptedEnvironment
 from mem1.envs.toy.examples import Example
-from mem1_core.trajectory import Kind, Prune, Segment
+from mem1_core.eviction import Prune
+from mem1_core.segments import Kind, Segment
 
 
 def scripted_example(

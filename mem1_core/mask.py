@@ -1,4 +1,4 @@
-"""The lifetime of every token of a trajectory: one int32 per token, and all that follows from it.
+"""The attention mask of trajectories: the lifetime of every token, one int32, and all that follows from it.
 
 Token `j` is visible to the queries `j <= i < evict[j]`. This is exactly what a KV cache from which entries
 are removed between two steps realises, so the same table drives the training mask, the pruning of the
@@ -7,39 +7,18 @@ rollout's cache, peak tokens, dependency length and the picture of a trajectory.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from os import PathLike
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mem1_core import _library
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-Kind = Literal["prompt", "is", "query", "answer", "info"]
-Prune = Literal["action", "is", "never"] | int  # a number of tokens: see evict_from_turns
-Regime = Literal["carry", "reencode", "paper"]
-
-POLICY_KINDS = ("is", "query", "answer")  # written by the policy; the rest comes from the environment
-
-# The place of a kind in its turn: an action is `is` then `query` or `answer`; `info` is the environment's.
-_ORDER = {"prompt": 0, "is": 0, "query": 1, "answer": 1, "info": 2}
+from mem1_core.eviction import live_counts
+from mem1_core.segments import Segment, is_kind
 
 # (block_q, block_k) of the plan that the attention backend of a device reads.
 DEFAULT_BLOCKS = {"cpu": (64, 64), "cuda": (128, 128)}
-
-
-class Segment(NamedTuple):
-    """A run of `length` tokens of one kind. The prompt has turn 0, the first action turn 1."""
-
-    kind: Kind
-    turn: int
-    length: int
 
 
 class TilePlan(NamedTuple):
@@ -89,17 +68,17 @@ class TilePlan(NamedTuple):
 class TrajectoryMask:
     """An attention mask in O(N) memory: `visible[b, i, j] = j <= i < evict[b, j]`, with its tile plan.
 
-    Build one per batch with `from_evict`, `from_turns` or `packed` and hand it to every layer, head, forward
-    and backward. It is immutable, and a plain object whose attributes are tensors, so it can be an argument
-    of a function under `torch.compile(fullgraph=True)`: the plan of the device's default tile sizes is made
-    here, eagerly, never while tracing.
+    Build one per batch with `from_evict`, `packed` or `TrajectoryLayout` and hand it to every layer, head,
+    forward and backward. It is immutable, and a plain object whose attributes are tensors, so it can be an
+    argument of a function under `torch.compile(fullgraph=True)`: the plan of the device's default tile sizes
+    is made here, eagerly, never while tracing.
 
     The constructor trusts its argument, an `evict` as below with `j < evict[b, j] <= N`, and keeps it. It is
     the way without a wait: on CUDA the plan is made on the device and the host does not synchronise, so that
     a CUDA graph can capture it.
 
     Attributes: `evict` int32 [B, N], contiguous; `plan` TilePlan; `segments`, what the stream consists of,
-    where known (batch of one built from turns): the picture and `peak_tokens(prompt=False)` need it, nothing
+    where known (batch of one of a layout): the picture and `peak_tokens(prompt=False)` need it, nothing
     else does.
     """
 
@@ -139,18 +118,6 @@ class TrajectoryMask:
                 f"got {int(rows[b, j])}"
             )
         return cls(rows.to(torch.int32, copy=True, memory_format=torch.contiguous_format))
-
-    @classmethod
-    def from_turns(
-        cls, segments: Iterable[Segment], *, regime: Regime = "carry", prune: Prune = "action"
-    ) -> TrajectoryMask:
-        """The mask [1, N] that a trajectory is trained with; see `evict_from_turns` and `TrajectoryLayout`.
-
-        `regime="reencode"` gives the mask of the layout's blocks, which is longer than the trajectory.
-        """
-        from mem1_core.layout import TrajectoryLayout  # layout is built on this module
-
-        return TrajectoryLayout.from_turns(segments, regime=regime, prune=prune).mask
 
     @classmethod
     def packed(cls, masks: Sequence[TrajectoryMask]) -> TrajectoryMask:
@@ -226,7 +193,7 @@ class TrajectoryMask:
         `counted` bool [B, N] limits the count to some keys.
         Equivalent to `(dense() & counted[:, None]).sum(-1)`.
         """
-        return _live(self.evict, counted)
+        return live_counts(self.evict, counted)
 
     def visible_pairs(self) -> int:
         """The number of True entries of `dense()`: the (query, key) pairs that attention must compute."""
@@ -240,145 +207,16 @@ class TrajectoryMask:
         counted = None
         if not prompt and self.evict.numel():
             if not self.segments:
-                raise ValueError("prompt: wanted True, as this mask was not built from turns, got False")
-            counted = ~_is_kind(self.segments, ("prompt",)).to(self.device).expand_as(self.evict)
+                raise ValueError("prompt: wanted True, as this mask does not know its segments, got False")
+            counted = ~is_kind(self.segments, ("prompt",)).to(self.device).expand_as(self.evict)
         live = self.live(counted).long()
         return live.amax(1) if live.shape[1] else live.new_zeros(live.shape[0])
-
-    def plot(
-        self,
-        path: str | PathLike[str] | None = None,
-        *,
-        ax: Axes | None = None,
-        title: str | None = None,
-        row: int = 0,
-    ) -> Figure:
-        """Draw who sees whom: query rows against key columns, with turns and prune events marked.
-
-        The colours are the kinds of the segments. `path` saves the figure (the suffix decides the format),
-        `ax` draws into an existing plot, `row` picks the row of the batch. Long trajectories are sampled,
-        never made N x N. Raises ImportError without matplotlib (`pip install 'mem1_core[plot]'`).
-        """
-        from mem1_core.plot import plot_mask  # matplotlib is an extra
-
-        return plot_mask(self, path, ax=ax, title=title, row=row)
 
     def __repr__(self) -> str:
         live = f"{self.plan.live_tiles}/{self.plan.tiles}"
         return f"TrajectoryMask(shape={list(self.shape)}, device={self.device}, live_tiles={live})"
 
 
-def evict_from_turns(segments: Iterable[Segment], prune: Prune = "action") -> Tensor:
-    """int32 [N], the lifetimes of a trajectory's tokens; the tokens are those of `segments`, in order.
-
-    `prune` says which turns are dropped when, always whole ones and the oldest first; the prompt stays:
-
-    - `"action"`: all before turn `t` when the action of `t` is complete. Its *last* token still sees them.
-    - `"is"`: likewise at `</IS>`, the end of turn `t`'s `is` segment; if missing or empty, as `"action"`.
-    - `"never"`: none, the full-context agent.
-    - a number `W >= 1`, the truncating agent, which forgets by age alone: as `"action"`, but only until the
-      turns that stay, `t` (up to its action) among them, have at most `W` tokens. `t` itself always stays.
-
-    A turn without an action prunes nothing; what is never pruned has `evict = N`. Raises ValueError for
-    another `prune`, or naming the segment that breaks the order prompt, then turns 1, 2, ... each of `is`,
-    `query` or `answer`, `info` (any of them may be missing).
-    """
-    segments = check_segments(segments)
-    check_prune(prune)
-    window = prune if isinstance(prune, int) else 0
-    turns: dict[int, tuple[int, int]] = {}  # turn -> its first token, and the one behind its last
-    events: dict[int, int] = {}  # turn -> the index from which on older turns may not be seen any more
-    total = 0
-    for kind, turn, length in segments:
-        begin, _ = turns.get(turn, (total, total))
-        total += length
-        turns[turn] = begin, total
-        if kind in POLICY_KINDS and length and prune != "never":
-            if prune != "is" or turn not in events:
-                events[turn] = total
-    # A turn leaves at the first event behind its end, a later turn's, that finds more than `window` tokens
-    # from its begin on: what stays is always a run of the newest turns.
-    ascending, lifetimes = list(events.values()), []
-    for turn, (begin, end) in turns.items():
-        n = bisect_right(ascending, max(end, begin + window))
-        lifetimes.append(ascending[n] if turn and n < len(ascending) else total)
-    lengths = torch.tensor([end - begin for begin, end in turns.values()], dtype=torch.int64)
-    return torch.tensor(lifetimes, dtype=torch.int32).repeat_interleave(lengths)
-
-
-def dependency_length(segments: Iterable[Segment], prune: Prune = "action", *, prompt: bool = True) -> float:
-    """The paper's measure of attention work, in token pairs: sum of `(context + length / 2) * length`.
-
-    The sum runs over the segments that the policy wrote; `context` is the number of tokens live when one
-    begins. (Where no prune falls between an action's `is` and its `query` or `answer`, their two terms are
-    the one of the whole action.) `prompt=False` leaves the prompt's tokens out of the context, which is
-    the official definition. It does not depend on the regime: `reencode` holds the same tokens as `carry`.
-
-    Equivalent: half a token less than what each policy token sees, itself included, summed up.
-    """
-    segments = check_segments(segments)
-    evict, written = evict_from_turns(segments, prune), policy_tokens(segments)
-    live = _live(evict[None], None if prompt else ~_is_kind(segments, ("prompt",))[None])[0]
-    return int(live[written].sum()) - int(written.sum()) / 2
-
-
-def check_prune(prune: Prune) -> None:
-    """Raises ValueError unless `prune` is a rule of `evict_from_turns`."""
-    number = isinstance(prune, int) and not isinstance(prune, bool) and prune >= 1
-    if not number and prune not in ("action", "is", "never"):
-        raise ValueError(f"prune: wanted 'action', 'is', 'never' or a number of tokens >= 1, got {prune!r}")
-
-
-def check_segments(segments: Iterable[Segment]) -> tuple[Segment, ...]:
-    """`segments` as a tuple of Segment; TypeError or ValueError for a wrong kind, length or order."""
-    checked: list[Segment] = []
-    for n, item in enumerate(segments):
-        if not isinstance(item, tuple) or len(item) != 3:
-            raise TypeError(f"segments[{n}]: wanted a Segment(kind, turn, length), got {item!r}")
-        segment = Segment(*item)
-        kind, turn, length = segment
-        if kind not in get_args(Kind):
-            raise ValueError(f"segments[{n}].kind: wanted one of {get_args(Kind)}, got {kind!r}")
-        if not isinstance(turn, int) or not isinstance(length, int):
-            raise TypeError(f"segments[{n}]: wanted int turn and length, got {turn!r} and {length!r}")
-        if length < 0:
-            raise ValueError(f"segments[{n}].length: wanted 0 or more, got {length}")
-        before = checked[-1] if checked else Segment("prompt", 0, 0)
-        if kind == "prompt":
-            if n > 0 or turn != 0:
-                raise ValueError(
-                    f"segments[{n}]: wanted the prompt first and with turn 0, got position {n}, turn {turn}"
-                )
-        elif turn == before.turn and turn > 0:
-            if _ORDER[kind] <= _ORDER[before.kind]:
-                raise ValueError(
-                    f"segments[{n}].kind: wanted the order is, query or answer, info within turn {turn}, "
-                    f"got {kind!r} after {before.kind!r}"
-                )
-        elif turn != before.turn + 1:
-            same = f"{before.turn} or " if before.turn else ""
-            raise ValueError(f"segments[{n}].turn: wanted {same}{before.turn + 1}, got {turn}")
-        checked.append(segment)
-    return tuple(checked)
-
-
-def policy_tokens(segments: Iterable[Segment]) -> Tensor:
-    """bool [N], True where a token was written by the policy."""
-    return _is_kind(check_segments(segments), POLICY_KINDS)
-
-
-def _is_kind(segments: Sequence[Segment], kinds: tuple[str, ...]) -> Tensor:
-    flags = torch.tensor([segment.kind in kinds for segment in segments], dtype=torch.bool)
-    return flags.repeat_interleave(torch.tensor([segment.length for segment in segments], dtype=torch.int64))
-
-
 def _longest_first(tiles: Tensor) -> Tensor:
     # Equal ones stay in index order: a plan repeats bit for bit.
     return tiles.argsort(descending=True, stable=True).to(torch.int32)
-
-
-def _live(evict: Tensor, counted: Tensor | None = None) -> Tensor:
-    # A counted key adds one at its own index and takes it back at `evict`; the running sum is what is live.
-    born = torch.ones_like(evict) if counted is None else counted.to(torch.int32)
-    change = torch.nn.functional.pad(born, (0, 1)).scatter_add_(1, evict.long(), -born)
-    return change.cumsum(1, dtype=torch.int32)[:, :-1].contiguous()

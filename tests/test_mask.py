@@ -9,17 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from mem1_core.eviction import Prune, dependency_length, evict_from_turns
+from mem1_core.layout import TrajectoryLayout
+from mem1_core.mask import TrajectoryMask
+from mem1_core.segments import POLICY_KINDS, Kind, Segment, policy_tokens
 from mem1_core.testing import EVICT_TABLES
-from mem1_core.trajectory import (
-    POLICY_KINDS,
-    Kind,
-    Prune,
-    Segment,
-    TrajectoryMask,
-    dependency_length,
-    evict_from_turns,
-    policy_tokens,
-)
 
 LENGTHS = (0, 1, 63, 64, 65, 127, 200)
 
@@ -61,11 +55,11 @@ def test_evict_of_a_known_trajectory(prune: Prune, expected: list[int]) -> None:
     evict = evict_from_turns(TURNS, prune)
     assert evict.dtype == torch.int32
     assert evict.tolist() == expected
-    assert TrajectoryMask.from_turns(TURNS, prune=prune).evict.tolist() == [expected]
+    assert TrajectoryLayout.from_turns(TURNS, prune=prune).mask.evict.tolist() == [expected]
 
 
 def test_the_last_token_of_an_action_still_sees_the_previous_turn() -> None:
-    dense = TrajectoryMask.from_turns(TURNS).dense()[0]
+    dense = TrajectoryLayout.from_turns(TURNS).mask.dense()[0]
     assert dense[8, 2:7].all(), "the end of turn 2's action sees turn 1"
     assert not dense[9, 2:7].any(), "the token after it does not"
     assert dense[9, :2].all() and dense[9, 7:10].all(), "prompt and own turn stay"
@@ -103,7 +97,7 @@ def test_a_window_drops_several_turns_and_keeps_several() -> None:
         18: [23] * 6,
     }.items():
         assert evict_from_turns(segments, window).tolist() == spans([4, 3, 3, 3, 7, 3], lifetimes), window
-    mask = TrajectoryMask.from_turns(segments, prune=11)
+    mask = TrajectoryLayout.from_turns(segments, prune=11).mask
     dense = mask.dense()[0]
     assert dense[18, :19].all(), "the last token of an action still sees what leaves at it"
     assert dense[19].nonzero()[:, 0].tolist() == [0, 1, 2, 3, *range(10, 20)]
@@ -171,9 +165,10 @@ def test_the_ends_of_the_windows_are_the_other_rules() -> None:
 
 def test_edges_of_from_turns() -> None:
     assert evict_from_turns([]).shape == (0,)
-    assert TrajectoryMask.from_turns([]).shape == (1, 0)
-    assert TrajectoryMask.from_turns([Segment("prompt", 0, 3)]).evict.tolist() == [[3, 3, 3]]
-    assert TrajectoryMask.from_turns([("prompt", 0, 1), ("is", 1, 1)]).shape == (1, 2), "plain tuples do"  # type: ignore[list-item]
+    assert TrajectoryLayout.from_turns([]).mask.shape == (1, 0)
+    assert TrajectoryLayout.from_turns([Segment("prompt", 0, 3)]).mask.evict.tolist() == [[3, 3, 3]]
+    plain = [("prompt", 0, 1), ("is", 1, 1)]
+    assert TrajectoryLayout.from_turns(plain).mask.shape == (1, 2)
     assert policy_tokens(TURNS).nonzero()[:, 0].tolist() == [2, 3, 4, 7, 8, 12, 13, 14, 15]
 
 
@@ -193,20 +188,20 @@ def test_edges_of_from_turns() -> None:
 )
 def test_segments_out_of_order_are_named(segments: list[Segment], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TrajectoryMask.from_turns(segments)
+        TrajectoryLayout.from_turns(segments)
 
 
 def test_bad_arguments_of_from_turns_are_named() -> None:
     for prune in ("sometimes", True, 0, -1, 64.0, None, "64"):
         wanted = f"prune: wanted 'action', 'is', 'never' or a number of tokens >= 1, got {prune!r}"
         with pytest.raises(ValueError, match=f"^{re.escape(wanted)}$"):
-            TrajectoryMask.from_turns(TURNS, prune=prune)  # type: ignore[arg-type]
+            TrajectoryLayout.from_turns(TURNS, prune=prune)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="regime: wanted one of .* got 'copy'"):
-        TrajectoryMask.from_turns(TURNS, regime="copy")  # type: ignore[arg-type]
+        TrajectoryLayout.from_turns(TURNS, regime="copy")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"segments\[0\]: wanted a Segment\(kind, turn, length\), got 'is'"):
-        TrajectoryMask.from_turns(["is"])  # type: ignore[list-item]
+        TrajectoryLayout.from_turns(["is"])  # type: ignore[list-item]
     with pytest.raises(TypeError, match=r"segments\[0\]: wanted int turn and length, got 0 and 1\.5"):
-        TrajectoryMask.from_turns([("prompt", 0, 1.5)])  # type: ignore[list-item]
+        TrajectoryLayout.from_turns([("prompt", 0, 1.5)])  # type: ignore[list-item]
 
 
 # ------------------------------------------------------------------------------------------- from evict
@@ -288,11 +283,13 @@ def test_packed_trajectories_do_not_see_each_other() -> None:
 
 def test_peak_tokens_with_and_without_prompt() -> None:
     # Most are live at the last token of turn 3's action: prompt 2, turn 2's 5, turn 3's 4.
-    mask = TrajectoryMask.from_turns(TURNS)
+    mask = TrajectoryLayout.from_turns(TURNS).mask
     assert mask.peak_tokens().tolist() == [11]
     assert mask.peak_tokens(prompt=False).tolist() == [9]
-    assert TrajectoryMask.from_turns(TURNS, regime="reencode").peak_tokens(prompt=False).tolist() == [9]
-    assert TrajectoryMask.from_turns(TURNS, prune="never").peak_tokens().tolist() == [16]
+    assert TrajectoryLayout.from_turns(TURNS, regime="reencode").mask.peak_tokens(prompt=False).tolist() == [
+        9
+    ]
+    assert TrajectoryLayout.from_turns(TURNS, prune="never").mask.peak_tokens().tolist() == [16]
     assert TrajectoryMask.packed([mask, mask]).peak_tokens(prompt=False).tolist() == [9]
     with pytest.raises(ValueError, match="prompt: wanted True, as this mask was not built from turns"):
         TrajectoryMask.from_evict(mask.evict).peak_tokens(prompt=False)
@@ -303,7 +300,7 @@ def test_peak_tokens_do_not_grow_with_turns() -> None:
         segments = [Segment("prompt", 0, 10)]
         for turn in range(1, turns + 1):
             segments += [Segment("is", turn, 7), Segment("query", turn, 3), Segment("info", turn, 20)]
-        return int(TrajectoryMask.from_turns(segments, prune=prune).peak_tokens())
+        return int(TrajectoryLayout.from_turns(segments, prune=prune).mask.peak_tokens())
 
     assert peak(3, "action") == peak(30, "action") == 10 + 30 + 10
     assert peak(3, "is") == peak(30, "is") == 10 + 30 + 7
