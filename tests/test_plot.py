@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_trajectory import TURNS
+from test_mask import TURNS
 
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.mask import TrajectoryMask
