@@ -25,7 +25,7 @@ OLDEST_TORCH, NEWEST_TORCH = TESTED["torch"]
 def project_version() -> str:
     match = re.search(r"project\(mem1_core VERSION (\S+)", (ROOT / "CMakeLists.txt").read_text())
     if match is None:
-        raise SystemExit("CMakeLists.txt: wanted `project(mem1_core VERSION ...)`, found none")
+        raise SystemExit("CMakeLists.txt: expected `project(mem1_core VERSION ...)`, found none")
     return match.group(1)
 
 
@@ -58,7 +58,7 @@ def torch_requirement() -> str:
         return f"torch=={NEWEST_TORCH}.*"
     major, minor = TORCH_VERSION.split(".")[:2]
     if (int(major), int(minor)) < tuple(int(part) for part in OLDEST_TORCH.split(".")):
-        raise SystemExit(f"torch: wanted >= {OLDEST_TORCH}, got {TORCH_VERSION}")
+        raise SystemExit(f"torch: expected >= {OLDEST_TORCH}, got {TORCH_VERSION}")
     return f"torch=={major}.{minor}.*"
 
 
@@ -71,7 +71,7 @@ def tool(name: str) -> str:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     found = shutil.which(name, path=path)
     if found is None:
-        raise SystemExit(f"{name}: wanted on PATH to build mem1_core, found none")
+        raise SystemExit(f"{name}: expected on PATH to build mem1_core, found none")
     return found
 
 
@@ -79,7 +79,7 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if not TORCH_DIR:
             raise SystemExit(
-                f"torch: wanted >= {OLDEST_TORCH} in this environment, found none; install it first"
+                f"torch: expected >= {OLDEST_TORCH} in this environment, found none; install it first"
             )
         import pybind11
 

@@ -59,7 +59,7 @@ class Task:
     ) -> None:
         self.mask, self.heads, self.dtype, self.name = mask, heads, dtype, name
         hq, hkv, dim = heads
-        n, device = mask.evict.shape[1], mask.device
+        n, device = mask.evict_at.shape[1], mask.device
         # On the device: the host takes half a minute for the inputs of 64 trajectories.
         generator = torch.Generator(device).manual_seed(0)
 
@@ -68,7 +68,7 @@ class Task:
 
         self.tensors = [draw(hq), draw(hkv), draw(hkv), draw(hq)]  # q, k, v, the gradient of out
         self.rows = torch.randperm(n, generator=generator, device=device)[:128].sort().values
-        visible = visible_rows(mask.evict, self.rows)
+        visible = visible_rows(mask.evict_at, self.rows)
         self.seen = visible[0].any(dim=0)
         self._visible = visible[:, :, self.seen]
         self.exact, self.eager = self._sampled(torch.float64), self._sampled(dtype)
@@ -119,7 +119,7 @@ class Task:
         return Contender(name, run, check, held_bytes, "" if same_function else SCALE, peer=True)
 
     def flex(self, direction: str, compiled: bool) -> Contender:
-        held = held_bytes(self.blocks) + self.mask.evict.nbytes
+        held = held_bytes(self.blocks) + self.mask.evict_at.nbytes
         return self.peer(FLEX, flex(self.blocks, compiled), direction, held_bytes=held)
 
     def _pass(self, attention: Attention, tensors: list[Tensor], direction: str) -> Pass:
@@ -156,7 +156,7 @@ class Task:
         return float(FLOPS[direction] * self.pairs * self.heads[0] * self.heads[2])
 
     def title(self, direction: str) -> str:
-        n, (hq, hkv, dim) = self.mask.evict.shape[1], self.heads
+        n, (hq, hkv, dim) = self.mask.evict_at.shape[1], self.heads
         kind = f"{self.name}, {direction}" if self.name else direction
         return (
             f"{kind}, {str(self.dtype).removeprefix('torch.')}, N {n:,}, Hq {hq}, Hkv {hkv}, D {dim}, "
@@ -166,5 +166,5 @@ class Task:
 
 def held_bytes(mask: TrajectoryMask | BlockMask) -> int:
     """What a mask keeps in memory between calls."""
-    parts = (mask.evict, *mask.plan) if isinstance(mask, TrajectoryMask) else mask.as_tuple()
+    parts = (mask.evict_at, *mask.plan) if isinstance(mask, TrajectoryMask) else mask.as_tuple()
     return sum(x.nbytes for x in parts if isinstance(x, Tensor))

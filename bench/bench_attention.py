@@ -64,8 +64,8 @@ def synthetic(evict: Callable[[int], Tensor], tokens: int) -> Callable[[bool], T
 def trajectories(copies: int) -> Callable[[bool], TrajectoryMask]:
     def packed(full: bool) -> TrajectoryMask:
         segments = MEM1_TRAJECTORIES[11_852]
-        one = TrajectoryLayout.from_turns(segments if full else shortened(segments)).mask
-        return TrajectoryMask.packed([one] * (copies if full else min(copies, 2)))
+        one = TrajectoryLayout.from_segments(segments if full else shortened(segments)).mask
+        return TrajectoryMask.pack([one] * (copies if full else min(copies, 2)))
 
     return packed
 
@@ -91,11 +91,11 @@ def test_attention(bench: Any, tokens: int, dtype: torch.dtype, direction: str) 
     if not bench.measuring:
         segments, heads = shortened(segments), (4, 2, 32)
     backward = direction != "forward"
-    task = Task(TrajectoryLayout.from_turns(segments).mask, heads, dtype)
+    task = Task(TrajectoryLayout.from_segments(segments).mask, heads, dtype)
 
     contenders = [task.ours(direction)]
     # Dense forward+backward at N 11,852 takes most of a minute and many GiB.
-    affordable = task.mask.evict.shape[1] < 4_000
+    affordable = task.mask.evict_at.shape[1] < 4_000
     if affordable or not backward:
         dense: Attention = partial(scaled_dot_product_attention, attn_mask=task.dense, enable_gqa=True)
         causal: Attention = partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True)
@@ -124,7 +124,7 @@ def long_evict(table: str, full: bool) -> Tensor:
     if table == "random":
         return random_evict(n)[None]
     turns = (n - 1) // 500
-    return TrajectoryLayout.from_turns(mem1_segments(turns, prompt=n - turns * 500)).mask.evict
+    return TrajectoryLayout.from_segments(mem1_segments(turns, prompt=n - turns * 500)).mask.evict_at
 
 
 @pytest.mark.parametrize("table", ["MEM1 turns", "random"])
@@ -134,7 +134,7 @@ def test_mask_construction(bench: Any, table: str) -> None:
     built = TrajectoryMask.from_evict(evict)
 
     def check(mask: TrajectoryMask) -> None:
-        assert mask.evict.shape == evict.shape
+        assert mask.evict_at.shape == evict.shape
         assert mask.plan.live_tiles > 0
 
     contenders = [Contender("TrajectoryMask.from_evict", lambda: TrajectoryMask.from_evict(evict), check)]
@@ -171,7 +171,7 @@ def test_gpu_mask_construction(bench: Any, device: str, table: str) -> None:
 def mask_title(mask: TrajectoryMask, table: str) -> str:
     plan = mask.plan
     return (
-        f"mask and plan, {table}, N {mask.evict.shape[1]:,}, {plan.block_q} x {plan.block_k} tiles, "
+        f"mask and plan, {table}, N {mask.evict_at.shape[1]:,}, {plan.block_q} x {plan.block_k} tiles, "
         f"{plan.live_ratio:.2%} of them live, {held_bytes(mask) / MIB:.2f} MiB in all"
     )
 
@@ -192,7 +192,7 @@ def live_rates() -> dict[str, float]:
 
 
 def gpu_contenders(task: Task, direction: str, measuring: bool) -> list[Contender]:
-    n = task.mask.evict.shape[1]
+    n = task.mask.evict_at.shape[1]
     causal = task.pairs == n * (n + 1) // 2
     contenders = [task.ours(direction)]
     for backend, label in ((SDPBackend.FLASH_ATTENTION, "flash"), (SDPBackend.CUDNN_ATTENTION, "cuDNN")):
@@ -267,8 +267,8 @@ def test_mask_construction_against_flex(bench: Any) -> None:
     segments = MEM1_TRAJECTORIES[11_852]
     if not bench.measuring:
         segments = shortened(segments)
-    mask = TrajectoryLayout.from_turns(segments).mask
-    n, evict = mask.evict.shape[1], mask.evict[0]
+    mask = TrajectoryLayout.from_segments(segments).mask
+    n, evict = mask.evict_at.shape[1], mask.evict_at[0]
 
     def visit_every_pair() -> BlockMask:
         return create_block_mask(
@@ -283,10 +283,10 @@ def test_mask_construction_against_flex(bench: Any) -> None:
     padded = torch.nn.functional.pad(mask.dense(), (0, tiles * FLEX_BLOCK - n) * 2)
     live_tiles = padded.view(1, 1, tiles, FLEX_BLOCK, tiles, FLEX_BLOCK).any(dim=5).any(dim=3).int()
     contenders = [
-        Contender("TrajectoryMask.from_turns", lambda: TrajectoryLayout.from_turns(segments).mask),
+        Contender("TrajectoryMask.from_segments", lambda: TrajectoryLayout.from_segments(segments).mask),
         Contender(
             "BlockMask from our plan",
-            lambda: block_mask(TrajectoryLayout.from_turns(segments).mask),
+            lambda: block_mask(TrajectoryLayout.from_segments(segments).mask),
             check_flex,
         ),
         Contender("create_block_mask", visit_every_pair, check_flex),

@@ -18,7 +18,7 @@ import pytest
 from measure import Contender, Result
 from rollout_task import RandomWords, Workload, check_generated, check_ours, generate, play
 
-from mem1.config import ModelConfig, Prune, Regime
+from mem1.config import EvictionPolicy, ModelConfig, Regime
 from mem1.engine.engine import Engine
 from mem1.envs.base import Action, Observation
 from mem1.envs.toy.tokenizer import build_tokenizer
@@ -31,14 +31,22 @@ LOCK_STEP = "HF generate, lock-step"
 ONE_BY_ONE = "HF generate, one at a time"
 CARRY: dict[str, Regime] = {OURS: "carry"}
 BOTH: dict[str, Regime] = {**CARRY, REENCODE: "reencode"}
-# With its vocabulary the shape of Qwen2.5-0.5B. At the usual init_std of 0.02 the rounding of a bf16 forward
-# alone moves log-probs by 7e-3, more than the 5e-3 by which rollout and trainer may differ.
+# With its vocabulary the shape of Qwen2.5-0.5B. At the usual initializer_range of 0.02 the rounding of a bf16
+# forward alone moves log-probs by 7e-3, more than the 5e-3 by which rollout and trainer may differ.
 LARGE = ModelConfig(
-    layers=24, width=896, heads=14, kv_heads=2, mlp_width=4864, init_std=0.01, dtype="bfloat16"
+    num_hidden_layers=24,
+    hidden_size=896,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    intermediate_size=4864,
+    initializer_range=0.01,
+    dtype="bfloat16",
 )
 LARGE_VOCABULARY = 151_936
 # Keys and values of a token take 4 KiB: what is kept shows.
-HEAVY_CACHE = ModelConfig(layers=2, width=256, heads=4, kv_heads=4, mlp_width=64)
+HEAVY_CACHE = ModelConfig(
+    num_hidden_layers=2, hidden_size=256, num_attention_heads=4, num_key_value_heads=4, intermediate_size=64
+)
 
 
 def policy(config: ModelConfig, vocabulary: int = 0) -> Any:
@@ -59,7 +67,7 @@ def small_model() -> Any:
 def large_model(bench: Any, device: str) -> Any:
     if bench.measuring:
         return policy(LARGE, LARGE_VOCABULARY).to(device)
-    return policy(replace(LARGE, layers=2, width=28 * 4, mlp_width=64), 1_000)
+    return policy(replace(LARGE, num_hidden_layers=2, hidden_size=28 * 4, intermediate_size=64), 1_000)
 
 
 def sized(bench: Any, episodes: int, turns: int) -> Workload:
@@ -148,7 +156,9 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def memory_by_turn(model: Any, workload: Workload, prune: Prune, engines: list[Engine]) -> list[Memory]:
+def memory_by_turn(
+    model: Any, workload: Workload, prune: EvictionPolicy, engines: list[Engine]
+) -> list[Memory]:
     """One trajectory; `resident` is the growth since before the rollout."""
     sizes: list[Memory] = []
     make = partial(MeteredWords, workload, engines, sizes)

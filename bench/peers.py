@@ -71,7 +71,7 @@ def flashmask(mask: TrajectoryMask) -> Attention:
 
     Its build for torch, sm_90 only; all others take Paddle's tensors.
     """
-    hidden_from = mask.evict[:, None, :, None]
+    hidden_from = mask.evict_at[:, None, :, None]
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         run = import_module("flashmask_interface").flashmask_attention
@@ -108,7 +108,7 @@ def block_mask(mask: TrajectoryMask) -> BlockMask:
     those that do not: exactly the plan's two CSR lists.
     """
     plan = mask.tile_plan(FLEX_BLOCK, FLEX_BLOCK)
-    batch, tokens = mask.evict.shape
+    batch, tokens = mask.evict_at.shape
     tiles = -(-tokens // FLEX_BLOCK)
 
     def padded(offsets: Tensor, members: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ def block_mask(mask: TrajectoryMask) -> BlockMask:
         lists[taken] = members[: int(offsets[-1])]  # on CUDA the list is longer than what is filled of it
         return counts.int().view(batch, 1, tiles), lists.view(batch, 1, tiles, tiles)
 
-    evict = mask.evict
+    evict = mask.evict_at
     return BlockMask.from_kv_blocks(
         *padded(plan.partial_offsets, plan.partial_tiles),
         *padded(plan.full_offsets, plan.full_tiles),

@@ -62,7 +62,7 @@ class Workload:
         return sum(sum(drawn.actions) for drawn in self.all_lengths())
 
     def config(self, slots: int, regime: Regime = "carry") -> RolloutConfig:
-        return RolloutConfig(slots=slots, regime=regime, max_turns=self.turns)
+        return RolloutConfig(num_slots=slots, regime=regime, max_turns=self.turns)
 
     def __str__(self) -> str:
         spans = (("prompt", self.prompt), ("action", self.action), ("info", self.info))
@@ -74,7 +74,7 @@ class RandomWords:
     """An environment, and its expert, that say random words: one word is one token."""
 
     objectives = 1
-    instant = True
+    run_inline = True
 
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
@@ -103,7 +103,7 @@ class RandomWords:
 
 def play(engine: Engine, workload: Workload, regime: Regime = "carry") -> list[Trajectory]:
     """Ours."""
-    make, config = partial(RandomWords, workload), workload.config(engine.slots, regime)
+    make, config = partial(RandomWords, workload), workload.config(engine.num_slots, regime)
     seeds, tokenizer = range(workload.episodes), build_tokenizer()
     return list(rollout(engine.model, tokenizer, make, seeds, config, scripted=True, engine=engine))
 
@@ -171,10 +171,12 @@ def check_ours(
     for trajectory in trajectories:
         lengths = workload.lengths(trajectory.seed)
         assert trajectory.finished == "answered", trajectory.finished
-        of_kind = {kind: [s.length for s in trajectory.segments if s.kind == kind] for kind in ("is", "info")}
+        of_kind = {
+            kind: [s.length for s in trajectory.segments if s.kind == kind] for kind in ("state", "info")
+        }
         acted = [s.length for s in trajectory.segments if s.kind in ("query", "answer")]
         assert trajectory.segments[0].length == lengths.prompt
-        assert [a + b for a, b in zip(of_kind["is"], acted, strict=True)] == lengths.actions
+        assert [a + b for a, b in zip(of_kind["state"], acted, strict=True)] == lengths.actions
         assert of_kind["info"] == lengths.infos[:-1]  # nothing is said to the answer
     found = parity(model, trajectories[:checked], regime)
     if found.dtype == "float32":

@@ -28,7 +28,7 @@ from mem1.runtime.waiting import share_cpus
 from mem1.train.ppo import PPO
 from mem1.train.warmstart import warm_start
 
-LIMITS = RolloutConfig(max_turns=6, max_action=32)
+LIMITS = RolloutConfig(max_turns=6, max_action_tokens=32)
 POLICIES: dict[str, Callable[[], Any]] = {"mem1": share_cpus, "as OpenMP comes": nullcontext}
 
 
@@ -46,7 +46,7 @@ def measured(steps: int, episodes: int) -> dict[str, float]:
     list(islice(warm, 2))
     found = {"warm start": seconds(lambda: list(warm)) / steps}
 
-    ppo = PPO(model, build_critic(model), None, PPOConfig(kl=0.0, critic_only=0), "carry")
+    ppo = PPO(model, build_critic(model), None, PPOConfig(kl_coef=0.0, critic_only_updates=0), "carry")
     world = partial(MultiHopEnv, (1, 4))
 
     def update() -> None:

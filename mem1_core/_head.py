@@ -24,7 +24,7 @@ class Head:
     """logits = hidden @ weight.T + bias for chosen rows of hidden.
 
     hidden [T, H], weight [V, H] and bias [V] of one dtype; rows int64 [n]: those to compute, None for all
-    (which saves copies). The logits of a chunk take at most `workspace_bytes`, in `workspace`. The wanted
+    (which saves copies). The logits of a chunk take at most `workspace_bytes`, in `workspace`. The expected
     gradients are summed up over the chunks: `d_hidden` (as hidden), `d_weight` and `d_bias`, the latter two
     in fp32 until `gradients` hands them out (on the CPU a single chunk's d_weight is what it will be).
 
@@ -38,7 +38,7 @@ class Head:
         bias: Tensor | None,
         rows: Tensor | None,
         workspace_bytes: int,
-        wanted: tuple[bool, bool, bool] = (False, False, False),
+        needs_grad: tuple[bool, bool, bool] = (False, False, False),
         kept: Tensor | None = None,
     ) -> None:
         on_cpu = hidden.device.type == "cpu"
@@ -49,7 +49,7 @@ class Head:
         # What the matrix products of the backward read: where they can, in the dtype of the weight.
         narrow = hidden.dtype == torch.bfloat16 and torch.ops.mem1_core._linear_in_bfloat16()
         self.gradient_dtype = self.dtype if on_cpu and not narrow else hidden.dtype
-        want_hidden, want_weight, want_bias = wanted
+        want_hidden, want_weight, want_bias = needs_grad
         self.d_hidden = hidden.new_zeros(hidden.shape) if want_hidden else None
         self.d_bias = weight.new_zeros(weight.shape[0], dtype=self.dtype) if want_bias else None
         self._fresh = True
@@ -105,7 +105,7 @@ class Head:
         self._fresh = False
 
     def gradients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """d_hidden, d_weight and d_bias in the dtypes of their tensors; empty where not wanted."""
+        """d_hidden, d_weight and d_bias in the dtypes of their tensors; empty where not expected."""
         d_hidden, d_weight, d_bias = (
             self.hidden.new_empty(0) if x is None else x for x in (self.d_hidden, self.d_weight, self.d_bias)
         )
@@ -170,26 +170,26 @@ def check_head(
             continue
         if not isinstance(x, Tensor) or x.dim() != len(dims.split(", ")) or x.dtype not in _DTYPES:
             raise TypeError(
-                f"{name}: wanted a float32, bfloat16, float16 or float64 tensor [{dims}], got {told(x)}"
+                f"{name}: expected a float32, bfloat16, float16 or float64 tensor [{dims}], got {told(x)}"
             )
         if x.dtype != hidden.dtype or x.device != hidden.device:
             raise ValueError(
-                f"{name}: wanted dtype and device of hidden, {hidden.dtype} on {hidden.device}, got "
+                f"{name}: expected dtype and device of hidden, {hidden.dtype} on {hidden.device}, got "
                 f"{x.dtype} on {x.device}"
             )
     tokens, width = hidden.shape
     vocabulary = weight.shape[0]
     if weight.shape[1] != width or width == 0 or vocabulary == 0:
-        raise ValueError(f"weight: wanted [V, {width}] with V and {width} >= 1, got {list(weight.shape)}")
+        raise ValueError(f"weight: expected [V, {width}] with V and {width} >= 1, got {list(weight.shape)}")
     if bias is not None and len(bias) != vocabulary:
-        raise ValueError(f"bias: wanted [{vocabulary}], got {list(bias.shape)}")
+        raise ValueError(f"bias: expected [{vocabulary}], got {list(bias.shape)}")
     check_rows("target", target, hidden, "an integer")
     if isinstance(temperature, Tensor):
         if temperature.dim():
             check_rows("temperature", temperature, hidden)
     elif not isinstance(temperature, (int, float)) or not temperature > 0 or temperature == float("inf"):
         raise ValueError(
-            f"temperature: wanted a finite number > 0 or a tensor [{tokens}], got {temperature!r}"
+            f"temperature: expected a finite number > 0 or a tensor [{tokens}], got {temperature!r}"
         )
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     if isinstance(temperature, Tensor):
@@ -208,11 +208,11 @@ def check_rows(name: str, x: Tensor, hidden: Tensor, kind: RowKind = "a floating
         }[kind]
     )
     if not fits:
-        raise TypeError(f"{name}: wanted {kind} tensor [{len(hidden)}], got {told(x)}")
+        raise TypeError(f"{name}: expected {kind} tensor [{len(hidden)}], got {told(x)}")
     if x.shape != hidden.shape[:1]:
-        raise ValueError(f"{name}: wanted [{len(hidden)}], one for each row of hidden, got {list(x.shape)}")
+        raise ValueError(f"{name}: expected [{len(hidden)}], one for each row of hidden, got {list(x.shape)}")
     if x.device != hidden.device:
-        raise ValueError(f"{name}: wanted the device of hidden, {hidden.device}, got {x.device}")
+        raise ValueError(f"{name}: expected the device of hidden, {hidden.device}, got {x.device}")
 
 
 def check_targets(target: Tensor, vocabulary: int, rows: Tensor | None = None) -> None:
@@ -226,7 +226,7 @@ def check_targets(target: Tensor, vocabulary: int, rows: Tensor | None = None) -
         bad &= torch.zeros_like(bad).index_fill(0, rows, True)
     if bad.any():
         i = int(bad.nonzero()[0])
-        raise ValueError(f"target[{i}]: wanted 0 to {vocabulary - 1}, got {int(target[i])}")
+        raise ValueError(f"target[{i}]: expected 0 to {vocabulary - 1}, got {int(target[i])}")
 
 
 def check_normalizer(normalizer: float | Tensor | None, device: torch.device) -> None:
@@ -234,8 +234,8 @@ def check_normalizer(normalizer: float | Tensor | None, device: torch.device) ->
     if isinstance(normalizer, Tensor):
         if normalizer.dim() or normalizer.device != device:
             raise ValueError(
-                f"normalizer: wanted a number or a tensor [] on {device}, got {told(normalizer)} on "
+                f"normalizer: expected a number or a tensor [] on {device}, got {told(normalizer)} on "
                 f"{normalizer.device}"
             )
     elif normalizer is not None and not (isinstance(normalizer, (int, float)) and normalizer > 0):
-        raise ValueError(f"normalizer: wanted a number > 0 or a tensor [], got {normalizer!r}")
+        raise ValueError(f"normalizer: expected a number > 0 or a tensor [], got {normalizer!r}")

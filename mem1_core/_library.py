@@ -51,15 +51,15 @@ def _tile_plan_cuda(evict: Tensor, block_q: int, block_k: int) -> tuple[Tensor, 
     [batch, length], ValueError for a block size out of range or a bound that int32 offsets do not reach.
     """
     if evict.dtype != torch.int32 or evict.dim() != 2:
-        raise TypeError(f"evict: wanted int32 [batch, length], got {evict.dtype} {list(evict.shape)}")
+        raise TypeError(f"evict: expected int32 [batch, length], got {evict.dtype} {list(evict.shape)}")
     if not (0 < block_q <= 2**20 and 0 < block_k <= 2**20):
-        raise ValueError(f"block_q, block_k: wanted 1 to 2^20, got {block_q}, {block_k}")
+        raise ValueError(f"block_q, block_k: expected 1 to 2^20, got {block_q}, {block_k}")
     batch, length = evict.shape
     ends = torch.arange(block_q, length + block_q, block_q, device="cpu").clamp(max=length)
     bound = batch * int(((ends + block_k - 1) // block_k).sum())
     if bound >= 2**31:
         raise ValueError(
-            f"block_q, block_k: wanted fewer than 2^31 tiles on or below the diagonal, got {bound} for evict "
+            f"block_q, block_k: expected fewer than 2^31 tiles up to the diagonal, got {bound} for evict "
             f"of shape {list(evict.shape)}: take larger blocks"
         )
     evict = evict.contiguous()  # a copy dies with this call: its memory goes to later work of the same stream
@@ -82,7 +82,13 @@ torch.library.impl("mem1_core::tile_plan", "cuda", _tile_plan_cuda)
 
 @torch.library.register_fake("mem1_core::cached_attention")
 def _(
-    q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, lengths: Tensor, counts: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_batch_idx: Tensor,
+    cache_seqlens: Tensor,
+    query_lens: Tensor,
+    scale: float,
 ) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 

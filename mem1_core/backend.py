@@ -23,19 +23,22 @@ def choose_backend(op: str, tensor: Tensor, requested: str, available: Sequence[
     device = tensor.device.type
     if requested == "auto":
         if device not in _BACKENDS:
-            raise NotImplementedError(f"{op}: wanted a cpu or cuda tensor, got one on {device}")
+            raise NotImplementedError(f"{op}: expected a cpu or cuda tensor, got one on {device}")
         requested = next((x for x in available if x in _BACKENDS[device]), "")
         if not requested:
             raise NotImplementedError(
-                f"{op}: wanted a backend for {device} tensors, got {', '.join(available)}; attention needs "
+                f"{op}: expected a backend for {device} tensors, got {', '.join(available)}; attention needs "
                 "`pip install triton`, all else a build with nvcc; backend='reference' runs anywhere, slowly"
             )
     if requested not in ("cpu", "cuda", "triton", "reference"):
-        raise ValueError(f"backend: wanted 'auto', 'cpu', 'cuda', 'triton' or 'reference', got {requested!r}")
+        raise ValueError(
+            f"backend: expected 'auto', 'cpu', 'cuda', 'triton' or 'reference', got {requested!r}"
+        )
     if requested not in available:
         hint = "; it needs `pip install triton`" if requested == "triton" else ""
         raise NotImplementedError(
-            f"{op}: the {requested!r} backend is missing here, where there are {', '.join(available)}{hint}; "
+            f"{op}: the {requested!r} backend is not available in this build (available: "
+            f"{', '.join(available)}){hint}; "
             "backend='reference' runs anywhere, slowly"
         )
     # Triton's kernels take CPU tensors when they are interpreted, which they find out themselves.
@@ -60,14 +63,16 @@ def check_whole(**arguments: object) -> None:
 def _check_whole(name: str, x: Tensor) -> None:
     if type(x) is not Tensor and type(x) is not Parameter and hasattr(x, "full_tensor"):
         remedy = _REMEDY.format(name)
-        raise TypeError(f"{name}: wanted a whole tensor, got a DTensor of {told(x)} in all{remedy}")
+        raise TypeError(f"{name}: expected a whole tensor, got a DTensor of {told(x)} in all{remedy}")
     try:
         freed = x.untyped_storage().size() == 0 and x.numel() > 0
     except NotImplementedError:  # a wrapper, of torch.func say: the tensor in it has the storage
         return
     if freed:
         remedy = _REMEDY.format(name)
-        raise ValueError(f"{name}: wanted a tensor in memory, got {told(x)} whose storage was freed{remedy}")
+        raise ValueError(
+            f"{name}: expected a tensor in memory, got {told(x)} whose storage was freed{remedy}"
+        )
 
 
 def told(value: object) -> str:

@@ -11,22 +11,23 @@ from torch import Tensor
 
 from mem1_core.segments import POLICY_KINDS, Segment, check_segments, is_kind, policy_tokens
 
-Prune = Literal["action", "is", "never"] | int  # a number of tokens: see evict_from_turns
+EvictionPolicy = Literal["action", "state", "never"] | int  # a number of tokens: see evict_from_segments
 
 
-def evict_from_turns(segments: Iterable[Segment], prune: Prune = "action") -> Tensor:
+def evict_from_segments(segments: Iterable[Segment], prune: EvictionPolicy = "action") -> Tensor:
     """int32 [N], the lifetimes of a trajectory's tokens; the tokens are those of `segments`, in order.
 
     `prune` says which turns are dropped when, always whole ones and the oldest first; the prompt stays:
 
     - `"action"`: all before turn `t` when the action of `t` is complete. Its *last* token still sees them.
-    - `"is"`: likewise at `</IS>`, the end of turn `t`'s `is` segment; if missing or empty, as `"action"`.
+    - `"state"`: likewise at `</IS>`, the end of turn `t`'s `state` segment; if missing or empty, as
+      `"action"`.
     - `"never"`: none, the full-context agent.
     - a number `W >= 1`, the truncating agent, which forgets by age alone: as `"action"`, but only until the
       turns that stay, `t` (up to its action) among them, have at most `W` tokens. `t` itself always stays.
 
     A turn without an action prunes nothing; what is never pruned has `evict = N`. Raises ValueError for
-    another `prune`, or naming the segment that breaks the order prompt, then turns 1, 2, ... each of `is`,
+    another `prune`, or naming the segment that breaks the order prompt, then turns 1, 2, ... each of `state`,
     `query` or `answer`, `info` (any of them may be missing).
     """
     segments = check_segments(segments)
@@ -40,7 +41,7 @@ def evict_from_turns(segments: Iterable[Segment], prune: Prune = "action") -> Te
         total += length
         turns[turn] = begin, total
         if kind in POLICY_KINDS and length and prune != "never":
-            if prune != "is" or turn not in events:
+            if prune != "state" or turn not in events:
                 events[turn] = total
     # A turn leaves at the first event behind its end, a later turn's, that finds more than `window` tokens
     # from its begin on: what stays is always a run of the newest turns.
@@ -52,31 +53,36 @@ def evict_from_turns(segments: Iterable[Segment], prune: Prune = "action") -> Te
     return torch.tensor(lifetimes, dtype=torch.int32).repeat_interleave(lengths)
 
 
-def dependency_length(segments: Iterable[Segment], prune: Prune = "action", *, prompt: bool = True) -> float:
+def dependency_length(
+    segments: Iterable[Segment], prune: EvictionPolicy = "action", *, prompt: bool = True
+) -> float:
     """The paper's measure of attention work, in token pairs: sum of `(context + length / 2) * length`.
 
     The sum runs over the segments that the policy wrote; `context` is the number of tokens live when one
-    begins. (Where no prune falls between an action's `is` and its `query` or `answer`, their two terms are
+    begins. (Where no prune falls between an action's `state` and its `query` or `answer`, their two terms are
     the one of the whole action.) `prompt=False` leaves the prompt's tokens out of the context, which is
     the official definition. It does not depend on the regime: `reencode` holds the same tokens as `carry`.
 
     Equivalent: half a token less than what each policy token sees, itself included, summed up.
     """
     segments = check_segments(segments)
-    evict, written = evict_from_turns(segments, prune), policy_tokens(segments)
+    evict, written = evict_from_segments(segments, prune), policy_tokens(segments)
     live = live_counts(evict[None], None if prompt else ~is_kind(segments, ("prompt",))[None])[0]
     return int(live[written].sum()) - int(written.sum()) / 2
 
 
-def check_prune(prune: Prune) -> None:
-    """Raises ValueError unless `prune` is a rule of `evict_from_turns`."""
+def check_prune(prune: EvictionPolicy) -> None:
+    """Raises ValueError unless `prune` is a rule of `evict_from_segments`."""
     number = isinstance(prune, int) and not isinstance(prune, bool) and prune >= 1
-    if not number and prune not in ("action", "is", "never"):
-        raise ValueError(f"prune: wanted 'action', 'is', 'never' or a number of tokens >= 1, got {prune!r}")
+    if not number and prune not in ("action", "state", "never"):
+        raise ValueError(
+            f"prune: expected 'action', 'state', 'never' or a number of tokens >= 1, got {prune!r}"
+        )
 
 
 def live_counts(evict: Tensor, counted: Tensor | None = None) -> Tensor:
-    """int32 [B, N], how many keys each query sees, itself included, in O(N); see `TrajectoryMask.live`."""
+    """int32 [B, N], how many keys each query sees, itself included, in O(N); see
+    `TrajectoryMask.visible_counts`."""
     # A counted key adds one at its own index and takes it back at `evict`; the running sum is what is live.
     born = torch.ones_like(evict) if counted is None else counted.to(torch.int32)
     change = torch.nn.functional.pad(born, (0, 1)).scatter_add_(1, evict.long(), -born)

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mem1_core.eviction import Prune, evict_from_turns
+from mem1_core.eviction import EvictionPolicy, evict_from_segments
 from mem1_core.mask import TrajectoryMask
 from mem1_core.segments import Segment, check_segments, policy_tokens
 
@@ -21,17 +21,18 @@ class TrajectoryLayout:
     """A stream of `N` rows for one forward, and how its logits map to the policy's tokens.
 
     ```
-    hidden = trunk(tokens[layout.source][None], layout.position_ids[None], layout.mask)[0]         # [N, H]
+    ids = tokens[layout.token_index][None]
+    hidden = trunk(ids, layout.position_ids[None], layout.mask)[0]  # [N, H]
     logprob, entropy = linear_logprob(hidden[layout.logit_rows], weight, tokens[layout.targets])  # [M]
-    per_trajectory = layout.per_trajectory(logprob)                                               # [length]
+    per_trajectory = layout.split_by_trajectory(logprob)  # tensors [length]
     ```
-    where `tokens` are the trajectories' own tokens, concatenated. The three regimes (see `from_turns`) differ
-    in nothing but the contents of these tensors. For what is kept per token of the trajectories (advantages,
-    sampled log-probs), `torch.cat(per_trajectory)[layout.targets]` is the way in.
+    where `tokens` are the trajectories' own tokens, concatenated. The three regimes (see `from_segments`)
+    differ in nothing but the contents of these tensors. For what is kept per token of the trajectories
+    (advantages, sampled log-probs), `torch.cat(per_trajectory)[layout.targets]` is the way in.
     """
 
     mask: TrajectoryMask  # [1, N]
-    source: Tensor  # int64 [N]: row n holds token source[n] of the concatenated trajectories
+    token_index: Tensor  # int64 [N]: row n holds token token_index[n] of the concatenated trajectories
     position_ids: Tensor  # int64 [N]
     logit_rows: Tensor  # int64 [M]: the row whose logits predict ...
     targets: Tensor  # int64 [M]: ... this token (likewise); one per policy token, ascending
@@ -40,11 +41,11 @@ class TrajectoryLayout:
     @property
     def loss_mask(self) -> Tensor:
         """bool [N], the rows that carry a label."""
-        return torch.zeros_like(self.source, dtype=torch.bool).index_fill_(0, self.logit_rows, True)
+        return torch.zeros_like(self.token_index, dtype=torch.bool).index_fill_(0, self.logit_rows, True)
 
     @classmethod
-    def from_turns(
-        cls, segments: Iterable[Segment], *, regime: Regime = "carry", prune: Prune = "action"
+    def from_segments(
+        cls, segments: Iterable[Segment], *, regime: Regime = "carry", prune: EvictionPolicy = "action"
     ) -> TrajectoryLayout:
         """The layout of one trajectory.
 
@@ -60,13 +61,13 @@ class TrajectoryLayout:
         has no predecessor to predict it (no prompt).
         """
         if regime not in get_args(Regime):
-            raise ValueError(f"regime: wanted one of {get_args(Regime)}, got {regime!r}")
+            raise ValueError(f"regime: expected one of {get_args(Regime)}, got {regime!r}")
         segments = check_segments(segments)
-        evict = evict_from_turns(segments, prune)
+        evict = evict_from_segments(segments, prune)
         targets = policy_tokens(segments).nonzero()[:, 0]
         if targets.numel() and int(targets[0]) == 0:
             raise ValueError(
-                "segments: wanted a prompt of at least one token to predict the first action from, got none"
+                "segments: expected a prompt of at least one token to predict the first action from, got none"
             )
         if regime == "reencode":
             return _reencode(segments, evict, targets)
@@ -76,18 +77,18 @@ class TrajectoryLayout:
         )
 
     @classmethod
-    def packed(cls, layouts: Sequence[TrajectoryLayout]) -> TrajectoryLayout:
+    def pack(cls, layouts: Sequence[TrajectoryLayout]) -> TrajectoryLayout:
         """Many layouts behind one another in one stream; their trajectories concatenate in the same order."""
-        mask = TrajectoryMask.packed([layout.mask for layout in layouts])
+        mask = TrajectoryMask.pack([layout.mask for layout in layouts])
         none = torch.empty(0, dtype=torch.int64, device=mask.device)
         source, positions, rows, targets = [none], [none], [none], [none]
         row = token = 0
         for layout in layouts:
-            source.append(layout.source + token)
+            source.append(layout.token_index + token)
             positions.append(layout.position_ids)
             rows.append(layout.logit_rows + row)
             targets.append(layout.targets + token)
-            row += layout.source.shape[0]
+            row += layout.token_index.shape[0]
             token += sum(layout.lengths)
         lengths = tuple(n for layout in layouts for n in layout.lengths)
         tensors = torch.cat(source), torch.cat(positions), torch.cat(rows), torch.cat(targets)
@@ -96,18 +97,18 @@ class TrajectoryLayout:
     def to(self, device: torch.device | str) -> TrajectoryLayout:
         return TrajectoryLayout(
             self.mask.to(device),
-            self.source.to(device),
+            self.token_index.to(device),
             self.position_ids.to(device),
             self.logit_rows.to(device),
             self.targets.to(device),
             self.lengths,
         )
 
-    def per_trajectory(self, values: Tensor) -> list[Tensor]:
+    def split_by_trajectory(self, values: Tensor) -> list[Tensor]:
         """`values` [M] as one tensor [length] per trajectory, 0 where no policy token. Differentiable."""
         if values.shape != self.targets.shape:
             wanted = f"one per policy token, shape {list(self.targets.shape)}"
-            raise ValueError(f"values: wanted {wanted}, got {list(values.shape)}")
+            raise ValueError(f"values: expected {wanted}, got {list(values.shape)}")
         everything = values.new_zeros(sum(self.lengths)).index_copy(0, self.targets, values)
         return list(everything.split(self.lengths))
 

@@ -68,7 +68,7 @@ class TilePlan(NamedTuple):
 class TrajectoryMask:
     """An attention mask in O(N) memory: `visible[b, i, j] = j <= i < evict[b, j]`, with its tile plan.
 
-    Build one per batch with `from_evict`, `packed` or `TrajectoryLayout` and hand it to every layer, head,
+    Build one per batch with `from_evict`, `pack` or `TrajectoryLayout` and hand it to every layer, head,
     forward and backward. It is immutable, and a plain object whose attributes are tensors, so it can be an
     argument of a function under `torch.compile(fullgraph=True)`: the plan of the device's default tile sizes
     is made here, eagerly, never while tracing.
@@ -77,17 +77,17 @@ class TrajectoryMask:
     the way without a wait: on CUDA the plan is made on the device and the host does not synchronise, so that
     a CUDA graph can capture it.
 
-    Attributes: `evict` int32 [B, N], contiguous; `plan` TilePlan; `segments`, what the stream consists of,
+    Attributes: `evict_at` int32 [B, N], contiguous; `plan` TilePlan; `segments`, what the stream consists of,
     where known (batch of one of a layout): the picture and `peak_tokens(prompt=False)` need it, nothing
     else does.
     """
 
-    evict: Tensor
+    evict_at: Tensor
     plan: TilePlan
     segments: tuple[Segment, ...]
 
     def __init__(self, evict: Tensor, segments: Iterable[Segment] = ()) -> None:
-        self.evict = evict
+        self.evict_at = evict
         self.segments = tuple(segments)
         self._plans: dict[tuple[int, int], TilePlan] = {}
         self.plan = self.tile_plan(*DEFAULT_BLOCKS.get(evict.device.type, (128, 128)))
@@ -102,11 +102,11 @@ class TrajectoryMask:
         range.
         """
         if not isinstance(evict, Tensor):
-            raise TypeError(f"evict: wanted an integer tensor [N] or [B, N], got {type(evict).__name__}")
+            raise TypeError(f"evict: expected an integer tensor [N] or [B, N], got {type(evict).__name__}")
         if evict.is_floating_point() or evict.is_complex() or evict.dtype == torch.bool:
-            raise TypeError(f"evict: wanted an integer tensor, got {evict.dtype}")
+            raise TypeError(f"evict: expected an integer tensor, got {evict.dtype}")
         if evict.dim() not in (1, 2):
-            raise ValueError(f"evict: wanted shape [N] or [B, N], got {list(evict.shape)}")
+            raise ValueError(f"evict: expected shape [N] or [B, N], got {list(evict.shape)}")
         rows = evict if evict.dim() == 2 else evict[None]
         tokens = rows.shape[1]
         wrong = (rows <= torch.arange(tokens, device=rows.device)) | (rows > tokens)
@@ -114,13 +114,13 @@ class TrajectoryMask:
             b, j = (int(i) for i in wrong.nonzero()[0])
             where = f"evict[{j}]" if evict.dim() == 1 else f"evict[{b}, {j}]"
             raise ValueError(
-                f"{where}: wanted a value past its own index and at most N, in [{j + 1}, {tokens}], "
+                f"{where}: expected a value past its own index and at most N, in [{j + 1}, {tokens}], "
                 f"got {int(rows[b, j])}"
             )
         return cls(rows.to(torch.int32, copy=True, memory_format=torch.contiguous_format))
 
     @classmethod
-    def packed(cls, masks: Sequence[TrajectoryMask]) -> TrajectoryMask:
+    def pack(cls, masks: Sequence[TrajectoryMask]) -> TrajectoryMask:
         """Many trajectories, each a batch of one, in one stream [1, sum of N]. They do not see each other.
 
         Raises ValueError when a mask has B != 1 or the devices differ.
@@ -128,41 +128,41 @@ class TrajectoryMask:
         if not masks:
             return cls(torch.empty(1, 0, dtype=torch.int32))
         for i, mask in enumerate(masks):
-            if mask.evict.shape[0] != 1:
+            if mask.evict_at.shape[0] != 1:
                 raise ValueError(
-                    f"masks[{i}]: wanted a batch of one, got evict of shape {list(mask.evict.shape)}"
+                    f"masks[{i}]: expected a batch of one, got evict of shape {list(mask.evict_at.shape)}"
                 )
             if mask.device != masks[0].device:
                 raise ValueError(
-                    f"masks[{i}]: wanted device {masks[0].device} like masks[0], got {mask.device}"
+                    f"masks[{i}]: expected device {masks[0].device} like masks[0], got {mask.device}"
                 )
-        total = sum(mask.evict.shape[1] for mask in masks)
+        total = sum(mask.evict_at.shape[1] for mask in masks)
         if total > torch.iinfo(torch.int32).max:
-            raise ValueError(f"masks: wanted at most 2^31 - 1 tokens in one stream, got {total}")
+            raise ValueError(f"masks: expected at most 2^31 - 1 tokens in one stream, got {total}")
         parts, start = [], 0
         for mask in masks:
-            parts.append(mask.evict + start)
-            start += mask.evict.shape[1]
+            parts.append(mask.evict_at + start)
+            start += mask.evict_at.shape[1]
         # A stream of which only a part is described would be drawn wrongly: describe all of it or nothing.
-        known = all(mask.segments or mask.evict.shape[1] == 0 for mask in masks)
+        known = all(mask.segments or mask.evict_at.shape[1] == 0 for mask in masks)
         return cls(torch.cat(parts, dim=1), (s for mask in masks for s in mask.segments) if known else ())
 
     @property
     def shape(self) -> torch.Size:
         """[B, N]."""
-        return self.evict.shape
+        return self.evict_at.shape
 
     @property
     def device(self) -> torch.device:
-        return self.evict.device
+        return self.evict_at.device
 
     def to(self, device: torch.device | str) -> TrajectoryMask:
         """The same mask on another device, with the plan that device's backend wants.
 
         The host does not wait for a copy to the device; it does for one from it.
         """
-        evict = self.evict.to(device, non_blocking=self.device.type == "cpu")
-        return self if evict is self.evict else TrajectoryMask(evict, self.segments)
+        evict = self.evict_at.to(device, non_blocking=self.device.type == "cpu")
+        return self if evict is self.evict_at else TrajectoryMask(evict, self.segments)
 
     def tile_plan(self, block_q: int, block_k: int) -> TilePlan:
         """The plan for tiles of `block_q` x `block_k` tokens, made on first use and kept.
@@ -173,8 +173,8 @@ class TrajectoryMask:
         plan = self._plans.get((block_q, block_k))
         if plan is None:
             if block_q < 1 or block_k < 1:
-                raise ValueError(f"block_q, block_k: wanted positive sizes, got {block_q} and {block_k}")
-            parts = _library.ops.tile_plan(self.evict, block_q, block_k)
+                raise ValueError(f"block_q, block_k: expected positive sizes, got {block_q} and {block_k}")
+            parts = _library.ops.tile_plan(self.evict_at, block_q, block_k)
             key_ranges, full_offsets, _, partial_offsets, _ = parts
             query_order = _longest_first(full_offsets.diff() + partial_offsets.diff())
             key_order = _longest_first((key_ranges[..., 3] - key_ranges[..., 0]).flatten())
@@ -184,20 +184,20 @@ class TrajectoryMask:
 
     def dense(self) -> Tensor:
         """bool [B, N, N], True where query `i` (dim 1) sees key `j` (dim 2). O(N^2): references and tests."""
-        i = torch.arange(self.evict.shape[1], device=self.device)[:, None]
-        return (i.T <= i) & (i < self.evict[:, None, :])
+        i = torch.arange(self.evict_at.shape[1], device=self.device)[:, None]
+        return (i.T <= i) & (i < self.evict_at[:, None, :])
 
-    def live(self, counted: Tensor | None = None) -> Tensor:
+    def visible_counts(self, counted: Tensor | None = None) -> Tensor:
         """int32 [B, N], how many keys each query sees, itself included, in O(N).
 
         `counted` bool [B, N] limits the count to some keys.
         Equivalent to `(dense() & counted[:, None]).sum(-1)`.
         """
-        return live_counts(self.evict, counted)
+        return live_counts(self.evict_at, counted)
 
     def visible_pairs(self) -> int:
         """The number of True entries of `dense()`: the (query, key) pairs that attention must compute."""
-        return int((self.evict - torch.arange(self.evict.shape[1], device=self.device)).sum())
+        return int((self.evict_at - torch.arange(self.evict_at.shape[1], device=self.device)).sum())
 
     def peak_tokens(self, *, prompt: bool = True) -> Tensor:
         """int64 [B], the most tokens that are live at once; `prompt=False` leaves out the prompt's own.
@@ -205,11 +205,11 @@ class TrajectoryMask:
         Raises ValueError for `prompt=False` when the mask does not know its segments.
         """
         counted = None
-        if not prompt and self.evict.numel():
+        if not prompt and self.evict_at.numel():
             if not self.segments:
-                raise ValueError("prompt: wanted True, as this mask does not know its segments, got False")
-            counted = ~is_kind(self.segments, ("prompt",)).to(self.device).expand_as(self.evict)
-        live = self.live(counted).long()
+                raise ValueError("prompt: expected True, as this mask does not know its segments, got False")
+            counted = ~is_kind(self.segments, ("prompt",)).to(self.device).expand_as(self.evict_at)
+        live = self.visible_counts(counted).long()
         return live.amax(1) if live.shape[1] else live.new_zeros(live.shape[0])
 
     def __repr__(self) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # kind -> (name in the legend, colour): Okabe and Ito's palette, which colour-blind readers can tell apart
 _STYLE = {
     "prompt": ("prompt", "#999999"),
-    "is": ("<IS>", "#0072b2"),
+    "state": ("<IS>", "#0072b2"),
     "query": ("<query>", "#e69f00"),
     "answer": ("<answer>", "#cc79a7"),
     "info": ("<info>", "#009e73"),
@@ -56,8 +56,8 @@ def plot_mask(
         raise ImportError("plot needs matplotlib: pip install 'mem1_core[plot]'") from error
     batch, tokens = mask.shape
     if not 0 <= row < batch:
-        raise ValueError(f"row: wanted one of the {batch} rows of the batch, got {row}")
-    evict = mask.evict[row].cpu().long()
+        raise ValueError(f"row: expected one of the {batch} rows of the batch, got {row}")
+    evict = mask.evict_at[row].cpu().long()
     styles = [_STYLE[segment.kind] for segment in mask.segments] or [_UNKNOWN]
     lengths = torch.tensor([segment.length for segment in mask.segments] or [tokens])
     colours = torch.tensor([to_rgb(colour) for _, colour in styles]).repeat_interleave(lengths, dim=0)

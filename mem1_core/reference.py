@@ -51,18 +51,25 @@ def trajectory_attention(
 
 
 def cached_attention(
-    q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, lengths: Tensor, counts: Tensor, scale: float
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_batch_idx: Tensor,
+    cache_seqlens: Tensor,
+    query_lens: Tensor,
+    scale: float,
 ) -> Tensor:
-    """Row b of q [B, T, Hq, D] holds the last counts[b] of the lengths[b] tokens in slot rows[b] of keys and
-    values [slots, capacity, Hkv, D], padded on the left: query t sees the entries before `lengths - T + t +
-    1`. Returns [B, T, Hq, D], 0 for padding. rows, lengths, counts int [B].
+    """Row b of q [B, T, Hq, D] holds the last query_lens[b] of the cache_seqlens[b] tokens in slot
+    cache_batch_idx[b] of k_cache and v_cache [slots, capacity, Hkv, D], padded on the left: query t sees the
+    entries before `cache_seqlens - T + t + 1`. Returns [B, T, Hq, D], 0 for padding. cache_batch_idx,
+    cache_seqlens, query_lens int [B].
     """
-    out, group = torch.zeros_like(q), q.shape[2] // keys.shape[2]
+    out, group = torch.zeros_like(q), q.shape[2] // k_cache.shape[2]
     for b, (row, length, count) in enumerate(
-        zip(rows.tolist(), lengths.tolist(), counts.tolist(), strict=True)
+        zip(cache_batch_idx.tolist(), cache_seqlens.tolist(), query_lens.tolist(), strict=True)
     ):
         first = q.shape[1] - count
-        key, value = (_wide(x[row, :length]).repeat_interleave(group, 1) for x in (keys, values))
+        key, value = (_wide(x[row, :length]).repeat_interleave(group, 1) for x in (k_cache, v_cache))
         score = torch.einsum("thd,shd->hts", _wide(q[b, first:]), key) * scale
         last = length - count + torch.arange(count, device=q.device)
         hidden = torch.arange(length, device=q.device) > last[:, None]
@@ -183,13 +190,13 @@ def fused_linear_ppo_loss(
     *,
     bias: Tensor | None = None,
     ref_logprob: Tensor | None = None,
-    sampler_logprob: Tensor | None = None,
-    sequence: Tensor | None = None,
+    rollout_logprob: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
-    sampler_cap: float = 2.0,
+    rollout_is_cap: float = 2.0,
     kl_coef: float = 0.0,
     kl_estimator: KLEstimator = "k3",
     entropy_coef: float = 0.0,
@@ -204,15 +211,16 @@ def fused_linear_ppo_loss(
     ```
     max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))      Schulman et al. 2017 (PPO)
         for A < 0 at most -A dual_clip                      Ye et al. 2020 (dual clip; usually 3)
-        times min(exp(old_logprob - sampler_logprob), sampler_cap)   truncated weight of a stale sampler
+        times min(exp(old_logprob - rollout_logprob), rollout_is_cap)   truncated weight of a stale sampler
     + kl_coef KL(policy | ref_logprob) - entropy_coef entropy        see `kl_estimate`
     ```
     Log-ratios are clamped to +-20. NaN in any of a token's numbers makes its loss and its gradient NaN.
     Log-probs and entropy are those of `softmax(logits / temperature)`, temperature a number or [T].
 
     The losses' sum is divided by `normalizer`: by default the number of tokens ("token-mean"), of sequences
-    ("sequence-mean": each first averaged over its own tokens; `sequence` int [T] says which token is whose),
-    or 1 ("sum"). Give the whole batch's when it is split over micro-batches or devices: the parts add up.
+    ("sequence-mean": each first averaged over its own tokens; `sequence_ids` int [T] says which token is
+    whose), or 1 ("sum"). Give the whole batch's when it is split over micro-batches or devices: the parts add
+    up.
 
     metrics, all detached: over the tokens of this call the means `entropy`, `clip_fraction` (the clipped
     term was the larger) and, with ref_logprob, `kl`; `ratio_max`; `logprob` [T], 0 where not in the loss.
@@ -228,18 +236,20 @@ def fused_linear_ppo_loss(
     policy = torch.maximum(plain, clipped)
     if dual_clip is not None:
         policy = torch.where(adv < 0, policy.minimum(-adv * dual_clip), policy)
-    if sampler_logprob is not None:
-        policy = policy * _ratio(old, sampler_logprob.detach()[rows].to(old.dtype)).clamp(max=sampler_cap)
+    if rollout_logprob is not None:
+        policy = policy * _ratio(old, rollout_logprob.detach()[rows].to(old.dtype)).clamp(max=rollout_is_cap)
     per_token = policy - entropy_coef * entropy
     tracked = {"entropy": entropy, "clip_fraction": (clipped > plain).to(ratio.dtype)}
     if ref_logprob is not None:
         tracked["kl"] = kl_estimate(logprob, ref_logprob.detach()[rows].to(old.dtype), kl_estimator)
         per_token = per_token + kl_coef * tracked["kl"]
     elif kl_coef:
-        raise ValueError(f"ref_logprob: wanted a tensor for kl_coef = {kl_coef}, got None")
+        raise ValueError(f"ref_logprob: expected a tensor for kl_coef = {kl_coef}, got None")
     nan = per_token.isnan()  # has a gradient of NaN, though that of a clamp is 0
     per_token = torch.where(nan, logprob * torch.where(nan, per_token.detach(), 1.0), per_token)
-    divisor = _divisor(None if sequence is None else sequence[rows], len(rows), aggregation, normalizer)
+    divisor = _divisor(
+        None if sequence_ids is None else sequence_ids[rows], len(rows), aggregation, normalizer
+    )
     metrics = {name: value.detach().sum() / max(len(rows), 1) for name, value in tracked.items()}
     metrics["ratio_max"] = torch.cat([ratio.detach(), ratio.new_zeros(1)]).amax()
     metrics["logprob"] = logprob.new_zeros(target.shape).index_copy(0, rows, logprob.detach())
@@ -258,7 +268,7 @@ def kl_estimate(logprob: Tensor, ref_logprob: Tensor, estimator: KLEstimator = "
         return d.square() / 2
     if estimator == "k3":
         return torch.expm1(-d) + d
-    raise ValueError(f"kl_estimator: wanted 'k1', 'k2' or 'k3', got {estimator!r}")
+    raise ValueError(f"kl_estimator: expected 'k1', 'k2' or 'k3', got {estimator!r}")
 
 
 def gae(
@@ -329,7 +339,7 @@ def _ratio(logprob: Tensor, old: Tensor) -> Tensor:
 def _rotate(key: Tensor, delta: Tensor, inv_freq: Tensor | None) -> Tensor:
     """Turn RoPE-encoded keys [.., S, Hkv, D] by `delta` [.., S] positions more; rotate-half convention."""
     if inv_freq is None:
-        raise ValueError("inv_freq: wanted RoPE's frequencies [D / 2] for positions='compact', got None")
+        raise ValueError("inv_freq: expected RoPE's frequencies [D / 2] for positions='compact', got None")
     angle = delta[..., None, None] * inv_freq.to(_wide(key).dtype)
     first, second = _wide(key).chunk(2, dim=-1)
     turned = (first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin())
@@ -337,15 +347,15 @@ def _rotate(key: Tensor, delta: Tensor, inv_freq: Tensor | None) -> Tensor:
 
 
 def _divisor(
-    sequence: Tensor | None, tokens: int, aggregation: Aggregation, normalizer: float | Tensor | None
+    sequence_ids: Tensor | None, tokens: int, aggregation: Aggregation, normalizer: float | Tensor | None
 ) -> float | Tensor:
     """What the loss of each token is divided by before the sum: [tokens], or one number for all."""
     if aggregation == "sequence-mean":
-        if sequence is None:
-            raise ValueError(f"sequence: wanted a tensor for aggregation={aggregation!r}, got None")
-        _, owner, sizes = sequence.unique(return_inverse=True, return_counts=True)
+        if sequence_ids is None:
+            raise ValueError(f"sequence_ids: expected a tensor for aggregation={aggregation!r}, got None")
+        _, owner, sizes = sequence_ids.unique(return_inverse=True, return_counts=True)
         return sizes[owner] * (max(len(sizes), 1) if normalizer is None else normalizer)
     if aggregation not in ("token-mean", "sum"):
-        raise ValueError(f"aggregation: wanted 'token-mean', 'sequence-mean' or 'sum', got {aggregation!r}")
+        raise ValueError(f"aggregation: expected 'token-mean', 'sequence-mean' or 'sum', got {aggregation!r}")
     count = tokens if aggregation == "token-mean" else 1
     return max(count, 1) if normalizer is None else normalizer

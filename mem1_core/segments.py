@@ -8,12 +8,12 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-Kind = Literal["prompt", "is", "query", "answer", "info"]
+Kind = Literal["prompt", "state", "query", "answer", "info"]
 
-POLICY_KINDS = ("is", "query", "answer")  # written by the policy; the rest comes from the environment
+POLICY_KINDS = ("state", "query", "answer")  # written by the policy; the rest comes from the environment
 
-# The place of a kind in its turn: an action is `is` then `query` or `answer`; `info` is the environment's.
-_ORDER = {"prompt": 0, "is": 0, "query": 1, "answer": 1, "info": 2}
+# The place of a kind in its turn: an action is `state` then `query` or `answer`; `info` is the environment's.
+_ORDER = {"prompt": 0, "state": 0, "query": 1, "answer": 1, "info": 2}
 
 
 class Segment(NamedTuple):
@@ -29,30 +29,30 @@ def check_segments(segments: Iterable[Segment]) -> tuple[Segment, ...]:
     checked: list[Segment] = []
     for n, item in enumerate(segments):
         if not isinstance(item, tuple) or len(item) != 3:
-            raise TypeError(f"segments[{n}]: wanted a Segment(kind, turn, length), got {item!r}")
+            raise TypeError(f"segments[{n}]: expected a Segment(kind, turn, length), got {item!r}")
         segment = Segment(*item)
         kind, turn, length = segment
         if kind not in get_args(Kind):
-            raise ValueError(f"segments[{n}].kind: wanted one of {get_args(Kind)}, got {kind!r}")
+            raise ValueError(f"segments[{n}].kind: expected one of {get_args(Kind)}, got {kind!r}")
         if not isinstance(turn, int) or not isinstance(length, int):
-            raise TypeError(f"segments[{n}]: wanted int turn and length, got {turn!r} and {length!r}")
+            raise TypeError(f"segments[{n}]: expected int turn and length, got {turn!r} and {length!r}")
         if length < 0:
-            raise ValueError(f"segments[{n}].length: wanted 0 or more, got {length}")
+            raise ValueError(f"segments[{n}].length: expected 0 or more, got {length}")
         before = checked[-1] if checked else Segment("prompt", 0, 0)
         if kind == "prompt":
             if n > 0 or turn != 0:
                 raise ValueError(
-                    f"segments[{n}]: wanted the prompt first and with turn 0, got position {n}, turn {turn}"
+                    f"segments[{n}]: expected the prompt first and with turn 0, got position {n}, turn {turn}"
                 )
         elif turn == before.turn and turn > 0:
             if _ORDER[kind] <= _ORDER[before.kind]:
                 raise ValueError(
-                    f"segments[{n}].kind: wanted the order is, query or answer, info within turn {turn}, "
+                    f"segments[{n}].kind: expected the order state, query or answer, info in turn {turn}, "
                     f"got {kind!r} after {before.kind!r}"
                 )
         elif turn != before.turn + 1:
             same = f"{before.turn} or " if before.turn else ""
-            raise ValueError(f"segments[{n}].turn: wanted {same}{before.turn + 1}, got {turn}")
+            raise ValueError(f"segments[{n}].turn: expected {same}{before.turn + 1}, got {turn}")
         checked.append(segment)
     return tuple(checked)
 

@@ -185,7 +185,7 @@ def mem1_segments(
     """A MEM1 trajectory: the prompt, then `turns` times `<IS>`, `<query>` and `<info>`; lengths in tokens."""
     segments = [Segment("prompt", 0, prompt)]
     for turn in range(1, turns + 1):
-        segments.append(Segment("is", turn, internal_state))
+        segments.append(Segment("state", turn, internal_state))
         segments.append(Segment("query", turn, query))
         segments.append(Segment("info", turn, info))
     return segments

@@ -35,5 +35,5 @@ def warn_if_untested(package: ModuleType) -> None:
     numbers, end = _numbers(installed), _numbers(newest)
     if numbers < _numbers(oldest) or numbers[: len(end)] > end:
         warnings.warn(
-            f"{name}: wanted {oldest} to {newest}, the versions tested, got {installed}", stacklevel=2
+            f"{name}: expected {oldest} to {newest}, the versions tested, got {installed}", stacklevel=2
         )

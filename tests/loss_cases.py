@@ -66,12 +66,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "entropy": {"entropy_coef": 0.2},
     "temperature": {"temperature": 0.7, "entropy_coef": 0.2},
     "temperature per token": {"temperature": NOISE.abs() + 0.5, "entropy_coef": 0.2},
-    "stale sampler": {"sampler_logprob": batch()["old_logprob"] + NOISE, "sampler_cap": 1.5},
+    "stale sampler": {"rollout_logprob": batch()["old_logprob"] + NOISE, "rollout_is_cap": 1.5},
     "sum": {"aggregation": "sum"},
     "sum, normalised": {"aggregation": "sum", "normalizer": 32.0},
     "tokens, normalised": {"normalizer": 100},
-    "sequences": {"aggregation": "sequence-mean", "sequence": SEQUENCE},
-    "sequences, normalised": {"aggregation": "sequence-mean", "sequence": SEQUENCE, "normalizer": 8},
+    "sequences": {"aggregation": "sequence-mean", "sequence_ids": SEQUENCE},
+    "sequences, normalised": {"aggregation": "sequence-mean", "sequence_ids": SEQUENCE, "normalizer": 8},
 }
 OPTIONS["everything"] = {
     **OPTIONS["k3"], **OPTIONS["dual clip"], **OPTIONS["asymmetric clip"], **OPTIONS["temperature per token"],
@@ -142,9 +142,9 @@ def eager_ppo_loss(
     loss = torch.maximum(-a * ratio, clipped)
     if "dual_clip" in options:
         loss = torch.where(a < 0, loss.minimum(-a * options["dual_clip"]), loss)
-    if "sampler_logprob" in options:
-        stale = (old_logprob - options["sampler_logprob"]).clamp(-20, 20).exp()
-        loss = loss * stale.clamp(max=options.get("sampler_cap", 2.0))
+    if "rollout_logprob" in options:
+        stale = (old_logprob - options["rollout_logprob"]).clamp(-20, 20).exp()
+        loss = loss * stale.clamp(max=options.get("rollout_is_cap", 2.0))
     loss = loss - options.get("entropy_coef", 0.0) * entropy
     means = {"entropy": entropy, "clip_fraction": (clipped > -a * ratio).to(a)}
     if "ref_logprob" in options:
@@ -153,8 +153,8 @@ def eager_ppo_loss(
         means["kl"] = estimates[options.get("kl_estimator", "k3")]
         loss = loss + options.get("kl_coef", 0.0) * means["kl"]
     if options.get("aggregation") == "sequence-mean":
-        own = (options["sequence"][:, None] == options["sequence"]).to(mask) * mask
-        default, loss = len(options["sequence"][loss_mask].unique()) or 1, loss / own.sum(1).clamp(min=1)
+        own = (options["sequence_ids"][:, None] == options["sequence_ids"]).to(mask) * mask
+        default, loss = len(options["sequence_ids"][loss_mask].unique()) or 1, loss / own.sum(1).clamp(min=1)
     else:
         default = 1 if options.get("aggregation") == "sum" else tokens
     metrics = {name: (x.detach() * mask).sum() / tokens for name, x in means.items()}

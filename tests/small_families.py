@@ -62,7 +62,7 @@ SIZES = _fields(
     (512, "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions"),
     (1, "n_group topk_group num_expert_group"),
     (0, "pad_token_id"),
-    (0.1, "initializer_range init_std"),  # weights that let errors show
+    (0.1, "initializer_range initializer_range"),  # weights that let errors show
     (True, "is_decoder"),  # of encoders, whose causal model this switch makes
 )
 # Lengths from which on a layer does more than plain attention: below those of the test, or it would hide. A

@@ -94,10 +94,10 @@ def test_evict_tables(backend: str, device: str, dtype: torch.dtype, table: str)
 
 @every_backend
 @both_dtypes
-@pytest.mark.parametrize("prune", ["action", "is", "never"])
+@pytest.mark.parametrize("prune", ["action", "state", "never"])
 def test_mem1_trajectory(backend: str, device: str, dtype: torch.dtype, prune: Any) -> None:
     segments = mem1_segments(6, prompt=97, internal_state=21, query=9, info=95)
-    evict = TrajectoryLayout.from_turns(segments, prune=prune).mask.evict
+    evict = TrajectoryLayout.from_segments(segments, prune=prune).mask.evict_at
     check(attention_inputs(1, evict.shape[1], 2, 1, 32, dtype=dtype, device=device), evict, backend)
 
 
@@ -177,7 +177,7 @@ def test_lse_changes_nothing_else(backend: str, device: str, dtype: torch.dtype)
 
 
 @every_backend
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (1, 2)], ids=str)
+@pytest.mark.parametrize("expected", [(0,), (1,), (2,), (1, 2)], ids=str)
 def test_gradients_of_some_inputs(backend: str, device: str, wanted: tuple[int, ...]) -> None:
     mask = mask_of(random_evict(70).to(device))
     inputs = attention_inputs(1, 70, 4, 2, 16, device=device)
@@ -229,7 +229,7 @@ def without_bad_keys(backend: str, device: str, dtype: torch.dtype, table: str) 
         bad = torch.tensor([3, 64, 70, 127, 130, 200])
     else:
         segments = mem1_segments(5, prompt=40, internal_state=9, query=5, info=36)
-        evict = TrajectoryLayout.from_turns(segments).mask.evict
+        evict = TrajectoryLayout.from_segments(segments).mask.evict_at
         bad = torch.tensor([45, 80, 150, 199])  # of turns 1, 1, 3 and 4
     mask = mask_of(evict.to(device))
     n = evict.shape[1]

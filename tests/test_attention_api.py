@@ -76,7 +76,7 @@ def test_bad_input(backend: str, wrong: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int32, torch.complex64], ids=str)
 def test_unsupported_dtype(dtype: torch.dtype) -> None:
     q, k, v = (x.to(dtype) for x in attention_inputs(1, 10, 4, 2, 16))
-    with pytest.raises(REFUSED, match=r"\bq\b.*wanted float32"):
+    with pytest.raises(REFUSED, match=r"\bq\b.*expected float32"):
         trajectory_attention(q, k, v, mask_of(causal_evict(10)))
 
 
@@ -104,9 +104,9 @@ def test_choice_of_a_backend() -> None:
         (meta, "reference", "reference"),
     ):
         assert choose_backend("gae", tensor, requested, every) == chosen
-    with pytest.raises(NotImplementedError, match="^gae: wanted a cpu or cuda tensor, got one on meta$"):
+    with pytest.raises(NotImplementedError, match="^gae: expected a cpu or cuda tensor, got one on meta$"):
         choose_backend("gae", meta, "auto", every)
-    with pytest.raises(ValueError, match="^backend: wanted 'auto', .* or 'reference', got 'fast'$"):
+    with pytest.raises(ValueError, match="^backend: expected 'auto', .* or 'reference', got 'fast'$"):
         choose_backend("gae", cpu, "fast", every)
     with pytest.raises(ValueError, match="^backend: 'cpu' wants cpu tensors, got one on cuda$"):
         choose_backend("gae", cuda, "cpu", every)
@@ -115,7 +115,8 @@ def test_choice_of_a_backend() -> None:
 def test_a_backend_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Triton is not installed: the error says so, and what there is instead."""
     missing = (
-        "^trajectory_attention: the 'triton' backend is missing here, where there are cpu, reference; "
+        "^trajectory_attention: the 'triton' backend is not available in this build "
+        r"\(available: cpu, reference\); "
         "it needs `pip install triton`; backend='reference' runs anywhere, slowly$"
     )
     monkeypatch.setattr("mem1_core.ops.attention._AVAILABLE", ("cpu", "reference"))
@@ -123,12 +124,13 @@ def test_a_backend_that_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotImplementedError, match=missing):
         trajectory_attention(*inputs, mask, backend="triton")
     nothing = (
-        "^gae: wanted a backend for cuda tensors, got cpu, reference; attention needs `pip install triton`"
+        "^gae: expected a backend for cuda tensors, got cpu, reference; attention needs `pip install triton`"
     )
     with pytest.raises(NotImplementedError, match=nothing + ", all else a build with nvcc; "):
         choose_backend("gae", on("cuda"), "auto", ("cpu", "reference"))
     with pytest.raises(
-        NotImplementedError, match="the 'cuda' backend is missing here, .* cpu, reference; back"
+        NotImplementedError,
+        match="the 'cuda' backend is not available in this build .* cpu, reference.; back",
     ):
         trajectory_attention(*inputs, mask, backend="cuda")
 
@@ -142,8 +144,8 @@ def test_opcheck(dtype: torch.dtype) -> None:
     mask = mask_of(random_evict(70))
     q, k, v = attention_inputs(1, 70, 4, 2, 16, dtype=dtype, requires_grad=True)
     plan = mask.plan
-    arguments = (mask.evict, *plan[2:], plan.block_q, plan.block_k, 0.25)
-    torch.library.opcheck(ops.tile_plan.default, (mask.evict, 64, 64))
+    arguments = (mask.evict_at, *plan[2:], plan.block_q, plan.block_k, 0.25)
+    torch.library.opcheck(ops.tile_plan.default, (mask.evict_at, 64, 64))
     torch.library.opcheck(ops.trajectory_attention.default, (q, k, v, *arguments))
     with torch.no_grad():
         out, lse = ops.trajectory_attention(q, k, v, *arguments)
@@ -173,13 +175,13 @@ def damaged(damage: str) -> tuple[object, ...]:
         parts[4][0] = 10**8
     elif damage == "short":
         parts[1] = parts[1][:-1]
-    return (mask.evict, *parts, 64, 64, 0.25)
+    return (mask.evict_at, *parts, 64, 64, 0.25)
 
 
 @pytest.mark.parametrize("damage", ["offsets", "tiles", "short"])
 def test_a_wrong_plan_is_refused(damage: str) -> None:
     q, k, v = attention_inputs(1, 130, 2, 1, 16)
-    with pytest.raises(ValueError, match="mask: wanted"):
+    with pytest.raises(ValueError, match="mask: expected"):
         torch.ops.mem1_core.trajectory_attention(q, k, v, *damaged(damage))
 
 
@@ -202,9 +204,9 @@ def test_wrong_statistics_are_refused() -> None:
     good = damaged("nothing")
     out, lse = torch.ops.mem1_core.trajectory_attention(q, k, v, *good)
     backward = torch.ops.mem1_core.trajectory_attention_backward
-    with pytest.raises(ValueError, match="^lse: wanted shape"):
+    with pytest.raises(ValueError, match="^lse: expected shape"):
         backward(out, None, q, k, v, out, lse[:, :1, :1], *good)
-    with pytest.raises(TypeError, match="^d_lse: wanted"):
+    with pytest.raises(TypeError, match="^d_lse: expected"):
         backward(out, lse.double(), q, k, v, out, lse, *good)
 
 
@@ -213,7 +215,7 @@ def test_tile_plan_refuses_what_it_cannot_index() -> None:
     with pytest.raises(ValueError, match="block_q"):
         plan(causal_evict(64)[None].int(), 2**32 + 1, 64)
     for wrong in (10**6, -(10**6), 0):
-        with pytest.raises(ValueError, match="evict: wanted"):
+        with pytest.raises(ValueError, match="evict: expected"):
             plan(torch.full((1, 64), wrong, dtype=torch.int32), 64, 64)
 
 
@@ -266,7 +268,7 @@ def memory(key):
     return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith(key)) / 1024
 
 def step(turns):
-    mask = TrajectoryLayout.from_turns(mem1_segments(turns, prompt=768)).mask
+    mask = TrajectoryLayout.from_segments(mem1_segments(turns, prompt=768)).mask
     q, k, v = attention_inputs(1, mask.shape[1], 2, 1, 16, requires_grad=True)
     open("/proc/self/clear_refs", "w").write("5")
     before = memory("VmRSS")

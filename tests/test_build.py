@@ -1,5 +1,5 @@
-"""The build's options: a wrong one stops the configuration and says what was wanted. The set-up's steps: each
-says what it does, and how long it took or why it failed.
+"""The build's options: a wrong one stops the configuration and says what was expected. The set-up's steps:
+each says what it does, and how long it took or why it failed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CMAKE = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).par
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["-DMEM1_CUDA=maybe"], "MEM1_CUDA: wanted AUTO, ON or OFF, got maybe"),
+        (["-DMEM1_CUDA=maybe"], "MEM1_CUDA: expected AUTO, ON or OFF, got maybe"),
         (["-DMEM1_CUDA=ON", "-DCMAKE_CUDA_COMPILER=NOTFOUND"], "MEM1_CUDA=ON, but no nvcc was found"),
     ],
 )

@@ -50,17 +50,17 @@ def case(
     cache = fresh.new_full((2, slots, capacity, hkv, dim), fill)
     keys, values = cache.index_copy_(1, rows, fresh).to(dtype)
     counts = counts or tuple(min(queries, n) for n in lengths)
-    tables = dict(lengths=int32(*lengths), rows=rows.int(), counts=int32(*counts))
-    return dict(q=q.to(dtype), keys=keys, values=values, **tables)
+    tables = dict(cache_seqlens=int32(*lengths), cache_batch_idx=rows.int(), query_lens=int32(*counts))
+    return dict(q=q.to(dtype), k_cache=keys, v_cache=values, **tables)
 
 
 def looped(it: Case, dtype: torch.dtype, scale: float | None) -> Tensor:
     """Query after query, every step in `dtype`."""
-    q, group, queries = it["q"].to(dtype), it["q"].shape[2] // it["keys"].shape[2], it["q"].shape[1]
+    q, group, queries = it["q"].to(dtype), it["q"].shape[2] // it["k_cache"].shape[2], it["q"].shape[1]
     scale, out = q.shape[3] ** -0.5 if scale is None else scale, torch.zeros_like(q)
-    tables = (it[name].tolist() for name in ("rows", "lengths", "counts"))
+    tables = (it[name].tolist() for name in ("cache_batch_idx", "cache_seqlens", "query_lens"))
     for b, (row, length, count) in enumerate(zip(*tables, strict=True)):
-        of_row = (x[row, :length].to(dtype).transpose(0, 1) for x in (it["keys"], it["values"]))
+        of_row = (x[row, :length].to(dtype).transpose(0, 1) for x in (it["k_cache"], it["v_cache"]))
         k, v = (x.repeat_interleave(group, 0) for x in of_row)  # [Hq, length, D]
         for t in range(queries - count, queries):
             seen = length - queries + t + 1
@@ -74,7 +74,7 @@ def check(it: Case, backend: str, scale: float | None = None) -> Tensor:
         got = run(it, backend, scale=scale)
     exact, plain = looped(it, torch.float64, scale), looped(it, it["q"].dtype, scale)
     assert_accurate(got, plain, exact, atol=1e-13 if plain.dtype == exact.dtype else None)
-    for b, count in enumerate(it["counts"].tolist()):
+    for b, count in enumerate(it["query_lens"].tolist()):
         assert not got[b, : it["q"].shape[1] - count].any(), f"row {b}: padding is not 0"
     return got
 
@@ -107,15 +107,15 @@ def test_nothing_to_do(backend: str, shape: tuple[int, ...]) -> None:
 
 def layouts(it: Case) -> Iterator[tuple[str, Tensor, Tensor]]:
     """The same numbers as a model's caches keep them."""
-    slots, capacity, heads, dim = it["keys"].shape
-    larger = it["keys"].new_full((slots + 1, capacity + 9, heads + 1, 2, dim), NAN)
+    slots, capacity, heads, dim = it["k_cache"].shape
+    larger = it["k_cache"].new_full((slots + 1, capacity + 9, heads + 1, 2, dim), NAN)
     keys, values = larger[1:, 2 : capacity + 2, 1:].unbind(3)
-    yield "slices of a larger cache", keys.copy_(it["keys"]), values.copy_(it["values"])
-    kv = it["keys"].new_full((3, 2, *it["keys"].shape), NAN)
-    yield "one layer of all", kv[1, 0].copy_(it["keys"]), kv[1, 1].copy_(it["values"])
-    keys, values = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (it["keys"], it["values"]))
+    yield "slices of a larger cache", keys.copy_(it["k_cache"]), values.copy_(it["v_cache"])
+    kv = it["k_cache"].new_full((3, 2, *it["k_cache"].shape), NAN)
+    yield "one layer of all", kv[1, 0].copy_(it["k_cache"]), kv[1, 1].copy_(it["v_cache"])
+    keys, values = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (it["k_cache"], it["v_cache"]))
     yield "heads first", keys, values
-    yield "keys and values unlike", it["keys"], values
+    yield "keys and values unlike", it["k_cache"], values
 
 
 @every_backend
@@ -125,12 +125,12 @@ def test_strides_of_the_cache_do_not_matter(backend: str, dtype: torch.dtype, qu
     it = case(dtype, queries, (70, 5, 65), dim=40)
     want = run(it, backend)
     for name, keys, values in layouts(it):
-        got = check(it | {"keys": keys, "values": values}, backend)
+        got = check(it | {"k_cache": keys, "v_cache": values}, backend)
         assert torch.equal(got, want) or name == "keys and values unlike", name  # a path of its own
 
 
 @every_backend
-@pytest.mark.parametrize("name", ["q", "lengths", "rows", "counts"])
+@pytest.mark.parametrize("name", ["q", "cache_seqlens", "cache_batch_idx", "query_lens"])
 def test_strides_of_the_rest_do_not_matter(backend: str, name: str) -> None:
     for queries in (1, 5):
         it = case(torch.float32, queries, (70, 5, 65), dim=40)
@@ -150,13 +150,13 @@ def test_nothing_behind_a_length_is_read(backend: str, dtype: torch.dtype, fill:
 
 @every_backend
 @every_dtype
-@pytest.mark.parametrize("where", ["keys", "values"])
+@pytest.mark.parametrize("where", ["k_cache", "v_cache"])
 def test_nan_shows_where_it_is_seen_only(backend: str, dtype: torch.dtype, where: str) -> None:
     """Entry 67 of row 0, KV head 1: of its last 5 queries two come before it."""
     for queries in (1, 5):
         it = case(dtype, queries, (70, 68, 9))
         want = run(it, backend)
-        it[where][it["rows"][0], 67, 1] = NAN
+        it[where][it["cache_batch_idx"][0], 67, 1] = NAN
         got, hit = run(it, backend), torch.zeros(want.shape, dtype=torch.bool)
         hit[0, -3:, 2:] = True
         assert torch.equal(got.isnan(), hit), f"{queries} queries, NaN at {got.isnan().any(-1).nonzero()}"
@@ -174,8 +174,8 @@ def test_huge_scores(backend: str, dtype: torch.dtype, bits: int, best: tuple[in
     for queries in (1, 5):
         it = case(dtype, queries, (200,), heads=(2, 1))
         it["q"].fill_(level)
-        it["keys"][it["rows"][0], :200] = 0.0 if bits > 0 else -2 * level
-        it["keys"][it["rows"][0], best] = level if bits > 0 else -level
+        it["k_cache"][it["cache_batch_idx"][0], :200] = 0.0 if bits > 0 else -2 * level
+        it["k_cache"][it["cache_batch_idx"][0], best] = level if bits > 0 else -level
         check(it, backend)
 
 
@@ -207,36 +207,50 @@ def test_threads_do_not_matter(dtype: torch.dtype, lengths: tuple[int, ...]) -> 
 @pytest.mark.parametrize("queries", [1, 5])
 def test_opcheck_compile_and_defaults(queries: int) -> None:
     it = case(torch.float32, queries, (70, 9), dim=16, fill=0)
-    in_order = [it[x] for x in ("q", "keys", "values", "rows", "lengths", "counts")]
+    in_order = [it[x] for x in ("q", "k_cache", "v_cache", "cache_batch_idx", "cache_seqlens", "query_lens")]
     torch.library.opcheck(torch.ops.mem1_core.cached_attention.default, (*in_order, 0.25))
     compiled = torch.compile(cached_attention, backend="aot_eager", fullgraph=True)
     assert torch.equal(run(it, function=compiled), run(it))
-    it["rows"], it["counts"] = int32(0, 1), it["counts"].fill_(queries)
+    it["cache_batch_idx"], it["query_lens"] = int32(0, 1), it["query_lens"].fill_(queries)
     want = run(it)
     for function in (cached_attention, compiled):
-        assert torch.equal(run(it, function=function, rows=None, counts=None), want)
+        assert torch.equal(run(it, function=function, cache_batch_idx=None, query_lens=None), want)
 
 
 def of(*shape: int, grad: bool = False) -> Tensor:
     return torch.zeros(shape, requires_grad=grad)
 
 
-Q, KEYS, CACHE = of(2, 3, 4, 16), of(5, 9, 2, 16), ("keys", "values")
-GOOD = dict(q=Q, keys=KEYS, values=KEYS, lengths=int32(9, 4), rows=int32(1, 0), counts=int32(3, 3))
+Q, KEYS, CACHE = of(2, 3, 4, 16), of(5, 9, 2, 16), ("k_cache", "v_cache")
+GOOD = dict(
+    q=Q,
+    k_cache=KEYS,
+    v_cache=KEYS,
+    cache_seqlens=int32(9, 4),
+    cache_batch_idx=int32(1, 0),
+    query_lens=int32(3, 3),
+)
 BAD: dict[str, list[Any]] = {  # values of an argument, or a dict of several
     "q": [[1.0], of(2, 4, 16), Q.int(), of(2, 3, 4, 32)[..., ::2], of(2, 3, 3, 16), of(2, 3, 4, 0)]
-    + [of(2, 3, 4, 16, grad=True), {"q": Q.half(), "keys": KEYS.half(), "values": KEYS.half()}]
+    + [of(2, 3, 4, 16, grad=True), {"q": Q.half(), "k_cache": KEYS.half(), "v_cache": KEYS.half()}]
     + [dict.fromkeys(CACHE, of(5, 9, heads, 16)) for heads in (0, 3)],
-    "keys": [None, of(9, 2, 16), KEYS.bfloat16(), KEYS.to("meta"), of(5, 9, 2, 8), of(5, 9, 2, 32)[..., ::2]]
+    "k_cache": [
+        None,
+        of(9, 2, 16),
+        KEYS.bfloat16(),
+        KEYS.to("meta"),
+        of(5, 9, 2, 8),
+        of(5, 9, 2, 32)[..., ::2],
+    ]
     + [of(5, 9, 2, 16, grad=True), dict.fromkeys(CACHE, of(5, 9, 2, 8))],
-    "values": [of(9, 2, 16), KEYS.double(), of(4, 9, 2, 16), of(5, 8, 2, 16), of(5, 9, 1, 16)]
+    "v_cache": [of(9, 2, 16), KEYS.double(), of(4, 9, 2, 16), of(5, 8, 2, 16), of(5, 9, 1, 16)]
     + [of(5, 9, 2, 8), of(5, 9, 16, 2).mT, of(5, 9, 2, 16, grad=True)],
-    "lengths": [[9, 4], torch.tensor([9, 4]), int32(9, 4, 4), int32(9, 4).to("meta"), int32(9, 10)]
-    + [{"lengths": int32(9, -1), "counts": int32(3, 0)}],
-    "rows": [torch.tensor([1, 0]), int32(1), int32(1, 5), int32(1, -1), int32(1, 0).to("meta")]
-    + [dict.fromkeys(CACHE, of(1, 9, 2, 16)) | {"rows": None}],
-    "counts": [torch.tensor([True, True]), int32(3), int32(3, 3)[:, None], int32(4, 3), int32(3, -1)]
-    + [{"lengths": int32(9, 2)}, {"lengths": int32(9, 2), "counts": None}],
+    "cache_seqlens": [[9, 4], torch.tensor([9, 4]), int32(9, 4, 4), int32(9, 4).to("meta"), int32(9, 10)]
+    + [{"cache_seqlens": int32(9, -1), "query_lens": int32(3, 0)}],
+    "cache_batch_idx": [torch.tensor([1, 0]), int32(1), int32(1, 5), int32(1, -1), int32(1, 0).to("meta")]
+    + [dict.fromkeys(CACHE, of(1, 9, 2, 16)) | {"cache_batch_idx": None}],
+    "query_lens": [torch.tensor([True, True]), int32(3), int32(3, 3)[:, None], int32(4, 3), int32(3, -1)]
+    + [{"cache_seqlens": int32(9, 2)}, {"cache_seqlens": int32(9, 2), "query_lens": None}],
     "scale": [0.0, -1.0, NAN, INF],
     "backend": ["fast", "cuda"],
 }
@@ -245,6 +259,6 @@ BAD: dict[str, list[Any]] = {  # values of an argument, or a dict of several
 @pytest.mark.parametrize(("name", "wrong"), [(name, wrong) for name in BAD for wrong in BAD[name]])
 def test_bad_input(name: str, wrong: Any) -> None:
     assert not run(GOOD).any()
-    before = "(q, keys, |q, |cached_attention: the 'cuda' )?"  # arguments told together; a missing backend
+    before = "(q, k_cache, |q, |cached_attention: the 'cuda' )?"  # arguments told together; a missing backend
     with pytest.raises((TypeError, ValueError, NotImplementedError), match=rf"^{before}{name}\b"):
         run(GOOD, **wrong if isinstance(wrong, dict) else {name: wrong})

@@ -25,8 +25,8 @@ from mem1_core.segments import POLICY_KINDS
 from mem1_core.testing import mem1_segments
 
 SEGMENTS = mem1_segments(4, prompt=5, internal_state=4, query=2, info=5)
-MASK = TrajectoryLayout.from_turns(SEGMENTS).mask
-CAUSAL = TrajectoryLayout.from_turns(SEGMENTS, prune="never").mask
+MASK = TrajectoryLayout.from_segments(SEGMENTS).mask
+CAUSAL = TrajectoryLayout.from_segments(SEGMENTS, prune="never").mask
 TOKENS = MASK.shape[1]
 POSITIONS = torch.arange(TOKENS)[None]
 IDS = torch.randint(1, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(1))
@@ -38,7 +38,7 @@ WELL_KNOWN = (
     "mistral mixtral olmo2 olmoe phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 starcoder2"
 ).split()
 REFUSAL = re.compile(
-    r"(mem1_mask|mem1_cache|position_ids|attn_implementation='mem1') in \w+.*: wanted .*, got "
+    r"(mem1_mask|mem1_cache|position_ids|attn_implementation='mem1') in \w+.*: expected .*, got "
 )
 
 integration.register()
@@ -88,7 +88,7 @@ def examine(family: str) -> Row:
         return Row(family, refused(refusal))
     full = model(IDS, position_ids=POSITIONS, mem1_mask=MASK, use_cache=False)[0]
     unpruned = difference(full, own)
-    assert unpruned > 100 * TOLERANCE, f"{family}: wanted logits on which pruning shows, got {unpruned:.0e}"
+    assert unpruned > 100 * TOLERANCE, f"{family}: expected logits on which pruning shows, got {unpruned:.0e}"
     causal = model(IDS, mem1_mask=CAUSAL, use_cache=False)[0]
     errors = (difference(causal, own), mask_error(model, eager, full))
     mask = checked(f"{family}, mask", max(errors))
@@ -102,12 +102,12 @@ def examine(family: str) -> Row:
 
 
 def refused(refusal: ValueError) -> str:
-    assert REFUSAL.match(str(refusal)), f"wanted a refusal that names model and reason, got {refusal!r}"
+    assert REFUSAL.match(str(refusal)), f"expected a refusal that names model and reason, got {refusal!r}"
     return str(refusal)
 
 
 def checked(what: str, error: float) -> float:
-    assert error <= TOLERANCE, f"{what}: wanted an error of {TOLERANCE} at most, got {error:.1e}"
+    assert error <= TOLERANCE, f"{what}: expected an error of {TOLERANCE} at most, got {error:.1e}"
     return error
 
 
@@ -125,7 +125,7 @@ def mask_error(model: PreTrainedModel, eager: PreTrainedModel, full: Tensor) -> 
     """Against eager attention with the dense mask: alone, and packed behind another trajectory."""
     settings = {"position_ids": POSITIONS, "use_cache": False}
     dense = eager(IDS, attention_mask=additive(MASK), **settings)[0]
-    layout = TrajectoryLayout.packed([TrajectoryLayout.from_turns(s) for s in (SEGMENTS[:6], SEGMENTS)])
+    layout = TrajectoryLayout.pack([TrajectoryLayout.from_segments(s) for s in (SEGMENTS[:6], SEGMENTS)])
     first = layout.mask.shape[1] - TOKENS
     packed = model(
         torch.cat([IDS[:, :first], IDS], dim=1),
@@ -141,7 +141,7 @@ def rollout() -> Iterator[tuple[int, int, Tensor | None]]:
 
     What the policy writes is read token by token, the rest at once.
     """
-    evict, held, begin = MASK.evict[0], torch.arange(0), 0
+    evict, held, begin = MASK.evict_at[0], torch.arange(0), 0
     for segment in SEGMENTS:
         for length in [1] * segment.length if segment.kind in POLICY_KINDS else [segment.length]:
             keep = evict[held] > begin
@@ -155,7 +155,7 @@ def slots_errors(model: PreTrainedModel, full: Tensor) -> tuple[float | str, flo
     try:
         cache = SlotCache(model, 1, TOKENS)
     except ValueError as refusal:
-        assert str(refusal).startswith("SlotCache: wanted "), refusal
+        assert str(refusal).startswith("SlotCache: expected "), refusal
         return str(refusal), str(refusal)
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     parts = []
@@ -163,7 +163,7 @@ def slots_errors(model: PreTrainedModel, full: Tensor) -> tuple[float | str, flo
         if keep is not None:
             cache.prune(keep[None])
         parts.append(model(IDS[:, begin:end], **{name: cache})[0])
-    got, first = torch.cat(parts, dim=1), int(MASK.evict.min())
+    got, first = torch.cat(parts, dim=1), int(MASK.evict_at.min())
     return (
         checked(f"{model.config.model_type}, cache", difference(got[:, :first], full[:, :first])),
         checked(f"{model.config.model_type}, prune", difference(got[:, first:], full[:, first:])),
@@ -175,7 +175,7 @@ def engine_error(model: PreTrainedModel, full: Tensor) -> float | str:
     try:
         engine = Engine(model, 1)
     except ValueError as refusal:
-        assert str(refusal).startswith("model: wanted "), refusal
+        assert str(refusal).startswith("model: expected "), refusal
         return f"Engine: {refusal}"
     errors = []
     for begin, end, keep in rollout():
@@ -201,33 +201,37 @@ def test_a_family_that_works(family: str) -> None:
         (
             "doge",
             "refused",
-            "mem1_mask in DogeForCausalLM: wanted a forward that runs with it, got AttributeE",
+            "mem1_mask in DogeForCausalLM: expected a forward that runs with it, got AttributeE",
         ),
         (
             "falcon",
             "refused",
-            "mem1_mask in FalconForCausalLM: wanted attention through the AttentionInterface",
+            "mem1_mask in FalconForCausalLM: expected attention through the AttentionInterface",
         ),
-        ("nemotron", "refused", "mem1_mask in NemotronForCausalLM: wanted it to rule all that passes"),
-        ("roberta", "refused", "position_ids in RobertaForCausalLM: wanted some that count from 0"),
-        ("deepseek_v3", "refused", "mem1_mask in DeepseekV3Attention (layer 0): wanted one head dim"),
+        ("nemotron", "refused", "mem1_mask in NemotronForCausalLM: the model ignores it"),
+        ("roberta", "refused", "position_ids in RobertaForCausalLM: expected some that count from 0"),
+        ("deepseek_v3", "refused", "mem1_mask in DeepseekV3Attention (layer 0): expected one head dim"),
         (
             "diffllama",
             "mask only",
-            "mem1_cache in DiffLlamaForCausalLM: wanted 2 layers that attend once each",
+            "mem1_cache in DiffLlamaForCausalLM: expected 2 layers that attend once each",
         ),
-        ("hrm_text", "mask only", "mem1_cache in HrmTextForCausalLM: wanted 2 layers that attend once each"),
+        (
+            "hrm_text",
+            "mask only",
+            "mem1_cache in HrmTextForCausalLM: expected 2 layers that attend once each",
+        ),
         (
             "jetmoe",
             "mask only",
-            "in JetMoeForCausalLM: wanted (layer, KV heads, head dim) (0, 2, 16), got (0, 4",
+            "in JetMoeForCausalLM: expected (layer, KV heads, head dim) (0, 2, 16), got (0, 4",
         ),
         (
             "mllama",
             "mask only",
-            "MllamaForCausalLM: wanted a decoder that runs with it, got TypeError: MllamaFor",
+            "MllamaForCausalLM: expected a decoder that runs with it, got TypeError: MllamaFor",
         ),
-        ("cohere", "passed", "Engine: model: wanted plain logits, got logit_scale=0.0625"),
+        ("cohere", "passed", "Engine: model: expected plain logits, got logit_scale=0.0625"),
     ],
 )
 def test_a_family_that_is_refused(family: str, verdict: str, reason: str) -> None:
@@ -279,4 +283,4 @@ def test_every_family(record_property: Callable[[str, object], None]) -> None:
 def kind(reason: Any) -> str:
     """A refusal without names, shapes and errors; of layers that are not attention, what they are."""
     wanted, got = reason.split(": ", 1)[1].split(", got ", 1)
-    return f"wanted full_attention, got {got}" if "layer_types" in wanted else wanted
+    return f"expected full_attention, got {got}" if "layer_types" in wanted else wanted

@@ -263,37 +263,45 @@ BAD: list[tuple[Callable[..., Any], dict[str, Any], type[Exception], dict[str, A
     *(
         (gae, GAE, *bad)
         for bad in (
-            (TypeError, {"reward": [[1.0]]}, r"reward: wanted a floating point tensor \[B, T\], got list"),
+            (TypeError, {"reward": [[1.0]]}, r"reward: expected a floating point tensor \[B, T\], got list"),
             (TypeError, {"reward": torch.ones(2, 3).long()}, r"reward: .* got torch.int64 \[2, 3\]"),
             (TypeError, {"reward": torch.ones(3)}, r"reward: .* got torch.float32 \[3\]"),
-            (TypeError, {"value": None}, "value: wanted a floating point tensor .* got NoneType"),
+            (TypeError, {"value": None}, "value: expected a floating point tensor .* got NoneType"),
             (TypeError, {"value": torch.ones(2, 3, 1)}, r"value: .* got torch.float32 \[2, 3, 1\]"),
-            (ValueError, {"value": torch.ones(2, 4)}, r"value: wanted \[2, 3\] on cpu, got \[2, 4\] on cpu"),
+            (
+                ValueError,
+                {"value": torch.ones(2, 4)},
+                r"value: expected \[2, 3\] on cpu, got \[2, 4\] on cpu",
+            ),
             (ValueError, {"value": torch.ones(2, 3, device="meta")}, r"value: .* got \[2, 3\] on meta"),
-            (TypeError, {"mask": torch.ones(2, 3)}, r"mask: wanted a bool tensor .* got torch.float32"),
-            (TypeError, {"mask": None}, "mask: wanted a bool tensor .* got NoneType"),
+            (TypeError, {"mask": torch.ones(2, 3)}, r"mask: expected a bool tensor .* got torch.float32"),
+            (TypeError, {"mask": None}, "mask: expected a bool tensor .* got NoneType"),
             (
                 ValueError,
                 {"mask": torch.ones(3, 2) > 0},
-                r"mask: wanted \[2, 3\] on cpu, got \[3, 2\] on cpu",
+                r"mask: expected \[2, 3\] on cpu, got \[3, 2\] on cpu",
             ),
-            (ValueError, {"gamma": math.nan}, "gamma: wanted a finite number, got nan"),
-            (ValueError, {"gamma": "1"}, "gamma: wanted a finite number, got '1'"),
-            (ValueError, {"lam": math.inf}, "lam: wanted a finite number, got inf"),
-            (ValueError, {"lam": None}, "lam: wanted a finite number, got None"),
-            (ValueError, {"backend": "gpu"}, "backend: wanted .* got 'gpu'"),
-            (NotImplementedError, {"backend": "triton"}, "gae: the 'triton' backend is missing here"),
+            (ValueError, {"gamma": math.nan}, "gamma: expected a finite number, got nan"),
+            (ValueError, {"gamma": "1"}, "gamma: expected a finite number, got '1'"),
+            (ValueError, {"lam": math.inf}, "lam: expected a finite number, got inf"),
+            (ValueError, {"lam": None}, "lam: expected a finite number, got None"),
+            (ValueError, {"backend": "gpu"}, "backend: expected .* got 'gpu'"),
+            (
+                NotImplementedError,
+                {"backend": "triton"},
+                "gae: the 'triton' backend is not available in this build",
+            ),
         )
     ),
     *(
         (masked_whiten, WHITEN, *bad)
         for bad in (
-            (TypeError, {"values": 1.0}, "values: wanted a floating point tensor, got float"),
+            (TypeError, {"values": 1.0}, "values: expected a floating point tensor, got float"),
             (TypeError, {"values": torch.ones(2, 3).int()}, r"values: .* got torch.int32 \[2, 3\]"),
-            (TypeError, {"mask": torch.ones(2, 3).int()}, "mask: wanted a bool tensor .* got torch.int32"),
-            (ValueError, {"mask": torch.ones(2) > 0}, r"mask: wanted \[2, 3\] on cpu, got \[2\] on cpu"),
-            (ValueError, {"eps": -1e-3}, "eps: wanted a number > 0, got -0.001"),
-            (ValueError, {"eps": math.nan}, "eps: wanted a number > 0, got nan"),
+            (TypeError, {"mask": torch.ones(2, 3).int()}, "mask: expected a bool tensor .* got torch.int32"),
+            (ValueError, {"mask": torch.ones(2) > 0}, r"mask: expected \[2, 3\] on cpu, got \[2\] on cpu"),
+            (ValueError, {"eps": -1e-3}, "eps: expected a number > 0, got -0.001"),
+            (ValueError, {"eps": math.nan}, "eps: expected a number > 0, got nan"),
         )
     ),
 ]

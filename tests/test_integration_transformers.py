@@ -23,11 +23,11 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 FAMILIES = ("Qwen2", "Qwen3", "Llama")
 VOCABULARY = 96
 SEGMENTS = mem1_segments(4, prompt=11, internal_state=7, query=4, info=9)
-LAYOUT = TrajectoryLayout.packed(  # of different lengths, none a multiple of a tile
+LAYOUT = TrajectoryLayout.pack(  # of different lengths, none a multiple of a tile
     [
-        TrajectoryLayout.from_turns(SEGMENTS),
-        TrajectoryLayout.from_turns(SEGMENTS[:7], regime="reencode"),
-        TrajectoryLayout.from_turns(SEGMENTS[:9]),
+        TrajectoryLayout.from_segments(SEGMENTS),
+        TrajectoryLayout.from_segments(SEGMENTS[:7], regime="reencode"),
+        TrajectoryLayout.from_segments(SEGMENTS[:9]),
     ]
 )
 
@@ -72,11 +72,11 @@ def tokens(mask: TrajectoryMask, rows: int | None = None) -> Tensor:
 
 def padded(segments: list[list[Segment]]) -> tuple[TrajectoryMask, Tensor]:
     """Trajectories as rows of a batch, padding at the end is seen by itself only: mask, positions [B, N]."""
-    masks = [TrajectoryLayout.from_turns(s).mask for s in segments]
+    masks = [TrajectoryLayout.from_segments(s).mask for s in segments]
     length = max(mask.shape[1] for mask in masks)
     evict = torch.arange(1, length + 1, dtype=torch.int32).repeat(len(masks), 1)
     for row, mask in zip(evict, masks, strict=True):
-        row[: mask.shape[1]] = mask.evict[0]
+        row[: mask.shape[1]] = mask.evict_at[0]
     return TrajectoryMask.from_evict(evict), torch.arange(length).expand(len(masks), -1)
 
 
@@ -110,7 +110,7 @@ def test_parity_with_eager(family: str, layout: str, device: str, dtype: torch.d
 
 
 def test_one_mask_for_all_rows() -> None:
-    mask = TrajectoryLayout.from_turns(SEGMENTS).mask
+    mask = TrajectoryLayout.from_segments(SEGMENTS).mask
     ids = tokens(mask, rows=3)
     model = build("Qwen2")
     together = model(ids, mem1_mask=mask, use_cache=False).logits
@@ -121,7 +121,7 @@ def test_one_mask_for_all_rows() -> None:
 def test_without_the_mask_the_model_is_as_under_sdpa() -> None:
     model = build("Qwen2")
     reference = twin(model, "sdpa")
-    ids = tokens(TrajectoryLayout.from_turns(SEGMENTS).mask)
+    ids = tokens(TrajectoryLayout.from_segments(SEGMENTS).mask)
     n = ids.shape[1]
     padding = torch.ones(1, n, dtype=torch.int64)
     padding[:, :6] = 0
@@ -155,7 +155,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool, cache: dict[str
 def test_a_cache_may_be_filled_but_not_read() -> None:
     """The mask says nothing of keys from before; what a prefill leaves can be pruned and decoded on."""
     model = build("Llama")
-    mask = TrajectoryLayout.from_turns(SEGMENTS).mask
+    mask = TrajectoryLayout.from_segments(SEGMENTS).mask
     n = mask.shape[1]
     ids = tokens(mask)
     expected = model(ids, mem1_mask=mask, use_cache=False).logits
@@ -164,11 +164,11 @@ def test_a_cache_may_be_filled_but_not_read() -> None:
         torch.testing.assert_close(out.logits, expected, atol=0, rtol=0)
         assert isinstance(out[CACHE], Cache) and out[CACHE].get_seq_length() == n
         with pytest.raises(
-            ValueError, match=rf"layer 0\): wanted an empty KV cache or none, got {2 * n} keys"
+            ValueError, match=rf"layer 0\): expected an empty KV cache or none, got {2 * n} keys"
         ):
             model(ids, mem1_mask=mask, **{CACHE: out[CACHE]})
     static = StaticCache(config=model.config, max_cache_len=2 * n)
-    with pytest.raises(ValueError, match="wanted an empty KV cache or none"):
+    with pytest.raises(ValueError, match="expected an empty KV cache or none"):
         model(ids, mem1_mask=mask, **{CACHE: static})
 
 
@@ -218,21 +218,21 @@ JAMBA = MAMBA | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 
 BIDIRECTIONAL = FULL | {"attn_logit_softcapping": None, "use_bidirectional_attention": True}
 REFUSED = [  # family, settings, which layer says, what
     ("Qwen2", WINDOW, "Qwen2Attention 0", "full_attention in all of Qwen2Config.layer_types, got sliding_at"),
-    ("Qwen2", {"attention_dropout": 0.1}, "Qwen2Attention 0", "wanted attention dropout 0, got 0.1"),
-    ("Mistral", {"sliding_window": 16}, "MistralAttention 0", "wanted plain attention, got sliding_window"),
+    ("Qwen2", {"attention_dropout": 0.1}, "Qwen2Attention 0", "expected attention dropout 0, got 0.1"),
+    ("Mistral", {"sliding_window": 16}, "MistralAttention 0", "expected plain attention, got sliding_window"),
     ("Phimoe", EXPERTS | {"sliding_window": 16}, "PhimoeAttention 0", "got a window of 16 tokens"),
     ("Gemma2", {}, "Gemma2Attention 0", "Gemma2Config.layer_types, got sliding_attention"),
-    ("Gemma2", FULL, "Gemma2Attention 0", "wanted plain attention, got softcap"),
-    ("Gemma2", BIDIRECTIONAL, "Gemma2Attention 0", "wanted causal self-attention, got is_causal=False"),
-    ("Llama", {"is_causal": False}, "LlamaAttention 0", "wanted causal self-attention, got is_causal=False"),
-    ("GptOss", EXPERTS | FULL, "GptOssAttention 0", "wanted no sinks, got s_aux"),
-    ("DeepseekV3", LATENT, "DeepseekV3Attention 0", "wanted one head dim, got 24 for queries and keys"),
+    ("Gemma2", FULL, "Gemma2Attention 0", "expected plain attention, got softcap"),
+    ("Gemma2", BIDIRECTIONAL, "Gemma2Attention 0", "expected causal self-attention, got is_causal=False"),
+    ("Llama", {"is_causal": False}, "LlamaAttention 0", "expected causal self-attention, got is_causal="),
+    ("GptOss", EXPERTS | FULL, "GptOssAttention 0", "expected no sinks, got s_aux"),
+    ("DeepseekV3", LATENT, "DeepseekV3Attention 0", "expected one head dim, got 24 for queries and keys"),
     ("Llama4", {}, "Llama4TextAttention 0", "Llama4TextConfig.layer_types, got chunked_attention"),
     ("Qwen3Next", LINEAR, "Qwen3NextAttention 1", "Qwen3NextConfig.layer_types, got linear_attention"),
     ("Jamba", JAMBA, "JambaAttention 1", "JambaConfig.layer_types, got linear_attention"),
     ("FalconH1", MAMBA, "FalconH1Attention 0", "FalconH1Config.layer_types, got hybrid"),
-    ("BertForMaskedLM", {}, "BertSelfAttention 0", "wanted causal self-attention, got is_causal=False"),
-    ("BartForConditionalGeneration", {}, "BartAttention 0", "wanted a decoder-only model, got is_encoder_de"),
+    ("BertForMaskedLM", {}, "BertSelfAttention 0", "expected causal self-attention, got is_causal=False"),
+    ("BartForConditionalGeneration", {}, "BartAttention 0", "expected a decoder-only model, got is_encoder"),
 ]
 # fmt: on
 
@@ -242,7 +242,7 @@ def test_more_than_plain_attention_is_refused(
     family: str, settings: dict[str, Any], layer: str, reason: str
 ) -> None:
     model = build(family, **settings).train()
-    mask = TrajectoryLayout.from_turns(SEGMENTS).mask
+    mask = TrajectoryLayout.from_segments(SEGMENTS).mask
     name, index = layer.split()
     with pytest.raises(ValueError, match=rf"in {name} \(layer {index}\): .*{re.escape(reason)}"):
         model(tokens(mask), mem1_mask=mask)
@@ -252,17 +252,19 @@ def test_more_than_plain_attention_is_refused(
 
 def test_a_mask_of_another_kind_is_refused() -> None:
     model = build("Qwen2")
-    mask = TrajectoryLayout.from_turns(SEGMENTS).mask
+    mask = TrajectoryLayout.from_segments(SEGMENTS).mask
     ids = tokens(mask)
     for beside in (mask.dense()[:, None], torch.ones_like(ids)):
-        message = f"wanted no attention_mask beside it, got one of shape {list(beside.shape)}"
+        message = f"expected no attention_mask beside it, got one of shape {list(beside.shape)}"
         with pytest.raises(ValueError, match=re.escape(message)):
             model(ids, attention_mask=beside, mem1_mask=mask, use_cache=False)
-    with pytest.raises(ValueError, match=r"mask: wanted evict of shape \[1 or 1, 90\], got \[1, 91\]"):
+    with pytest.raises(ValueError, match=r"mask: expected evict of shape \[1 or 1, 90\], got \[1, 91\]"):
         model(ids[:, :-1], mem1_mask=mask, use_cache=False)
-    with pytest.raises(TypeError, match="mask: wanted a TrajectoryMask, got Tensor"):
+    with pytest.raises(TypeError, match="mask: expected a TrajectoryMask, got Tensor"):
         model(ids, mem1_mask=mask.dense(), use_cache=False)
-    with pytest.raises(ValueError, match="wanted no sinks, got s_aux"):  # which sdpa would drop, mask or not
+    with pytest.raises(
+        ValueError, match="expected no sinks, got s_aux"
+    ):  # which sdpa would drop, mask or not
         build("GptOss", **EXPERTS)(ids)
 
 
@@ -282,18 +284,18 @@ class Shifted(torch.nn.Module):
 
 
 def test_check_model_finds_what_drops_the_mask() -> None:
-    with pytest.raises(ValueError, match="Qwen2ForCausalLM: wanted attn_implementation='mem1', got 'sdpa'"):
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM: expected attn_implementation='mem1', got 'sdpa'"):
         integration.check_model(build("Qwen2", "sdpa"))
     for family in ("StableLm", "Rwkv"):  # both take `mem1_mask` and never look at it
         model = build(family, head_dim=16)
         mask = TrajectoryMask.from_evict(random_evict(9))
         dropped = model(tokens(mask), mem1_mask=mask).logits
         torch.testing.assert_close(dropped, model(tokens(mask)).logits, atol=0, rtol=0)
-        with pytest.raises(ValueError, match=f"in {family}ForCausalLM: wanted attention through the Att"):
+        with pytest.raises(ValueError, match=f"in {family}ForCausalLM: expected attention through the Att"):
             integration.check_model(model)
     mixed = build("Qwen2")
     mixed.model.layers[1].mlp = Shifted()
-    with pytest.raises(ValueError, match="wanted it to rule all that passes between tokens"):
+    with pytest.raises(ValueError, match="mem1_mask in .*: the model ignores it"):
         integration.check_model(mixed)
 
 
@@ -307,14 +309,14 @@ def pack(examples: list[dict[str, Any]]) -> dict[str, Any]:
     (`mem1_mask`) and what is trained (`labels`, -100 for what the environment wrote) are two things: a token
     of the environment is seen while it lives, and never predicted.
     """
-    layout = TrajectoryLayout.packed(
-        [TrajectoryLayout.from_turns(Segment(**s) for s in e["segments"]) for e in examples]
+    layout = TrajectoryLayout.pack(
+        [TrajectoryLayout.from_segments(Segment(**s) for s in e["segments"]) for e in examples]
     )
     tokens = torch.cat([torch.as_tensor(e["input_ids"]) for e in examples])
-    labels = torch.full_like(layout.source, -100)
+    labels = torch.full_like(layout.token_index, -100)
     labels[layout.logit_rows + 1] = tokens[layout.targets]  # the model shifts them back
     return {
-        "input_ids": tokens[layout.source][None],
+        "input_ids": tokens[layout.token_index][None],
         "labels": labels[None],
         "position_ids": layout.position_ids[None],
         "mem1_mask": layout.mask,
@@ -324,7 +326,7 @@ def pack(examples: list[dict[str, Any]]) -> dict[str, Any]:
 def rollouts() -> list[dict[str, Any]]:
     return [
         {
-            "input_ids": tokens(TrajectoryLayout.from_turns(s).mask)[0].tolist(),
+            "input_ids": tokens(TrajectoryLayout.from_segments(s).mask)[0].tolist(),
             "segments": [x._asdict() for x in s],
         }
         for s in (SEGMENTS, SEGMENTS[:7])

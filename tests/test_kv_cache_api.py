@@ -260,7 +260,7 @@ def test_in_inference_mode_and_without_gradients(
     assert same(memory(arguments), memory(want))
     arguments = copied(good() | {"backend": backend}, device)
     arguments["kv"].requires_grad_()
-    with pytest.raises(ValueError, match="^kv: wanted a cache without gradients"):
+    with pytest.raises(ValueError, match="^kv: expected a cache without gradients"):
         call(arguments)
     with torch.no_grad():
         call(arguments)

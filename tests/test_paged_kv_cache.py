@@ -376,7 +376,7 @@ def test_a_shared_page_that_would_change_is_refused(
         options["inv_freq"] = torch.ones(4)
     arguments = [kv, keep, table, torch.tensor([8, width])]
     before = memory(arguments)
-    with pytest.raises(ValueError, match="keep: wanted page [25], which several sequences use"):
+    with pytest.raises(ValueError, match="keep: expected page [25], which several sequences use"):
         prune_paged_kv_cache_(*arguments, **options)
     assert same(memory(arguments), before)
     table[1] = torch.tensor([6, 7, 4])[: len(table[1])]  # the same call with pages of its own

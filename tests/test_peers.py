@@ -87,7 +87,7 @@ def ours(
         given["old"].flatten(),
         given["advantage"].flatten(),
         given["mask"].flatten(),
-        sequence=SEQUENCE.flatten(),
+        sequence_ids=SEQUENCE.flatten(),
         bias=leaves.get("bias"),
         backend=backend,
         **{name: x.flatten() if torch.is_tensor(x) and x.dim() else x for name, x in options.items()},
@@ -226,7 +226,7 @@ def test_verl_stale_sampler(verl: SimpleNamespace, backend: str) -> None:
     )
     assert (weights == 1.5).any() and ((weights > 0) & (weights < 1.5)).any()
     loss, _ = peer.policy_loss(weights)
-    got, _, gradients = ours(given, backend, sampler_logprob=given["sampler"], sampler_cap=1.5)
+    got, _, gradients = ours(given, backend, rollout_logprob=given["sampler"], rollout_is_cap=1.5)
     torch.testing.assert_close(got, loss)
     same_gradients(gradients, loss, peer.leaves)
 
@@ -380,8 +380,8 @@ def test_liger_grpo(liger: type[torch.nn.Module], case: str, loss_type: str, bac
     given["advantage"] = advantage[:, None].expand(ROWS, LENGTH)
     rest = {
         "ref_logprob": given["ref"],
-        "sampler_logprob": given["sampler"],
-        "sampler_cap": 1.5,
+        "rollout_logprob": given["sampler"],
+        "rollout_is_cap": 1.5,
         "bias": bias,
     }
     got, own, gradients = ours(given, backend, **rest, **options, **TYPES[loss_type])

@@ -16,7 +16,7 @@ from mem1_core.plot import plot_mask
 
 def test_plot_writes_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    mask = TrajectoryLayout.from_turns(TURNS).mask
+    mask = TrajectoryLayout.from_segments(TURNS).mask
     figure = plot_mask(mask, tmp_path / "mask.png", title="three turns")
     assert (tmp_path / "mask.png").stat().st_size > 10_000
     (axes,) = figure.axes
@@ -41,9 +41,9 @@ def test_plot_of_other_masks(tmp_path: Path) -> None:
     batch = TrajectoryMask.from_evict(torch.tensor([[1, 3, 3], [3, 3, 3]]))
     figure = Figure()
     assert plot_mask(batch, ax=figure.add_subplot(), row=1) is figure
-    with pytest.raises(ValueError, match="row: wanted one of the 2 rows of the batch, got 2"):
+    with pytest.raises(ValueError, match="row: expected one of the 2 rows of the batch, got 2"):
         plot_mask(batch, row=2)
-    plot_mask(TrajectoryLayout.from_turns([]).mask, tmp_path / "empty.svg")
+    plot_mask(TrajectoryLayout.from_segments([]).mask, tmp_path / "empty.svg")
     assert (tmp_path / "empty.svg").exists()
     long = plot_mask(TrajectoryMask.from_evict(torch.full((65_536,), 65_536)))
     assert max(long.axes[0].images[0].get_array().shape) <= 1024, "never N x N"
@@ -52,4 +52,4 @@ def test_plot_of_other_masks(tmp_path: Path) -> None:
 def test_plot_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.colors", None)
     with pytest.raises(ImportError, match=r"mem1_core\[plot\]"):
-        plot_mask(TrajectoryLayout.from_turns(TURNS).mask)
+        plot_mask(TrajectoryLayout.from_segments(TURNS).mask)

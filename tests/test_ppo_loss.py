@@ -26,8 +26,8 @@ def rich(tokens: int, *sizes: int, bias: bool = True) -> dict[str, Any]:
     given = batch(tokens, *sizes, bias=bias)
     return given | {
         "ref_logprob": given["old_logprob"] + 0.5 * draw(tokens, seed=6),
-        "sampler_logprob": given["old_logprob"] + 0.5 * draw(tokens, seed=7),
-        "sequence": torch.arange(tokens) // 5,
+        "rollout_logprob": given["old_logprob"] + 0.5 * draw(tokens, seed=7),
+        "sequence_ids": torch.arange(tokens) // 5,
         "temperature": draw(tokens, seed=8).abs() + 0.5,
         "aggregation": "sequence-mean",
         "dual_clip": 3.0,
@@ -96,9 +96,9 @@ def test_chunks(backend: str, device: str, dtype: torch.dtype, rows: str) -> Non
 def test_rows_of_another_dtype(backend: str, device: str, dtype: torch.dtype) -> None:
     """What is given for each token need not have the dtype of the logits."""
     given = cast(rich(37, 48, 100), torch.float32, device)
-    names = ("old_logprob", "advantage", "ref_logprob", "sampler_logprob", "temperature")
+    names = ("old_logprob", "advantage", "ref_logprob", "rollout_logprob", "temperature")
     rounded = {name: given[name].to(dtype) for name in names}
-    integers = {name: given[name].int() for name in ("target", "sequence")}
+    integers = {name: given[name].int() for name in ("target", "sequence_ids")}
     got = results(fused_linear_ppo_loss, given | rounded | integers, backend=backend)
     wide = {name: x.float() for name, x in rounded.items()}
     torch.testing.assert_close(got, results(fused_linear_ppo_loss, given | wide, backend=backend))
@@ -121,7 +121,7 @@ def test_strides_do_not_matter(backend: str, device: str, dtype: torch.dtype, na
 @every_backend
 def test_wild_log_ratios_stay_finite(backend: str, device: str) -> None:
     given = cast(rich(12, 4, 6) | {"normalizer": 2.0}, torch.float32, device)
-    for name, far in (("old_logprob", -1e4), ("ref_logprob", 1e4), ("sampler_logprob", -1e4)):
+    for name, far in (("old_logprob", -1e4), ("ref_logprob", 1e4), ("rollout_logprob", -1e4)):
         given[name] = given[name] + far
     given["advantage"] = -given["advantage"].abs()  # the side PPO does not clip
     got = check(fused_linear_ppo_loss, given, backend=backend)
@@ -155,14 +155,14 @@ def test_micro_batches_with_the_batch_normaliser_add_up(
     if aggregation == "sequence-mean":
         cuts = [c for c in cuts if c in (0, 5, 8)]
     given = cast(batch(bias=True) | OPTIONS["k3"], torch.float64, device)
-    sequence = SEQUENCE.to(device)
+    sequence_ids = SEQUENCE.to(device)
     leaves = [given.pop(name).requires_grad_() for name in LEAVES]
     names = [name for name, x in given.items() if isinstance(x, Tensor)]
     count = {"token-mean": int(given["loss_mask"].sum()), "sequence-mean": 3, "sum": 1}[aggregation]
 
     def part(rows: slice, normalizer: float | Tensor | None) -> Tensor:
         own: dict[str, Any] = given | {name: given[name][rows] for name in names}
-        own |= {"sequence": sequence[rows], "aggregation": aggregation, "normalizer": normalizer}
+        own |= {"sequence_ids": sequence_ids[rows], "aggregation": aggregation, "normalizer": normalizer}
         return fused_linear_ppo_loss(leaves[0][rows], leaves[1], bias=leaves[2], backend=backend, **own)[0]
 
     whole = part(slice(None), None)
@@ -184,11 +184,11 @@ def test_masked_rows_are_never_read(backend: str, device: str, dtype: torch.dtyp
     given = cast(rich(37, 48, 100), dtype, device)
     want = results(fused_linear_ppo_loss, given, backend=backend, workspace_bytes=5 * 400)
     out = ~given["loss_mask"]
-    for name in ("hidden", "old_logprob", "advantage", "ref_logprob", "sampler_logprob", "temperature"):
+    for name in ("hidden", "old_logprob", "advantage", "ref_logprob", "rollout_logprob", "temperature"):
         given[name] = given[name].clone()
         given[name][out] = poison
     given["target"] = given["target"].masked_fill(out, -100)
-    given["sequence"] = given["sequence"].masked_fill(out, 2**40)
+    given["sequence_ids"] = given["sequence_ids"].masked_fill(out, 2**40)
     got = results(fused_linear_ppo_loss, given, backend=backend, workspace_bytes=5 * 400)
     assert same(got, want)
     assert not got["d_hidden"][out].any() and not got["logprob"][out].any()
@@ -230,7 +230,7 @@ def test_banned_tokens(backend: str, device: str, dtype: torch.dtype, which: str
         assert not any(x.any() for name, x in got.items() if name.startswith("d_"))
 
 
-ROW_INPUTS = ["hidden", "old_logprob", "advantage", "temperature", "ref_logprob", "sampler_logprob"]
+ROW_INPUTS = ["hidden", "old_logprob", "advantage", "temperature", "ref_logprob", "rollout_logprob"]
 
 
 @every_backend
@@ -245,7 +245,7 @@ def test_nan_shows_and_stays_in_its_row(
     own = {
         "temperature": torch.ones(37),
         "ref_logprob": draw(37, seed=8),
-        "sampler_logprob": draw(37, seed=9),
+        "rollout_logprob": draw(37, seed=9),
     }
     given = cast(batch(37, 48, 100) | own, dtype, device)
     given["old_logprob"][3:5] = results(fused_linear_ppo_loss, given)["logprob"][3:5]

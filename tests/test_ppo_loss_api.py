@@ -105,15 +105,15 @@ def wrong_number(name: str, *values: Any) -> dict[str, tuple[str, Callable[[], d
 
 BAD_LOSS = {
     **{k: v for n in ("old_logprob", "advantage") for k, v in wrong_rows(n).items()},
-    **{k: v for n in ("ref_logprob", "sampler_logprob") for k, v in wrong_rows(n).items()},
+    **{k: v for n in ("ref_logprob", "rollout_logprob") for k, v in wrong_rows(n).items()},
     **wrong_number("old_logprob", None),
     **wrong_number("advantage", None),
     **wrong_number("loss_mask", None, torch.ones(12), torch.ones(12).long(), torch.ones(11).bool()),
-    **wrong_number("sequence", None, SEQUENCE.float(), SEQUENCE[:11], SEQUENCE > 0, [0] * 12),
+    **wrong_number("sequence_ids", None, SEQUENCE.float(), SEQUENCE[:11], SEQUENCE > 0, [0] * 12),
     **wrong_number("clip_low", -0.1, 1.1, math.nan, "0.2", None),
     **wrong_number("clip_high", -0.1, math.nan, "0.2", None),
     **wrong_number("dual_clip", 1.0, 0.0, -3.0, math.nan, "3"),
-    **wrong_number("sampler_cap", 0.0, -1.0, math.nan, "2", None),
+    **wrong_number("rollout_is_cap", 0.0, -1.0, math.nan, "2", None),
     **wrong_number("kl_coef", math.nan, math.inf, "0.1", None),
     **wrong_number("entropy_coef", math.nan, -math.inf, "0.1", None),
     **wrong_number("kl_estimator", "k4", None, 3),
@@ -151,7 +151,7 @@ def test_backends_that_are_not_here(function: Any) -> None:
     with pytest.raises(NotImplementedError, match=f"^{function.__name__}: the 'triton' backend is missing"):
         function(**given, backend="triton")
     elsewhere = {n: x.to(META) if isinstance(x, Tensor) else x for n, x in given.items()}
-    with pytest.raises(NotImplementedError, match=f"^{function.__name__}: wanted a cpu or cuda tensor"):
+    with pytest.raises(NotImplementedError, match=f"^{function.__name__}: expected a cpu or cuda tensor"):
         function(**elsewhere)
 
 
@@ -204,7 +204,7 @@ def test_gradients_accumulate(backend: str, device: str, dtype: torch.dtype) -> 
 
 
 @every_backend
-@pytest.mark.parametrize("wanted", [("hidden",), ("weight",), ("bias",), ("hidden", "weight")], ids=str)
+@pytest.mark.parametrize("expected", [("hidden",), ("weight",), ("bias",), ("hidden", "weight")], ids=str)
 def test_frozen_parts(backend: str, device: str, wanted: tuple[str, ...]) -> None:
     given = example(device=device)
     want = results(fused_linear_ppo_loss, given, backend=backend)
@@ -284,13 +284,15 @@ def test_autocast_does_not_reach_inside(backend: str, device: str, dtype: torch.
 
 def flat(given: dict[str, Any], wanted: list[bool]) -> tuple[Any, ...]:
     """The arguments of the registered op, in its order."""
-    tensors = "hidden weight bias target old_logprob advantage loss_mask ref_logprob sampler_logprob sequence"
+    tensors = (
+        "hidden weight bias target old_logprob advantage loss_mask ref_logprob rollout_logprob sequence_ids"
+    )
     settings = (0.2, 0.2, 3.0, 2.0, 0.1, "k3", 0.01, "sequence-mean", 5 * 32, wanted)
     return *(given.get(n) for n in tensors.split()), given["temperature"], None, *settings
 
 
 @both_dtypes
-@pytest.mark.parametrize("wanted", [(1, 1, 1), (1, 0, 0), (0, 1, 1), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("expected", [(1, 1, 1), (1, 0, 0), (0, 1, 1), (0, 0, 0)], ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_opcheck(dtype: torch.dtype, wanted: tuple[int, ...], bias: bool) -> None:
     ops = torch.ops.mem1_core
@@ -306,10 +308,10 @@ def test_opcheck(dtype: torch.dtype, wanted: tuple[int, ...], bias: bool) -> Non
     for keep in (False, True):
         torch.library.opcheck(ops.linear_logprob.default, (*alone, keep, False))
         with torch.no_grad():
-            _, entropy, top, log_mass, kept = ops.linear_logprob(*alone, keep, True)
+            _, entropy, max_logit, log_sum_exp, kept = ops.linear_logprob(*alone, keep, True)
         assert len(kept) == (5 if keep else 0)
         d_out = torch.ones_like(entropy), torch.ones_like(entropy)
-        backward = (*d_out, *saved, top, log_mass, entropy, kept, 5 * 32, want)
+        backward = (*d_out, *saved, max_logit, log_sum_exp, entropy, kept, 5 * 32, want)
         torch.library.opcheck(ops.linear_logprob_backward.default, backward)
 
 
@@ -339,7 +341,7 @@ def test_compile(compiler: str, dynamic: bool) -> None:
         torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves))
 
 
-@pytest.mark.parametrize("name", ["kl_coef", "entropy_coef", "clip_high", "sampler_cap", "normalizer"])
+@pytest.mark.parametrize("name", ["kl_coef", "entropy_coef", "clip_high", "rollout_is_cap", "normalizer"])
 def test_compile_with_a_number_that_changes(name: str) -> None:
     """As a controller of the KL coefficient does: torch.compile traces such a number as a symbol."""
     torch.compiler.reset()

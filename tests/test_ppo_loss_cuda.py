@@ -56,7 +56,7 @@ def batch(given: dict[str, Any]) -> dict[str, Any]:
         "advantage": draw(tokens, seed=5),
         "loss_mask": torch.arange(tokens, device=DEVICE) % 4 != 2,
         "ref_logprob": logprob + 0.5 * draw(tokens, seed=6),
-        "sampler_logprob": logprob - away + 0.2 * draw(tokens, seed=7),
+        "rollout_logprob": logprob - away + 0.2 * draw(tokens, seed=7),
         "dual_clip": 3.0,
         "kl_coef": 0.1,
         "entropy_coef": 0.02,

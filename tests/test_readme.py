@@ -61,7 +61,7 @@ def tree(text: str) -> list[str]:
     characters, put it into the folder above. A name may be a pattern such as `*_cpu.cpp`.
     """
     drawn = [block for block in blocks(text) if re.search(r"^\W*csrc/(\s|$)", block.code, re.MULTILINE)]
-    assert len(drawn) == 1, f"wanted one block with the tree, got {len(drawn)}"
+    assert len(drawn) == 1, f"expected one block with the tree, got {len(drawn)}"
     paths: list[str] = []
     folders: list[tuple[int, str]] = []  # (indentation, path) of the folders that a line is in
     for line in drawn[0].code.splitlines():

@@ -43,7 +43,7 @@ def test_attention_row_by_row(table: str) -> None:
     assert out.shape == q.shape and lse.shape == (batch, heads, tokens) and lse.dtype == torch.float64
     for b in range(batch):
         for i in range(tokens):
-            keys = [j for j in range(tokens) if j <= i < mask.evict[b, j]]
+            keys = [j for j in range(tokens) if j <= i < mask.evict_at[b, j]]
             for h in range(heads):
                 scores = 0.3 * k[b, keys, h // 2] @ q[b, i, h]
                 torch.testing.assert_close(out[b, i, h], scores.softmax(0) @ v[b, keys, h // 2])
@@ -135,7 +135,7 @@ def test_prune_kv_cache(positions: reference.Positions) -> None:
 
 
 def test_prune_kv_cache_needs_frequencies_to_rotate() -> None:
-    with pytest.raises(ValueError, match="inv_freq: wanted RoPE's frequencies"):
+    with pytest.raises(ValueError, match="inv_freq: expected RoPE's frequencies"):
         reference.prune_kv_cache_(
             torch.zeros(1, 2, 1, 1, 1, 2), torch.ones(1, 1).bool(), torch.ones(1).int(), positions="compact"
         )

@@ -46,8 +46,10 @@ def by_hand(given: dict[str, Any], options: dict[str, Any]) -> tuple[float, dict
         loss = max(plain, cut)
         if "dual_clip" in options and a < 0:
             loss = min(loss, -a * options["dual_clip"])
-        if "sampler_logprob" in options:
-            loss *= min(math.exp(old - float(options["sampler_logprob"][t])), options.get("sampler_cap", 2.0))
+        if "rollout_logprob" in options:
+            loss *= min(
+                math.exp(old - float(options["rollout_logprob"][t])), options.get("rollout_is_cap", 2.0)
+            )
         entropies.append(-sum(math.exp(x) * x for x in logprobs))
         loss -= options.get("entropy_coef", 0.0) * entropies[-1]
         if "ref_logprob" in options:
@@ -61,7 +63,7 @@ def by_hand(given: dict[str, Any], options: dict[str, Any]) -> tuple[float, dict
     if options.get("aggregation") == "sequence-mean":
         groups: dict[int, list[float]] = {}
         for t, loss in losses.items():
-            groups.setdefault(int(options["sequence"][t]), []).append(loss)
+            groups.setdefault(int(options["sequence_ids"][t]), []).append(loss)
         total, default = sum(sum(g) / len(g) for g in groups.values()), len(groups)
     else:
         total, default = sum(losses.values()), 1 if options.get("aggregation") == "sum" else len(losses)
@@ -114,14 +116,14 @@ def test_micro_batches_with_the_batch_normaliser_add_up(aggregation: reference.A
     given = batch()
     weight = given.pop("weight").requires_grad_()
     whole, _ = reference.fused_linear_ppo_loss(
-        **given, weight=weight, sequence=SEQUENCE, aggregation=aggregation
+        **given, weight=weight, sequence_ids=SEQUENCE, aggregation=aggregation
     )
     normalizer = {"token-mean": int(given["loss_mask"].sum()), "sequence-mean": 3, "sum": 1}[aggregation]
     parts = []
     for rows in (slice(0, 5), slice(5, 12)):  # sequences stay whole
         part = {name: value[rows] for name, value in given.items()}
         loss, _ = reference.fused_linear_ppo_loss(
-            **part, weight=weight, sequence=SEQUENCE[rows], aggregation=aggregation, normalizer=normalizer
+            **part, weight=weight, sequence_ids=SEQUENCE[rows], aggregation=aggregation, normalizer=normalizer
         )
         parts.append(loss)
     torch.testing.assert_close(sum(parts), whole)
@@ -147,7 +149,7 @@ def test_nothing_to_learn_from_is_a_loss_of_zero(aggregation: reference.Aggregat
     given = batch()
     given["hidden"].requires_grad_()
     given["loss_mask"] = torch.zeros_like(given["loss_mask"])
-    loss, metrics = reference.fused_linear_ppo_loss(**given, sequence=SEQUENCE, aggregation=aggregation)
+    loss, metrics = reference.fused_linear_ppo_loss(**given, sequence_ids=SEQUENCE, aggregation=aggregation)
     loss.backward()
     assert loss == 0 and (given["hidden"].grad == 0).all()
     assert all((value == 0).all() for value in metrics.values())
@@ -164,13 +166,13 @@ def test_wild_log_ratios_stay_finite() -> None:
 
 
 def test_ppo_loss_errors() -> None:
-    with pytest.raises(ValueError, match="ref_logprob: wanted a tensor for kl_coef = 0.1, got None"):
+    with pytest.raises(ValueError, match="ref_logprob: expected a tensor for kl_coef = 0.1, got None"):
         reference.fused_linear_ppo_loss(**batch(), kl_coef=0.1)
-    with pytest.raises(ValueError, match="kl_estimator: wanted 'k1', 'k2' or 'k3', got 'k4'"):
+    with pytest.raises(ValueError, match="kl_estimator: expected 'k1', 'k2' or 'k3', got 'k4'"):
         reference.fused_linear_ppo_loss(**batch(), ref_logprob=NOISE, kl_estimator="k4")  # type: ignore[arg-type]
     with pytest.raises(
-        ValueError, match="sequence: wanted a tensor for aggregation='sequence-mean', got None"
+        ValueError, match="sequence_ids: expected a tensor for aggregation='sequence-mean', got None"
     ):
         reference.fused_linear_ppo_loss(**batch(), aggregation="sequence-mean")
-    with pytest.raises(ValueError, match="aggregation: wanted 'token-mean', .* got 'mean'"):
+    with pytest.raises(ValueError, match="aggregation: expected 'token-mean', .* got 'mean'"):
         reference.fused_linear_ppo_loss(**batch(), aggregation="mean")  # type: ignore[arg-type]

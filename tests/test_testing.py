@@ -52,7 +52,7 @@ def test_evict_tables_are_valid(table: str, n: int) -> None:
     for seed in range(5):
         evict = EVICT_TABLES[table](n, seed)
         assert evict.dtype == torch.int32 and evict.shape == (n,)
-        assert TrajectoryMask.from_evict(evict).evict.tolist() == [evict.tolist()]
+        assert TrajectoryMask.from_evict(evict).evict_at.tolist() == [evict.tolist()]
         assert torch.equal(evict, EVICT_TABLES[table](n, seed))
 
 
@@ -66,7 +66,7 @@ def test_prefix_tree_is_nested() -> None:
 
 def test_mem1_trajectories_have_the_published_shape() -> None:
     for tokens, segments in MEM1_TRAJECTORIES.items():
-        mask = TrajectoryLayout.from_turns(segments).mask
+        mask = TrajectoryLayout.from_segments(segments).mask
         assert mask.shape == (1, tokens)
     assert mask.visible_pairs() == 11_041_998  # 7.9 % of all pairs at N 11,852
 
@@ -87,7 +87,7 @@ def test_eager_is_the_reference() -> None:
     assert isinstance(exact, torch.Tensor)
     torch.testing.assert_close(eager_attention(q, k, v, mask.dense()), exact)
     rows = torch.tensor([0, 3, 69])
-    sample = eager_attention(q[:, rows], k, v, visible_rows(mask.evict, rows))
+    sample = eager_attention(q[:, rows], k, v, visible_rows(mask.evict_at, rows))
     torch.testing.assert_close(sample, exact[:, rows])
 
 

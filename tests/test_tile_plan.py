@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mem1_core import _library
-from mem1_core.eviction import evict_from_turns
+from mem1_core.eviction import evict_from_segments
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.mask import TilePlan, TrajectoryMask
 from mem1_core.testing import (
@@ -92,7 +92,7 @@ def test_tile_plans_are_kept() -> None:
     assert (mask.plan.block_q, mask.plan.block_k) == (64, 64)
     assert mask.tile_plan(64, 64) is mask.plan
     assert mask.tile_plan(4, 8) is mask.tile_plan(4, 8)
-    with pytest.raises(ValueError, match="block_q, block_k: wanted positive sizes, got 0 and 8"):
+    with pytest.raises(ValueError, match="block_q, block_k: expected positive sizes, got 0 and 8"):
         mask.tile_plan(0, 8)
     assert mask.to("cpu") is mask
 
@@ -108,7 +108,7 @@ def test_a_long_trajectory_is_planned_in_milliseconds(table: str) -> None:
     if table == "random":
         evict = random_evict(131_072)
     else:
-        evict = evict_from_turns(mem1_segments(200, prompt=1_072, internal_state=200, query=50, info=400))
+        evict = evict_from_segments(mem1_segments(200, prompt=1_072, internal_state=200, query=50, info=400))
     seconds = []
     for _ in range(10):
         begin = time.perf_counter()
@@ -162,14 +162,14 @@ def test_a_plan_that_the_device_could_not_index_is_refused() -> None:
     plan = _library._tile_plan_cuda
     one = torch.ones(1, 1, dtype=torch.int32)
     for wrong in (one.long(), one[0]):
-        with pytest.raises(TypeError, match=r"evict: wanted int32 \[batch, length\], got"):
+        with pytest.raises(TypeError, match=r"evict: expected int32 \[batch, length\], got"):
             plan(wrong, 64, 64)
     for blocks in ((0, 64), (64, 2**20 + 1)):
-        with pytest.raises(ValueError, match="block_q, block_k: wanted 1 to 2\\^20, got"):
+        with pytest.raises(ValueError, match="block_q, block_k: expected 1 to 2\\^20, got"):
             plan(one, *blocks)
     with pytest.raises(ValueError, match=r"fewer than 2\^31 tiles .* got 2147745792 .*\[64, 1048576\]"):
         plan(one.expand(64, 2**20), 128, 128)
-    with pytest.raises(ValueError, match=r"^block_q: wanted 1 to 2\^20, got 0"):
+    with pytest.raises(ValueError, match=r"^block_q: expected 1 to 2\^20, got 0"):
         _library._C.tile_plan_cuda(0, 1, 1, 0, 64, *[0] * 6)
 
 
@@ -188,16 +188,16 @@ def test_the_device_plans_as_the_host(table: str, blocks: tuple[int, int]) -> No
 
 @pytest.mark.gpu
 def test_a_mask_comes_to_the_device_without_a_wait() -> None:
-    masks = [TrajectoryLayout.from_turns(mem1_segments(turns)).mask for turns in (1, 3)]
+    masks = [TrajectoryLayout.from_segments(mem1_segments(turns)).mask for turns in (1, 3)]
     with no_wait():
         moved = [mask.to("cuda") for mask in masks]
-        packed = TrajectoryMask.packed(moved)
-    for got, want in zip([*moved, packed], [*masks, TrajectoryMask.packed(masks)], strict=True):
-        assert got.evict.is_cuda and torch.equal(got.evict.cpu(), want.evict)
+        packed = TrajectoryMask.pack(moved)
+    for got, want in zip([*moved, packed], [*masks, TrajectoryMask.pack(masks)], strict=True):
+        assert got.evict_at.is_cuda and torch.equal(got.evict_at.cpu(), want.evict_at)
         assert got.segments == want.segments
         assert (got.plan.block_q, got.plan.block_k) == (128, 128)
-        assert_planned(got.plan, want.evict, (128, 128))
-    assert torch.equal(packed.to("cpu").evict, TrajectoryMask.packed(masks).evict)
+        assert_planned(got.plan, want.evict_at, (128, 128))
+    assert torch.equal(packed.to("cpu").evict_at, TrajectoryMask.pack(masks).evict_at)
 
 
 @pytest.mark.gpu

@@ -97,7 +97,7 @@ def test_ragged_rows_with_poisonous_padding(implementation: str, device: str) ->
         batch = torch.zeros(3, max(counts), dtype=torch.int64, device=device)
         for row, count in enumerate(counts):
             batch[row, :count] = tokens[row, read[row] : read[row] + count]
-        logits = model(batch, **cache.step(counts)).logits
+        logits = model(batch, **cache.forward_kwargs(counts)).logits
         for row, count in enumerate(counts):
             got[row].append(logits[row, :count])
             read[row] += count
@@ -112,8 +112,8 @@ def test_padding_needs_no_positions_of_its_own() -> None:
     """Positions that are looked up end with the table, for rows that are full or still empty as well."""
     model = build("GPTBigCode", "sdpa", max_position_embeddings=8, num_key_value_heads=1, head_dim=16)
     cache, tokens = SlotCache(model, 3, 8), ids(8, rows=3)
-    model(tokens, **cache.step([8, 5, 0]))
-    got = model(tokens[:, 5:], **cache.step([0, 3, 2])).logits
+    model(tokens, **cache.forward_kwargs([8, 5, 0]))
+    got = model(tokens[:, 5:], **cache.forward_kwargs([0, 3, 2])).logits
     close(got[1], model(tokens[1:2], use_cache=False).logits[0, 5:])
     close(got[2, :2], model(tokens[2:, 5:7], use_cache=False).logits[0])
 
@@ -138,7 +138,7 @@ def test_compact_positions(rope: dict[str, Any] | None) -> None:
         again = SlotCache(model, 1, 16)
         model(left[None], **again.kwargs)
         close(cache.kv[0, 0, row, : len(left)], again.kv[0, 0, 0, : len(left)])
-    step = cache.step([1, 1])
+    step = cache.forward_kwargs([1, 1])
     assert step["position_ids"].tolist() == [[6], [10]] and step["attention_mask"] is not None
 
 
@@ -183,9 +183,9 @@ def test_crop_reorder_reset_and_copy() -> None:
     assert cache.lengths.tolist() == [6, 2, 3] and cache.positions.tolist() == [6, 6, 6]
     twin_cache = copy.deepcopy(cache)
     place, before = cache.kv.data_ptr(), cache.kv.clone()
-    cache.runs = [[1], [2], [3]]
+    cache.run_lengths = [[1], [2], [3]]
     cache.reorder_cache(torch.tensor([1, 1, 0]))
-    assert cache.runs == [[2], [2], [1]]
+    assert cache.run_lengths == [[2], [2], [1]]
     assert cache.lengths.tolist() == [2, 2, 6] and cache.kv.data_ptr() == place
     assert torch.equal(cache.kv[:, :, 2, :6], before[:, :, 0, :6])
     assert torch.equal(twin_cache.kv, before)  # a copy has slots of its own, and its layers write to these
@@ -193,7 +193,7 @@ def test_crop_reorder_reset_and_copy() -> None:
     cache.crop(-99)
     assert cache.used == 0 and cache.get_seq_length() == 0
     cache.reset()
-    assert not cache.kv.any() and cache.runs == [[], [], []]
+    assert not cache.kv.any() and cache.run_lengths == [[], [], []]
     cache.prune(torch.ones(3, 0, dtype=torch.bool))  # nothing there, nothing wrong
     again = model(tokens, **cache.kwargs).logits
     close(again, model(tokens, use_cache=False).logits)
@@ -205,14 +205,14 @@ def test_a_full_slot_refuses_and_stays_as_it_was() -> None:
     model(tokens, **cache.kwargs)
     cache.prune([[(0, 8)], [(0, 5)]])
     before = state(cache)
-    message = re.escape("capacity: wanted room for 11 tokens in slot 0, got 10")
+    message = re.escape("capacity: expected room for 11 tokens in slot 0, got 10")
     with pytest.raises(ValueError, match=message):
-        cache.step([3, 3])
+        cache.forward_kwargs([3, 3])
     with pytest.raises(ValueError, match=message):  # with a mask of one's own, so that only layers can tell
         model(tokens[:, :3], **cache.kwargs, attention_mask=torch.ones(2, 1, 3, 11, dtype=torch.bool))
     assert same_state(cache, before)
     close(  # row 1 has room, and the cache still works
-        model(tokens[:, :2], **cache.step([0, 2])).logits[1, 1],
+        model(tokens[:, :2], **cache.forward_kwargs([0, 2])).logits[1, 1],
         dense_logits(model, torch.cat([tokens[1], tokens[1, :2]]), visible_but(10, 8, slice(5, 8)))[-1],
     )
 
@@ -229,7 +229,7 @@ def test_a_forward_that_fails_leaves_nothing_behind() -> None:
     model(tokens[:, :5], **cache.kwargs)
     hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        model(tokens[:, 5:], **cache.step(3))
+        model(tokens[:, 5:], **cache.forward_kwargs(3))
     hook.remove()
     assert cache.lengths.tolist() == [5] and cache.get_seq_length() == 5
     got = model(tokens[:, 5:7], **cache.kwargs).logits  # another width: no announcement is left
@@ -269,32 +269,36 @@ def test_refusals() -> None:
             call(*args, **kwargs)
         assert same_state(cache, before)
 
-    with pytest.raises(ValueError, match="batch, capacity: wanted 1 or more, got 0 and 4"):
+    with pytest.raises(ValueError, match="batch, capacity: expected 1 or more, got 0 and 4"):
         SlotCache(model, 0, 4)
     assert (cache.kv.dtype, cache.kv.device.type) == (torch.float32, "cpu")
-    refused("new_tokens: wanted 0 or more", cache.step, [0, 0])
-    refused("new_tokens: wanted 0 or more", cache.step, [2, -1])
+    refused("new_tokens: expected 0 or more", cache.forward_kwargs, [0, 0])
+    refused("new_tokens: expected 0 or more", cache.forward_kwargs, [2, -1])
     refused("keys and values [2, 2, 6, 32], torch.float32", model, ids(6, rows=3), **cache.kwargs)
     refused("got [2, 2, 6, 32], torch.bfloat16", copy.deepcopy(model).bfloat16(), tokens, **cache.kwargs)
-    refused("inv_freq: wanted RoPE's frequencies", cache.prune, torch.ones(2, 0).bool(), "compact")
+    refused("inv_freq: expected RoPE's frequencies", cache.prune, torch.ones(2, 0).bool(), "compact")
     model(tokens, **cache.kwargs)
-    refused("keep: wanted a mask of shape [2, 6]", cache.prune, torch.ones(2, 5).bool())
+    refused("keep: expected a mask of shape [2, 6]", cache.prune, torch.ones(2, 5).bool())
     refused("keep", cache.prune, [[(0, 3), (2, 6)], []])
     refused("keep", cache.prune, [[(0, 3)], [(0, 7)]])
-    refused("positions: wanted", cache.prune, torch.ones(2, 6).bool(), "close")
+    refused("positions: expected", cache.prune, torch.ones(2, 6).bool(), "close")
     kv = torch.zeros(2, 2, 1, 32)
     refused("attends once in each of its 2 layers, got layer 2", cache.update, kv, kv, 2)
-    refused("tokens_to_remove: wanted 0 or less, got 3", cache.crop, 3)
+    refused("tokens_to_remove: expected 0 or less, got 3", cache.crop, 3)
     refused("got 2 repeats", cache.batch_repeat_interleave, 2)
     refused("a selection of rows", cache.batch_select_indices, torch.tensor([0]))
-    cache.step(3)
+    cache.forward_kwargs(3)
     refused("the 3 columns that `step` announced, got 5", model, tokens[:, :5], **cache.kwargs)
 
     cache.prune([[(0, 6)], [(2, 6)]])
-    refused("wanted the attention_mask of `SlotCache.step`", model, tokens[:, :1], **cache.kwargs)
-    refused("positions: wanted 'keep'", cache.prune, torch.ones(2, 6).bool(), "compact")
+    refused("expected the attention_mask of `SlotCache.step`", model, tokens[:, :1], **cache.kwargs)
+    refused("positions: expected 'keep'", cache.prune, torch.ones(2, 6).bool(), "compact")
     model.config._attn_implementation = "flash_attention_2"
-    refused("'sdpa', 'eager' or 'mem1' for rows that differ, got 'flash_attention_2'", cache.step, [1, 1])
+    refused(
+        "'sdpa', 'eager' or 'mem1' for rows that differ, got 'flash_attention_2'",
+        cache.forward_kwargs,
+        [1, 1],
+    )
 
 
 @pytest.mark.parametrize(
@@ -310,6 +314,6 @@ def test_keys_that_cannot_be_turned(family: str, settings: dict[str, Any]) -> No
     cache = SlotCache(model, 1, 8)
     model(ids(4), **cache.kwargs)
     before = state(cache)
-    with pytest.raises(ValueError, match="inv_freq: wanted"):
+    with pytest.raises(ValueError, match="inv_freq: expected"):
         cache.prune([[(1, 4)]], "compact")
     assert same_state(cache, before)

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from mem1_core.eviction import Prune, evict_from_turns
+from mem1_core.eviction import EvictionPolicy, evict_from_segments
 from mem1_core.integrations.transformers_cache import CACHE, SlotCache
-from mem1_core.integrations.transformers_generate import TurnRule, prune_generate
+from mem1_core.integrations.transformers_generate import Mem1Eviction, prune_generate
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.mask import TrajectoryMask
 
@@ -87,7 +87,7 @@ def distance(
 
 
 def no_prune(mask: TrajectoryMask) -> TrajectoryMask:
-    return TrajectoryMask.from_evict(torch.full_like(mask.evict, mask.shape[1]))
+    return TrajectoryMask.from_evict(torch.full_like(mask.evict_at, mask.shape[1]))
 
 
 # -------------------------------------------------------------------------------------------- exactness
@@ -101,25 +101,27 @@ FOUR_TURNS: list[dict[int, int]] = [
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("prune", ["action", "is"])
+@pytest.mark.parametrize("prune", ["action", "state"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_was_written_is_exact(family: str, implementation: str, prune: Prune, rows: int) -> None:
+def test_what_was_written_is_exact(
+    family: str, implementation: str, prune: EvictionPolicy, rows: int
+) -> None:
     """All turns in one call, and in no more room than the mask says is live at once."""
     model = build(family, implementation)
     prompts = [ids(n, seed=n) for n in PROMPTS[:rows]]
-    rule = TurnRule(state_end=STATE, query_end=QUERY, answer_end=ANSWER, prune=prune)
-    options = {"forget": rule, "max_new_tokens": 44}
+    rule = Mem1Eviction(state_end=STATE, query_end=QUERY, answer_end=ANSWER, prune=prune)
+    options = {"eviction_policy": rule, "max_new_tokens": 44}
     torch.manual_seed(0)
     out = generate(model, prompts, FOUR_TURNS[:rows], **options)
     start, peak = max(PROMPTS[:rows]), 0
     for row, prompt in enumerate(prompts):
-        given, written = out[CACHE].runs[row]
+        given, written = out[CACHE].run_lengths[row]
         tokens = prompt + out.sequences[row, start : start + written].tolist()
         assert given == len(prompt) and (out.sequences[row, start + written :] == PAD).all()
         segments = rule.segments(tokens, (given, written))
         assert segments[-1].turn >= 4
-        mask = TrajectoryLayout.from_turns(segments, prune=prune).mask
+        mask = TrajectoryLayout.from_segments(segments, prune=prune).mask
         logits = {given + step: out.logits[step][row] for step in range(written)}
         assert distance(model, tokens, mask, logits) <= 5e-5
         assert distance(model, tokens, no_prune(mask), logits) > 1e-3  # the prune is felt
@@ -127,7 +129,7 @@ def test_what_was_written_is_exact(family: str, implementation: str, prune: Prun
     torch.manual_seed(0)
     again = generate(model, prompts, FOUR_TURNS[:rows], capacity=peak, **options)
     assert torch.equal(again.sequences, out.sequences)
-    with pytest.raises(ValueError, match=f"capacity: wanted room for {peak} tokens in slot"):
+    with pytest.raises(ValueError, match=f"capacity: expected room for {peak} tokens in slot"):
         generate(model, prompts, FOUR_TURNS[:rows], capacity=peak - 1, **options)
 
 
@@ -138,7 +140,7 @@ def test_what_was_written_is_exact(family: str, implementation: str, prune: Prun
 def test_an_environment_answers(family: str, implementation: str, rows: int, device: str) -> None:
     """A call for each turn, over one cache. Actions end at different steps or by the limit, a row early."""
     model = build(family, implementation).to(device)
-    rule = TurnRule(state_end=STATE, query_end=QUERY)
+    rule = Mem1Eviction(state_end=STATE, query_end=QUERY)
     tokens = [ids(n, seed=n) for n in PROMPTS[:rows]]
     logits: list[dict[int, Tensor]] = [{} for _ in tokens]
     cache = SlotCache(model, rows, 60)
@@ -146,10 +148,10 @@ def test_an_environment_answers(family: str, implementation: str, rows: int, dev
     torch.manual_seed(0)
     for turn in range(5):
         script = [{2 + row: STATE, (5 + 3 * row + turn) % 9 + 4: EOS} for row in range(rows)]
-        out = generate(model, tokens, script, forget=rule, **cache.kwargs, max_new_tokens=10)
+        out = generate(model, tokens, script, eviction_policy=rule, **cache.kwargs, max_new_tokens=10)
         start = max(map(len, tokens))
         for row, stream in enumerate(tokens):
-            runs = cache.runs[row]
+            runs = cache.run_lengths[row]
             if row == 1 and turn == 4:  # it was given nothing, so it has written nothing
                 assert (out.sequences[row, start:] == PAD).all() and len(runs) == 8
                 continue
@@ -162,18 +164,18 @@ def test_an_environment_answers(family: str, implementation: str, rows: int, dev
             if not (row == 1 and turn == 3):
                 stream += ids(4 + 5 * row + turn, seed=turn)
     for row, stream in enumerate(tokens):
-        stream = stream[: sum(cache.runs[row])]
-        mask = TrajectoryLayout.from_turns(rule.segments(stream, cache.runs[row])).mask
+        stream = stream[: sum(cache.run_lengths[row])]
+        mask = TrajectoryLayout.from_segments(rule.segments(stream, cache.run_lengths[row])).mask
         assert distance(model, stream, mask, logits[row]) <= 5e-5
         assert distance(model, stream, no_prune(mask), logits[row]) > 1e-3
     assert cache.kv.data_ptr() == place and max(map(len, tokens)) > cache.capacity
 
 
-@pytest.mark.parametrize("prune", ["action", "is", "never"])
-def test_the_rule_is_the_table(prune: Prune) -> None:
+@pytest.mark.parametrize("prune", ["action", "state", "never"])
+def test_the_rule_is_the_table(prune: EvictionPolicy) -> None:
     """What is left after each token written is what the table of the whole trajectory says."""
     generator = torch.Generator().manual_seed(0)
-    rule = TurnRule(state_end=STATE, query_end=QUERY, answer_end=ANSWER, prune=prune)
+    rule = Mem1Eviction(state_end=STATE, query_end=QUERY, answer_end=ANSWER, prune=prune)
     tokens, runs, left = ids(6), [6], torch.ones(6, dtype=torch.bool)
     seen: list[Tensor] = []
     for _ in range(12):
@@ -189,7 +191,7 @@ def test_the_rule_is_the_table(prune: Prune) -> None:
         runs.append(5)
         tokens += ids(5)
         left = torch.nn.functional.pad(left, (0, 5), value=True)
-    evict = evict_from_turns(rule.segments(tokens, runs), prune)
+    evict = evict_from_segments(rule.segments(tokens, runs), prune)
     for left in seen:
         assert torch.equal(left, evict[: len(left)] > len(left))
     assert all(left.all() for left in seen) == (prune == "never")
@@ -299,22 +301,25 @@ def test_refusals() -> None:
     refused("num_beams=1, got 2", num_beams=2)
     refused("output_attentions=False", output_attentions=True, return_dict_in_generate=True)
     refused("got inputs_embeds", inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]))
-    refused("wanted a SlotCache, got a filled DynamicCache", **{CACHE: filled})
-    refused("wanted a SlotCache of 2 rows, got 3", **SlotCache(model, 3, 16).kwargs)
-    refused("capacity: wanted room for 7 tokens in slot 0, got 6", capacity=6)
-    refused("forget: wanted bool [7] or None, got torch.bool [3]", forget=lambda *_: torch.ones(3).bool())
-    with pytest.raises(ValueError, match="prune: wanted"):
-        TurnRule(state_end=STATE, query_end=QUERY, prune="all")  # type: ignore[arg-type]
+    refused("expected a SlotCache, got a filled DynamicCache", **{CACHE: filled})
+    refused("expected a SlotCache of 2 rows, got 3", **SlotCache(model, 3, 16).kwargs)
+    refused("capacity: expected room for 7 tokens in slot 0, got 6", capacity=6)
+    refused(
+        "eviction_policy: expected bool [7] or None, got torch.bool [3]",
+        eviction_policy=lambda *_: torch.ones(3).bool(),
+    )
+    with pytest.raises(ValueError, match="prune: expected"):
+        Mem1Eviction(state_end=STATE, query_end=QUERY, prune="all")  # type: ignore[arg-type]
 
     cache = SlotCache(model, 2, 32)
     out = model.generate(
         **inputs, custom_generate=prune_generate, **cache.kwargs, max_new_tokens=3, pad_token_id=PAD
     )
-    refused("input_ids: wanted tokens that the cache has not read", **cache.kwargs, **both(out, [9, 7]))
-    refused("input_ids[1]: wanted all tokens so far, 7 or more", **cache.kwargs, **both(out, [9, 6]))
+    refused("input_ids: expected tokens that the cache has not read", **cache.kwargs, **both(out, [9, 7]))
+    refused("input_ids[1]: expected all tokens so far, 7 or more", **cache.kwargs, **both(out, [9, 6]))
     more = torch.cat([out, out[:, :2]], dim=1)
     only_new = both(more, [11, 9]) | {"input_ids": more[:, 9:]}
-    refused("attention_mask: wanted the shape of input_ids", **cache.kwargs, **only_new)
+    refused("attention_mask: expected the shape of input_ids", **cache.kwargs, **only_new)
     cache.prune(torch.arange(9).expand(2, 9) > 3, "compact")
     refused("kept its positions", **cache.kwargs, **both(more, [11, 9]))
 

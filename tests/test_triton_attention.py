@@ -221,20 +221,20 @@ def test_what_the_kernels_cannot_do_is_refused(device: str, monkeypatch: pytest.
     q, k, v = inputs = attention_inputs(1, 70, 4, 2, 16, device=device)
 
     def call(op: Any, *tensors: Tensor | None, block: int = 128, scale: float = 0.25) -> None:
-        op(*tensors, mask.evict, *mask.tile_plan(block, block)[2:], block, block, scale)
+        op(*tensors, mask.evict_at, *mask.tile_plan(block, block)[2:], block, block, scale)
 
     ops = torch.ops.mem1_core
     forward = partial(call, ops.trajectory_attention_triton, q, k, v)
     backward = partial(call, ops.trajectory_attention_triton_backward, q, None, q, k, v, q, q[..., 0].mT)
     for op in (forward, backward):
         op()
-        with pytest.raises(ValueError, match=r"^mask: wanted a plan of 128 x 128 tiles, got 64 x 64"):
+        with pytest.raises(ValueError, match=r"^mask: expected a plan of 128 x 128 tiles, got 64 x 64"):
             op(block=64)
-        with pytest.raises(ValueError, match=r"^scale: wanted > 0 here \(mem1_core.ops takes any\), got 0"):
+        with pytest.raises(ValueError, match=r"^scale: expected > 0 here \(mem1_core.ops takes any\), got 0"):
             op(scale=0.0)
-    with pytest.raises(TypeError, match=r"^q: wanted bfloat16, float16 or float32 .* got torch.float64"):
+    with pytest.raises(TypeError, match=r"^q: expected bfloat16, float16 or float32 .* got torch.float64"):
         attend(*(x.double() for x in inputs), mask)
-    with pytest.raises(ValueError, match=r"^q: wanted dim <= 256 on CUDA, got 257"):
+    with pytest.raises(ValueError, match=r"^q: expected dim <= 256 on CUDA, got 257"):
         attend(*attention_inputs(1, 70, 4, 2, 257, device=device), mask)
     monkeypatch.setattr(f"{MODULE}._capability", lambda device: (7, 5))
     with pytest.raises(NotImplementedError, match=r"GPU of compute capability 8.0 or later, got 7.5"):
@@ -245,12 +245,17 @@ def test_what_the_kernels_cannot_do_is_refused(device: str, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("argument", "change", "error", "message"),
     [
-        ("k", lambda x: x.half(), TypeError, "wanted torch.float32, got torch.float16"),
-        ("v", lambda x: x[:, :-1], ValueError, r"wanted shape \[1, 300, 2, 16\], got \[1, 299, 2, 16\]"),
-        ("evict", lambda x: x.long(), TypeError, "wanted torch.int32, got torch.int64"),
-        ("full_offsets", lambda x: x[1:], ValueError, r"wanted shape \[4\], got \[3\]"),
-        ("key_ranges", lambda x: x.mT.contiguous().mT, ValueError, "wanted a contiguous tensor, got strides"),
-        ("key_order", lambda x: x[:2], ValueError, r"wanted shape \[3\], got \[2\]"),
+        ("k", lambda x: x.half(), TypeError, "expected torch.float32, got torch.float16"),
+        ("v", lambda x: x[:, :-1], ValueError, r"expected shape \[1, 300, 2, 16\], got \[1, 299, 2, 16\]"),
+        ("evict", lambda x: x.long(), TypeError, "expected torch.int32, got torch.int64"),
+        ("full_offsets", lambda x: x[1:], ValueError, r"expected shape \[4\], got \[3\]"),
+        (
+            "key_ranges",
+            lambda x: x.mT.contiguous().mT,
+            ValueError,
+            "expected a contiguous tensor, got strides",
+        ),
+        ("key_order", lambda x: x[:2], ValueError, r"expected shape \[3\], got \[2\]"),
     ],
 )
 def test_direct_calls_are_checked(
@@ -259,7 +264,7 @@ def test_direct_calls_are_checked(
     mask = mask_of(random_evict(300).to(device))
     plan = mask.tile_plan(128, 128)
     q, k, v = attention_inputs(1, 300, 4, 2, 16, device=device)
-    arguments = {"q": q, "k": k, "v": v, "evict": mask.evict, **plan._asdict(), "scale": 0.25}
+    arguments = {"q": q, "k": k, "v": v, "evict": mask.evict_at, **plan._asdict(), "scale": 0.25}
     arguments[argument] = change(arguments[argument])
     with pytest.raises(error, match=f"^{argument}: {message}"):
         torch.ops.mem1_core.trajectory_attention_triton(**arguments)
@@ -278,7 +283,7 @@ def test_cpu_tensors_are_refused_but_by_the_interpreter(monkeypatch: pytest.Monk
 def test_opcheck(device: str) -> None:
     ops = torch.ops.mem1_core
     mask = mask_of(random_evict(70).to(device))
-    arguments = mask.evict, *mask.tile_plan(128, 128)[2:], 128, 128, 0.25
+    arguments = mask.evict_at, *mask.tile_plan(128, 128)[2:], 128, 128, 0.25
     inputs = attention_inputs(1, 70, 4, 2, 16, dtype=torch.float16, device=device, requires_grad=True)
     torch.library.opcheck(ops.trajectory_attention_triton.default, (*inputs, *arguments))
     inputs = tuple(x.detach() for x in inputs)
@@ -389,7 +394,7 @@ def test_a_million_tokens() -> None:
     """Offsets past 2^31, checked on windows of queries and the keys that only those see."""
     segments = mem1_segments(2_096, prompt=576)
     heads, dim, gib = 17, 128, 2**30
-    mask = TrajectoryLayout.from_turns(segments).mask.to("cuda")
+    mask = TrajectoryLayout.from_segments(segments).mask.to("cuda")
     tokens = mask.shape[1]
     assert tokens == 2**20 and tokens * heads * dim > 2**31
     torch.cuda.reset_peak_memory_stats()
@@ -406,7 +411,7 @@ def test_a_million_tokens() -> None:
     total = dv.sum((0, 1, 2), dtype=torch.float64), d_out.sum((0, 1, 2), dtype=torch.float64)
     torch.testing.assert_close(*total, rtol=0, atol=2.0)  # d_out sums to some 4,000
 
-    evict, keys = mask.evict[0], torch.arange(tokens, device="cuda")
+    evict, keys = mask.evict_at[0], torch.arange(tokens, device="cuda")
     for first in (0, tokens // 2 - 1_000, tokens - 2_048):
         rows = slice(first, first + 2_048)
         seen = ((keys < rows.stop) & (evict > first)).nonzero()[:, 0]

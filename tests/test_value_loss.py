@@ -91,16 +91,16 @@ def test_value_loss_edges() -> None:
 ONES = torch.ones(2, 3)
 GOOD = {"value": ONES, "old_value": ONES, "returns": ONES, "mask": ONES > 0}
 BAD: list[tuple[type[Exception], dict[str, Any], str]] = [
-    (TypeError, {"value": 1.0}, "value: wanted a floating point tensor, got float"),
-    (TypeError, {"old_value": ONES.int()}, r"old_value: wanted .* got torch.int32 \[2, 3\]"),
-    (ValueError, {"returns": ONES[0]}, r"returns: wanted shape and device of value, .* got \[3\] on cpu"),
-    (TypeError, {"mask": ONES}, "mask: wanted a bool tensor, got torch.float32"),
+    (TypeError, {"value": 1.0}, "value: expected a floating point tensor, got float"),
+    (TypeError, {"old_value": ONES.int()}, r"old_value: expected .* got torch.int32 \[2, 3\]"),
+    (ValueError, {"returns": ONES[0]}, r"returns: expected shape and device of value, .* got \[3\] on cpu"),
+    (TypeError, {"mask": ONES}, "mask: expected a bool tensor, got torch.float32"),
     (ValueError, {"mask": torch.ones(2, 3, device="meta") > 0}, r"mask: .* got \[2, 3\] on meta"),
-    (ValueError, {"clip": -0.1}, "clip: wanted a number >= 0, got -0.1"),
-    (ValueError, {"clip": math.nan}, "clip: wanted a number >= 0, got nan"),
-    (ValueError, {"normalizer": 0}, "normalizer: wanted .* got 0"),
-    (ValueError, {"normalizer": math.nan}, "normalizer: wanted .* got nan"),
-    (ValueError, {"normalizer": torch.ones(2)}, "normalizer: wanted "),
+    (ValueError, {"clip": -0.1}, "clip: expected a number >= 0, got -0.1"),
+    (ValueError, {"clip": math.nan}, "clip: expected a number >= 0, got nan"),
+    (ValueError, {"normalizer": 0}, "normalizer: expected .* got 0"),
+    (ValueError, {"normalizer": math.nan}, "normalizer: expected .* got nan"),
+    (ValueError, {"normalizer": torch.ones(2)}, "normalizer: expected "),
 ]
 
 

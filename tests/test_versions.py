@@ -36,7 +36,7 @@ def test_another_gives_one_warning_that_names_it(
 ) -> None:
     monkeypatch.setitem(versions.TESTED, "other", ("5.17", "5.24"))
     assert warned("other", version, recwarn) == [
-        f"other: wanted 5.17 to 5.24, the versions tested, got {version}"
+        f"other: expected 5.17 to 5.24, the versions tested, got {version}"
     ]
 
 
@@ -62,7 +62,7 @@ def test_an_import_warns_once(package: str, modules: str) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert re.findall(r"(\w+): wanted \S+ to \S+, the versions tested, got 99.0", done.stderr) == [package]
+    assert re.findall(r"(\w+): expected \S+ to \S+, the versions tested, got 99.0", done.stderr) == [package]
 
 
 # ------------------------------------------------------------------------------- requirements, constraints

@@ -31,8 +31,9 @@ def of_attention() -> dict[str, Any]:
 
 def of_cached_attention() -> dict[str, Any]:
     q, keys, values = torch.randn(3, 2, 4, 2, 16)
-    own = {name: torch.tensor(x, dtype=torch.int32) for name, x in (("rows", [1, 0]), ("counts", [4, 2]))}
-    return {"q": q, "keys": keys, "values": values, "lengths": torch.full_like(own["rows"], 4), **own}
+    tables = {"cache_seqlens": [4, 4], "cache_batch_idx": [1, 0], "query_lens": [4, 2]}
+    own = {name: torch.tensor(x, dtype=torch.int32) for name, x in tables.items()}
+    return {"q": q, "k_cache": keys, "v_cache": values, **own}
 
 
 def of_logprob() -> dict[str, Any]:
@@ -114,7 +115,7 @@ def test_a_sharded_tensor_is_named(
         given = arguments()
         given[name] = with_first(given[name], shard)
         with pytest.raises(
-            TypeError, match=rf"^{name}: wanted a whole tensor, got a DTensor.*\.full_tensor\(\)"
+            TypeError, match=rf"^{name}: expected a whole tensor, got a DTensor.*\.full_tensor\(\)"
         ):
             op(**given)
 
@@ -132,7 +133,7 @@ def test_a_tensor_whose_storage_was_freed_is_named(
         given = arguments()
         given[name] = with_first(given[name], free)
         with pytest.raises(
-            ValueError, match=rf"^{name}: wanted a tensor in memory, .*freed.*\.full_tensor\(\)"
+            ValueError, match=rf"^{name}: expected a tensor in memory, .*freed.*\.full_tensor\(\)"
         ):
             op(**given)
 
@@ -153,7 +154,7 @@ def test_a_weight_under_fsdp(mesh: Any) -> None:
     head = torch.nn.Linear(8, 16, bias=False)
     fully_shard(head, mesh=mesh)
     hidden, target = torch.randn(4, 8), torch.arange(4)
-    with pytest.raises(TypeError, match="^weight: wanted a whole tensor, got a DTensor of torch.float32"):
+    with pytest.raises(TypeError, match="^weight: expected a whole tensor, got a DTensor of torch.float32"):
         ops.linear_logprob(hidden, head.weight, target)
     logprob, _ = ops.linear_logprob(hidden, head.weight.full_tensor(), target)
     logprob.sum().backward()

@@ -58,7 +58,7 @@ def launched(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[i
     """The arguments that the launcher gives to `kernel`."""
     mask = TrajectoryMask(torch.full((1, TOKENS), TOKENS, dtype=torch.int32))
     tiles = mask.tile_plan(128, 128)
-    plan = attention.Plan(mask.evict, *tiles[2:], tiles.block_q, tiles.block_k)
+    plan = attention.Plan(mask.evict_at, *tiles[2:], tiles.block_q, tiles.block_k)
     q = torch.zeros(1, TOKENS, HEADS, head_dim, dtype=dtype)
     k = torch.zeros(1, TOKENS, KV_HEADS, head_dim, dtype=dtype)
     recorders = {name: Recorder() for name in KERNELS}

@@ -8,20 +8,20 @@ namespace {
 
 mem1_status validate(const mem1_tile_plan_params* p, bool lists, mem1_error* error) {
   MEM1_CHECK_PARAMS(p, mem1_tile_plan_params, error);
-  MEM1_CHECK(p->batch >= 0, error, "batch: wanted >= 0, got %d", p->batch);
-  MEM1_CHECK(p->length >= 0 && p->length <= (1 << 30), error, "length: wanted 0 to 2^30, got %d", p->length);
-  MEM1_CHECK(p->block_q >= 1 && p->block_q <= (1 << 20), error, "block_q: wanted 1 to 2^20, got %d", p->block_q);
-  MEM1_CHECK(p->block_k >= 1 && p->block_k <= (1 << 20), error, "block_k: wanted 1 to 2^20, got %d", p->block_k);
+  MEM1_CHECK(p->batch >= 0, error, "batch: expected >= 0, got %d", p->batch);
+  MEM1_CHECK(p->length >= 0 && p->length <= (1 << 30), error, "length: expected 0 to 2^30, got %d", p->length);
+  MEM1_CHECK(p->block_q >= 1 && p->block_q <= (1 << 20), error, "block_q: expected 1 to 2^20, got %d", p->block_q);
+  MEM1_CHECK(p->block_k >= 1 && p->block_k <= (1 << 20), error, "block_k: expected 1 to 2^20, got %d", p->block_k);
   // Rows of the lists and warps of the CUDA kernels are counted in 32 bits.
   const int64_t most_tiles = int64_t{p->batch} * tiles(p->length, p->block_q < p->block_k ? p->block_q : p->block_k);
   MEM1_CHECK(most_tiles <= INT32_MAX, error,
-             "block_q, block_k: wanted at most 2^31 - 1 query tiles and key tiles, got %lld: take larger blocks",
+             "block_q, block_k: expected at most 2^31 - 1 query tiles and key tiles, got %lld: take larger blocks",
              static_cast<long long>(most_tiles));
-  MEM1_CHECK(p->full_offsets != nullptr, error, "full_offsets: wanted a pointer, got NULL");
-  MEM1_CHECK(p->partial_offsets != nullptr, error, "partial_offsets: wanted a pointer, got NULL");
+  MEM1_CHECK(p->full_offsets != nullptr, error, "full_offsets: expected a pointer, got NULL");
+  MEM1_CHECK(p->partial_offsets != nullptr, error, "partial_offsets: expected a pointer, got NULL");
   if (p->batch > 0 && p->length > 0) {
-    MEM1_CHECK(lists || p->evict != nullptr, error, "evict: wanted a pointer, got NULL");
-    MEM1_CHECK(p->key_ranges != nullptr, error, "key_ranges: wanted a pointer, got NULL");
+    MEM1_CHECK(lists || p->evict != nullptr, error, "evict: expected a pointer, got NULL");
+    MEM1_CHECK(p->key_ranges != nullptr, error, "key_ranges: expected a pointer, got NULL");
   }
   return MEM1_OK;
 }

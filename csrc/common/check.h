@@ -21,14 +21,14 @@ inline mem1_status not_compiled(mem1_error* error) {
 // What is asked of every params struct, `type`, before anything else of it is read.
 template <typename Params>
 mem1_status check_params(const Params* p, const char* type, mem1_error* error) {
-  if (p == nullptr) return fail(error, MEM1_INVALID_ARGUMENT, "params: wanted a %s, got NULL", type);
+  if (p == nullptr) return fail(error, MEM1_INVALID_ARGUMENT, "params: expected a %s, got NULL", type);
   if (p->struct_size != sizeof(Params)) {
     return fail(error, MEM1_INVALID_ARGUMENT,
-                "struct_size: wanted %zu (mem1 %s), got %zu: rebuild against this version's mem1.h", sizeof(Params),
+                "struct_size: expected %zu (mem1 %s), got %zu: rebuild against this version's mem1.h", sizeof(Params),
                 mem1_version(), p->struct_size);
   }
   if (p->device != MEM1_CPU && p->device != MEM1_CUDA) {
-    return fail(error, MEM1_INVALID_ARGUMENT, "device: wanted MEM1_CPU or MEM1_CUDA, got %d",
+    return fail(error, MEM1_INVALID_ARGUMENT, "device: expected MEM1_CPU or MEM1_CUDA, got %d",
                 static_cast<int>(p->device));
   }
   return MEM1_OK;

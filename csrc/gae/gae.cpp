@@ -12,14 +12,14 @@ mem1_status validate(const mem1_gae_params* params, mem1_error* error) {
   MEM1_CHECK_PARAMS(params, mem1_gae_params, error);
   const mem1_gae_params& p = *params;
   MEM1_CHECK(p.dtype == MEM1_FLOAT32 || p.dtype == MEM1_FLOAT64, error,
-             "dtype: wanted MEM1_FLOAT32 or MEM1_FLOAT64, got %d", static_cast<int>(p.dtype));
-  MEM1_CHECK(p.batch >= 0 && p.length >= 0, error, "batch, length: wanted >= 0, got %d, %d", p.batch, p.length);
+             "dtype: expected MEM1_FLOAT32 or MEM1_FLOAT64, got %d", static_cast<int>(p.dtype));
+  MEM1_CHECK(p.batch >= 0 && p.length >= 0, error, "batch, length: expected >= 0, got %d, %d", p.batch, p.length);
   MEM1_CHECK(std::isfinite(p.gamma) && std::isfinite(p.lambda), error,
-             "gamma, lambda: wanted finite numbers, got %g, %g", p.gamma, p.lambda);
+             "gamma, lambda: expected finite numbers, got %g, %g", p.gamma, p.lambda);
   if (p.batch == 0 || p.length == 0) return MEM1_OK;
   MEM1_CHECK(p.reward != nullptr && p.value != nullptr && p.mask != nullptr, error,
-             "reward, value, mask: wanted pointers, got NULL");
-  MEM1_CHECK(p.advantage != nullptr && p.returns != nullptr, error, "advantage, returns: wanted pointers, got NULL");
+             "reward, value, mask: expected pointers, got NULL");
+  MEM1_CHECK(p.advantage != nullptr && p.returns != nullptr, error, "advantage, returns: expected pointers, got NULL");
   return MEM1_OK;
 }
 

@@ -293,7 +293,7 @@ mem1_status prune_kv_cache_cuda(const mem1_prune_kv_cache_params& p, void* strea
   const Access access = empty ? access_for(p, 1) : lay_out(p, blocks_per_strip, &a);
   const int64_t blocks = blocks_per_strip * a.columns * a.strips;
   MEM1_CHECK(blocks <= INT32_MAX, error,
-             "layers, batch, heads: wanted at most 2^31 - 1 blocks of CUDA threads, got %lld: prune in several calls",
+             "layers, batch, heads: expected at most 2^31 - 1 blocks of CUDA threads, got %lld: prune in several calls",
              static_cast<long long>(blocks));
   if (blocks == 0) return MEM1_OK;
   access.kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a);

@@ -41,7 +41,7 @@ mem1_status check_pages(const mem1_prune_pages_params& p, mem1_error* error) {
     const int32_t used = (p.lengths[b] + p.page_size - 1) / p.page_size;
     for (int32_t at = 0; at < used; ++at) {
       const int32_t page = p.block_table[b * p.sequence_pages + at];
-      MEM1_CHECK(page >= 0 && page < p.pages, error, "block_table[%lld, %d]: wanted a page below %d, got %d",
+      MEM1_CHECK(page >= 0 && page < p.pages, error, "block_table[%lld, %d]: expected a page below %d, got %d",
                  static_cast<long long>(b), at, p.pages, page);
     }
   }
@@ -77,10 +77,11 @@ mem1_status prune_pages_cpu(const mem1_prune_pages_params& p, mem1_error* error)
   const mem1_status status = check_pages(p, error);
   if (status != MEM1_OK) return status;
   const int32_t shared = changed_shared_page(p);
-  MEM1_CHECK(shared < 0, error,
-             "keep: wanted page %d, which several sequences use, dropped or kept whole and in its place, got one that "
-             "would change it",
-             shared);
+  MEM1_CHECK(
+      shared < 0, error,
+      "keep: expected page %d, which several sequences use, dropped or kept whole and in its place, got one that "
+      "would change it",
+      shared);
   constexpr int32_t kDropped = 1, kUsed = 2;
   for (int64_t b = 0; b < p.batch; ++b) {
     int32_t *table = p.new_block_table + b * p.sequence_pages, *lengths = p.page_lengths + b * p.sequence_pages;

@@ -54,9 +54,9 @@ MEM1_HOST_DEVICE Slopes<Real> ppo_row(const mem1_logit_rows_params& p, int64_t i
       slope = 0;
     }
   }
-  if (p.sampler_logprob != nullptr) {
-    const Real stale = exp(LogRatio<Real>(in(p.old_logprob) - in(p.sampler_logprob)).value);
-    const Real cap = static_cast<Real>(p.sampler_cap), weight = stale > cap ? cap : stale;
+  if (p.rollout_logprob != nullptr) {
+    const Real stale = exp(LogRatio<Real>(in(p.old_logprob) - in(p.rollout_logprob)).value);
+    const Real cap = static_cast<Real>(p.rollout_is_cap), weight = stale > cap ? cap : stale;
     policy *= weight;
     slope *= weight;
   }

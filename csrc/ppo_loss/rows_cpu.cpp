@@ -124,31 +124,31 @@ void row(const mem1_logit_rows_params& p, int64_t i) {
   const double temperature = in(p.temperature);
   const Real heat = static_cast<Real>(kLog2E / temperature);
   constexpr Real kNone = -std::numeric_limits<Real>::infinity();
-  Real top;
-  double log_mass = 0, entropy = 0;
+  Real max_logit;
+  double log_sum_exp = 0, entropy = 0;
   Slopes<Real> slopes;
   if (p.task == MEM1_ROWS_BACKWARD) {
-    top = static_cast<const Real*>(p.top)[i];
-    log_mass = in(p.log_mass);
+    max_logit = static_cast<const Real*>(p.max_logit)[i];
+    log_sum_exp = in(p.log_sum_exp);
     entropy = in(p.entropy);
     slopes = {static_cast<const Real*>(p.d_logprob)[i], static_cast<const Real*>(p.d_entropy)[i]};
   } else {
-    top = highest(logits, bias, p.vocabulary);
+    max_logit = highest(logits, bias, p.vocabulary);
     double logprob = kNone;
-    if (top != kNone) {
-      const Sums total = sums(logits, bias, p.vocabulary, top, heat);
+    if (max_logit != kNone) {
+      const Sums total = sums(logits, bias, p.vocabulary, max_logit, heat);
       const Real chosen = logits[target] + (bias == nullptr ? Real(0) : bias[target]);
-      log_mass = std::log(total.mass);
-      logprob = (static_cast<double>(chosen) - static_cast<double>(top)) / temperature - log_mass;
-      entropy = log_mass - kLn2 * total.moment / total.mass;
+      log_sum_exp = std::log(total.mass);
+      logprob = (static_cast<double>(chosen) - static_cast<double>(max_logit)) / temperature - log_sum_exp;
+      entropy = log_sum_exp - kLn2 * total.moment / total.mass;
     } else if (has_nan(logits, bias, p.vocabulary)) {
-      logprob = log_mass = entropy = std::numeric_limits<double>::quiet_NaN();  // NaN is above nothing
+      logprob = log_sum_exp = entropy = std::numeric_limits<double>::quiet_NaN();  // NaN is above nothing
     }
     out(p.logprob, logprob);
     out(p.entropy, entropy);
     if (p.task == MEM1_ROWS_LOGPROB) {
-      out(p.top, top);
-      out(p.log_mass, log_mass);
+      out(p.max_logit, max_logit);
+      out(p.log_sum_exp, log_sum_exp);
       return;
     }
     slopes = ppo_row<Real>(p, i, static_cast<Real>(logprob), static_cast<Real>(entropy));
@@ -157,14 +157,14 @@ void row(const mem1_logit_rows_params& p, int64_t i) {
   const auto done = [&] {
     if (p.gradient_dtype != p.dtype) narrow(logits, p.vocabulary);
   };
-  if (top == kNone) {
+  if (max_logit == kNone) {
     std::fill(logits, logits + p.vocabulary, static_cast<Real>(0 * entropy));
     return done();
   }
   const double share = std::exp(-log_mass), d_logprob = slopes.logprob / temperature;
   const double d_entropy = slopes.entropy / temperature;
-  gradient(logits, bias, p.vocabulary, top, heat,
-           static_cast<Real>(share * (-d_logprob - d_entropy * (entropy - log_mass))),
+  gradient(logits, bias, p.vocabulary, max_logit, heat,
+           static_cast<Real>(share * (-d_logprob - d_entropy * (entropy - log_sum_exp))),
            static_cast<Real>(-share * d_entropy * kLn2));
   logits[target] += static_cast<Real>(d_logprob);
   done();

@@ -32,26 +32,26 @@ __device__ Real none() {
 __device__ float power_of_two(float x) { return exp2f(x); }
 __device__ double power_of_two(double x) { return exp2(x); }
 
-// Sums over some elements z, the largest of which is top: of 2^x and of x 2^x with x = (z - top) heat.
+// Sums over some elements z, the largest of which is max_logit: of 2^x and of x 2^x with x = (z - max_logit) heat.
 template <typename Real>
 struct Sums {
-  Real top, mass, moment;
+  Real max_logit, mass, moment;
 
-  // The same sums seen from a top that is no lower.
+  // The same sums seen from a max_logit that is no lower.
   __device__ void raise(Real higher, Real heat) {
-    if (top == none<Real>() || higher == top) {
-      top = higher;
+    if (max_logit == none<Real>() || higher == max_logit) {
+      max_logit = higher;
       return;
     }
-    Real x = (top - higher) * heat;
+    Real x = (max_logit - higher) * heat;
     x = x < static_cast<Real>(kSmall) ? static_cast<Real>(kSmall) : x;
     const Real factor = power_of_two(x);
     moment = factor * (moment + x * mass);
     mass *= factor;
-    top = higher;
+    max_logit = higher;
   }
   __device__ void add(Sums other, Real heat) {
-    const Real higher = other.top > top ? other.top : top;
+    const Real higher = other.max_logit > max_logit ? other.max_logit : max_logit;
     if (higher != none<Real>()) {
       raise(higher, heat);
       other.raise(higher, heat);
@@ -66,7 +66,7 @@ __device__ Sums<Real> sum_over_block(Sums<Real> own, Real heat) {
   __shared__ Sums<Real> of_warp[kWarps];
   for (int lanes = 16; lanes > 0; lanes /= 2) {
     Sums<Real> other;
-    other.top = __shfl_xor_sync(~0u, own.top, lanes);
+    other.max_logit = __shfl_xor_sync(~0u, own.max_logit, lanes);
     other.mass = __shfl_xor_sync(~0u, own.mass, lanes);
     other.moment = __shfl_xor_sync(~0u, own.moment, lanes);
     own.add(other, heat);
@@ -123,20 +123,20 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const mem1_logit_rows
   const int64_t target = p.target[i];
   const bool valid = target >= 0 && target < count;
 
-  Real top, log_mass, entropy;
+  Real max_logit, log_sum_exp, entropy;
   Slopes<Real> slopes;
   bool nothing;  // not a single finite logit: the gradient is 0
   if (p.task == MEM1_ROWS_BACKWARD) {
-    top = in(p.top);
-    log_mass = in(p.log_mass);
+    max_logit = in(p.max_logit);
+    log_sum_exp = in(p.log_sum_exp);
     entropy = in(p.entropy);
     slopes = {in(p.d_logprob), in(p.d_entropy)};
-    nothing = top == none<Real>() && log_mass == 0;
+    nothing = max_logit == none<Real>() && log_sum_exp == 0;
   } else {
     Sums<Real> own{none<Real>(), 0, 0};
     for (int64_t first = 0; first < count; first += kTile<Real>) {
       const Tile<Real, kBias> tile(row, bias, first, count, aligned);
-      Real highest = own.top;
+      Real highest = own.max_logit;
 #pragma unroll
       for (int n = 0; n < kVectors * kVector<Real>; ++n) highest = tile.z[n] > highest ? tile.z[n] : highest;
       const Real base = highest == none<Real>() ? Real(0) : highest;
@@ -151,23 +151,23 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const mem1_logit_rows
       }
     }
     const Sums<Real> all = sum_over_block(own, heat);
-    top = all.top;
-    nothing = top == none<Real>() && all.mass == 0;
-    // NaN without a single finite logit leaves the top where it was, but shows in the mass.
-    log_mass = nothing ? Real(0) : log(all.mass);
-    entropy = nothing ? Real(0) : log_mass - ln2 * all.moment / all.mass;
+    max_logit = all.max_logit;
+    nothing = max_logit == none<Real>() && all.mass == 0;
+    // NaN without a single finite logit leaves the max_logit where it was, but shows in the mass.
+    log_sum_exp = nothing ? Real(0) : log(all.mass);
+    entropy = nothing ? Real(0) : log_sum_exp - ln2 * all.moment / all.mass;
     Real logprob = static_cast<Real>(NAN);
     if (valid) {
       const Real z = row[target] + (kBias ? bias[target] : Real(0));
-      logprob = nothing ? none<Real>() : (z - top) / temperature - log_mass;
+      logprob = nothing ? none<Real>() : (z - max_logit) / temperature - log_sum_exp;
     }
     __shared__ Slopes<Real> shared;
     if (threadIdx.x == 0) {
       out(p.logprob, logprob);
       out(p.entropy, entropy);
       if (p.task == MEM1_ROWS_LOGPROB) {
-        out(p.top, top);
-        out(p.log_mass, log_mass);
+        out(p.max_logit, max_logit);
+        out(p.log_sum_exp, log_sum_exp);
       } else {
         shared = ppo_row<Real>(p, i, logprob, entropy);
       }
@@ -176,10 +176,10 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const mem1_logit_rows
     __syncthreads();
     slopes = shared;
   }
-  // With x = (z - top) heat, df/dz is 2^x (level + slope x), and at the target d_logprob more.
+  // With x = (z - max_logit) heat, df/dz is 2^x (level + slope x), and at the target d_logprob more.
   const Real share = exp(-log_mass), d_logprob = slopes.logprob / temperature;
   const Real d_entropy = slopes.entropy / temperature;
-  const Real level = share * (-d_logprob - d_entropy * (entropy - log_mass)), slope = -share * d_entropy * ln2;
+  const Real level = share * (-d_logprob - d_entropy * (entropy - log_sum_exp)), slope = -share * d_entropy * ln2;
 
   Gradient* gradient = reinterpret_cast<Gradient*>(row);
   for (int64_t first = 0; first < count; first += kTile<Real>) {
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const mem1_logit_rows
       const int64_t at = tile.index(first, n);
 #pragma unroll
       for (int m = 0; m < kVector<Real>; ++m) {
-        Real x = (tile.z[n + m] - top) * heat;
+        Real x = (tile.z[n + m] - max_logit) * heat;
         x = x < small ? small : x;
         Real value = nothing ? Real(0) : power_of_two(x) * (level + slope * x);
         if (at + m == target && !nothing) value += d_logprob;

@@ -17,29 +17,29 @@ using at::Tensor;
 
 // A list per query tile, in CSR form: nothing read through it may lie outside of it, or outside of the stream.
 void check_lists(const char* name, const Tensor& offsets, const Tensor& tiles, int64_t rows, int64_t key_tiles) {
-  TORCH_CHECK_VALUE(offsets.numel() == rows + 1, "mask: wanted ", rows + 1, " ", name, " offsets, got ",
+  TORCH_CHECK_VALUE(offsets.numel() == rows + 1, "mask: expected ", rows + 1, " ", name, " offsets, got ",
                     offsets.numel());
   const int32_t *at = offsets.const_data_ptr<int32_t>(), *tile = tiles.const_data_ptr<int32_t>();
   bool valid = at[0] == 0 && at[rows] == tiles.numel();
   for (int64_t row = 0; row < rows; ++row) valid &= at[row] <= at[row + 1];
   for (int64_t n = 0; n < tiles.numel(); ++n) valid &= tile[n] >= 0 && tile[n] < key_tiles;
-  TORCH_CHECK_VALUE(valid, "mask: wanted ascending ", name, " offsets that end at ", tiles.numel(), " and tiles below ",
-                    key_tiles, "; this plan is not of this mask");
+  TORCH_CHECK_VALUE(valid, "mask: expected ascending ", name, " offsets that end at ", tiles.numel(),
+                    " and tiles below ", key_tiles, "; this plan is not of this mask");
 }
 
 cpu::Plan checked_plan(const Tensor& q, const Tensor& evict, const Tensor& full_offsets, const Tensor& full_tiles,
                        const Tensor& partial_offsets, const Tensor& partial_tiles, int64_t block_q, int64_t block_k) {
-  TORCH_CHECK_VALUE(block_q > 0 && block_q % cpu::kColumns == 0, "block_q: wanted a multiple of ", cpu::kColumns,
+  TORCH_CHECK_VALUE(block_q > 0 && block_q % cpu::kColumns == 0, "block_q: expected a multiple of ", cpu::kColumns,
                     ", got ", block_q);
-  TORCH_CHECK_VALUE(block_k >= cpu::kGranularity && cpu::kChunk % block_k == 0, "block_k: wanted 16, 32, 64, 128 or ",
+  TORCH_CHECK_VALUE(block_k >= cpu::kGranularity && cpu::kChunk % block_k == 0, "block_k: expected 16, 32, 64, 128 or ",
                     "256, got ", block_k);
   TORCH_CHECK_VALUE(
       evict.dim() == 2 && evict.size(1) == q.size(1) && (evict.size(0) == 1 || evict.size(0) == q.size(0)),
-      "mask: wanted evict of shape [", q.size(0), " or 1, ", q.size(1), "], got ", evict.sizes());
+      "mask: expected evict of shape [", q.size(0), " or 1, ", q.size(1), "], got ", evict.sizes());
   const int64_t rows = evict.size(0) * ((evict.size(1) + block_q - 1) / block_q);
   for (const Tensor* t : {&evict, &full_offsets, &full_tiles, &partial_offsets, &partial_tiles}) {
     TORCH_CHECK_TYPE(t->scalar_type() == at::kInt && t->is_contiguous() && t->device() == q.device(),
-                     "mask: wanted contiguous int32 tensors on ", q.device(), ", got ", t->scalar_type(), " on ",
+                     "mask: expected contiguous int32 tensors on ", q.device(), ", got ", t->scalar_type(), " on ",
                      t->device());
   }
   const int64_t key_tiles = (evict.size(1) + block_k - 1) / block_k;
@@ -50,14 +50,14 @@ cpu::Plan checked_plan(const Tensor& q, const Tensor& evict, const Tensor& full_
 
 void check_input(const char* name, const Tensor& t, const Tensor& q) {
   TORCH_CHECK_TYPE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble || t.scalar_type() == at::kBFloat16,
-                   name, ": wanted float32, bfloat16 or float64 on the CPU, got ", t.scalar_type());
-  TORCH_CHECK_TYPE(t.scalar_type() == q.scalar_type(), name, ": wanted the dtype of q, ", q.scalar_type(), ", got ",
+                   name, ": expected float32, bfloat16 or float64 on the CPU, got ", t.scalar_type());
+  TORCH_CHECK_TYPE(t.scalar_type() == q.scalar_type(), name, ": expected the dtype of q, ", q.scalar_type(), ", got ",
                    t.scalar_type());
-  TORCH_CHECK_VALUE(t.dim() == 4, name, ": wanted [batch, length, heads, dim], got ", t.dim(), " dimensions");
-  TORCH_CHECK_VALUE(t.size(3) > 0, name, ": wanted dim >= 1, got 0");
+  TORCH_CHECK_VALUE(t.dim() == 4, name, ": expected [batch, length, heads, dim], got ", t.dim(), " dimensions");
+  TORCH_CHECK_VALUE(t.size(3) > 0, name, ": expected dim >= 1, got 0");
   TORCH_CHECK_VALUE(t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(3) == q.size(3), name,
-                    ": wanted batch, length and dim of q, ", q.sizes(), ", got ", t.sizes());
-  TORCH_CHECK_VALUE(t.stride(3) == 1 || t.size(3) <= 1, name, ": wanted a contiguous last dimension, got stride ",
+                    ": expected batch, length and dim of q, ", q.sizes(), ", got ", t.sizes());
+  TORCH_CHECK_VALUE(t.stride(3) == 1 || t.size(3) <= 1, name, ": expected a contiguous last dimension, got stride ",
                     t.stride(3));
 }
 
@@ -65,16 +65,16 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
   check_input("q", q, q);
   check_input("k", k, q);
   check_input("v", v, q);
-  TORCH_CHECK_VALUE(k.size(2) == v.size(2), "v: wanted the heads of k, ", k.size(2), ", got ", v.size(2));
-  TORCH_CHECK_VALUE(k.size(2) > 0 && q.size(2) % k.size(2) == 0, "q: wanted a multiple of the ", k.size(2),
+  TORCH_CHECK_VALUE(k.size(2) == v.size(2), "v: expected the heads of k, ", k.size(2), ", got ", v.size(2));
+  TORCH_CHECK_VALUE(k.size(2) > 0 && q.size(2) % k.size(2) == 0, "q: expected a multiple of the ", k.size(2),
                     " heads of k, got ", q.size(2));
 }
 
 void check_lse(const char* name, const Tensor& t, const Tensor& q) {
   const auto dtype = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, ": wanted ", dtype, ", got ", t.scalar_type());
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, ": expected ", dtype, ", got ", t.scalar_type());
   TORCH_CHECK_VALUE(t.dim() == 3 && t.size(0) == q.size(0) && t.size(1) == q.size(2) && t.size(2) == q.size(1), name,
-                    ": wanted shape [", q.size(0), ", ", q.size(2), ", ", q.size(1), "], got ", t.sizes());
+                    ": expected shape [", q.size(0), ", ", q.size(2), ", ", q.size(1), "], got ", t.sizes());
 }
 
 // The CPU kernels read of a plan what checked_plan takes; key_ranges and the two orders are for other backends.
@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      const Tensor& partial_offsets, const Tensor& partial_tiles, const Tensor&,
                                      const Tensor&, int64_t block_q, int64_t block_k, double scale) {
   check_inputs(q, k, v);
-  TORCH_CHECK_VALUE(scale > 0, "scale: wanted > 0 here (mem1_core.ops takes any), got ", scale);
+  TORCH_CHECK_VALUE(scale > 0, "scale: expected > 0 here (mem1_core.ops takes any), got ", scale);
   const auto plan = checked_plan(q, evict, full_offsets, full_tiles, partial_offsets, partial_tiles, block_q, block_k);
   return cpu::trajectory_attention(q, k, v, plan, scale);
 }
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out, const
   check_inputs(q, k, v);
   check_input("d_out", d_out, q);
   check_input("out", out, q);
-  TORCH_CHECK_VALUE(d_out.sizes() == q.sizes() && out.sizes() == q.sizes(), "d_out, out: wanted the shape of q, ",
+  TORCH_CHECK_VALUE(d_out.sizes() == q.sizes() && out.sizes() == q.sizes(), "d_out, out: expected the shape of q, ",
                     q.sizes(), ", got ", d_out.sizes(), " and ", out.sizes());
   check_lse("lse", lse, q);
   if (d_lse.has_value()) check_lse("d_lse", *d_lse, q);
@@ -108,36 +108,36 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out, const
   return cpu::trajectory_attention_backward(d_out, d_lse_dense, q, k, v, out, lse.contiguous(), plan, scale);
 }
 
-Tensor cached_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& rows,
-                        const Tensor& lengths, const Tensor& counts, double scale) {
+Tensor cached_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cache_batch_idx,
+                        const Tensor& cache_seqlens, const Tensor& query_lens, double scale) {
   check_input("q", q, q);
-  for (const auto& [name, t] : {std::pair{"keys", &keys}, std::pair{"values", &values}}) {
-    TORCH_CHECK_TYPE(t->scalar_type() == q.scalar_type(), name, ": wanted the dtype of q, ", q.scalar_type(), ", got ",
-                     t->scalar_type());
-    TORCH_CHECK_VALUE(t->dim() == 4 && t->sizes() == keys.sizes() && t->size(3) == q.size(3), name,
-                      ": wanted [slots, capacity, heads, ", q.size(3), "], got ", t->sizes());
-    TORCH_CHECK_VALUE(t->stride(3) == 1 || t->size(3) <= 1, name, ": wanted a contiguous last dimension, got stride ",
+  for (const auto& [name, t] : {std::pair{"k_cache", &k_cache}, std::pair{"v_cache", &v_cache}}) {
+    TORCH_CHECK_TYPE(t->scalar_type() == q.scalar_type(), name, ": expected the dtype of q, ", q.scalar_type(),
+                     ", got ", t->scalar_type());
+    TORCH_CHECK_VALUE(t->dim() == 4 && t->sizes() == k_cache.sizes() && t->size(3) == q.size(3), name,
+                      ": expected [slots, capacity, heads, ", q.size(3), "], got ", t->sizes());
+    TORCH_CHECK_VALUE(t->stride(3) == 1 || t->size(3) <= 1, name, ": expected a contiguous last dimension, got stride ",
                       t->stride(3));
   }
-  TORCH_CHECK_VALUE(keys.size(2) > 0 && q.size(2) % keys.size(2) == 0, "q: wanted a multiple of the ", keys.size(2),
-                    " heads of the cache, got ", q.size(2));
-  for (const auto& [name, t] :
-       {std::pair{"rows", &rows}, std::pair{"lengths", &lengths}, std::pair{"counts", &counts}}) {
-    TORCH_CHECK_TYPE(t->scalar_type() == at::kInt, name, ": wanted int32, got ", t->scalar_type());
-    TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == q.size(0) && t->is_contiguous(), name, ": wanted contiguous [",
+  TORCH_CHECK_VALUE(k_cache.size(2) > 0 && q.size(2) % k_cache.size(2) == 0, "q: expected a multiple of the ",
+                    k_cache.size(2), " heads of the cache, got ", q.size(2));
+  for (const auto& [name, t] : {std::pair{"cache_batch_idx", &cache_batch_idx},
+                                std::pair{"cache_seqlens", &cache_seqlens}, std::pair{"query_lens", &query_lens}}) {
+    TORCH_CHECK_TYPE(t->scalar_type() == at::kInt, name, ": expected int32, got ", t->scalar_type());
+    TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == q.size(0) && t->is_contiguous(), name, ": expected contiguous [",
                       q.size(0), "], got ", t->sizes());
   }
-  const int32_t *row = rows.const_data_ptr<int32_t>(), *length = lengths.const_data_ptr<int32_t>(),
-                *count = counts.const_data_ptr<int32_t>();
+  const int32_t *row = cache_batch_idx.const_data_ptr<int32_t>(), *length = cache_seqlens.const_data_ptr<int32_t>(),
+                *count = query_lens.const_data_ptr<int32_t>();
   for (int64_t b = 0; b < q.size(0); ++b) {
-    TORCH_CHECK_VALUE(row[b] >= 0 && row[b] < keys.size(0), "rows[", b, "]: wanted a slot below ", keys.size(0),
-                      ", got ", row[b]);
-    TORCH_CHECK_VALUE(length[b] >= 0 && length[b] <= keys.size(1), "lengths[", b, "]: wanted 0 to ", keys.size(1),
-                      ", got ", length[b]);
-    TORCH_CHECK_VALUE(count[b] >= 0 && count[b] <= q.size(1) && count[b] <= length[b], "counts[", b,
-                      "]: wanted at most ", q.size(1), " queries and the length ", length[b], ", got ", count[b]);
+    TORCH_CHECK_VALUE(row[b] >= 0 && row[b] < k_cache.size(0), "cache_batch_idx[", b, "]: expected a slot below ",
+                      k_cache.size(0), ", got ", row[b]);
+    TORCH_CHECK_VALUE(length[b] >= 0 && length[b] <= k_cache.size(1), "cache_seqlens[", b, "]: expected 0 to ",
+                      k_cache.size(1), ", got ", length[b]);
+    TORCH_CHECK_VALUE(count[b] >= 0 && count[b] <= q.size(1) && count[b] <= length[b], "query_lens[", b,
+                      "]: expected at most ", q.size(1), " queries and the length ", length[b], ", got ", count[b]);
   }
-  return cpu::cached_attention(q, keys, values, rows, lengths, counts, scale);
+  return cpu::cached_attention(q, k_cache, v_cache, cache_batch_idx, cache_seqlens, query_lens, scale);
 }
 
 Tensor prune_kv_cache_on_cpu(at::TensorList keys, at::TensorList values, const std::optional<Tensor>& mask,
@@ -177,7 +177,8 @@ TORCH_LIBRARY(mem1_core, m) {
     m.def(torch::schema(backward.c_str()));
   }
   m.def(
-      "cached_attention(Tensor q, Tensor keys, Tensor values, Tensor rows, Tensor lengths, Tensor counts, float scale) "
+      "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_batch_idx, Tensor cache_seqlens, "
+      "Tensor query_lens, float scale) "
       "-> Tensor");
   // The op itself, and what launches it on a CUDA stream: which one is current, only Python can tell here.
   const std::string kv_cache =
@@ -198,16 +199,17 @@ TORCH_LIBRARY_FRAGMENT(mem1_core, m) {
   const std::string rows = "Tensor? bias, Tensor target, Tensor temperature, ";
   m.def(torch::schema(("_rows_logprob(Tensor logits, " + rows + "int stream) -> Tensor").c_str()));
   m.def(torch::schema(("_rows_backward_(Tensor(a!) logits, " + rows +
-                       "Tensor top, Tensor log_mass, Tensor entropy, Tensor d_logprob, Tensor d_entropy, "
+                       "Tensor max_logit, Tensor log_sum_exp, Tensor entropy, Tensor d_logprob, Tensor d_entropy, "
                        "ScalarType gradient_dtype, "
                        "int stream) -> ()")
                           .c_str()));
-  m.def(torch::schema(("_rows_ppo_(Tensor(a!) logits, " + rows +
-                       "Tensor old_logprob, Tensor advantage, Tensor scale, Tensor? ref_logprob, "
-                       "Tensor? sampler_logprob, float clip_low, float clip_high, float? dual_clip, float sampler_cap, "
-                       "float kl_coef, str kl_estimator, float entropy_coef, bool with_gradient, "
-                       "ScalarType gradient_dtype, int stream) -> Tensor")
-                          .c_str()));
+  m.def(torch::schema(
+      ("_rows_ppo_(Tensor(a!) logits, " + rows +
+       "Tensor old_logprob, Tensor advantage, Tensor scale, Tensor? ref_logprob, "
+       "Tensor? rollout_logprob, float clip_low, float clip_high, float? dual_clip, float rollout_is_cap, "
+       "float kl_coef, str kl_estimator, float entropy_coef, bool with_gradient, "
+       "ScalarType gradient_dtype, int stream) -> Tensor")
+          .c_str()));
   m.def("_linear_in_bfloat16() -> bool", &mem1::cpu::linear_in_bfloat16);
   m.def("_linear_logits_(Tensor hidden, Tensor weight, Tensor(a!) logits) -> ()");
   m.def("_linear_hidden_gradient_(Tensor d_logits, Tensor weight, Tensor(a!) d_hidden) -> ()");

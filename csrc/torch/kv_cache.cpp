@@ -19,8 +19,8 @@ using OptionalTensor = std::optional<Tensor>;
 
 mem1_dtype dtype_of(const Tensor& t) {
   if (const auto dtype = float_dtype(t.scalar_type())) return *dtype;
-  TORCH_CHECK_TYPE(t.element_size() == 1, "kv: wanted float32, bfloat16, float16, float64 or a type of one byte, got ",
-                   t.scalar_type());
+  TORCH_CHECK_TYPE(t.element_size() == 1,
+                   "kv: expected float32, bfloat16, float16, float64 or a type of one byte, got ", t.scalar_type());
   return MEM1_BITS8;
 }
 
@@ -74,8 +74,8 @@ void check_apart(const std::vector<std::pair<const char*, Tensor>>& tensors) {
     int64_t reach = 1;
     for (auto dim = dims.rbegin(); dim != dims.rend(); ++dim) {
       if (dim->second == 1) continue;
-      TORCH_CHECK_VALUE(dim->first >= reach, name, ": wanted no two entries at one address, got strides ", t.strides(),
-                        " for shape ", t.sizes());
+      TORCH_CHECK_VALUE(dim->first >= reach, name, ": expected no two entries at one address, got strides ",
+                        t.strides(), " for shape ", t.sizes());
       reach = dim->first * dim->second;
     }
     const auto* begin = static_cast<const char*>(t.const_data_ptr());
@@ -88,7 +88,7 @@ void check_apart(const std::vector<std::pair<const char*, Tensor>>& tensors) {
       const int64_t bytes = arrays[m].begin - arrays[n].begin;
       const bool alike = arrays[n].dims == arrays[m].dims && bytes % arrays[n].element == 0;
       TORCH_CHECK_VALUE(alike && !reaches(arrays[n].dims, 0, bytes / arrays[n].element), arrays[m].name,
-                        ": wanted keys, values and layers apart in memory, got tensors that share some of it");
+                        ": expected keys, values and layers apart in memory, got tensors that share some of it");
     }
   }
 }
@@ -104,14 +104,14 @@ Arrays arrays_of(const char* name, at::TensorList tensors, const Tensor& first) 
   Arrays arrays{{}, first.stride(1), first.stride(2), first.stride(3)};
   for (const Tensor& t : tensors) {
     TORCH_CHECK_VALUE(t.dim() == 5 && t.sizes().slice(1) == first.sizes().slice(1), name,
-                      ": wanted one shape in all layers, [", first.sizes().slice(1), "], got ", t.sizes().slice(1));
-    TORCH_CHECK_TYPE(t.scalar_type() == first.scalar_type(), name, ": wanted one dtype in all layers, ",
+                      ": expected one shape in all layers, [", first.sizes().slice(1), "], got ", t.sizes().slice(1));
+    TORCH_CHECK_TYPE(t.scalar_type() == first.scalar_type(), name, ": expected one dtype in all layers, ",
                      first.scalar_type(), ", got ", t.scalar_type());
-    TORCH_CHECK_VALUE(t.device() == first.device(), name, ": wanted all layers on ", first.device(), ", got one on ",
+    TORCH_CHECK_VALUE(t.device() == first.device(), name, ": expected all layers on ", first.device(), ", got one on ",
                       t.device());
-    TORCH_CHECK_VALUE(same_strides(t, first), name, ": wanted one set of strides in all layers, ",
+    TORCH_CHECK_VALUE(same_strides(t, first), name, ": expected one set of strides in all layers, ",
                       first.strides().slice(1), ", got ", t.strides().slice(1));
-    TORCH_CHECK_VALUE(t.stride(4) == 1 || t.size(4) <= 1, name, ": wanted a contiguous last dimension, got stride ",
+    TORCH_CHECK_VALUE(t.stride(4) == 1 || t.size(4) <= 1, name, ": expected a contiguous last dimension, got stride ",
                       t.stride(4));
     auto* data = static_cast<char*>(t.data_ptr());
     for (int64_t layer = 0; layer < t.size(0); ++layer) {
@@ -128,17 +128,17 @@ void changed(at::TensorList tensors) {
 
 const Tensor& checked(const char* name, const Tensor& t, const Tensor& like, at::ScalarType dtype,
                       at::IntArrayRef shape) {
-  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, ": wanted ", dtype, ", got ", t.scalar_type());
-  TORCH_CHECK_VALUE(t.device() == like.device(), name, ": wanted a tensor on ", like.device(), ", got one on ",
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, ": expected ", dtype, ", got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.device() == like.device(), name, ": expected a tensor on ", like.device(), ", got one on ",
                     t.device());
-  TORCH_CHECK_VALUE(t.sizes() == shape, name, ": wanted shape ", shape, ", got ", t.sizes());
+  TORCH_CHECK_VALUE(t.sizes() == shape, name, ": expected shape ", shape, ", got ", t.sizes());
   return t;
 }
 
 const int32_t* table(const char* name, const OptionalTensor& t, const Tensor& like, at::IntArrayRef shape) {
   if (!t.has_value()) return nullptr;
   checked(name, *t, like, at::kInt, shape);
-  TORCH_CHECK_VALUE(t->is_contiguous(), name, ": wanted a contiguous tensor, got strides ", t->strides());
+  TORCH_CHECK_VALUE(t->is_contiguous(), name, ": expected a contiguous tensor, got strides ", t->strides());
   return t->const_data_ptr<int32_t>();
 }
 
@@ -147,25 +147,25 @@ template <typename Params>
 void set_keep(Params& p, const OptionalTensor& mask, const OptionalTensor& ranges, const Tensor& lengths,
               int64_t slots) {
   p.lengths = table("lengths", lengths, lengths, {p.batch});
-  TORCH_CHECK_VALUE(mask.has_value() != ranges.has_value(), "keep: wanted a mask or ranges, got both or neither");
+  TORCH_CHECK_VALUE(mask.has_value() != ranges.has_value(), "keep: expected a mask or ranges, got both or neither");
   if (mask.has_value()) {
     checked("keep", *mask, lengths, at::kBool, {p.batch, slots});
-    TORCH_CHECK_VALUE(mask->stride(1) == 1 || slots <= 1, "keep: wanted a contiguous last dimension, got stride ",
+    TORCH_CHECK_VALUE(mask->stride(1) == 1 || slots <= 1, "keep: expected a contiguous last dimension, got stride ",
                       mask->stride(1));
     p.mask = static_cast<const uint8_t*>(mask->const_data_ptr());
     p.mask_stride_batch = mask->stride(0);
     static const uint8_t kNothing = 0;  // an empty tensor has no address
     if (p.mask == nullptr) p.mask = &kNothing;
   } else {
-    TORCH_CHECK_VALUE(ranges->dim() == 3 && ranges->size(0) == p.batch && ranges->size(2) == 2, "keep: wanted ranges [",
-                      p.batch, ", count, 2], got shape ", ranges->sizes());
+    TORCH_CHECK_VALUE(ranges->dim() == 3 && ranges->size(0) == p.batch && ranges->size(2) == 2,
+                      "keep: expected ranges [", p.batch, ", count, 2], got shape ", ranges->sizes());
     p.ranges = table("keep", ranges, lengths, ranges->sizes());
     p.range_count = static_cast<int32_t>(ranges->size(1));
   }
 }
 
 int32_t narrow(const char* name, int64_t value) {
-  TORCH_CHECK_VALUE(value <= INT32_MAX, name, ": wanted fewer than 2^31, got ", value);
+  TORCH_CHECK_VALUE(value <= INT32_MAX, name, ": expected fewer than 2^31, got ", value);
   return static_cast<int32_t>(value);
 }
 
@@ -191,7 +191,7 @@ mem1_prune_kv_cache_params slice(mem1_prune_kv_cache_params p, int64_t b, int64_
 void check_rows(const mem1_prune_kv_cache_params& p, const int32_t* table, int64_t b, int64_t length, int64_t rows) {
   for (int64_t at = 0; table != nullptr && at * p.row_slots < length; ++at) {
     const int32_t row = table[b * p.sequence_rows + at];
-    TORCH_CHECK_VALUE(row >= 0 && row < rows, "block_table[", b, ", ", at, "]: wanted a page below ", rows, ", got ",
+    TORCH_CHECK_VALUE(row >= 0 && row < rows, "block_table[", b, ", ", at, "]: expected a page below ", rows, ", got ",
                       row);
   }
 }
@@ -233,12 +233,12 @@ Tensor prune_kv_cache_(at::TensorList keys, at::TensorList values, const Optiona
                        at::TensorList base_keys, const OptionalTensor& base_positions,
                        const OptionalTensor& source_rows, const OptionalTensor& target_rows, bool within_rows,
                        int64_t cuda_stream) {
-  TORCH_CHECK_VALUE(!keys.empty() && keys[0].dim() == 5, "kv: wanted at least one layer, got none");
+  TORCH_CHECK_VALUE(!keys.empty() && keys[0].dim() == 5, "kv: expected at least one layer, got none");
   const Tensor& first = keys[0];
   const Arrays key = arrays_of("kv", keys, first), value = arrays_of("kv", values, first);
-  TORCH_CHECK_VALUE(key.pointers.size() == value.pointers.size(), "kv: wanted as many values as keys, got ",
+  TORCH_CHECK_VALUE(key.pointers.size() == value.pointers.size(), "kv: expected as many values as keys, got ",
                     value.pointers.size(), " and ", key.pointers.size(), " layers");
-  TORCH_CHECK_VALUE(lengths.dim() == 1 && lengths.device() == first.device(), "lengths: wanted [batch] on ",
+  TORCH_CHECK_VALUE(lengths.dim() == 1 && lengths.device() == first.device(), "lengths: expected [batch] on ",
                     first.device(), ", got ", lengths.sizes(), " on ", lengths.device());
   mem1_prune_kv_cache_params p{};
   p.struct_size = sizeof(p);
@@ -257,29 +257,29 @@ Tensor prune_kv_cache_(at::TensorList keys, at::TensorList values, const Optiona
   p.stride_slot = key.stride_slot;
   p.stride_head = key.stride_head;
   const int64_t slots = int64_t{p.sequence_rows} * p.row_slots;
-  TORCH_CHECK_VALUE(source_rows.has_value() || first.size(1) == p.batch, "lengths: wanted one per sequence, ",
+  TORCH_CHECK_VALUE(source_rows.has_value() || first.size(1) == p.batch, "lengths: expected one per sequence, ",
                     first.size(1), ", got ", p.batch);
   p.source_rows = table("block_table", source_rows, first, {p.batch, p.sequence_rows});
   p.target_rows = table("new block_table", target_rows, first, {p.batch, p.sequence_rows});
   set_keep(p, mask, ranges, lengths, slots);
   if (inv_freq.has_value()) {
     checked("inv_freq", *inv_freq, first, at::kFloat, {p.head_dim / 2});
-    TORCH_CHECK_VALUE(inv_freq->is_contiguous(), "inv_freq: wanted a contiguous tensor");
+    TORCH_CHECK_VALUE(inv_freq->is_contiguous(), "inv_freq: expected a contiguous tensor");
     p.inv_freq = inv_freq->const_data_ptr<float>();
   }
   Arrays base{};
   Tensor new_base_positions;
   if (!base_keys.empty()) {
     TORCH_CHECK_VALUE(base_keys[0].dim() == 5 && base_keys[0].sizes().slice(1) == first.sizes().slice(1),
-                      "base_keys: wanted the shape of the keys, got ", base_keys[0].sizes().slice(1));
-    TORCH_CHECK_TYPE(base_keys[0].scalar_type() == first.scalar_type(), "base_keys: wanted the dtype of kv, ",
+                      "base_keys: expected the shape of the keys, got ", base_keys[0].sizes().slice(1));
+    TORCH_CHECK_TYPE(base_keys[0].scalar_type() == first.scalar_type(), "base_keys: expected the dtype of kv, ",
                      first.scalar_type(), ", got ", base_keys[0].scalar_type());
-    TORCH_CHECK_VALUE(base_keys[0].device() == first.device(), "base_keys: wanted the device of kv, ", first.device(),
+    TORCH_CHECK_VALUE(base_keys[0].device() == first.device(), "base_keys: expected the device of kv, ", first.device(),
                       ", got ", base_keys[0].device());
     base = arrays_of("base_keys", base_keys, base_keys[0]);
-    TORCH_CHECK_VALUE(base.pointers.size() == key.pointers.size(), "base_keys: wanted ", key.pointers.size(),
+    TORCH_CHECK_VALUE(base.pointers.size() == key.pointers.size(), "base_keys: expected ", key.pointers.size(),
                       " layers, got ", base.pointers.size());
-    TORCH_CHECK_VALUE(base_positions.has_value(), "base_positions: wanted a tensor with base_keys, got None");
+    TORCH_CHECK_VALUE(base_positions.has_value(), "base_positions: expected a tensor with base_keys, got None");
     p.base_keys = base.pointers.data();
     p.base_stride_row = base.stride_row;
     p.base_stride_slot = base.stride_slot;
@@ -313,7 +313,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> prune_pages(const Tensor& block_table
                                                        const OptionalTensor& mask, const OptionalTensor& ranges,
                                                        int64_t page_size, int64_t pages, bool within_pages,
                                                        bool compact, int64_t cuda_stream) {
-  TORCH_CHECK_VALUE(block_table.dim() == 2, "block_table: wanted [sequences, pages], got ", block_table.sizes());
+  TORCH_CHECK_VALUE(block_table.dim() == 2, "block_table: expected [sequences, pages], got ", block_table.sizes());
   mem1_prune_pages_params p{};
   p.struct_size = sizeof(p);
   p.device = block_table.is_cpu() ? MEM1_CPU : MEM1_CUDA;

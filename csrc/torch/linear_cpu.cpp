@@ -184,9 +184,9 @@ void weight_gradient(const at::Tensor& d_logits, const at::Tensor& hidden, const
 }
 
 void check(const char* name, const at::Tensor& t, at::IntArrayRef shape, at::ScalarType dtype, bool strided = false) {
-  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, ": wanted ", dtype, ", got ", t.scalar_type());
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, ": expected ", dtype, ", got ", t.scalar_type());
   TORCH_CHECK_VALUE(t.sizes() == shape && (t.is_contiguous() || (strided && t.stride(1) == 1)), name,
-                    ": wanted contiguous ", shape, ", got ", t.sizes(), " with strides ", t.strides());
+                    ": expected contiguous ", shape, ", got ", t.sizes(), " with strides ", t.strides());
 }
 
 template <typename T>
@@ -205,7 +205,7 @@ void dispatch(at::ScalarType dtype, bool in_bfloat16, const Run& run) {
     case at::kHalf:
       return run(Type<float>{}, Type<at::Half>{});
     default:
-      TORCH_CHECK_TYPE(false, "weight: wanted float32, bfloat16 or float16, got ", dtype);
+      TORCH_CHECK_TYPE(false, "weight: expected float32, bfloat16 or float16, got ", dtype);
   }
 }
 
@@ -213,7 +213,7 @@ void dispatch(at::ScalarType dtype, bool in_bfloat16, const Run& run) {
 bool check_gradient(const at::Tensor& d_logits, at::IntArrayRef shape, at::ScalarType operands) {
   const bool narrow = d_logits.scalar_type() == at::kBFloat16;
   check("d_logits", d_logits, shape, narrow ? operands : at::kFloat, true);
-  TORCH_CHECK_TYPE(!narrow || has_bfloat16_products(), "d_logits: wanted float32 on this processor, got bfloat16");
+  TORCH_CHECK_TYPE(!narrow || has_bfloat16_products(), "d_logits: expected float32 on this processor, got bfloat16");
   return narrow;
 }
 

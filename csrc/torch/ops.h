@@ -59,21 +59,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> prune_pages(
     int64_t cuda_stream);
 
 // Rows of logits [rows, vocabulary], fp32 or fp64, the other tensors of their dtype; see mem1.h. On CUDA as above.
-// Returns logprob, entropy, top and log_mass, [4, rows].
+// Returns logprob, entropy, max_logit and log_sum_exp, [4, rows].
 at::Tensor rows_logprob(const at::Tensor& logits, const std::optional<at::Tensor>& bias, const at::Tensor& target,
                         const at::Tensor& temperature, int64_t cuda_stream);
 // The gradient replaces the logits, in `gradient_dtype`.
 void rows_backward_(const at::Tensor& logits, const std::optional<at::Tensor>& bias, const at::Tensor& target,
-                    const at::Tensor& temperature, const at::Tensor& top, const at::Tensor& log_mass,
+                    const at::Tensor& temperature, const at::Tensor& max_logit, const at::Tensor& log_sum_exp,
                     const at::Tensor& entropy, const at::Tensor& d_logprob, const at::Tensor& d_entropy,
                     at::ScalarType gradient_dtype, int64_t cuda_stream);
 // Likewise; returns loss, logprob, entropy, ratio, clipped and kl, [6, rows].
 at::Tensor rows_ppo_(const at::Tensor& logits, const std::optional<at::Tensor>& bias, const at::Tensor& target,
                      const at::Tensor& temperature, const at::Tensor& old_logprob, const at::Tensor& advantage,
                      const at::Tensor& scale, const std::optional<at::Tensor>& ref_logprob,
-                     const std::optional<at::Tensor>& sampler_logprob, double clip_low, double clip_high,
-                     std::optional<double> dual_clip, double sampler_cap, double kl_coef, c10::string_view kl_estimator,
-                     double entropy_coef, bool with_gradient, at::ScalarType gradient_dtype, int64_t cuda_stream);
+                     const std::optional<at::Tensor>& rollout_logprob, double clip_low, double clip_high,
+                     std::optional<double> dual_clip, double rollout_is_cap, double kl_coef,
+                     c10::string_view kl_estimator, double entropy_coef, bool with_gradient,
+                     at::ScalarType gradient_dtype, int64_t cuda_stream);
 // Advantage and returns.
 std::tuple<at::Tensor, at::Tensor> gae(const at::Tensor& reward, const at::Tensor& value, const at::Tensor& mask,
                                        double gamma, double lam, int64_t cuda_stream);
@@ -95,7 +96,8 @@ void linear_logits_(const at::Tensor& hidden, const at::Tensor& weight, const at
 void linear_hidden_gradient_(const at::Tensor& d_logits, const at::Tensor& weight, const at::Tensor& d_hidden);
 void linear_weight_gradient_(const at::Tensor& d_logits, const at::Tensor& hidden, const at::Tensor& d_weight,
                              bool accumulate);
-at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values,
-                            const at::Tensor& rows, const at::Tensor& lengths, const at::Tensor& counts, double scale);
+at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
+                            const at::Tensor& cache_batch_idx, const at::Tensor& cache_seqlens,
+                            const at::Tensor& query_lens, double scale);
 }  // namespace cpu
 }  // namespace mem1

@@ -17,14 +17,14 @@ using OptionalTensor = std::optional<Tensor>;
 
 mem1_dtype dtype_of(const char* name, at::ScalarType type) {
   const auto dtype = float_dtype(type);
-  TORCH_CHECK_TYPE(dtype.has_value(), name, ": wanted a floating point dtype, got ", type);
+  TORCH_CHECK_TYPE(dtype.has_value(), name, ": expected a floating point dtype, got ", type);
   return *dtype;
 }
 
 const void* array(const char* name, const Tensor& t, const Tensor& like, at::IntArrayRef shape, at::ScalarType dtype) {
-  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, ": wanted ", dtype, ", got ", t.scalar_type());
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, ": expected ", dtype, ", got ", t.scalar_type());
   TORCH_CHECK_VALUE(t.sizes() == shape && t.is_contiguous() && t.device() == like.device(), name,
-                    ": wanted contiguous ", shape, " on ", like.device(), ", got ", t.sizes(), " on ", t.device());
+                    ": expected contiguous ", shape, " on ", like.device(), ", got ", t.sizes(), " on ", t.device());
   return t.const_data_ptr();
 }
 
@@ -37,7 +37,7 @@ struct Rows {
        mem1_rows_task task)
       : logits(logits) {
     TORCH_CHECK_VALUE(logits.dim() == 2 && (logits.stride(1) == 1 || logits.size(1) <= 1),
-                      "logits: wanted [rows, vocabulary] with a contiguous last dimension, got ", logits.sizes());
+                      "logits: expected [rows, vocabulary] with a contiguous last dimension, got ", logits.sizes());
     p.struct_size = sizeof(p);
     p.device = logits.is_cpu() ? MEM1_CPU : MEM1_CUDA;
     p.task = task;
@@ -80,11 +80,11 @@ struct Rows {
     part.target += begin;
     forward(part.logits, begin * p.stride_row);
     for (const void** in : {&part.temperature, &part.d_logprob, &part.d_entropy, &part.old_logprob, &part.advantage,
-                            &part.ref_logprob, &part.sampler_logprob, &part.scale}) {
+                            &part.ref_logprob, &part.rollout_logprob, &part.scale}) {
       forward(*in, begin);
     }
-    for (void** out :
-         {&part.logprob, &part.entropy, &part.top, &part.log_mass, &part.loss, &part.kl, &part.ratio, &part.clipped}) {
+    for (void** out : {&part.logprob, &part.entropy, &part.max_logit, &part.log_sum_exp, &part.loss, &part.kl,
+                       &part.ratio, &part.clipped}) {
       forward(*out, begin);
     }
     return part;
@@ -94,7 +94,7 @@ struct Rows {
 mem1_kl_estimator estimator_of(c10::string_view name) {
   if (name == "k1") return MEM1_KL_K1;
   if (name == "k2") return MEM1_KL_K2;
-  TORCH_CHECK_VALUE(name == "k3", "kl_estimator: wanted 'k1', 'k2' or 'k3', got '", name, "'");
+  TORCH_CHECK_VALUE(name == "k3", "kl_estimator: expected 'k1', 'k2' or 'k3', got '", name, "'");
   return MEM1_KL_K3;
 }
 
@@ -106,19 +106,19 @@ Tensor rows_logprob(const Tensor& logits, const OptionalTensor& bias, const Tens
   const Tensor out = at::empty({4, rows.p.rows}, logits.options());
   rows.p.logprob = out[0].data_ptr();
   rows.p.entropy = out[1].data_ptr();
-  rows.p.top = out[2].data_ptr();
-  rows.p.log_mass = out[3].data_ptr();
+  rows.p.max_logit = out[2].data_ptr();
+  rows.p.log_sum_exp = out[3].data_ptr();
   rows.run(stream);
   return out;
 }
 
 void rows_backward_(const Tensor& logits, const OptionalTensor& bias, const Tensor& target, const Tensor& temperature,
-                    const Tensor& top, const Tensor& log_mass, const Tensor& entropy, const Tensor& d_logprob,
+                    const Tensor& max_logit, const Tensor& log_sum_exp, const Tensor& entropy, const Tensor& d_logprob,
                     const Tensor& d_entropy, at::ScalarType gradient_dtype, int64_t stream) {
   Rows rows(logits, bias, target, temperature, MEM1_ROWS_BACKWARD);
   rows.p.gradient_dtype = dtype_of("gradient_dtype", gradient_dtype);
-  rows.p.top = const_cast<void*>(rows.of_rows("top", top));
-  rows.p.log_mass = const_cast<void*>(rows.of_rows("log_mass", log_mass));
+  rows.p.max_logit = const_cast<void*>(rows.of_rows("max_logit", max_logit));
+  rows.p.log_sum_exp = const_cast<void*>(rows.of_rows("log_sum_exp", log_sum_exp));
   rows.p.entropy = const_cast<void*>(rows.of_rows("entropy", entropy));
   rows.p.d_logprob = rows.of_rows("d_logprob", d_logprob);
   rows.p.d_entropy = rows.of_rows("d_entropy", d_entropy);
@@ -127,8 +127,8 @@ void rows_backward_(const Tensor& logits, const OptionalTensor& bias, const Tens
 
 Tensor rows_ppo_(const Tensor& logits, const OptionalTensor& bias, const Tensor& target, const Tensor& temperature,
                  const Tensor& old_logprob, const Tensor& advantage, const Tensor& scale,
-                 const OptionalTensor& ref_logprob, const OptionalTensor& sampler_logprob, double clip_low,
-                 double clip_high, std::optional<double> dual_clip, double sampler_cap, double kl_coef,
+                 const OptionalTensor& ref_logprob, const OptionalTensor& rollout_logprob, double clip_low,
+                 double clip_high, std::optional<double> dual_clip, double rollout_is_cap, double kl_coef,
                  c10::string_view kl_estimator, double entropy_coef, bool with_gradient, at::ScalarType gradient_dtype,
                  int64_t stream) {
   Rows rows(logits, bias, target, temperature, MEM1_ROWS_PPO_LOSS);
@@ -139,11 +139,11 @@ Tensor rows_ppo_(const Tensor& logits, const OptionalTensor& bias, const Tensor&
   p.advantage = rows.of_rows("advantage", advantage);
   p.scale = rows.of_rows("scale", scale);
   if (ref_logprob.has_value()) p.ref_logprob = rows.of_rows("ref_logprob", *ref_logprob);
-  if (sampler_logprob.has_value()) p.sampler_logprob = rows.of_rows("sampler_logprob", *sampler_logprob);
+  if (rollout_logprob.has_value()) p.rollout_logprob = rows.of_rows("rollout_logprob", *rollout_logprob);
   p.clip_low = clip_low;
   p.clip_high = clip_high;
   p.dual_clip = dual_clip.value_or(0);
-  p.sampler_cap = sampler_cap;
+  p.rollout_is_cap = rollout_is_cap;
   p.kl_coef = kl_coef;
   p.kl_estimator = estimator_of(kl_estimator);
   p.entropy_coef = entropy_coef;
@@ -161,7 +161,7 @@ Tensor rows_ppo_(const Tensor& logits, const OptionalTensor& bias, const Tensor&
 std::tuple<Tensor, Tensor> gae(const Tensor& reward, const Tensor& value, const Tensor& mask, double gamma, double lam,
                                int64_t stream) {
   TORCH_CHECK_VALUE(reward.dim() == 2 && reward.size(0) <= INT32_MAX && reward.size(1) <= INT32_MAX,
-                    "reward: wanted [batch, length], got ", reward.sizes());
+                    "reward: expected [batch, length], got ", reward.sizes());
   mem1_gae_params p{};
   p.struct_size = sizeof(p);
   p.device = reward.is_cpu() ? MEM1_CPU : MEM1_CUDA;

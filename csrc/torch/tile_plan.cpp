@@ -23,12 +23,12 @@ mem1_tile_plan_params params_of(mem1_device device, int32_t batch, int32_t lengt
 }  // namespace
 
 TilePlanTensors tile_plan(const at::Tensor& evict, int64_t block_q, int64_t block_k) {
-  TORCH_CHECK_TYPE(evict.scalar_type() == at::kInt, "evict: wanted int32, got ", evict.scalar_type());
-  TORCH_CHECK_VALUE(evict.dim() == 2, "evict: wanted [batch, length], got ", evict.dim(), " dimensions");
+  TORCH_CHECK_TYPE(evict.scalar_type() == at::kInt, "evict: expected int32, got ", evict.scalar_type());
+  TORCH_CHECK_VALUE(evict.dim() == 2, "evict: expected [batch, length], got ", evict.dim(), " dimensions");
   constexpr int64_t kLargest = 1 << 20;  // before anything is made of them: the C API's are 32 bits wide
   TORCH_CHECK_VALUE(block_q > 0 && block_k > 0 && block_q <= kLargest && block_k <= kLargest,
-                    "block_q, block_k: wanted 1 to 2^20, got ", block_q, ", ", block_k);
-  TORCH_CHECK_VALUE(evict.size(1) <= (1 << 30) && evict.size(0) <= (1 << 30), "evict: wanted at most 2^30 in each ",
+                    "block_q, block_k: expected 1 to 2^20, got ", block_q, ", ", block_k);
+  TORCH_CHECK_VALUE(evict.size(1) <= (1 << 30) && evict.size(0) <= (1 << 30), "evict: expected at most 2^30 in each ",
                     "dimension, got ", evict.sizes());
   const at::Tensor table = evict.contiguous();
   const int64_t batch = table.size(0), length = table.size(1);
@@ -37,7 +37,7 @@ TilePlanTensors tile_plan(const at::Tensor& evict, int64_t block_q, int64_t bloc
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t j = 0; j < length; ++j) valid &= lifetimes[b * length + j] > j && lifetimes[b * length + j] <= length;
   }
-  TORCH_CHECK_VALUE(valid, "evict: wanted j < evict[b, j] <= ", length, " everywhere");
+  TORCH_CHECK_VALUE(valid, "evict: expected j < evict[b, j] <= ", length, " everywhere");
   const int64_t rows = batch * ((length + block_q - 1) / block_q);
   at::Tensor key_ranges = at::empty({batch, (length + block_k - 1) / block_k, 4}, table.options());
   at::Tensor full_offsets = at::empty({rows + 1}, table.options()), partial_offsets = at::empty_like(full_offsets);

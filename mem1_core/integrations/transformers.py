@@ -74,12 +74,16 @@ def check_model(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     problem = config_problem(config)
     if problem is None and not model._supports_attention_backend:
-        problem = "wanted attention through the AttentionInterface of transformers, got a model with its own"
+        problem = (
+            "expected attention through the AttentionInterface of transformers, got a model with its own"
+        )
     if problem:
         raise ValueError(f"mem1_mask in {name}: {problem}")
     if config._attn_implementation != NAME:
-        raise ValueError(f"{name}: wanted attn_implementation={NAME!r}, got {config._attn_implementation!r}")
-    with _refusing(f"mem1_mask in {name}: wanted a forward that runs with it"):
+        raise ValueError(
+            f"{name}: expected attn_implementation={NAME!r}, got {config._attn_implementation!r}"
+        )
+    with _refusing(f"mem1_mask in {name}: expected a forward that runs with it"):
         embedding = model.get_input_embeddings()
         device = next(embedding.parameters()).device
         embeds = embedding(torch.zeros(2, 3, dtype=torch.int64, device=device))
@@ -92,12 +96,10 @@ def check_model(model: PreTrainedModel) -> None:
             for positions in ({}, {"position_ids": places})
         )
     if not torch.equal(out.isnan().any(-1), hidden.to(out.device)):
-        raise ValueError(
-            f"mem1_mask in {name}: wanted it to rule all that passes between tokens, got one that drops it"
-        )
+        raise ValueError(f"mem1_mask in {name}: the model ignores it")
     rounding = 0.01 * float(out.nan_to_num().abs().max())
     if not torch.allclose(out, placed, rtol=0, atol=rounding, equal_nan=True):
-        raise ValueError(f"position_ids in {name}: wanted some that count from 0, got others by default")
+        raise ValueError(f"position_ids in {name}: expected some that count from 0, got others by default")
 
 
 def _repeatable(model: PreTrainedModel, embeds: Tensor, **settings: Any) -> Tensor:
@@ -119,7 +121,7 @@ def check_cache(model: PreTrainedModel) -> None:
     name = type(model).__name__
     layers, heads, dim = cache_shape(model.config)
     calls = _Calls()
-    with _refusing(f"mem1_cache in {name}: wanted a decoder that runs with it"):
+    with _refusing(f"mem1_cache in {name}: expected a decoder that runs with it"):
         trunk: Any = model.get_decoder()
         device = next(trunk.parameters()).device
         ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
@@ -130,11 +132,12 @@ def check_cache(model: PreTrainedModel) -> None:
             raise TypeError(f"{type(trunk).__name__}'s output has no last_hidden_state")
     if len(calls.seen) != layers:
         raise ValueError(
-            f"mem1_cache in {name}: wanted {layers} layers that attend once each, got {len(calls.seen)} calls"
+            f"mem1_cache in {name}: expected {layers} layers that attend once each, "
+            f"got {len(calls.seen)} calls"
         )
     for layer, seen in enumerate(calls.seen):
         if seen != (layer, heads, dim):
-            wanted = f"wanted (layer, KV heads, head dim) {(layer, heads, dim)}"
+            wanted = f"expected (layer, KV heads, head dim) {(layer, heads, dim)}"
             raise ValueError(f"mem1_cache in {name}: {wanted}, got {seen}")
 
 
@@ -186,7 +189,7 @@ def attention_forward(
     With `mem1_cache` the mask is its business (`attention_mask` is not looked at); the rest as above.
     """
     if kwargs.get("s_aux") is not None:
-        raise ValueError(f"attn_implementation={NAME!r} in {_where(module)}: wanted no sinks, got s_aux")
+        raise ValueError(f"attn_implementation={NAME!r} in {_where(module)}: expected no sinks, got s_aux")
     if mem1_cache is not None:
         problem = _problem(module, query, key, value, None, dropout, kwargs)
         if problem:
@@ -220,9 +223,9 @@ def config_problem(config: Any) -> str | None:
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if others:
         kinds = ", ".join(sorted(others))
-        return f"wanted full_attention in all of {type(config).__name__}.layer_types, got {kinds}"
+        return f"expected full_attention in all of {type(config).__name__}.layer_types, got {kinds}"
     if getattr(config, "is_encoder_decoder", False):
-        return f"wanted a decoder-only model, got is_encoder_decoder=True in {type(config).__name__}"
+        return f"expected a decoder-only model, got is_encoder_decoder=True in {type(config).__name__}"
     return None
 
 
@@ -241,31 +244,31 @@ def _problem(
         return problem
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
-            return f"wanted plain attention, got {name}"
+            return f"expected plain attention, got {name}"
     is_causal = kwargs.get("is_causal")  # transformers lets the argument overrule the module
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True) and getattr(config, "is_causal", True)
     if not is_causal:
-        return "wanted causal self-attention, got is_causal=False"
+        return "expected causal self-attention, got is_causal=False"
     if query.shape[3] != value.shape[3]:
         return (
-            f"wanted one head dim, got {query.shape[3]} for queries and keys and {value.shape[3]} for values "
-            "(multi-head latent attention)"
+            f"expected one head dim, got {query.shape[3]} for queries and keys and {value.shape[3]} for "
+            "values (multi-head latent attention)"
         )
     if dropout:
-        return f"wanted attention dropout 0, got {dropout}"
+        return f"expected attention dropout 0, got {dropout}"
     if query.shape[2] != key.shape[2]:
         return (
-            f"wanted an empty KV cache or none, got {key.shape[2]} keys for {query.shape[2]} queries "
+            f"expected an empty KV cache or none, got {key.shape[2]} keys for {query.shape[2]} queries "
             "(use_cache=False makes none)"
         )
     if isinstance(attention_mask, DeferredMask):
         if attention_mask.window is not None:
-            return f"wanted plain attention, got a window of {attention_mask.window} tokens"
+            return f"expected plain attention, got a window of {attention_mask.window} tokens"
         attention_mask = attention_mask.padding
     if attention_mask is not None:
         return (
-            f"wanted no attention_mask beside it, got one of shape {list(attention_mask.shape)} "
+            f"expected no attention_mask beside it, got one of shape {list(attention_mask.shape)} "
             "(mem1_mask says all of what is visible)"
         )
     return None
@@ -305,4 +308,6 @@ class DeferredMask:
 
     def __getattr__(self, name: str) -> Any:
         wanted = "layers that hand attention_mask on to the attention as it is"
-        raise AttributeError(f"attn_implementation={NAME!r}: wanted {wanted}, got one that reads its {name}")
+        raise AttributeError(
+            f"attn_implementation={NAME!r}: expected {wanted}, got one that reads its {name}"
+        )

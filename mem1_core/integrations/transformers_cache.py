@@ -32,7 +32,8 @@ class SlotCache(Cache):
 
     Rows of equal length without padding (a batch of one, always) go through any model as they are:
     `model(ids, **cache.kwargs)`. For ragged rows, or tokens padded on the right, it is
-    `model(ids, **cache.step(counts))`, under the attention implementations "sdpa", "eager" and "mem1".
+    `model(ids, **cache.forward_kwargs(counts))`, under the attention implementations "sdpa", "eager" and
+    "mem1".
 
     kv: [L, 2, B, capacity, Hkv, D]. On the host: `lengths` int32 [B], the entries of each slot; `positions`
     int32 [B], the position id of a row's next token, which is not the length once entries have left;
@@ -58,11 +59,11 @@ class SlotCache(Cache):
         config = config.get_text_config(decoder=True)
         problem = problem or config_problem(config) or _window_problem(config)
         if not problem and model is not None and not model._supports_attention_backend:
-            problem = f"wanted attention through the AttentionInterface, got {type(model).__name__}'s own"
+            problem = f"expected attention through the AttentionInterface, got {type(model).__name__}'s own"
         if problem:
             raise ValueError(f"SlotCache: {problem}")
         if batch < 1 or capacity < 1:
-            raise ValueError(f"batch, capacity: wanted 1 or more, got {batch} and {capacity}")
+            raise ValueError(f"batch, capacity: expected 1 or more, got {batch} and {capacity}")
         layers, heads, dim = cache_shape(config)
         dtype = dtype or (config.dtype if model is None else model.dtype) or torch.get_default_dtype()
         device = device or ("cpu" if model is None else model.device)
@@ -73,7 +74,7 @@ class SlotCache(Cache):
         self.lengths = torch.zeros(batch, dtype=torch.int32, device="cpu")
         self.positions = torch.zeros_like(self.lengths)
         self.entries = torch.zeros(batch, capacity, dtype=torch.int32, device="cpu")
-        self.runs: list[list[int]] = [[] for _ in range(batch)]
+        self.run_lengths: list[list[int]] = [[] for _ in range(batch)]
         self._columns = torch.arange(capacity, device="cpu")
         self._config, self._inv_freq = config, None if model is None else _frequencies(model)
         self._step: _Step | None = None  # of the forward that is announced or under way
@@ -93,8 +94,8 @@ class SlotCache(Cache):
         """What a model's layers call. ValueError for a layer that the configuration does not have."""
         if layer_idx >= len(self.layers):
             raise ValueError(
-                f"SlotCache: wanted a model that attends once in each of its {len(self.layers)} layers, got "
-                f"layer {layer_idx}"
+                f"SlotCache: expected a model that attends once in each of its {len(self.layers)} layers, "
+                f"got layer {layer_idx}"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -103,7 +104,7 @@ class SlotCache(Cache):
         """The length of the longest slot."""
         return int(self.lengths.max())
 
-    def step(self, new_tokens: int | Sequence[int] | Tensor) -> dict[str, Any]:
+    def forward_kwargs(self, new_tokens: int | Sequence[int] | Tensor) -> dict[str, Any]:
         """Announce the next forward: how many of each row's tokens are real, the rest being padding behind.
 
         `new_tokens` int [B], or one number for all; the forward has `max(new_tokens)` columns. Padding is
@@ -116,14 +117,14 @@ class SlotCache(Cache):
         """
         counts = torch.as_tensor(new_tokens, dtype=torch.int32, device="cpu").expand(self.batch)
         if int(counts.min()) < 0 or int(counts.max()) < 1:
-            raise ValueError(f"new_tokens: wanted 0 or more for each row, not all 0, got {counts.tolist()}")
+            raise ValueError(f"new_tokens: expected 0 or more for each row, not all 0, got {counts.tolist()}")
         step, mask, device = self._plan(counts), None, self.kv.device
         column = self._columns[: step.width]
         if not step.alike:
             implementation = self._config._attn_implementation
             if implementation not in ("sdpa", "eager", NAME):
                 wanted = "attn_implementation 'sdpa', 'eager' or 'mem1' for rows that differ"
-                raise ValueError(f"SlotCache.step: wanted {wanted}, got {implementation!r}")
+                raise ValueError(f"SlotCache.step: expected {wanted}, got {implementation!r}")
             last = (self.lengths[:, None] + column).to(device)  # the last entry that each token sees
             mask = (torch.arange(step.used, device=device) <= last[..., None])[:, None]
             if implementation == "eager":
@@ -148,11 +149,11 @@ class SlotCache(Cache):
         used, compact = self.used, positions == "compact"
         if compact:
             if not torch.equal(self.positions, self.lengths):
-                raise ValueError("positions: wanted 'keep', as entries are not at their slots' positions")
+                raise ValueError("positions: expected 'keep', as entries are not at their slots' positions")
             inv_freq = self._inv_freq if inv_freq is None else inv_freq
             if inv_freq is None:
                 wanted = "RoPE's frequencies, or a cache made from a model that rotates halves by fixed ones"
-                raise ValueError(f"inv_freq: wanted {wanted}, got None")
+                raise ValueError(f"inv_freq: expected {wanted}, got None")
             inv_freq = inv_freq.to(self.kv.device)
         mask = keep if isinstance(keep, Tensor) and keep.dtype == torch.bool else None
         lengths = prune_kv_cache_(
@@ -173,13 +174,13 @@ class SlotCache(Cache):
                     self.positions[row] = length
         if min(lengths) < 0:
             row = lengths.index(-1)
-            raise ValueError(f"keep[{row}]: wanted ranges in order, up to {self.lengths[row]}, got others")
+            raise ValueError(f"keep[{row}]: expected ranges in order, up to {self.lengths[row]}, got others")
 
     def reset(self) -> None:
         """Empty all slots."""
         for tensor in (self.kv, self.lengths, self.positions, self.entries):
             tensor.zero_()
-        self.runs, self._announced = [[] for _ in range(self.batch)], False
+        self.run_lengths, self._announced = [[] for _ in range(self.batch)], False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens that each row has read; the next take their positions.
@@ -187,7 +188,7 @@ class SlotCache(Cache):
         Raises ValueError for a number above 0, transformers' former way to say how many stay.
         """
         if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove: wanted 0 or less, got {tokens_to_remove}")
+            raise ValueError(f"tokens_to_remove: expected 0 or less, got {tokens_to_remove}")
         self.positions.add_(tokens_to_remove).clamp_(min=0)
         stored = self._columns < self.lengths[:, None]
         self.lengths.copy_((stored & (self.entries < self.positions[:, None])).sum(1))
@@ -199,22 +200,22 @@ class SlotCache(Cache):
         self.kv[:, :, :, :used] = self.kv[:, :, beam_idx.to(self.kv.device), :used]
         for tensor in (self.lengths, self.positions, self.entries):
             tensor.copy_(tensor[order])
-        self.runs = [list(self.runs[row]) for row in order.tolist()]
+        self.run_lengths = [list(self.run_lengths[row]) for row in order.tolist()]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Raises ValueError: the number of slots is fixed."""
-        raise ValueError(f"SlotCache: wanted its batch of {self.batch} to stay, got {repeats} repeats")
+        raise ValueError(f"SlotCache: expected its batch of {self.batch} to stay, got {repeats} repeats")
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Raises ValueError: the number of slots is fixed."""
-        raise ValueError(f"SlotCache: wanted its batch of {self.batch} to stay, got a selection of rows")
+        raise ValueError(f"SlotCache: expected its batch of {self.batch} to stay, got a selection of rows")
 
     def _plan(self, counts: Tensor) -> _Step:
         ends = self.lengths + counts
         if int(ends.max()) > self.capacity:
             slot = int(ends.argmax())
             raise ValueError(
-                f"capacity: wanted room for {ends[slot]} tokens in slot {slot}, got {self.capacity}"
+                f"capacity: expected room for {ends[slot]} tokens in slot {slot}, got {self.capacity}"
             )
         width = int(counts.max())
         rows, columns = (self._columns[:width] < counts[:, None]).nonzero(as_tuple=True)
@@ -282,13 +283,15 @@ class _SlotLayer(CacheLayerMixin):
         step, cache._announced = cache._step, False  # a forward that fails leaves no announcement behind
         if step is None or step.width != width:
             announced = None if step is None else step.width
-            raise ValueError(f"SlotCache: wanted the {announced} columns that `step` announced, got {width}")
+            raise ValueError(
+                f"SlotCache: expected the {announced} columns that `step` announced, got {width}"
+            )
         store = (self.keys, self.values)
         for new, old in zip((key_states, value_states), store, strict=True):
             wanted = (*old.shape[:2], width, old.shape[3])
             if new.shape != wanted or new.dtype != old.dtype or new.device != old.device:
                 raise ValueError(
-                    f"SlotCache, layer {self.layer}: wanted keys and values {list(wanted)}, {old.dtype} on "
+                    f"SlotCache, layer {self.layer}: expected keys and values {list(wanted)}, {old.dtype} on "
                     f"{old.device}, got {list(new.shape)}, {new.dtype} on {new.device}"
                 )
         for new, old in zip((key_states.detach(), value_states.detach()), store, strict=True):
@@ -308,7 +311,7 @@ class _SlotLayer(CacheLayerMixin):
         step = step or cache._plan(torch.full_like(cache.lengths, query_length))
         if not step.alike:
             raise ValueError(
-                "SlotCache: wanted the attention_mask of `SlotCache.step`, as rows differ in length or "
+                "SlotCache: expected the attention_mask of `SlotCache.step`, as rows differ in length or "
                 "position, got one made by transformers"
             )
         length = int(cache.lengths[0])
@@ -332,11 +335,11 @@ def _in_ranges(ranges: Any, used: int) -> Tensor:
 def _window_problem(config: Any) -> str | None:
     """What `layer_types` would say of configs that have none."""
     if not getattr(config, "num_attention_heads", None):
-        return f"wanted attention layers, got {type(config).__name__} without num_attention_heads"
+        return f"expected attention layers, got {type(config).__name__} without num_attention_heads"
     if getattr(config, "layer_types", None) is None:
         for name in ("sliding_window", "attention_chunk_size"):
             if getattr(config, name, None) is not None:
-                return f"wanted full attention, got {name}={getattr(config, name)}"
+                return f"expected full attention, got {name}={getattr(config, name)}"
     return None
 
 

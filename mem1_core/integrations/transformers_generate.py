@@ -1,14 +1,14 @@
 """A decoding loop for `model.generate` that drops tokens from the KV cache in place while it writes.
 
-    rule = TurnRule(state_end=ids["</IS>"], query_end=ids["</query>"], answer_end=ids["</answer>"])
-    out = model.generate(**inputs, custom_generate=prune_generate, forget=rule, max_new_tokens=512)
+    rule = Mem1Eviction(state_end=ids["</IS>"], query_end=ids["</query>"], answer_end=ids["</answer>"])
+    out = model.generate(**inputs, custom_generate=prune_generate, eviction_policy=rule, max_new_tokens=512)
 
 To go on after the environment's answer, give each call the same `SlotCache` (`**cache.kwargs`: its name is
 `cache`, before transformers 5.24 `past_key_values`), and all tokens so far: the cache knows which of them it
 has read.
 
 What is generated has the log-probs that one forward over all tokens gives with positions 0 .. N-1 and the
-mask `TrajectoryLayout.from_turns(rule.segments(tokens, cache.runs[row]), prune=rule.prune).mask`.
+mask `TrajectoryLayout.from_segments(rule.segments(tokens, cache.run_lengths[row]), prune=rule.prune).mask`.
 """
 
 from __future__ import annotations
@@ -20,40 +20,46 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from mem1_core.eviction import Prune, evict_from_turns
+from mem1_core.eviction import EvictionPolicy, evict_from_segments
 from mem1_core.integrations.transformers_cache import CACHE, SlotCache
 from mem1_core.segments import Kind, Segment
 
-Forget = Callable[[list[int], list[int], bool], Tensor | None]
+EvictionFunction = Callable[[list[int], list[int], bool], Tensor | None]
 
 # What `generate` hands to a loop for text; position ids follow from the mask.
 _UNDERSTOOD = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
 
 
-class TurnRule:
-    """The rule by which a MEM1 policy forgets, as `evict_from_turns` states it: a value of `forget`.
+class Mem1Eviction:
+    """The rule by which a MEM1 policy forgets, as `evict_from_segments` states it: a value of
+    `eviction_policy`.
 
     state_end, query_end, answer_end: the token ids of `</IS>`, `</query>`, `</answer>`. They count only where
-    the policy has written them; where it stops, its action is complete in any case. prune: "action", "is" or
-    "never".
+    the policy has written them; where it stops, its action is complete in any case. prune: "action", "state"
+    or "never".
     """
 
     def __init__(
-        self, *, state_end: int, query_end: int, answer_end: int | None = None, prune: Prune = "action"
+        self,
+        *,
+        state_end: int,
+        query_end: int,
+        answer_end: int | None = None,
+        prune: EvictionPolicy = "action",
     ) -> None:
-        evict_from_turns((), prune)  # refuses what is no rule
+        evict_from_segments((), prune)  # refuses what is no rule
         self.state_end, self.query_end, self.answer_end, self.prune = state_end, query_end, answer_end, prune
 
     def __call__(self, tokens: list[int], runs: list[int], ended: bool) -> Tensor | None:
-        """See `prune_generate`, `forget`."""
-        events = (self.query_end, self.answer_end, *((self.state_end,) if self.prune == "is" else ()))
+        """See `prune_generate`, `eviction_policy`."""
+        events = (self.query_end, self.answer_end, *((self.state_end,) if self.prune == "state" else ()))
         if not ended and tokens[-1] not in events:
             return None
         segments = self.segments(tokens, runs)
         kind, turn, _ = segments[-1]
         # What comes next decides what is over, so ask the table as if one more token were there.
-        following = Segment("query" if kind == "is" and not ended else "info", turn, 1)
-        return evict_from_turns([*segments, following], self.prune)[:-1] > len(tokens)
+        following = Segment("query" if kind == "state" and not ended else "info", turn, 1)
+        return evict_from_segments([*segments, following], self.prune)[:-1] > len(tokens)
 
     def segments(self, tokens: Sequence[int], runs: Sequence[int]) -> list[Segment]:
         """A row in turns: what is given first is the prompt, later an `info`; what is written, actions."""
@@ -72,7 +78,7 @@ class TurnRule:
                     if tokens[stop - 1] == self.state_end and not state:
                         state = stop - begin
                 if state:
-                    segments.append(Segment("is", turn, state))
+                    segments.append(Segment("state", turn, state))
                 if rest := stop - begin - state:
                     kind: Kind = "answer" if tokens[stop - 1] == self.answer_end else "query"
                     segments.append(Segment(kind, turn, rest))
@@ -87,21 +93,22 @@ def prune_generate(
     stopping_criteria: Any,
     generation_config: Any,
     *,
-    forget: Forget | None = None,
+    eviction_policy: EvictionFunction | None = None,
     capacity: int | None = None,
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """Greedy decoding or sampling as transformers has it, over a `SlotCache` that is pruned as it goes.
 
-    For `model.generate(..., custom_generate=prune_generate, forget=..., capacity=...)`, which prepares all
-    else. Prompts may be padded anywhere, as `attention_mask` says; a row's positions count its own tokens.
+    For `model.generate(..., custom_generate=prune_generate, eviction_policy=..., capacity=...)`, which
+    prepares all else. Prompts may be padded anywhere, as `attention_mask` says; a row's positions count its
+    own tokens.
 
     Args:
-        forget: asked for each token that a row has written. Its arguments are the row's tokens, that one
-            included; their runs: how many were given, then written, given, ...; and whether the row writes no
-            more in this call. Returns bool [tokens], True for those that later ones may still see, or None
-            for all. The token just written is fed first: it sees what leaves.
+        eviction_policy: asked for each token that a row has written. Its arguments are the row's tokens, that
+            one included; their runs: how many were given, then written, given, ...; and whether the row
+            writes no more in this call. Returns bool [tokens], True for those that later ones may still see,
+            or None for all. The token just written is fed first: it sees what leaves.
         capacity: of the cache that is made where none is given; by default the longest possible sequence.
         streamer: give it to `generate` and, as that hands none on, here:
             `custom_generate=partial(prune_generate, streamer=streamer)`.
@@ -128,10 +135,10 @@ def prune_generate(
     unread = [stream[read:] for stream, read in zip(streams, cache.positions.tolist(), strict=True)]
     writing = [bool(tokens) for tokens in unread]
     if not any(writing):
-        raise ValueError("input_ids: wanted tokens that the cache has not read, got none")
+        raise ValueError("input_ids: expected tokens that the cache has not read, got none")
     keeps_logits = "logits_to_keep" in model_kwargs
     logits = _read(model, cache, unread, keeps_logits)
-    for stream, runs in zip(streams, cache.runs, strict=True):
+    for stream, runs in zip(streams, cache.run_lengths, strict=True):
         if given := len(stream) - sum(runs):
             _extend(runs, given, written=False)
 
@@ -161,9 +168,13 @@ def prune_generate(
         for row, token in enumerate(chosen.tolist()):
             if writing[row]:
                 streams[row].append(token)
-                _extend(cache.runs[row], 1, written=True)
+                _extend(cache.run_lengths[row], 1, written=True)
                 writing[row] = not over[row]
-                alive = None if forget is None else _ask(forget, streams[row], cache.runs[row], over[row])
+                alive = (
+                    None
+                    if eviction_policy is None
+                    else _ask(eviction_policy, streams[row], cache.run_lengths[row], over[row])
+                )
                 if over[row]:
                     last[row], stays[row] = [token], alive
                 else:
@@ -190,36 +201,38 @@ def _begin(
 ) -> tuple[SlotCache, list[list[int]]]:
     """The cache, and each row's tokens without padding. Refuses what the loop does not do."""
     if config.num_beams != 1:
-        raise ValueError(f"prune_generate: wanted num_beams=1, got {config.num_beams}")
+        raise ValueError(f"prune_generate: expected num_beams=1, got {config.num_beams}")
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(config, name):
-            raise ValueError(f"prune_generate: wanted {name}=False, got True")
+            raise ValueError(f"prune_generate: expected {name}=False, got True")
     foreign = sorted(name for name, value in kwargs.items() if value is not None and name not in _UNDERSTOOD)
     if foreign:
         raise ValueError(
-            f"prune_generate: wanted input_ids and attention_mask, got {', '.join(foreign)} as well"
+            f"prune_generate: expected input_ids and attention_mask, got {', '.join(foreign)} as well"
         )
     mask = kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask
     if mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask: wanted the shape of input_ids, all tokens so far, {list(input_ids.shape)}, "
+            f"attention_mask: expected the shape of input_ids, all tokens so far, {list(input_ids.shape)}, "
             f"got {list(mask.shape)}"
         )
     streams = [row[real].tolist() for row, real in zip(input_ids, mask.bool(), strict=True)]
     cache = kwargs.get(CACHE)
     if not isinstance(cache, SlotCache):
         if cache is not None and cache.get_seq_length():
-            raise ValueError(f"{CACHE}: wanted a SlotCache, got a filled {type(cache).__name__}")
+            raise ValueError(f"{CACHE}: expected a SlotCache, got a filled {type(cache).__name__}")
         cache = SlotCache(model, len(streams), capacity or config.max_length)
     if cache.batch != len(streams):
-        raise ValueError(f"{CACHE}: wanted a SlotCache of {len(streams)} rows, got {cache.batch}")
+        raise ValueError(f"{CACHE}: expected a SlotCache of {len(streams)} rows, got {cache.batch}")
     for row, (stream, read) in enumerate(zip(streams, cache.positions.tolist(), strict=True)):
-        if sum(cache.runs[row]) > read:
-            raise ValueError(f"{CACHE}: wanted a cache that has read all of row {row} and kept its positions")
+        if sum(cache.run_lengths[row]) > read:
+            raise ValueError(
+                f"{CACHE}: expected a cache that has read all of row {row} and kept its positions"
+            )
         if len(stream) < read:
             raise ValueError(
-                f"input_ids[{row}]: wanted all tokens so far, {read} or more as the cache has read these, "
+                f"input_ids[{row}]: expected all tokens so far, {read} or more as the cache has read these, "
                 f"got {len(stream)}"
             )
     return cache, streams
@@ -232,7 +245,7 @@ def _read(model: Any, cache: SlotCache, tokens: list[list[int]], keeps_logits: b
     ids = torch.tensor([row + [0] * (width - len(row)) for row in tokens], device=cache.kv.device)
     columns, index = (counts - 1).clamp(min=0).unique(return_inverse=True)
     options: dict[str, Any] = {"logits_to_keep": columns.to(ids.device)} if keeps_logits else {}
-    out = model(input_ids=ids, use_cache=True, return_dict=True, **cache.step(counts), **options)
+    out = model(input_ids=ids, use_cache=True, return_dict=True, **cache.forward_kwargs(counts), **options)
     place = (index if keeps_logits else columns[index]).to(out.logits.device)
     return out.logits[torch.arange(len(tokens), device=place.device), place].float()
 
@@ -245,17 +258,18 @@ def _extend(runs: list[int], count: int, *, written: bool) -> None:
         runs[-1] += count
 
 
-def _ask(forget: Forget, tokens: list[int], runs: list[int], ended: bool) -> Tensor | None:
-    alive = forget(tokens, runs, ended)
+def _ask(eviction_policy: EvictionFunction, tokens: list[int], runs: list[int], ended: bool) -> Tensor | None:
+    alive = eviction_policy(tokens, runs, ended)
     if alive is not None and (alive.dtype != torch.bool or alive.shape != (len(tokens),)):
         raise ValueError(
-            f"forget: wanted bool [{len(tokens)}] or None, got {alive.dtype} {list(alive.shape)}"
+            f"eviction_policy: expected bool [{len(tokens)}] or None, got {alive.dtype} {list(alive.shape)}"
         )
     return None if alive is None else alive.cpu()
 
 
 def _forget(cache: SlotCache, alive: list[Tensor | None]) -> None:
-    """Prune the rows for which there is an answer; in a row's tokens, an entry's index is its position."""
+    """EvictionPolicy the rows for which there is an answer; in a row's tokens, an entry's index is its
+    position."""
     keep = torch.ones(cache.batch, cache.used, dtype=torch.bool, device="cpu")
     for row, answer in enumerate(alive):
         if answer is not None:

@@ -91,19 +91,20 @@ def trajectory_attention(
     check_whole(q=q, k=k, v=v)
     _check_inputs(q, k, v)
     if not isinstance(mask, TrajectoryMask):
-        raise TypeError(f"mask: wanted a TrajectoryMask, got {type(mask).__name__}")
+        raise TypeError(f"mask: expected a TrajectoryMask, got {type(mask).__name__}")
     if mask.device != q.device:
-        raise ValueError(f"mask: wanted the device of q, {q.device}, got {mask.device}")
-    if mask.evict.shape[1] != q.shape[1] or mask.evict.shape[0] not in (1, q.shape[0]):
+        raise ValueError(f"mask: expected the device of q, {q.device}, got {mask.device}")
+    if mask.evict_at.shape[1] != q.shape[1] or mask.evict_at.shape[0] not in (1, q.shape[0]):
         raise ValueError(
-            f"mask: wanted evict of shape [{q.shape[0]} or 1, {q.shape[1]}], got {list(mask.evict.shape)}"
+            f"mask: expected evict_at of shape [{q.shape[0]} or 1, {q.shape[1]}], "
+            f"got {list(mask.evict_at.shape)}"
         )
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
     elif not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: wanted a number or None, got {type(scale).__name__}")
+        raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
     elif not math.isfinite(scale):
-        raise ValueError(f"scale: wanted a finite number, got {scale}")
+        raise ValueError(f"scale: expected a finite number, got {scale}")
     chosen = choose_backend("trajectory_attention", q, backend, _AVAILABLE)
     if chosen == "reference":
         return reference.trajectory_attention(q, k, v, mask, scale, return_lse)
@@ -116,7 +117,7 @@ def trajectory_attention(
         op, plan = _library.ops.trajectory_attention_triton, mask.tile_plan(*DEFAULT_BLOCKS["cuda"])
     else:
         op, plan = _library.ops.trajectory_attention, mask.plan
-    out, lse = op(q, k, v, mask.evict, *plan[2:], plan.block_q, plan.block_k, scale)
+    out, lse = op(q, k, v, mask.evict_at, *plan[2:], plan.block_q, plan.block_k, scale)
     return (out, lse) if return_lse else out
 
 
@@ -124,22 +125,22 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     """What holds for every backend; which dtypes and strides it takes, each says itself."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: wanted a tensor, got {type(tensor).__name__}")
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.dim() != 4 or tensor.shape[3] == 0:
             raise ValueError(
-                f"{name}: wanted [batch, length, heads, dim] with dim >= 1, got shape {list(tensor.shape)}"
+                f"{name}: expected [batch, length, heads, dim] with dim >= 1, got shape {list(tensor.shape)}"
             )
         if not tensor.is_floating_point():
-            raise TypeError(f"{name}: wanted float32 or another floating point dtype, got {tensor.dtype}")
+            raise TypeError(f"{name}: expected float32 or another floating point dtype, got {tensor.dtype}")
         if tensor.dtype != q.dtype:
-            raise TypeError(f"{name}: wanted the dtype of q, {q.dtype}, got {tensor.dtype}")
+            raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {tensor.dtype}")
         if tensor.device != q.device:
-            raise ValueError(f"{name}: wanted the device of q, {q.device}, got {tensor.device}")
+            raise ValueError(f"{name}: expected the device of q, {q.device}, got {tensor.device}")
         if (*tensor.shape[:2], tensor.shape[3]) != (*q.shape[:2], q.shape[3]):
             raise ValueError(
-                f"{name}: wanted batch, length and dim of q, {list(q.shape)}, got {list(tensor.shape)}"
+                f"{name}: expected batch, length and dim of q, {list(q.shape)}, got {list(tensor.shape)}"
             )
     if k.shape[2] != v.shape[2]:
-        raise ValueError(f"v: wanted the heads of k, {k.shape[2]}, got {v.shape[2]}")
+        raise ValueError(f"v: expected the heads of k, {k.shape[2]}, got {v.shape[2]}")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2] != 0:
-        raise ValueError(f"q: wanted a multiple of the {k.shape[2]} heads of k, got {q.shape[2]}")
+        raise ValueError(f"q: expected a multiple of the {k.shape[2]} heads of k, got {q.shape[2]}")

@@ -57,12 +57,12 @@ def gae(
     check_whole(reward=reward, value=value, mask=mask)
     for name, x in (("reward", reward), ("value", value)):
         if not isinstance(x, Tensor) or x.dim() != 2 or not x.is_floating_point():
-            raise TypeError(f"{name}: wanted a floating point tensor [B, T], got {told(x)}")
+            raise TypeError(f"{name}: expected a floating point tensor [B, T], got {told(x)}")
         _check_like(name, x, reward)
     _check_mask(mask, reward)
     for name, number in (("gamma", gamma), ("lam", lam)):
         if not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise ValueError(f"{name}: wanted a finite number, got {number!r}")
+            raise ValueError(f"{name}: expected a finite number, got {number!r}")
     chosen = choose_backend("gae", reward, backend, AVAILABLE)
     if chosen == "reference":
         return reference.gae(reward, value, mask, gamma, lam)
@@ -104,10 +104,10 @@ def masked_whiten(
     """
     check_whole(values=values, mask=mask)
     if not isinstance(values, Tensor) or not values.is_floating_point():
-        raise TypeError(f"values: wanted a floating point tensor, got {told(values)}")
+        raise TypeError(f"values: expected a floating point tensor, got {told(values)}")
     _check_mask(mask, values)
     if not isinstance(eps, (int, float)) or not eps > 0:
-        raise ValueError(f"eps: wanted a number > 0, got {eps!r}")
+        raise ValueError(f"eps: expected a number > 0, got {eps!r}")
     if group is None:
         return reference.masked_whiten(values, mask, shift_mean=shift_mean, eps=eps)
     wide = values.detach().to(torch.promote_types(values.dtype, torch.float32))
@@ -129,13 +129,13 @@ def masked_whiten(
 def _check_like(name: str, x: Tensor, like: Tensor) -> None:
     if x.shape != like.shape or x.device != like.device:
         raise ValueError(
-            f"{name}: wanted {list(like.shape)} on {like.device}, got {list(x.shape)} on {x.device}"
+            f"{name}: expected {list(like.shape)} on {like.device}, got {list(x.shape)} on {x.device}"
         )
 
 
 def _check_mask(mask: Tensor, like: Tensor) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"mask: wanted a bool tensor {list(like.shape)}, got {told(mask)}")
+        raise TypeError(f"mask: expected a bool tensor {list(like.shape)}, got {told(mask)}")
     _check_like("mask", mask, like)
 
 

@@ -90,14 +90,14 @@ def prune_kv_cache_(
     batch, slots = keys[0].shape[1:3]
     lengths_32 = _integers("lengths", lengths, keys[0])
     if lengths.shape != (batch,):
-        raise ValueError(f"lengths: wanted one per sequence, shape [{batch}], got {list(lengths.shape)}")
+        raise ValueError(f"lengths: expected one per sequence, shape [{batch}], got {list(lengths.shape)}")
     mask, ranges = _keep(keep, batch, slots, keys[0])
     inv_freq = _frequencies(positions, inv_freq, keys[0])
     bases = [] if base_keys is None else _unsqueezed(base_keys)
     if bases and positions != "compact":
-        raise ValueError(f"base_keys: wanted None for positions={positions!r}, got keys")
+        raise ValueError(f"base_keys: expected None for positions={positions!r}, got keys")
     if bool(bases) != (base_positions is not None):
-        raise ValueError("base_keys, base_positions: wanted both or neither, got one of them")
+        raise ValueError("base_keys, base_positions: expected both or neither, got one of them")
     chosen = choose_backend("prune_kv_cache_", keys[0], backend, _AVAILABLE)
     if chosen == "reference":
         mask = _reference_mask(mask, ranges, lengths_32, slots)
@@ -175,17 +175,19 @@ def prune_paged_kv_cache_(
     keys, values = _layers(kv, "kv")
     pages, page = keys[0].shape[1:3]
     if gaps not in get_args(Gaps):
-        raise ValueError(f"gaps: wanted 'close' or 'leave', got {gaps!r}")
+        raise ValueError(f"gaps: expected 'close' or 'leave', got {gaps!r}")
     if gaps == "leave" and positions != "keep":
-        raise ValueError(f"positions: wanted 'keep' for gaps='leave', got {positions!r}")
+        raise ValueError(f"positions: expected 'keep' for gaps='leave', got {positions!r}")
     lengths_32 = _integers("lengths", lengths, keys[0])
     if not isinstance(block_table, Tensor) or block_table.dtype != torch.int32 or block_table.dim() != 2:
-        raise TypeError(f"block_table: wanted an int32 tensor [sequences, pages], got {_told(block_table)}")
+        raise TypeError(f"block_table: expected an int32 tensor [sequences, pages], got {_told(block_table)}")
     if block_table.device != keys[0].device or not block_table.is_contiguous():
-        raise ValueError(f"block_table: wanted contiguous and on {keys[0].device}, got {_told(block_table)}")
+        raise ValueError(
+            f"block_table: expected contiguous and on {keys[0].device}, got {_told(block_table)}"
+        )
     batch, width = block_table.shape
     if lengths.shape != (batch,):
-        raise ValueError(f"lengths: wanted one per sequence, shape [{batch}], got {list(lengths.shape)}")
+        raise ValueError(f"lengths: expected one per sequence, shape [{batch}], got {list(lengths.shape)}")
     mask, ranges = _keep(keep, batch, width * page, keys[0])
     inv_freq = _frequencies(positions, inv_freq, keys[0])
     within = gaps == "leave"
@@ -223,24 +225,24 @@ def _layers(kv: KVCache, name: str) -> tuple[list[Tensor], list[Tensor]]:
     """Keys and values as lists of [layers, rows, slots, heads, dim]."""
     if isinstance(kv, Tensor):
         if kv.dim() != 6 or kv.shape[1] != 2:
-            raise ValueError(f"{name}: wanted [layers, 2, rows, slots, heads, dim], got {_told(kv)}")
+            raise ValueError(f"{name}: expected [layers, 2, rows, slots, heads, dim], got {_told(kv)}")
         keys, values = [kv[:, 0]], [kv[:, 1]]
     else:
         if not isinstance(kv, Sequence):
-            raise TypeError(f"{name}: wanted a tensor or a sequence of layers, got {_told(kv)}")
+            raise TypeError(f"{name}: expected a tensor or a sequence of layers, got {_told(kv)}")
         layers: list[Any] = list(kv)
         if not layers:
-            raise ValueError(f"{name}: wanted at least one layer, got none")
+            raise ValueError(f"{name}: expected at least one layer, got none")
         for n, pair in enumerate(layers):
             if not isinstance(pair, Tensor | Sequence) or not all(isinstance(x, Tensor) for x in pair):
-                raise TypeError(f"{name}[{n}]: wanted a pair of tensors, got {_told(pair)}")
+                raise TypeError(f"{name}[{n}]: expected a pair of tensors, got {_told(pair)}")
             if len(pair) != 2 or not all(x.dim() == 4 for x in pair):
                 got = [list(x.shape) for x in pair]
-                raise ValueError(f"{name}[{n}]: wanted two of [rows, slots, heads, dim], got {got}")
+                raise ValueError(f"{name}[{n}]: expected two of [rows, slots, heads, dim], got {got}")
         keys, values = ([pair[which][None] for pair in layers] for which in (0, 1))
     for tensor in (*keys, *values):
         if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(f"{name}: wanted a cache without gradients, got one that requires them")
+            raise ValueError(f"{name}: expected a cache without gradients, got one that requires them")
     if keys[0].element_size() == 1:  # which of the types of one byte does not matter to who moves them
         keys, values = ([x.view(torch.uint8) for x in tensors] for tensors in (keys, values))
     return keys, values
@@ -250,7 +252,7 @@ def _unsqueezed(keys: Tensor | Sequence[Tensor]) -> list[Tensor]:
     tensors = [keys] if isinstance(keys, Tensor) else [key[None] for key in keys]
     for tensor in tensors:
         if tensor.dim() != 5:
-            raise ValueError(f"base_keys: wanted [layers, rows, slots, heads, dim], got {_told(tensor)}")
+            raise ValueError(f"base_keys: expected [layers, rows, slots, heads, dim], got {_told(tensor)}")
     return tensors
 
 
@@ -262,9 +264,9 @@ def _integers(name: str, values: Tensor, like: Tensor) -> Tensor:
         or values.is_complex()
         or values.dtype == torch.bool
     ):
-        raise TypeError(f"{name}: wanted an integer tensor, got {_told(values)}")
+        raise TypeError(f"{name}: expected an integer tensor, got {_told(values)}")
     if values.device != like.device:
-        raise ValueError(f"{name}: wanted the device of kv, {like.device}, got {values.device}")
+        raise ValueError(f"{name}: expected the device of kv, {like.device}, got {values.device}")
     return values if values.dtype == torch.int32 else values.long().clamp(-1, _MOST).int()
 
 
@@ -272,14 +274,14 @@ def _keep(keep: Keep, batch: int, slots: int, like: Tensor) -> tuple[Tensor | No
     """`keep` as a mask or as int32 ranges [B, R, 2], on the device of the cache."""
     if isinstance(keep, Tensor) and keep.dtype == torch.bool:
         if keep.shape != (batch, slots):
-            raise ValueError(f"keep: wanted a mask of shape [{batch}, {slots}], got {list(keep.shape)}")
+            raise ValueError(f"keep: expected a mask of shape [{batch}, {slots}], got {list(keep.shape)}")
         if keep.device != like.device:
-            raise ValueError(f"keep: wanted the device of kv, {like.device}, got {keep.device}")
+            raise ValueError(f"keep: expected the device of kv, {like.device}, got {keep.device}")
         return (keep if keep.stride(1) == 1 else keep.contiguous()), None
     ranges = keep if isinstance(keep, Tensor) else _padded(keep)
     if ranges.dim() != 3 or ranges.shape[0] != batch or ranges.shape[2] != 2:
         raise ValueError(
-            f"keep: wanted bool [{batch}, {slots}] or ranges [{batch}, count, 2], got {_told(ranges)}"
+            f"keep: expected bool [{batch}, {slots}] or ranges [{batch}, count, 2], got {_told(ranges)}"
         )
     if ranges.device.type == "cpu":
         ranges = _integers("keep", ranges, ranges)
@@ -290,12 +292,12 @@ def _keep(keep: Keep, batch: int, slots: int, like: Tensor) -> tuple[Tensor | No
 
 def _padded(keep: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
     if not isinstance(keep, Sequence):
-        raise TypeError(f"keep: wanted a mask or ranges, got {_told(keep)}")
+        raise TypeError(f"keep: expected a mask or ranges, got {_told(keep)}")
     rows: list[list[Any]] = []
     for n, row in enumerate(keep):
         sound = isinstance(row, Sequence) and all(isinstance(pair, Sequence) for pair in row)
         if not sound or any(len(pair) != 2 or not all(isinstance(x, int) for x in pair) for pair in row):
-            raise TypeError(f"keep[{n}]: wanted pairs (begin, end) of integers, got {row!r}")
+            raise TypeError(f"keep[{n}]: expected pairs (begin, end) of integers, got {row!r}")
         rows.append([tuple(pair) for pair in row])
     count = max([0, *map(len, rows)])
     ends = [row[-1][1] if row else 0 for row in rows]  # padding is empty ranges behind the last
@@ -312,7 +314,7 @@ def _check_ranges(ranges: Tensor, limit: int | Tensor) -> None:
     if len(bad):
         b = int(bad[0])
         raise ValueError(
-            f"keep[{b}]: wanted ranges [begin, end) in order, not overlapping, up to {int(limits[b])}, got "
+            f"keep[{b}]: expected ranges [begin, end) in order, not overlapping, up to {int(limits[b])}, got "
             f"{ranges[b].tolist()}"
         )
 
@@ -322,7 +324,7 @@ def _reference_mask(mask: Tensor | None, ranges: Tensor | None, lengths: Tensor,
     bad = ((lengths < 0) | (lengths > slots)).nonzero()
     if len(bad):
         b = int(bad[0])
-        raise ValueError(f"lengths[{b}]: wanted 0 to {slots}, got {int(lengths[b])}")
+        raise ValueError(f"lengths[{b}]: expected 0 to {slots}, got {int(lengths[b])}")
     if mask is not None:
         return mask
     assert ranges is not None
@@ -333,19 +335,21 @@ def _reference_mask(mask: Tensor | None, ranges: Tensor | None, lengths: Tensor,
 
 def _frequencies(positions: str, inv_freq: Tensor | None, like: Tensor) -> Tensor | None:
     if positions not in get_args(Positions):
-        raise ValueError(f"positions: wanted 'keep' or 'compact', got {positions!r}")
+        raise ValueError(f"positions: expected 'keep' or 'compact', got {positions!r}")
     if positions == "keep":
         if inv_freq is not None:
-            raise ValueError("inv_freq: wanted None for positions='keep', got a tensor")
+            raise ValueError("inv_freq: expected None for positions='keep', got a tensor")
         return None
     if not isinstance(inv_freq, Tensor):
-        raise ValueError("inv_freq: wanted RoPE's frequencies [D / 2] for positions='compact', got None")
+        raise ValueError("inv_freq: expected RoPE's frequencies [D / 2] for positions='compact', got None")
     if not like.is_floating_point() or like.element_size() == 1:
-        raise TypeError(f"kv: wanted a floating point type of 2 bytes or more to turn keys, got {like.dtype}")
+        raise TypeError(
+            f"kv: expected a floating point type of 2 bytes or more to turn keys, got {like.dtype}"
+        )
     dim = like.shape[-1]
     if dim % 2 or inv_freq.shape != (dim // 2,) or inv_freq.device != like.device:
         raise ValueError(
-            f"inv_freq: wanted [D / 2] for an even D = {dim}, on {like.device}, got {_told(inv_freq)}"
+            f"inv_freq: expected [D / 2] for an even D = {dim}, on {like.device}, got {_told(inv_freq)}"
         )
     return inv_freq.float().contiguous()
 

@@ -81,7 +81,7 @@ def workspace(workspace_bytes: int | None, default: int) -> int:
     if workspace_bytes is None:
         return default
     if not isinstance(workspace_bytes, int) or workspace_bytes < 1:
-        raise ValueError(f"workspace_bytes: wanted an integer >= 1 or None, got {workspace_bytes!r}")
+        raise ValueError(f"workspace_bytes: expected an integer >= 1 or None, got {workspace_bytes!r}")
     return workspace_bytes
 
 
@@ -90,13 +90,13 @@ torch.library.define(
     "mem1_core::linear_logprob",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor temperature, int workspace_bytes, "
     "bool keep, bool overwrite) -> "
-    "(Tensor logprob, Tensor entropy, Tensor top, Tensor log_mass, Tensor kept)",
+    "(Tensor logprob, Tensor entropy, Tensor max_logit, Tensor log_sum_exp, Tensor kept)",
 )
 torch.library.define(
     "mem1_core::linear_logprob_backward",
     "(Tensor d_logprob, Tensor d_entropy, Tensor hidden, Tensor weight, Tensor? bias, Tensor target, "
-    "Tensor temperature, Tensor top, Tensor log_mass, Tensor entropy, Tensor kept, int workspace_bytes, "
-    "bool[] wanted) -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
+    "Tensor temperature, Tensor max_logit, Tensor log_sum_exp, Tensor entropy, Tensor kept, "
+    "int workspace_bytes, bool[] needs_grad) -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
 )
 
 
@@ -130,19 +130,20 @@ def _gradients(
     bias: Tensor | None,
     target: Tensor,
     temperature: Tensor,
-    top: Tensor,
-    log_mass: Tensor,
+    max_logit: Tensor,
+    log_sum_exp: Tensor,
     entropy: Tensor,
     kept: Tensor,
     space: int,
-    wanted: list[bool],
+    needs_grad: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d_hidden, d_weight, d_bias. Of the logits in `kept` nothing is left."""
-    given = wanted[0], wanted[1], wanted[2]
+    given = needs_grad[0], needs_grad[1], needs_grad[2]
     head = Head(hidden, weight, bias, None, space, given, kept if len(kept) else None)
     for part in head.chunks():
         of_rows = (
-            x[part].contiguous() for x in (target, temperature, top, log_mass, entropy, d_logprob, d_entropy)
+            x[part].contiguous()
+            for x in (target, temperature, max_logit, log_sum_exp, entropy, d_logprob, d_entropy)
         )
         logits = head.logits(part)
         _library.on_current_stream(
@@ -154,8 +155,8 @@ def _gradients(
 
 @torch.library.impl("mem1_core::linear_logprob_backward", ("cpu", "cuda"))
 def _(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, kept, space, wanted = given
-    arguments: list[Any] = [*tensors, kept.clone(), space, wanted]
+    *tensors, kept, space, needs_grad = given
+    arguments: list[Any] = [*tensors, kept.clone(), space, needs_grad]
     return _gradients(*arguments)
 
 
@@ -167,11 +168,11 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, heat:
     return *(heat.new_empty(len(hidden)) for _ in range(4)), kept
 
 
-def fake_gradients(inputs: tuple[Tensor | None, ...], wanted: list[bool]) -> tuple[Tensor, ...]:
+def fake_gradients(inputs: tuple[Tensor | None, ...], needs_grad: list[bool]) -> tuple[Tensor, ...]:
     nothing = inputs[0].new_empty(0) if inputs[0] is not None else torch.empty(0)
     return tuple(
         x.new_empty(x.shape) if x is not None and want else nothing.clone()
-        for x, want in zip(inputs, wanted, strict=True)
+        for x, want in zip(inputs, needs_grad, strict=True)
     )
 
 
@@ -182,23 +183,23 @@ def _(d_logprob: Tensor, d_entropy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.space, _, ctx.overwrite = inputs
-    _, entropy, top, log_mass, kept = output
-    ctx.mark_non_differentiable(top, log_mass, kept)
-    ctx.save_for_backward(*tensors, top, log_mass, entropy, kept)
+    _, entropy, max_logit, log_sum_exp, kept = output
+    ctx.mark_non_differentiable(max_logit, log_sum_exp, kept)
+    ctx.save_for_backward(*tensors, max_logit, log_sum_exp, entropy, kept)
     ctx.set_materialize_grads(False)  # those of `kept` would be as large as the logits
 
 
 def _backward(
     ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, *unused: None
 ) -> tuple[Tensor | None, ...]:
-    wanted = list(ctx.needs_input_grad[:3])
+    needs_grad = list(ctx.needs_input_grad[:3])
     saved = ctx.saved_tensors  # once: where checkpoints or hooks stand behind them, each reading is paid for
     entropy = saved[-2]
     d_logprob, d_entropy = (torch.zeros_like(entropy) if d is None else d for d in (d_logprob, d_entropy))
     in_place = ctx.overwrite and last_backward(d_logprob) and not torch.is_grad_enabled()
     backward: Any = _gradients if in_place else _library.ops.linear_logprob_backward
-    made = backward(d_logprob, d_entropy, *saved, ctx.space, wanted)
-    return *(x if want else None for x, want in zip(made, wanted, strict=True)), *(None,) * 5
+    made = backward(d_logprob, d_entropy, *saved, ctx.space, needs_grad)
+    return *(x if want else None for x, want in zip(made, needs_grad, strict=True)), *(None,) * 5
 
 
 def last_backward(gradient: Tensor) -> bool:

@@ -27,13 +27,13 @@ def fused_linear_ppo_loss(
     *,
     bias: Tensor | None = None,
     ref_logprob: Tensor | None = None,
-    sampler_logprob: Tensor | None = None,
-    sequence: Tensor | None = None,
+    rollout_logprob: Tensor | None = None,
+    sequence_ids: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
-    sampler_cap: float = 2.0,
+    rollout_is_cap: float = 2.0,
     kl_coef: float = 0.0,
     kl_estimator: KLEstimator = "k3",
     entropy_coef: float = 0.0,
@@ -51,8 +51,8 @@ def fused_linear_ppo_loss(
               + \beta\, \mathrm{kl}(d) - \eta H
 
     (Schulman et al. 2017, arXiv 1707.06347), where for A < 0 the maximum is at most -A `dual_clip` (Ye et al.
-    2020, arXiv 1912.09729), w = min(exp(old_logprob - sampler_logprob), `sampler_cap`), and kl is d, d^2 / 2
-    or exp(-d) - 1 + d (k1, k2, k3: Schulman 2020). Every log-ratio is clamped to +-20.
+    2020, arXiv 1912.09729), w = min(exp(old_logprob - rollout_logprob), `rollout_is_cap`), and kl is d, d^2 /
+    2 or exp(-d) - 1 + d (k1, k2, k3: Schulman 2020). Every log-ratio is clamped to +-20.
 
     Once the log-sum-exp of a row is known, its gradient needs nothing else: it replaces the logits of a
     chunk, and the backward only scales what the forward has summed up. That is 6 T H V FLOPs, where
@@ -66,12 +66,12 @@ def fused_linear_ppo_loss(
         old_logprob: floating point [T]: log-probs of the policy before the update.
         advantage: floating point [T], one for each token.
         loss_mask: bool [T].
-        ref_logprob: floating point [T]; wanted for `kl_coef`, without it a metric.
-        sampler_logprob: floating point [T]: log-probs that a stale sampler drew with.
-        sequence: integers [T]: which sequence a token belongs to; wanted for "sequence-mean".
+        ref_logprob: floating point [T]; expected for `kl_coef`, without it a metric.
+        rollout_logprob: floating point [T]: log-probs that a stale sampler drew with.
+        sequence_ids: integers [T]: which sequence a token belongs to; expected for "sequence-mean".
         clip_low, clip_high: 0 <= clip_low <= 1, clip_high >= 0.
         dual_clip: a number > 1 (usually 3), or None.
-        sampler_cap: > 0.
+        rollout_is_cap: > 0.
         kl_coef, entropy_coef: weights of the two terms.
         kl_estimator: "k1", "k2" or "k3".
         aggregation: what the sum of the losses is divided by: "token-mean" the tokens, "sequence-mean" the
@@ -107,21 +107,21 @@ def fused_linear_ppo_loss(
         advantage=advantage,
         loss_mask=loss_mask,
         ref_logprob=ref_logprob,
-        sampler_logprob=sampler_logprob,
-        sequence=sequence,
+        rollout_logprob=rollout_logprob,
+        sequence_ids=sequence_ids,
         normalizer=normalizer,
     )
     heat = check_head(hidden, weight, bias, target, temperature)
     check_rows("old_logprob", old_logprob, hidden)
     check_rows("advantage", advantage, hidden)
     check_rows("loss_mask", loss_mask, hidden, "a bool")
-    for name, x in (("ref_logprob", ref_logprob), ("sampler_logprob", sampler_logprob)):
+    for name, x in (("ref_logprob", ref_logprob), ("rollout_logprob", rollout_logprob)):
         if x is not None:
             check_rows(name, x, hidden)
-    _check_settings(clip_low, clip_high, dual_clip, sampler_cap, kl_coef, kl_estimator, entropy_coef)
+    _check_settings(clip_low, clip_high, dual_clip, rollout_is_cap, kl_coef, kl_estimator, entropy_coef)
     if kl_coef and ref_logprob is None:
-        raise ValueError(f"ref_logprob: wanted a tensor for kl_coef = {kl_coef}, got None")
-    _check_aggregation(hidden, aggregation, sequence, normalizer)
+        raise ValueError(f"ref_logprob: expected a tensor for kl_coef = {kl_coef}, got None")
+    _check_aggregation(hidden, aggregation, sequence_ids, normalizer)
     chosen = choose_backend("fused_linear_ppo_loss", hidden, backend, AVAILABLE)
     if chosen == "reference":
         return reference.fused_linear_ppo_loss(
@@ -133,13 +133,13 @@ def fused_linear_ppo_loss(
             loss_mask,
             bias=bias,
             ref_logprob=ref_logprob,
-            sampler_logprob=sampler_logprob,
-            sequence=sequence,
+            rollout_logprob=rollout_logprob,
+            sequence_ids=sequence_ids,
             temperature=heat,
             clip_low=clip_low,
             clip_high=clip_high,
             dual_clip=dual_clip,
-            sampler_cap=sampler_cap,
+            rollout_is_cap=rollout_is_cap,
             kl_coef=kl_coef,
             kl_estimator=kl_estimator,
             entropy_coef=entropy_coef,
@@ -158,14 +158,14 @@ def fused_linear_ppo_loss(
         advantage,
         loss_mask,
         ref_logprob,
-        sampler_logprob,
-        sequence,
+        rollout_logprob,
+        sequence_ids,
         heat,
         normalizer,
         clip_low,
         clip_high,
         dual_clip,
-        sampler_cap,
+        rollout_is_cap,
         kl_coef,
         kl_estimator,
         entropy_coef,
@@ -182,7 +182,7 @@ def _check_settings(
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
-    sampler_cap: float,
+    rollout_is_cap: float,
     kl_coef: float,
     kl_estimator: str,
     entropy_coef: float,
@@ -191,37 +191,37 @@ def _check_settings(
         ("clip_low", clip_low, lambda x: 0 <= x <= 1, "0 to 1"),
         ("clip_high", clip_high, lambda x: x >= 0, "a number >= 0"),
         ("dual_clip", dual_clip, lambda x: x > 1, "a number > 1 or None"),
-        ("sampler_cap", sampler_cap, lambda x: x > 0, "a number > 0"),
+        ("rollout_is_cap", rollout_is_cap, lambda x: x > 0, "a number > 0"),
         ("kl_coef", kl_coef, lambda x: -math.inf < x < math.inf, "a finite number"),
         ("entropy_coef", entropy_coef, lambda x: -math.inf < x < math.inf, "a finite number"),
     ):
         if name == "dual_clip" and x is None:
             continue
         if not isinstance(x, (int, float)) or not holds(x):
-            raise ValueError(f"{name}: wanted {wanted}, got {x!r}")
+            raise ValueError(f"{name}: expected {wanted}, got {x!r}")
     if kl_estimator not in ("k1", "k2", "k3"):
-        raise ValueError(f"kl_estimator: wanted 'k1', 'k2' or 'k3', got {kl_estimator!r}")
+        raise ValueError(f"kl_estimator: expected 'k1', 'k2' or 'k3', got {kl_estimator!r}")
 
 
 def _check_aggregation(
-    hidden: Tensor, aggregation: str, sequence: Tensor | None, normalizer: float | Tensor | None
+    hidden: Tensor, aggregation: str, sequence_ids: Tensor | None, normalizer: float | Tensor | None
 ) -> None:
     if aggregation not in ("token-mean", "sequence-mean", "sum"):
-        raise ValueError(f"aggregation: wanted 'token-mean', 'sequence-mean' or 'sum', got {aggregation!r}")
-    if sequence is not None:
-        check_rows("sequence", sequence, hidden, "an integer")
+        raise ValueError(f"aggregation: expected 'token-mean', 'sequence-mean' or 'sum', got {aggregation!r}")
+    if sequence_ids is not None:
+        check_rows("sequence_ids", sequence_ids, hidden, "an integer")
     elif aggregation == "sequence-mean":
-        raise ValueError(f"sequence: wanted a tensor for aggregation={aggregation!r}, got None")
+        raise ValueError(f"sequence_ids: expected a tensor for aggregation={aggregation!r}, got None")
     check_normalizer(normalizer, hidden.device)
 
 
 torch.library.define(
     "mem1_core::fused_linear_ppo_loss",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor old_logprob, Tensor advantage, "
-    "Tensor loss_mask, Tensor? ref_logprob, Tensor? sampler_logprob, Tensor? sequence, Tensor temperature, "
-    "Tensor? normalizer, float clip_low, float clip_high, float? dual_clip, float sampler_cap, "
-    "float kl_coef, str kl_estimator, float entropy_coef, str aggregation, int workspace_bytes, "
-    "bool[] wanted) -> "
+    "Tensor loss_mask, Tensor? ref_logprob, Tensor? rollout_logprob, Tensor? sequence_ids, "
+    "Tensor temperature, Tensor? normalizer, float clip_low, float clip_high, float? dual_clip, "
+    "float rollout_is_cap, float kl_coef, str kl_estimator, float entropy_coef, str aggregation, "
+    "int workspace_bytes, bool[] needs_grad) -> "
     "(Tensor loss, Tensor means, Tensor logprob, Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
 )
 
@@ -236,34 +236,43 @@ def _(
     advantage: Tensor,
     loss_mask: Tensor,
     ref_logprob: Tensor | None,
-    sampler_logprob: Tensor | None,
-    sequence: Tensor | None,
+    rollout_logprob: Tensor | None,
+    sequence_ids: Tensor | None,
     temperature: Tensor,
     normalizer: Tensor | None,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
-    sampler_cap: float,
+    rollout_is_cap: float,
     kl_coef: float,
     kl_estimator: str,
     entropy_coef: float,
     aggregation: str,
     space: int,
-    wanted: list[bool],
+    needs_grad: list[bool],
 ) -> tuple[Tensor, ...]:
     rows = loss_mask.nonzero()[:, 0]  # where the host learns how many there are
     check_targets(target, weight.shape[0], rows)
     chosen = None if len(rows) == len(hidden) else rows
-    head = Head(hidden, weight, bias, chosen, space, (wanted[0], wanted[1], wanted[2]))
+    head = Head(hidden, weight, bias, chosen, space, (needs_grad[0], needs_grad[1], needs_grad[2]))
     dtype = temperature.dtype
-    scale = 1 / _divisor(sequence, rows, aggregation, normalizer, dtype)
+    scale = 1 / _divisor(sequence_ids, rows, aggregation, normalizer, dtype)
     of_rows = [
         None if x is None else x[rows].to(dtype)
-        for x in (old_logprob, advantage, ref_logprob, sampler_logprob)
+        for x in (old_logprob, advantage, ref_logprob, rollout_logprob)
     ]
     old, adv, ref, sampler = of_rows
     target, temperature = target[rows], temperature[rows]
-    settings = clip_low, clip_high, dual_clip, sampler_cap, kl_coef, kl_estimator, entropy_coef, any(wanted)
+    settings = (
+        clip_low,
+        clip_high,
+        dual_clip,
+        rollout_is_cap,
+        kl_coef,
+        kl_estimator,
+        entropy_coef,
+        any(needs_grad),
+    )
     stats = temperature.new_empty(6, head.count)
     for part in head.chunks():
         logits = head.logits(part)
@@ -272,7 +281,7 @@ def _(
         )
         given = logits, head.bias, *tensors, *settings, head.gradient_dtype
         stats[:, part] = _library.on_current_stream(_library.ops._rows_ppo_, hidden.device, *given)
-        if any(wanted):
+        if any(needs_grad):
             head.add_gradient(part, logits)
     loss, logprob, entropy, ratio, clipped, kl = stats
     mean = 1 / max(head.count, 1)
@@ -283,26 +292,26 @@ def _(
 
 
 def _divisor(
-    sequence: Tensor | None, rows: Tensor, aggregation: str, normalizer: Tensor | None, dtype: torch.dtype
+    sequence_ids: Tensor | None, rows: Tensor, aggregation: str, normalizer: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """What the loss of each row is divided by before the sum, [n]."""
     divisor = torch.ones(len(rows), dtype=dtype, device=rows.device)
     count = len(rows) if aggregation == "token-mean" else 1
-    if sequence is not None and aggregation == "sequence-mean":
-        _, owner, sizes = sequence[rows].unique(return_inverse=True, return_counts=True)
+    if sequence_ids is not None and aggregation == "sequence-mean":
+        _, owner, sizes = sequence_ids[rows].unique(return_inverse=True, return_counts=True)
         divisor, count = sizes[owner].to(dtype), len(sizes)
     return divisor * (count if normalizer is None else normalizer)
 
 
 @torch.library.register_fake("mem1_core::fused_linear_ppo_loss")
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    temperature, wanted = rest[7], rest[-1]
+    temperature, needs_grad = rest[7], rest[-1]
     loss, means, logprob = (temperature.new_empty(shape) for shape in ((), (4,), (len(hidden),)))
-    return loss, means, logprob, *fake_gradients((hidden, weight, bias), wanted)
+    return loss, means, logprob, *fake_gradients((hidden, weight, bias), needs_grad)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.wanted, ctx.inputs = inputs[-1], len(inputs)
+    ctx.needs_grad, ctx.inputs = inputs[-1], len(inputs)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[3:])
     ctx.set_materialize_grads(False)
@@ -314,7 +323,7 @@ def _backward(ctx: Any, d_loss: Tensor | None, *unused: Tensor | None) -> tuple[
         return nothing
     if torch.is_grad_enabled():
         no_second_derivative("fused_linear_ppo_loss", ctx)
-    made = zip(ctx.saved_tensors, ctx.wanted, strict=True)
+    made = zip(ctx.saved_tensors, ctx.needs_grad, strict=True)
     return *(_times(x, d_loss) if want else None for x, want in made), *nothing[3:]
 
 

@@ -49,13 +49,13 @@ def clipped_value_loss(
             x.dtype == torch.bool if name == "mask" else x.is_floating_point()
         ):
             kind = "bool" if name == "mask" else "floating point"
-            raise TypeError(f"{name}: wanted a {kind} tensor, got {told(x)}")
+            raise TypeError(f"{name}: expected a {kind} tensor, got {told(x)}")
         if x.shape != value.shape or x.device != value.device:
             raise ValueError(
-                f"{name}: wanted shape and device of value, {list(value.shape)} on {value.device}, got "
+                f"{name}: expected shape and device of value, {list(value.shape)} on {value.device}, got "
                 f"{list(x.shape)} on {x.device}"
             )
     if not isinstance(clip, (int, float)) or not clip >= 0:
-        raise ValueError(f"clip: wanted a number >= 0, got {clip!r}")
+        raise ValueError(f"clip: expected a number >= 0, got {clip!r}")
     check_normalizer(normalizer, value.device)
     return reference.clipped_value_loss(value, old_value, returns, mask, clip, normalizer)

@@ -245,23 +245,25 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> None:
     major, minor = _capability(q.device)
     if major < 8:
         raise NotImplementedError(
-            f"trajectory_attention: wanted a GPU of compute capability 8.0 or later, got {major}.{minor}"
+            f"trajectory_attention: expected a GPU of compute capability 8.0 or later, got {major}.{minor}"
         )
     if q.dtype not in DTYPES:
-        raise TypeError(f"q: wanted bfloat16, float16 or float32 on CUDA, got {q.dtype}")
+        raise TypeError(f"q: expected bfloat16, float16 or float32 on CUDA, got {q.dtype}")
     batch, tokens, heads, dim = q.shape
     if dim > HEAD_DIMS[-1]:
-        raise ValueError(f"q: wanted dim <= {HEAD_DIMS[-1]} on CUDA, got {dim}")
+        raise ValueError(f"q: expected dim <= {HEAD_DIMS[-1]} on CUDA, got {dim}")
     kv_heads = k.shape[2]
     _check_tensor("k", k, (batch, tokens, kv_heads, dim), q.dtype, q.device)
     _check_tensor("v", v, k.shape, q.dtype, q.device)
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"q: wanted a multiple of the {kv_heads} heads of k, got {heads}")
+        raise ValueError(f"q: expected a multiple of the {kv_heads} heads of k, got {heads}")
     if (plan.block_q, plan.block_k) != (TILE, TILE):
-        raise ValueError(f"mask: wanted a plan of {TILE} x {TILE} tiles, got {plan.block_q} x {plan.block_k}")
+        raise ValueError(
+            f"mask: expected a plan of {TILE} x {TILE} tiles, got {plan.block_q} x {plan.block_k}"
+        )
     rows = plan.evict.shape[0]
     if rows not in (1, batch):
-        raise ValueError(f"mask: wanted evict of batch 1 or {batch}, got {rows}")
+        raise ValueError(f"mask: expected evict of batch 1 or {batch}, got {rows}")
     tiles = triton.cdiv(tokens, TILE)
     shapes: dict[str, Sequence[int]] = {
         "evict": (rows, tokens),
@@ -277,17 +279,17 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> None:
         x = getattr(plan, name)
         _check_tensor(name, x, shape, torch.int32, q.device)
         if not x.is_contiguous():
-            raise ValueError(f"{name}: wanted a contiguous tensor, got strides {list(x.stride())}")
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(x.stride())}")
     if scale <= 0:
-        raise ValueError(f"scale: wanted > 0 here (mem1_core.ops takes any), got {scale}")
+        raise ValueError(f"scale: expected > 0 here (mem1_core.ops takes any), got {scale}")
 
 
 def _check_tensor(
     name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> None:
     if x.shape != tuple(shape):
-        raise ValueError(f"{name}: wanted shape {list(shape)}, got {list(x.shape)}")
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(x.shape)}")
     if x.dtype != dtype:
-        raise TypeError(f"{name}: wanted {dtype}, got {x.dtype}")
+        raise TypeError(f"{name}: expected {dtype}, got {x.dtype}")
     if x.device != device:
-        raise ValueError(f"{name}: wanted a tensor on {device}, got one on {x.device}")
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")

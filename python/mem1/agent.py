@@ -45,8 +45,8 @@ class MemoryEfficientAgent:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         # The environment is the caller's one object: nothing is played again in it.
-        self.config = replace(config or RolloutConfig(), slots=1, episode_retries=0)
-        self._engine = Engine(model, 1, self.config.prefill_tokens)
+        self.config = replace(config or RolloutConfig(), num_slots=1, episode_retries=0)
+        self._engine = Engine(model, 1, self.config.max_num_batched_tokens)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], config: RolloutConfig | None = None) -> MemoryEfficientAgent:

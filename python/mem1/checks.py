@@ -14,9 +14,9 @@ class InputError(ValueError):
 
 
 def require(condition: bool, name: str, wanted: str, value: object) -> None:
-    """InputError "name: wanted ..., got ..." unless `condition`."""
+    """InputError "name: expected ..., got ..." unless `condition`."""
     if not condition:
-        raise InputError(f"{name}: wanted {wanted}, got {value!r}")
+        raise InputError(f"{name}: expected {wanted}, got {value!r}")
 
 
 def require_integers(settings: Any, names: str, least: int, most: float = math.inf) -> None:

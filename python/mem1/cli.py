@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from mem1.checks import InputError, require
 from mem1.config import (
     DTYPES,
+    EvictionPolicy,
     ModelConfig,
     PPOConfig,
-    Prune,
     Regime,
     RolloutConfig,
     TrainConfig,
@@ -71,8 +71,8 @@ def _train(options: argparse.Namespace, progress: Progress) -> None:
         require(options.dtype is None, "dtype", "none beside init", options.dtype)
         require(steps is None, "warmstart-steps", "none beside init", steps)
     config = TrainConfig(
-        updates=options.updates,
-        batch=options.batch,
+        max_updates=options.max_updates,
+        batch_size=options.batch_size,
         objectives=options.objectives,
         hops=options.hops,
         passage_tokens=options.passage_tokens,
@@ -84,7 +84,7 @@ def _train(options: argparse.Namespace, progress: Progress) -> None:
         model=ModelConfig(dtype=options.dtype or ModelConfig.dtype),
         rollout=_rollout_config(options, options.objectives[1]),
         warmstart=WarmStartConfig(steps=WarmStartConfig.steps if steps is None else steps),
-        ppo=PPOConfig(actor_lr=options.actor_lr, critic_lr=options.critic_lr, kl=options.kl),
+        ppo=PPOConfig(actor_lr=options.actor_lr, critic_lr=options.critic_lr, kl_coef=options.kl_coef),
     )
     _check_writable(options.out)
     try:
@@ -109,7 +109,7 @@ def _eval(options: argparse.Namespace, progress: Progress) -> None:
     for n in options.objectives:
         make_environment(n)  # one that is out of range fails before any work
     configs = {n: _rollout_config(options, n) for n in options.objectives}
-    prunes: list[tuple[str, Prune]] = [("MEM1", options.prune), ("full context", "never")]
+    prunes: list[tuple[str, EvictionPolicy]] = [("MEM1", options.prune), ("full context", "never")]
     if options.truncate is not None:
         prunes.append((f"truncated to {options.truncate}", options.truncate))
     model, tokenizer = _load(options, progress)
@@ -223,7 +223,7 @@ def _check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise InputError(
-            f"out: wanted a folder that can be written to, got {str(folder)!r}: {error.strerror}"
+            f"out: expected a folder that can be written to, got {str(folder)!r}: {error.strerror}"
         ) from None
 
 
@@ -236,15 +236,17 @@ def _rollout_config(options: argparse.Namespace, objectives: int) -> RolloutConf
     default = RolloutConfig()
     room = 2 * (objectives * options.hops + 1)
     return RolloutConfig(
-        slots=options.slots,
+        num_slots=options.num_slots,
         regime=options.regime,
         prune=options.prune,
         temperature=options.temperature,
         top_p=options.top_p,
         top_k=options.top_k,
         greedy=options.greedy,
-        max_action=options.max_action,
-        max_info=64 + options.passage_tokens if options.max_info is None else options.max_info,
+        max_action_tokens=options.max_action_tokens,
+        max_info_tokens=64 + options.passage_tokens
+        if options.max_info_tokens is None
+        else options.max_info_tokens,
         max_turns=max(default.max_turns, room) if options.max_turns is None else options.max_turns,
     )
 
@@ -280,12 +282,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on in --out, with the options of that run")
     add("--overwrite", action="store_true", help="begin anew in an --out that has a run")
     add("--objectives", type=_interval, default=config.objectives, help="questions per episode: 2 or 1-4")
-    add("--updates", type=int, default=config.updates, help="PPO updates")
-    add("--batch", type=_positive, default=config.batch, help="episodes per update")
+    add("--max-updates", type=int, default=config.max_updates, help="PPO updates")
+    add("--batch-size", type=_positive, default=config.batch_size, help="episodes per update")
     add("--warmstart-steps", type=int, help=f"supervised steps; None: {config.warmstart.steps}")
     add("--actor-lr", type=float, default=config.ppo.actor_lr, help="learning rate of the policy")
     add("--critic-lr", type=float, default=config.ppo.critic_lr, help="learning rate of the critic")
-    add("--kl", type=float, default=config.ppo.kl, help="weight of the KL to the start of PPO")
+    add("--kl-coef", type=float, default=config.ppo.kl_coef, help="weight of the KL to the start of PPO")
     add("--dtype", choices=DTYPES, help=f"of a new model's weights; None: {config.model.dtype}")
     add(
         "--save-every",
@@ -333,39 +335,43 @@ def _sampling() -> argparse.ArgumentParser:
     default = RolloutConfig()
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument_group("sampling").add_argument
-    add("--slots", type=_positive, default=default.slots, help="episodes side by side")
+    add("--num-slots", type=_positive, default=default.num_slots, help="episodes side by side")
     add("--regime", choices=get_args(Regime), default=default.regime, help="what a prune does to the cache")
     add(
         "--prune",
         type=_prune,
         default=default.prune,
-        metavar="{action,is,never,W}",
+        metavar="{action,state,never,W}",
         help="when the turns before are dropped; W: as 'action', but only the oldest beyond W tokens",
     )
     add("--temperature", type=float, default=default.temperature, help="of the sampler")
     add("--top-p", type=float, default=default.top_p, help="nucleus of the sampler")
     add("--top-k", type=int, default=default.top_k, help="most likely tokens only; 0: all")
     add("--greedy", action="store_true", help="always the most likely token")
-    add("--max-action", type=_positive, default=default.max_action, help="tokens of one action")
-    add("--max-info", type=int, help="tokens the environment may say in one turn; None: room for a passage")
+    add("--max-action-tokens", type=_positive, default=default.max_action_tokens, help="tokens of one action")
+    add(
+        "--max-info-tokens",
+        type=int,
+        help="tokens the environment may say in one turn; None: room for a passage",
+    )
     add("--max-turns", type=_positive, help="turns of one episode; None: at least twice the expert's")
     return parser
 
 
-def _prune(text: str) -> Prune | str:
+def _prune(text: str) -> EvictionPolicy | str:
     """A number where it is one; RolloutConfig says what is wrong with the rest."""
     return int(text) if text.isdecimal() else text
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"wanted an integer >= 1, got {text}")
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text}")
     return int(text)
 
 
 def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= LARGEST:
-        raise argparse.ArgumentTypeError(f"wanted an integer in [0, 2**53), got {text}")
+        raise argparse.ArgumentTypeError(f"expected an integer in [0, 2**53), got {text}")
     return int(text)
 
 
@@ -375,5 +381,5 @@ def _interval(text: str) -> tuple[int, int]:
         return int(low), int(high if dash else low)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"wanted a number or an interval such as 1-4, got {text!r}"
+            f"expected a number or an interval such as 1-4, got {text!r}"
         ) from None

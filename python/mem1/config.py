@@ -17,13 +17,13 @@ from mem1.checks import (
     require_numbers,
 )
 from mem1.seeds import LARGEST
-from mem1_core.eviction import Prune, check_prune
+from mem1_core.eviction import EvictionPolicy, check_prune
 from mem1_core.layout import Regime
 
 DTYPES = ("float32", "bfloat16")
 
 
-def _check_prune(prune: Prune) -> None:
+def _check_prune(prune: EvictionPolicy) -> None:
     try:
         check_prune(prune)
     except ValueError as error:
@@ -39,27 +39,36 @@ def _check_objectives(value: Any) -> None:
 class ModelConfig:
     """A small decoder of the Qwen2 architecture with random weights."""
 
-    layers: int = 4
-    width: int = 128
-    heads: int = 4
-    kv_heads: int = 2
-    mlp_width: int = 384
-    max_positions: int = 65536
+    num_hidden_layers: int = 4
+    hidden_size: int = 128
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    intermediate_size: int = 384
+    max_position_embeddings: int = 65536
     rope_theta: float = 10000.0
-    tie_embeddings: bool = True
-    init_std: float = 0.06  # of the random weights; with the usual 0.02 copying is learned far later
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.06  # of the random weights; with the usual 0.02 copying is learned far later
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        require_integers(self, "layers width heads kv_heads mlp_width max_positions", 1)
-        require_numbers(self, "rope_theta init_std", above=True)
-        require_flags(self, "tie_embeddings")
+        require_integers(
+            self,
+            "num_hidden_layers hidden_size num_attention_heads num_key_value_heads intermediate_size "
+            "max_position_embeddings",
+            1,
+        )
+        require_numbers(self, "rope_theta initializer_range", above=True)
+        require_flags(self, "tie_word_embeddings")
         require_choice(self, "dtype", DTYPES)
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
         require(
-            self.width % (2 * self.heads) == 0, "width", f"a multiple of 2 * heads={self.heads}", self.width
+            self.hidden_size % (2 * heads) == 0,
+            "hidden_size",
+            f"a multiple of 2 * num_attention_heads={heads}",
+            self.hidden_size,
         )
         require(
-            self.heads % self.kv_heads == 0, "heads", f"a multiple of kv_heads={self.kv_heads}", self.heads
+            heads % groups == 0, "num_attention_heads", f"a multiple of num_key_value_heads={groups}", heads
         )
 
 
@@ -67,19 +76,23 @@ class ModelConfig:
 class RolloutConfig:
     """How trajectories are generated. Lengths are in tokens."""
 
-    slots: int = 32  # trajectories generated side by side
+    num_slots: int = 32  # trajectories generated side by side
     regime: Regime = "carry"  # "paper" rolls out as "reencode"
-    prune: Prune = "action"  # "never": the full-context agent; a number of tokens: the truncating one
+    prune: EvictionPolicy = (
+        "action"  # "never": the full-context agent; a number of tokens: the truncating one
+    )
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: no limit
     greedy: bool = False
-    max_action: int = 192  # tokens of one action, tags included
-    max_info: int = 512  # tokens of environment text in one turn, tags excluded
-    max_prompt: int = 4096  # a longer one is an environment's error
+    max_action_tokens: int = 192  # tokens of one action, tags included
+    max_info_tokens: int = 512  # tokens of environment text in one turn, tags excluded
+    max_prompt_tokens: int = 4096  # a longer one is an environment's error
     max_turns: int = 40
-    prefill_tokens: int = 16384  # padded tokens of one prefill call
-    env_timeout: float = 60.0  # seconds for one answer of an environment that is not `instant`, with retries
+    max_num_batched_tokens: int = 16384  # padded tokens of one prefill call
+    env_timeout: float = (
+        60.0  # seconds for one answer of an environment that is not `run_inline`, with retries
+    )
     env_retries: int = 2  # of a call, after an error that the environment calls worth one
     episode_retries: int = 2  # of a whole episode, from its seed, after an environment's error
     # Wait for every environment before each step: a token's batch, and so its rounding, then follows from the
@@ -87,8 +100,10 @@ class RolloutConfig:
     synchronous: bool = False
 
     def __post_init__(self) -> None:
-        require_integers(self, "slots max_action max_prompt max_turns prefill_tokens", 1)
-        require_integers(self, "top_k max_info env_retries episode_retries", 0)
+        require_integers(
+            self, "num_slots max_action_tokens max_prompt_tokens max_turns max_num_batched_tokens", 1
+        )
+        require_integers(self, "top_k max_info_tokens env_retries episode_retries", 0)
         require_flags(self, "greedy synchronous")
         require_choice(self, "regime", get_args(Regime))
         _check_prune(self.prune)
@@ -103,13 +118,13 @@ class RolloutConfig:
         In the regime `carry` positions run on through all turns; where the context is encoded anew they are
         those of the live tokens.
         """
-        turn = self.max_action + self.max_info + 2  # with the tags of the info
-        everything = self.max_prompt + self.max_turns * turn
+        turn = self.max_action_tokens + self.max_info_tokens + 2  # with the tags of the info
+        everything = self.max_prompt_tokens + self.max_turns * turn
         if self.regime == "carry" or self.prune == "never":
             return everything
         # A boundary leaves one turn, or the window's; its info and the next action come on top.
         window = self.prune if isinstance(self.prune, int) else 0
-        return min(everything, self.max_prompt + window + 2 * turn)
+        return min(everything, self.max_prompt_tokens + window + 2 * turn)
 
 
 @dataclass(frozen=True)
@@ -126,13 +141,13 @@ class WarmStartConfig:
     warmup_steps: int = 50
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    auxiliary: float = 0.4  # share of copy and dictionary look-up sequences, at the start
+    auxiliary_fraction: float = 0.4  # share of copy and dictionary look-up sequences, at the start
     save_every: int = 500  # steps
     objectives: tuple[int, int] = (1, 4)  # least and most questions of one episode
     hops: int = 2
     passage_tokens: int = 0
     regime: Regime = "carry"  # the layout that is trained on: that of the rollouts to come
-    prune: Prune = "action"
+    prune: EvictionPolicy = "action"
 
     def __post_init__(self) -> None:
         require_integers(self, "steps warmup_steps passage_tokens", 0)
@@ -140,7 +155,7 @@ class WarmStartConfig:
         require_numbers(self, "max_grad_norm", above=True)
         require_numbers(self, "learning_rate", 0.0, 1.0, above=True)
         require_numbers(self, "weight_decay")
-        require_numbers(self, "auxiliary", 0.0, 1.0)
+        require_numbers(self, "auxiliary_fraction", 0.0, 1.0)
         require_choice(self, "regime", get_args(Regime))
         _check_prune(self.prune)
         _check_objectives(self.objectives)
@@ -154,19 +169,19 @@ class PPOConfig:
 
     gamma: float = 1.0
     lam: float = 1.0
-    clip: float = 0.2
+    clip_ratio: float = 0.2
     value_clip: float = 0.5
-    kl: float = 0.001
-    kl_in: Literal["reward", "loss"] = "reward"  # taken from it where positive, or as k3 in the loss
-    entropy: float = 0.001
+    kl_coef: float = 0.001
+    kl_placement: Literal["reward", "loss"] = "reward"  # taken from it where positive, or as k3 in the loss
+    entropy_coef: float = 0.001
     epochs: int = 1
-    minibatch: int = 32  # trajectories of one optimiser step
-    micro_tokens: int = 8192  # tokens of one forward, rounded up to a whole trajectory
+    mini_batch_size: int = 32  # trajectories of one optimiser step
+    max_tokens_per_micro_batch: int = 8192  # tokens of one forward, rounded up to a whole trajectory
     actor_lr: float = 1e-4
     critic_lr: float = 1e-3
-    actor_warmup: int = 2  # optimiser steps until the full learning rate
-    critic_warmup: int = 2
-    critic_only: int = 2  # first updates in which only the critic learns
+    actor_lr_warmup_steps: int = 2  # optimiser steps until the full learning rate
+    critic_lr_warmup_steps: int = 2
+    critic_only_updates: int = 2  # first updates in which only the critic learns
     max_grad_norm: float = 1.0
     # An episode that the turn limit ended: False, its last reward is all; True, the critic's value of what
     # would have followed is added to it.
@@ -176,14 +191,14 @@ class PPOConfig:
     rollout_is_cap: float | None = None
 
     def __post_init__(self) -> None:
-        require_integers(self, "epochs minibatch micro_tokens", 1)
-        require_integers(self, "actor_warmup critic_warmup critic_only", 0)
+        require_integers(self, "epochs mini_batch_size max_tokens_per_micro_batch", 1)
+        require_integers(self, "actor_lr_warmup_steps critic_lr_warmup_steps critic_only_updates", 0)
         require_numbers(self, "gamma lam", 0.0, 1.0)
-        require_numbers(self, "clip", 0.0, 1.0, above=True)
+        require_numbers(self, "clip_ratio", 0.0, 1.0, above=True)
         require_numbers(self, "value_clip max_grad_norm", above=True)
         require_numbers(self, "actor_lr critic_lr", 0.0, 1.0, above=True)
-        require_numbers(self, "kl entropy")
-        require_choice(self, "kl_in", ("reward", "loss"))
+        require_numbers(self, "kl_coef entropy_coef")
+        require_choice(self, "kl_placement", ("reward", "loss"))
         require_flags(self, "bootstrap_turn_limit")
         if self.rollout_is_cap is not None:
             require_numbers(self, "rollout_is_cap", above=True)
@@ -193,8 +208,8 @@ class PPOConfig:
 class TrainConfig:
     """One training run: warm start, then PPO."""
 
-    updates: int = 100  # PPO updates
-    batch: int = 64  # trajectories of one update
+    max_updates: int = 100  # PPO updates
+    batch_size: int = 64  # trajectories of one update
     objectives: tuple[int, int] = (1, 4)  # least and most questions of one episode
     hops: int = 2
     passage_tokens: int = 0
@@ -210,8 +225,8 @@ class TrainConfig:
     ppo: PPOConfig = field(default_factory=PPOConfig)
 
     def __post_init__(self) -> None:
-        require_integers(self, "batch hops save_every keep", 1)
-        require_integers(self, "updates passage_tokens", 0)
+        require_integers(self, "batch_size hops save_every keep", 1)
+        require_integers(self, "max_updates passage_tokens", 0)
         require_integers(self, "seed", 0, LARGEST - 1)
         require_numbers(self, "max_failed", 0.0, 1.0)
         require(isinstance(self.device, str), "device", "'auto' or the name of a torch device", self.device)

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError
-from mem1.config import Prune, Regime, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.config import EvictionPolicy, Regime, RolloutConfig, TrainConfig, WarmStartConfig
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.evaluation.evaluation_loop import (
     OBJECTIVES,
@@ -33,12 +33,12 @@ from mem1.runtime.progress import Progress
 from mem1.train.run_folder import METRICS
 from mem1.train.train_loop import train
 
-AGENTS: tuple[tuple[str, Prune], ...] = (("MEM1", "action"), ("full context", "never"))
+AGENTS: tuple[tuple[str, EvictionPolicy], ...] = (("MEM1", "action"), ("full context", "never"))
 PASSAGE = 400  # tokens: the size of a retrieved passage
 
 _SHOWN = (
     *("agent", "objectives", "errors", "reward", "exact_match", "answered"),
-    *("turns", "peak", "peak_without_prompt"),
+    *("turns", "peak_tokens", "peak_tokens_without_prompt"),
 )
 
 
@@ -57,7 +57,7 @@ def demo(
     end.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("matplotlib: wanted for the plots, got none: pip install 'mem1_core[plot]'")
+        raise InputError("matplotlib: expected for the plots, got none: pip install 'mem1_core[plot]'")
     progress = progress or Progress()
     say = progress.log
     began = time.perf_counter()
@@ -68,7 +68,7 @@ def demo(
 
     config = demo_config(quick, seed)
     title("1/4 training: supervised warm start on scripted trajectories, then PPO")
-    say(f"{config.warmstart.steps} steps and {config.updates} updates, however fast this machine is")
+    say(f"{config.warmstart.steps} steps and {config.max_updates} updates, however fast this machine is")
     if not quick:
         say("two idle cores of a server take about five minutes for all four parts")
     model, tokenizer, _ = train(config, out / "train", overwrite=overwrite, progress=progress)
@@ -83,7 +83,7 @@ def demo(
             # Room for what the expert would write, and some more: an agent that has lost its way must come to
             # an end.
             limits = replace(
-                config.rollout, prune=prune, greedy=True, max_turns=2 * n + 4, max_action=8 * n + 24
+                config.rollout, prune=prune, greedy=True, max_turns=2 * n + 4, max_action_tokens=8 * n + 24
             )
             rows, trajectories = evaluate(
                 model,
@@ -99,11 +99,11 @@ def demo(
             lines += [json.dumps({"agent": agent, **trajectory.to_dict()}) for trajectory in trajectories]
     with whole_file(out / "trajectories.jsonl") as file:
         file.write("\n".join(lines) + "\n")
-    say(table(results, (*_SHOWN, "dependency", "seconds")))
+    say(table(results, (*_SHOWN, "dependency_length", "seconds")))
 
     title("3/4 the scripted expert on the same job: what memory takes when every question gets answered")
     scripted = script_results(tokenizer, config.rollout)
-    say(table(scripted, (*_SHOWN, "dependency")))
+    say(table(scripted, (*_SHOWN, "dependency_length")))
     say(growth(scripted))
 
     title("4/4 log-probs: sampled by the rollout against recomputed by the trainer")
@@ -127,11 +127,11 @@ def demo(
 def demo_config(quick: bool, seed: int) -> TrainConfig:
     """The budget of the demo, in steps: on two idle cores two minutes of warm start and over one of PPO."""
     return TrainConfig(
-        updates=2 if quick else 12,
-        batch=8 if quick else 64,
+        max_updates=2 if quick else 12,
+        batch_size=8 if quick else 64,
         objectives=(1, 8),
         seed=seed,
-        rollout=RolloutConfig(slots=64, max_action=96, max_turns=20),
+        rollout=RolloutConfig(num_slots=64, max_action_tokens=96, max_turns=20),
         warmstart=WarmStartConfig(steps=30 if quick else 1000),
     )
 
@@ -158,8 +158,8 @@ def growth(results: list[Result]) -> str:
     for agent in dict.fromkeys(r.agent for r in results):
         small, large = peaks[agent, 2], peaks[agent, 16]
         lines.append(
-            f"{agent}: 16 objectives need {large.peak / small.peak:.2f}x the peak of 2, "
-            f"{large.peak_without_prompt / small.peak_without_prompt:.2f}x without the prompt"
+            f"{agent}: 16 objectives need {large.peak_tokens / small.peak_tokens:.2f}x the peak of 2, "
+            f"{large.peak_tokens_without_prompt / small.peak_tokens_without_prompt:.2f}x without the prompt"
         )
     return "\n".join(lines)
 

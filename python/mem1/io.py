@@ -40,12 +40,12 @@ def whole_file(path: Path) -> Iterator[TextIO]:
     Raises InputError if there can be no such file.
     """
     if path.exists() and not path.is_file():
-        raise InputError(f"path: wanted the name of a regular file, got {str(path)!r}")
+        raise InputError(f"path: expected the name of a regular file, got {str(path)!r}")
     fresh = unfinished(path)
     try:
         file = fresh.open("w")
     except OSError as error:
-        raise InputError(f"path: wanted the name of a file that can be written, got {error}") from error
+        raise InputError(f"path: expected the name of a file that can be written, got {error}") from error
     try:
         with file:
             yield file

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mem1_core.eviction import Prune, dependency_length
+from mem1_core.eviction import EvictionPolicy, dependency_length
 from mem1_core.layout import Regime, TrajectoryLayout
 from mem1_core.mask import TrajectoryMask
 from mem1_core.segments import Segment, policy_tokens
@@ -47,7 +47,7 @@ class Trajectory:
     tokens: Tensor
     segments: list[Segment]
     logprobs: Tensor
-    prune: Prune
+    prune: EvictionPolicy
     score: dict[str, float] = field(default_factory=dict)
     finished: str = "answered"  # why it ended
     seconds: float = 0.0  # wall time from the environment's reset to the end, in a batch with others
@@ -68,11 +68,11 @@ class Trajectory:
         n = self.tokens.numel()
         total = sum(segment.length for segment in self.segments)
         if total != n:
-            raise ValueError(f"segments: wanted lengths that sum to the {n} tokens, got {total}")
+            raise ValueError(f"segments: expected lengths that sum to the {n} tokens, got {total}")
         for name in ("logprobs", "rollout_logprobs"):
             value = getattr(self, name)
             if value is not None and value.shape != self.tokens.shape:
-                raise ValueError(f"{name}: wanted shape {[n]}, got {list(value.shape)}")
+                raise ValueError(f"{name}: expected shape {[n]}, got {list(value.shape)}")
 
     @property
     def error(self) -> str:
@@ -88,7 +88,7 @@ class Trajectory:
     @cached_property
     def mask(self) -> TrajectoryMask:
         """What each token saw when it was made: the table that also drove the pruning of the KV cache."""
-        return TrajectoryLayout.from_turns(self.segments, prune=self.prune).mask
+        return TrajectoryLayout.from_segments(self.segments, prune=self.prune).mask
 
     @cached_property
     def policy_mask(self) -> Tensor:
@@ -105,7 +105,7 @@ class Trajectory:
 
     def layout(self, regime: Regime = "carry") -> TrajectoryLayout:
         """The stream on which a trainer recomputes this trajectory's log-probs."""
-        return TrajectoryLayout.from_turns(self.segments, regime=regime, prune=self.prune)
+        return TrajectoryLayout.from_segments(self.segments, regime=regime, prune=self.prune)
 
     def peak_tokens(self, prompt: bool = True) -> int:
         """The most tokens that are live at once; without the prompt's own if `prompt` is False."""

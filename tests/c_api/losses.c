@@ -19,7 +19,8 @@ static const int64_t kTarget[ROWS] = {1, 2, 0}, kBadTarget[ROWS] = {1, VOCABULAR
 /* All that a call may write. */
 typedef struct arrays {
   float logits[ROWS * STRIDE];
-  float logprob[ROWS], entropy[ROWS], top[ROWS], log_mass[ROWS], loss[ROWS], kl[ROWS], ratio[ROWS], clipped[ROWS];
+  float logprob[ROWS], entropy[ROWS], max_logit[ROWS], log_sum_exp[ROWS], loss[ROWS], kl[ROWS], ratio[ROWS],
+      clipped[ROWS];
 } arrays;
 
 static mem1_logit_rows_params describe(arrays* a, mem1_rows_task task) {
@@ -38,8 +39,8 @@ static mem1_logit_rows_params describe(arrays* a, mem1_rows_task task) {
   p.temperature = kTemperature;
   p.logprob = a->logprob;
   p.entropy = a->entropy;
-  p.top = a->top;
-  p.log_mass = a->log_mass;
+  p.max_logit = a->max_logit;
+  p.log_sum_exp = a->log_sum_exp;
   return p;
 }
 
@@ -75,8 +76,8 @@ static int logprobs_and_their_gradient(void) {
   EXPECT(mem1_logit_rows(&good, NULL, &error) == MEM1_OK);
   EXPECT(near(a.logprob[0], -1.3862943611) && near(a.logprob[1], -0.4700036292) && a.logprob[2] == -INFINITY);
   EXPECT(near(a.entropy[0], ENTROPY) && near(a.entropy[1], ENTROPY) && a.entropy[2] == 0);
-  EXPECT(near(a.top[0], LN5) && near(a.top[1], LN5 / 2) && a.top[2] == -INFINITY);
-  EXPECT(near(a.log_mass[0], 0.4700036292) && near(a.log_mass[1], 0.4700036292) && a.log_mass[2] == 0);
+  EXPECT(near(a.max_logit[0], LN5) && near(a.max_logit[1], LN5 / 2) && a.max_logit[2] == -INFINITY);
+  EXPECT(near(a.log_sum_exp[0], 0.4700036292) && near(a.log_sum_exp[1], 0.4700036292) && a.log_sum_exp[2] == 0);
   EXPECT(memcmp(a.logits, kLogits, sizeof(kLogits)) == 0);
 
   before = a;
@@ -94,12 +95,12 @@ static int logprobs_and_their_gradient(void) {
   REFUSED("logits", p.logits = NULL);
   REFUSED("logits, target", p.target = NULL);
   REFUSED("logits, target, temperature", p.temperature = NULL);
-  REFUSED("target[1]: wanted 0 to 2, got 3", p.target = kBadTarget);
-  REFUSED("target[2]: wanted 0 to 2, got -1", p.target = kNegative);
+  REFUSED("target[1]: expected 0 to 2, got 3", p.target = kBadTarget);
+  REFUSED("target[2]: expected 0 to 2, got -1", p.target = kNegative);
   REFUSED("entropy", p.entropy = NULL);
   REFUSED("logprob", p.logprob = NULL);
-  REFUSED("top", p.top = NULL);
-  REFUSED("top, log_mass", p.log_mass = NULL);
+  REFUSED("max_logit", p.max_logit = NULL);
+  REFUSED("max_logit, log_sum_exp", p.log_sum_exp = NULL);
   REFUSED("d_logprob", p.task = MEM1_ROWS_BACKWARD);
   EXPECT(memcmp(&a, &before, sizeof(a)) == 0);
 
@@ -132,15 +133,15 @@ static int ppo_loss(void) {
   fill(&a);
   before = a;
   mem1_logit_rows_params good = describe(&a, MEM1_ROWS_PPO_LOSS);
-  good.top = good.log_mass = NULL;
+  good.max_logit = good.log_sum_exp = NULL;
   good.old_logprob = old;
   good.advantage = advantage;
   good.ref_logprob = ref;
-  good.sampler_logprob = sampler;
+  good.rollout_logprob = sampler;
   good.scale = scale;
   good.clip_low = good.clip_high = 0.2;
   good.dual_clip = 3;
-  good.sampler_cap = 2;
+  good.rollout_is_cap = 2;
   good.kl_coef = 0.5;
   good.kl_estimator = MEM1_KL_K1;
   good.entropy_coef = 0.1;
@@ -157,14 +158,14 @@ static int ppo_loss(void) {
   REFUSED("loss, ratio, clipped", p.clipped = NULL);
   REFUSED("ref_logprob, kl", p.kl = NULL);
   REFUSED("ref_logprob, kl", p.ref_logprob = NULL);
-  REFUSED("ref_logprob: wanted a pointer for kl_coef = 0.5", p.ref_logprob = p.kl = NULL);
+  REFUSED("ref_logprob: expected a pointer for kl_coef = 0.5", p.ref_logprob = p.kl = NULL);
   REFUSED("kl_estimator", p.kl_estimator = (mem1_kl_estimator)0);
   REFUSED("clip_low", p.clip_low = -0.1);
   REFUSED("clip_low", p.clip_low = 1.1);
   REFUSED("clip_low, clip_high", p.clip_high = NAN);
-  REFUSED("dual_clip: wanted 0 for none, or > 1, got 1", p.dual_clip = 1);
+  REFUSED("dual_clip: expected 0 for none, or > 1, got 1", p.dual_clip = 1);
   REFUSED("dual_clip", p.dual_clip = NAN);
-  REFUSED("sampler_cap", p.sampler_cap = 0);
+  REFUSED("rollout_is_cap", p.rollout_is_cap = 0);
   REFUSED("target[1]", p.target = kBadTarget);
   EXPECT(memcmp(&a, &before, sizeof(a)) == 0);
 
@@ -183,7 +184,7 @@ static int ppo_loss(void) {
   EXPECT(row_is(a.logits + 2 * STRIDE, 0, 0, 0));
 
   /* The other estimators of d = 1, without the rest; then without kl at all. */
-  good.sampler_logprob = NULL;
+  good.rollout_logprob = NULL;
   good.entropy_coef = good.dual_clip = good.kl_coef = 0;
   good.kl_estimator = MEM1_KL_K2;
   good.rows = 1;

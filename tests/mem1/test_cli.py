@@ -48,14 +48,25 @@ def test_every_command_has_help(capsys):
 def test_the_settings_of_a_training_run(trained, tmp_path):
     out = tmp_path / "run"
     given = ["--objectives", "2-6", "--hops", "1", "--passage-tokens", "600", "--regime", "reencode"]
-    given += ["--prune", "is", "--updates", "7", "--batch", "5", "--save-every", "3", "--keep", "4"]
+    given += [
+        "--prune",
+        "state",
+        "--max-updates",
+        "7",
+        "--batch-size",
+        "5",
+        "--save-every",
+        "3",
+        "--keep",
+        "4",
+    ]
     given += ["--seed", str(LARGEST - 1), "--device", "cpu", "--dtype", "bfloat16", "--threads", "1"]
-    given += ["--warmstart-steps", "9", "--actor-lr", "1e-5", "--critic-lr", "1e-4", "--kl", "0"]
+    given += ["--warmstart-steps", "9", "--actor-lr", "1e-5", "--critic-lr", "1e-4", "--kl-coef", "0"]
     assert main(["train", "--out", str(out), *given]) == 0
     ((config, where, rest),) = trained
     assert config == TrainConfig(
-        updates=7,
-        batch=5,
+        max_updates=7,
+        batch_size=5,
         objectives=(2, 6),
         hops=1,
         passage_tokens=600,
@@ -65,9 +76,9 @@ def test_the_settings_of_a_training_run(trained, tmp_path):
         threads=1,
         seed=LARGEST - 1,
         model=ModelConfig(dtype="bfloat16"),
-        rollout=RolloutConfig(regime="reencode", prune="is", max_info=664),
+        rollout=RolloutConfig(regime="reencode", prune="state", max_info_tokens=664),
         warmstart=WarmStartConfig(steps=9),
-        ppo=PPOConfig(actor_lr=1e-5, critic_lr=1e-4, kl=0.0),
+        ppo=PPOConfig(actor_lr=1e-5, critic_lr=1e-4, kl_coef=0.0),
     )
     assert where == out and not out.exists()
     rest.pop("progress")
@@ -83,22 +94,22 @@ def test_the_settings_of_a_training_run(trained, tmp_path):
 def test_the_defaults_are_those_of_the_config(trained):
     assert main(["train"]) == 0
     ((config, out, _),) = trained
-    assert config == TrainConfig(rollout=RolloutConfig(max_info=64)) and out == Path("runs/train")
+    assert config == TrainConfig(rollout=RolloutConfig(max_info_tokens=64)) and out == Path("runs/train")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--actor-lr", "nan"], "actor_lr: wanted a finite number > 0 and <= 1, got nan"),
-        (["--kl", "-1"], "kl: wanted a finite number >= 0, got -1.0"),
-        (["--updates", "-1"], "updates: wanted an integer >= 0, got -1"),
-        (["--temperature", "0"], "temperature: wanted a finite number >= 0.0001, got 0.0"),
-        (["--greedy"], "greedy: wanted False in training"),
-        (["--prune", "0"], "prune: wanted 'action', 'is', 'never' or a number of tokens >= 1, got 0"),
+        (["--actor-lr", "nan"], "actor_lr: expected a finite number > 0 and <= 1, got nan"),
+        (["--kl-coef", "-1"], "kl: expected a finite number >= 0, got -1.0"),
+        (["--max-updates", "-1"], "updates: expected an integer >= 0, got -1"),
+        (["--temperature", "0"], "temperature: expected a finite number >= 0.0001, got 0.0"),
+        (["--greedy"], "greedy: expected False in training"),
+        (["--prune", "0"], "prune: expected 'action', 'state', 'never' or a number of tokens >= 1, got 0"),
         (["--prune", "-5"], "tokens >= 1, got '-5'"),
         (["--prune", "0.5"], "tokens >= 1, got '0.5'"),
         (["--prune", "sometimes"], "tokens >= 1, got 'sometimes'"),
-        (["--objectives", "3-2"], "objectives: wanted 1 <= least <= most, got (3, 2)"),
+        (["--objectives", "3-2"], "objectives: expected 1 <= least <= most, got (3, 2)"),
     ],
 )
 def test_a_setting_out_of_range_is_one_line(capsys, tmp_path, trained, arguments, message):
@@ -113,10 +124,10 @@ def test_a_setting_out_of_range_is_one_line(capsys, tmp_path, trained, arguments
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--objectives", "17"], "objectives: wanted a number or an interval within 1..16"),
-        (["--passage-tokens", "-1"], "passage_tokens: wanted a number >= 0"),
-        (["--hops", "9"], "hops: wanted a number or an interval within 1..4"),
-        (["--device", "cuda:99"], "device: wanted one of auto, cpu"),
+        (["--objectives", "17"], "objectives: expected a number or an interval within 1..16"),
+        (["--passage-tokens", "-1"], "passage_tokens: expected a number >= 0"),
+        (["--hops", "9"], "hops: expected a number or an interval within 1..4"),
+        (["--device", "cuda:99"], "device: expected one of auto, cpu"),
     ],
 )
 def test_a_world_or_a_device_that_cannot_be_is_one_line(capsys, model, command, arguments, message):
@@ -133,19 +144,19 @@ def test_the_parser_refuses(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         main(["train", *arguments])
     assert stop.value.code == 2
-    assert f"argument {arguments[0]}: wanted" in capsys.readouterr().err
+    assert f"argument {arguments[0]}: expected" in capsys.readouterr().err
 
 
 def test_a_window_of_no_tokens_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["eval", "somewhere", "--truncate", "0"])
-    assert "argument --truncate: wanted an integer >= 1, got 0" in capsys.readouterr().err
+    assert "argument --truncate: expected an integer >= 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["eval", "rollout"])
 def test_a_model_that_is_none_is_one_line(capsys, tmp_path, command):
     assert main([command, str(tmp_path / "nothing")]) == 2
-    assert "wanted a model folder with a config.json" in capsys.readouterr().err
+    assert "expected a model folder with a config.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["train", "demo", "rollout"])
@@ -154,7 +165,7 @@ def test_an_out_that_cannot_be_written_fails_before_any_work(capsys, tmp_path, m
     out = tmp_path / "file" / "folder" / "t.jsonl"
     assert main([command, *[model] * (command == "rollout"), "--out", str(out)]) == 2
     said = capsys.readouterr()
-    assert said.err.startswith(f"mem1 {command}: out: wanted a folder that can be written to, got ")
+    assert said.err.startswith(f"mem1 {command}: out: expected a folder that can be written to, got ")
     assert said.err.count("\n") == 1 and said.out == "" and not trained
     assert (tmp_path / "file").read_text() == "old"
 
@@ -190,7 +201,7 @@ class Stopped(KeyboardInterrupt):
         (KeyboardInterrupt(), 130, "mem1 train: interrupted\n"),
         (Stopped("saved update 3", signal.SIGTERM), 143, "mem1 train: saved update 3\n"),
         (Stopped("", signal.SIGINT), 130, "mem1 train: interrupted\n"),
-        (InputError("init: wanted None"), 2, "mem1 train: init: wanted None\n"),
+        (InputError("init: expected None"), 2, "mem1 train: init: expected None\n"),
     ],
 )
 def test_the_exit_status_says_how_it_ended(capsys, monkeypatch, error, status, line):
@@ -204,7 +215,18 @@ def test_the_exit_status_says_how_it_ended(capsys, monkeypatch, error, status, l
 
 @pytest.mark.parametrize("command", ["eval", "rollout"])
 def test_the_first_line_says_where_it_runs(capsys, model, command):
-    few = ["--episodes", "1", "--max-turns", "1", "--max-action", "4", "--threads", "1", "--device", "cpu"]
+    few = [
+        "--episodes",
+        "1",
+        "--max-turns",
+        "1",
+        "--max-action-tokens",
+        "4",
+        "--threads",
+        "1",
+        "--device",
+        "cpu",
+    ]
     threads = torch.get_num_threads()
     try:
         assert main([command, model, *few, "--objectives", "1"]) == 0
@@ -216,19 +238,19 @@ def test_the_first_line_says_where_it_runs(capsys, model, command):
 
 
 def test_eval_compares_the_agents(capsys, model):
-    sizes = ["--objectives", "1", "2", "--episodes", "2", "--max-turns", "3", "--max-action", "24"]
+    sizes = ["--objectives", "1", "2", "--episodes", "2", "--max-turns", "3", "--max-action-tokens", "24"]
     assert main(["eval", model, *sizes, "--truncate", "30"]) == 0
     out = capsys.readouterr().out
     assert out.count("full context") >= 3
     assert out.count("truncated to 30") == 3, "the title of its parity, and a row for 1 and 2 objectives"
-    assert "peak_without_prompt" in out and "max_dlogp" in out and " errors |" in out
+    assert "peak_tokens_without_prompt" in out and "max_dlogp" in out and " errors |" in out
 
 
 def test_eval_refuses_a_row_that_the_model_has_no_positions_for(capsys, make_model, tokenizer, tmp_path):
     model = checkpoint.save(tmp_path / "small", make_model(max_position_embeddings=16384), tokenizer)
     assert main(["eval", str(model), "--objectives", "1", "16"]) == 2
     said = capsys.readouterr()
-    assert "max_position_embeddings: wanted at least" in said.err and "objectives 1/" not in said.out
+    assert "max_position_embeddings: expected at least" in said.err and "objectives 1/" not in said.out
     assert said.out.count("\n") == 1, "where it runs, and no row"
 
 
@@ -257,12 +279,12 @@ def test_rollout_prints_transcripts_or_saves_trajectories(capsys, model, tmp_pat
 
 def test_rollout_replays_an_episode_of_a_training_run(capsys, model, tmp_path):
     saved = tmp_path / "t.jsonl"
-    few = ["--episodes", "1", "--max-turns", "1", "--max-action", "4", "--out", str(saved)]
+    few = ["--episodes", "1", "--max-turns", "1", "--max-action-tokens", "4", "--out", str(saved)]
     for seed in (derive_seed(5, "training", 3, 1), LARGEST - 1):
         assert main(["rollout", model, *few, "--seed", str(seed)]) == 0
         assert [json.loads(line)["seed"] for line in saved.read_text().splitlines()] == [seed]
     assert main(["rollout", model, "--seed", str(LARGEST - 3), "--episodes", "4"]) == 2
-    assert "seed: wanted one whose last episode is below 2**53" in capsys.readouterr().err
+    assert "seed: expected one whose last episode is below 2**53" in capsys.readouterr().err
 
 
 def test_trajectories_are_written_whole_or_not_at_all(capsys, model, tmp_path, monkeypatch):
@@ -279,7 +301,7 @@ def test_trajectories_are_written_whole_or_not_at_all(capsys, model, tmp_path, m
     assert saved.read_text() == "old"
     assert {entry.name for entry in tmp_path.iterdir()} == {"model", "t.jsonl"}
     assert main(["rollout", model, "--out", str(tmp_path)]) == 2
-    assert "out: wanted the name of a regular file" in capsys.readouterr().err
+    assert "out: expected the name of a regular file" in capsys.readouterr().err
 
 
 def limits(*arguments: str) -> RolloutConfig:
@@ -289,18 +311,18 @@ def limits(*arguments: str) -> RolloutConfig:
 
 def test_limits_follow_the_world_unless_given():
     default = limits()
-    assert (default.max_info, default.max_turns) == (64, 40)
+    assert (default.max_info_tokens, default.max_turns) == (64, 40)
     large = limits("--objectives", "16", "--hops", "4", "--passage-tokens", "600")
-    assert large.max_info >= 600 and large.max_turns > 16 * 4 + 1
-    given = limits("--passage-tokens", "600", "--max-info", "5", "--max-turns", "3")
-    assert (given.max_info, given.max_turns) == (5, 3)
+    assert large.max_info_tokens >= 600 and large.max_turns > 16 * 4 + 1
+    given = limits("--passage-tokens", "600", "--max-info-tokens", "5", "--max-turns", "3")
+    assert (given.max_info_tokens, given.max_turns) == (5, 3)
 
 
 @pytest.mark.parametrize(
     "world", [["--hops", "2", "--passage-tokens", "400"], ["--hops", "4"], ["--prune", "never"]]
 )
 def test_the_largest_worlds_fit_a_new_model(world):
-    assert limits("--objectives", "16", *world).positions() <= ModelConfig().max_positions
+    assert limits("--objectives", "16", *world).positions() <= ModelConfig().max_position_embeddings
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from mem1.rollout.episode import Episode
 from mem1.rollout.rollout_loop import rollout
 from mem1.trajectory import ENVIRONMENT_ERROR, Trajectory
 
-CONFIG = RolloutConfig(max_action=8, max_turns=2, env_retries=0)
+CONFIG = RolloutConfig(max_action_tokens=8, max_turns=2, env_retries=0)
 SCORE = {"reward": 0.5, "exact_match": 1, "f1": 1.0}
 
 
@@ -71,24 +71,24 @@ def play(tokenizer, **values) -> Trajectory:
 
 
 WRONG = [
-    ("reset", 3, "TypeError: reset: wanted str, got int 3"),
-    ("reset", None, "TypeError: reset: wanted str, got NoneType None"),
-    ("reset", " ", "ValueError: reset: wanted a prompt of 1 to 4096 tokens, got ' '"),
-    ("step", None, "TypeError: step: wanted Observation, got NoneType None"),
-    ("step", Observation(None, 0.0, False), "TypeError: step: text: wanted str, got NoneType None"),
-    ("step", Observation("anna", 0.0, "no"), "TypeError: step: done: wanted bool, got str 'no'"),
-    ("score", None, "TypeError: score: wanted dict, got NoneType None"),
+    ("reset", 3, "TypeError: reset: expected str, got int 3"),
+    ("reset", None, "TypeError: reset: expected str, got NoneType None"),
+    ("reset", " ", "ValueError: reset: expected a prompt of 1 to 4096 tokens, got ' '"),
+    ("step", None, "TypeError: step: expected Observation, got NoneType None"),
+    ("step", Observation(None, 0.0, False), "TypeError: step: text: expected str, got NoneType None"),
+    ("step", Observation("anna", 0.0, "no"), "TypeError: step: done: expected bool, got str 'no'"),
+    ("score", None, "TypeError: score: expected dict, got NoneType None"),
     (
         "score",
         {"reward": 1.0},
-        "ValueError: score: wanted numbers, finite in float32, for reward, exact_match",
+        "ValueError: score: expected numbers, finite in float32, for reward, exact_match",
     ),
-    ("score", {"reward": "1", "exact_match": 1, "f1": 1}, "ValueError: score: wanted numbers, finite"),
-    ("expert_action", None, "TypeError: expert_action: wanted ScriptedAction, got NoneType None"),
+    ("score", {"reward": "1", "exact_match": 1, "f1": 1}, "ValueError: score: expected numbers, finite"),
+    ("expert_action", None, "TypeError: expert_action: expected ScriptedAction, got NoneType None"),
     (
         "expert_action",
         ScriptedAction("ada", Action("malformed", "")),
-        "ValueError: expert_action: wanted a query or an answer, got 'malformed'",
+        "ValueError: expert_action: expected a query or an answer, got 'malformed'",
     ),
 ]
 
@@ -99,7 +99,7 @@ def test_a_wrong_value_ends_its_own_episode_only(make_model, tokenizer, method, 
     sound = getattr(worlds[1], method)
     setattr(worlds[1], method, lambda *arguments: (sound(*arguments), value)[1])
     make = iter(worlds).__next__
-    config = RolloutConfig(max_action=24, max_turns=6, episode_retries=0)
+    config = RolloutConfig(max_action_tokens=24, max_turns=6, episode_retries=0)
     played = {t.seed: t for t in rollout(make_model(), tokenizer, make, range(3), config, scripted=True)}
     assert played[1].finished.startswith(f"{ENVIRONMENT_ERROR}: {message}")
     assert played[1].score == {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
@@ -124,7 +124,7 @@ def test_flags(tokenizer, done):
 @pytest.mark.parametrize("done", [2, -1, None, "no", 1.0, np.array([True]), []])
 def test_no_flags(tokenizer, done):
     finished = play(tokenizer, done=(done, True)).finished
-    assert finished.startswith("environment error: TypeError: step: done: wanted bool, got ")
+    assert finished.startswith("environment error: TypeError: step: done: expected bool, got ")
 
 
 @pytest.mark.parametrize("objectives", [3, np.int64(3), np.array(3), torch.tensor(3)])
@@ -189,7 +189,7 @@ def test_numbers(tokenizer, reward, expected):
 def test_numbers_beyond_float32_end_their_episode(tokenizer, name, number):
     played = play(tokenizer, score=SCORE | {name: number})
     assert played.finished.startswith(
-        "environment error: ValueError: score: wanted numbers, finite in float32"
+        "environment error: ValueError: score: expected numbers, finite in float32"
     )
     assert played.score == {"reward": 0.0, "exact_match": 0.0, "f1": 0.0} and played.notes == {}
 

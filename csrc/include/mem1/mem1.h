@@ -179,22 +179,22 @@ MEM1_API mem1_status mem1_prune_pages(const mem1_prune_pages_params* params, voi
 /* Rows of logits: log-probs, PPO's policy loss, and gradients in their place.
  *
  * With z = logits[i] + bias, T = temperature[i], p = softmax(z / T), t = target[i]:
- *   top = max_v z_v,  log_mass = log sum_v exp((z_v - top) / T),  logprob = (z_t - top) / T - log_mass,
- *   entropy = -sum_v p_v log p_v.
+ *   max_logit = max_v z_v,  log_sum_exp = log sum_v exp((z_v - max_logit) / T),
+ *   logprob = (z_t - max_logit) / T - log_sum_exp,  entropy = -sum_v p_v log p_v.
  * The gradient of f(logprob, entropy) with a = df/dlogprob, b = df/dentropy is local to the row:
  *   df/dz_v = (a ([v = t] - p_v) - b p_v (log p_v + entropy)) / T,
  * and replaces the logits where it is asked for, in gradient_dtype, from the same address of the row on.
- *   MEM1_ROWS_LOGPROB   writes logprob, entropy, top, log_mass
- *   MEM1_ROWS_BACKWARD  reads top, log_mass, entropy, and a, b from d_logprob, d_entropy; writes the gradient
+ *   MEM1_ROWS_LOGPROB   writes logprob, entropy, max_logit, log_sum_exp
+ *   MEM1_ROWS_BACKWARD  reads max_logit, log_sum_exp, entropy, and a, b from d_logprob, d_entropy; writes the gradient
  *   MEM1_ROWS_PPO_LOSS  writes logprob, entropy, loss, kl, ratio, clipped; with_gradient: the gradient of loss
  * PPO's loss, with every log-ratio clamped to +-20, r = exp(logprob - old_logprob), A = advantage, d = logprob -
  * ref_logprob:
  *   policy = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), for A < 0 at most -A dual_clip,
- *            times min(exp(old_logprob - sampler_logprob), sampler_cap)
+ *            times min(exp(old_logprob - rollout_logprob), rollout_is_cap)
  *   kl     = d (K1), d^2 / 2 (K2) or exp(-d) - 1 + d (K3)
  *   loss   = scale (policy + kl_coef kl - entropy_coef entropy)
- * A row of nothing but -inf has logprob and top -inf, log_mass, entropy and gradient 0. A target outside of the
- * vocabulary is refused on the CPU; on CUDA, where no value is known to the host, its row becomes NaN.
+ * A row of nothing but -inf has logprob and max_logit -inf, log_sum_exp, entropy and gradient 0. A target outside of
+ * the vocabulary is refused on the CPU; on CUDA, where no value is known to the host, its row becomes NaN.
  */
 typedef enum mem1_rows_task {
   MEM1_ROWS_LOGPROB = 0,
@@ -227,19 +227,19 @@ typedef struct mem1_logit_rows_params {
   const void* old_logprob;     /* [rows] */
   const void* advantage;       /* [rows] */
   const void* ref_logprob;     /* [rows], or NULL: kl is not written */
-  const void* sampler_logprob; /* [rows], or NULL: weight 1 */
+  const void* rollout_logprob; /* [rows], or NULL: weight 1 */
   const void* scale;           /* [rows] */
   double clip_low;
   double clip_high;
   double dual_clip; /* 0: none */
-  double sampler_cap;
+  double rollout_is_cap;
   double kl_coef; /* 0 without ref_logprob */
   mem1_kl_estimator kl_estimator;
   double entropy_coef;
   void* logprob; /* [rows], as all that follow */
   void* entropy;
-  void* top;
-  void* log_mass;
+  void* max_logit;
+  void* log_sum_exp;
   void* loss;
   void* kl;      /* with ref_logprob */
   void* ratio;   /* r */

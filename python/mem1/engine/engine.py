@@ -35,7 +35,7 @@ class Engine:
     InputError, with the reason, for another one and where logits or positions are not plain.
     """
 
-    def __init__(self, model: PreTrainedModel, slots: int, prefill_tokens: int = 16384) -> None:
+    def __init__(self, model: PreTrainedModel, num_slots: int, max_num_batched_tokens: int = 16384) -> None:
         try:
             check_model(model)
             check_cache(model)
@@ -44,19 +44,19 @@ class Engine:
         self.model, self.trunk = model, cast(Any, model.get_decoder())
         self._busy = False
         self._refresh()
-        self.prefill_tokens = prefill_tokens
+        self.max_num_batched_tokens = max_num_batched_tokens
         weight = next(self.trunk.parameters())
         self.device = weight.device
         layers, kv_heads, head_dim = cache_shape(model.config)
-        self.cache = Slots(layers, slots, kv_heads, head_dim, weight.dtype, self.device)
+        self.cache = Slots(layers, num_slots, kv_heads, head_dim, weight.dtype, self.device)
         # What a captured decode step reads: token, position and length before it, of each slot.
-        self._inputs = torch.zeros(3, slots, dtype=torch.int64, device=self.device)
+        self._inputs = torch.zeros(3, num_slots, dtype=torch.int64, device=self.device)
         self._graphs: Graphs | None = Graphs(self.device) if self.device.type == "cuda" else None
         # A 4D mask goes straight to the layers, which do not look at it: transformers makes none of its own.
         self._no_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=self.device)
 
     @property
-    def slots(self) -> int:
+    def num_slots(self) -> int:
         return len(self.cache.lengths)
 
     @property
@@ -70,7 +70,7 @@ class Engine:
         when it is over. RuntimeError while there is another one.
         """
         if self._busy:
-            raise RuntimeError("engine: wanted one that is free, got one that another rollout uses")
+            raise RuntimeError("engine: already in use by another rollout")
         self._refresh()
         self._busy = True
         try:
@@ -94,7 +94,8 @@ class Engine:
         [len(rows), H].
 
         The lists may differ in length. Long ones are cut into pieces, and rows grouped so that one forward
-        has at most `prefill_tokens` tokens, padding included (a single longer piece still runs, alone).
+        has at most `max_num_batched_tokens` tokens, padding included (a single longer piece still runs,
+        alone).
         """
         long = [i for i in range(len(rows)) if len(tokens[i]) > _PIECE]
         if long:
@@ -125,7 +126,7 @@ class Engine:
         long, groups = order[len(ones) :], []
         while long:
             group, longest = [], len(tokens[long[-1]])
-            while long and (not group or (len(group) + 1) * longest <= self.prefill_tokens):
+            while long and (not group or (len(group) + 1) * longest <= self.max_num_batched_tokens):
                 group.append(long.pop())
             groups.append(sorted(group, key=lambda i: rows[i]))
         return [ones + groups[0], *groups[1:]] if groups else [ones]
@@ -237,12 +238,12 @@ def _check_policy(model: PreTrainedModel) -> None:
     config: Any = model.config
     head: Any = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
-        raise InputError("model: wanted an output layer without bias, got one with bias")
+        raise InputError("model: expected an output layer without bias, got one with bias")
     for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(config, name, None) not in (None, 1, 1.0):
-            raise InputError(f"model: wanted plain logits, got {name}={getattr(config, name)}")
+            raise InputError(f"model: expected plain logits, got {name}={getattr(config, name)}")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
-        raise InputError(f"model: wanted frequencies that stay as they are, got rope_type={rope!r}")
+        raise InputError(f"model: expected frequencies that stay as they are, got rope_type={rope!r}")
     if model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-        raise InputError("model: wanted model.eval(), as it has dropout, got one in training mode")
+        raise InputError("model: expected model.eval(), as it has dropout, got one in training mode")

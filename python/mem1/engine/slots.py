@@ -58,7 +58,7 @@ class Slots:
         for slot, keep in keeps.items():
             if keep.shape != (self.lengths[slot],):
                 raise ValueError(
-                    f"keep: wanted shape [{self.lengths[slot]}], the length of slot {slot}, got "
+                    f"keep: expected shape [{self.lengths[slot]}], the length of slot {slot}, got "
                     f"{list(keep.shape)}"
                 )
         if not keeps:
@@ -146,7 +146,7 @@ class Rows:
             padded = query.new_zeros(*self.real.shape, *query.shape[1:])
             padded[self.real] = query
         if query.device.type == "cpu":
-            settings = {"rows": self.slots, "counts": self.counts, "scale": scale}
+            settings = {"cache_batch_idx": self.slots, "query_lens": self.counts, "scale": scale}
             out = cached_attention(padded, keys, values, self.ends, **settings)
         elif flash is not None:
             out = self._flash(flash, padded, keys, values, scale)

@@ -48,7 +48,7 @@ class Environment(Protocol):
     wrote.
 
     In a rollout, methods are called on a thread while other episodes go on (an environment with an attribute
-    `instant = True`, which computes its answers in microseconds and cannot hang, is called directly). An
+    `run_inline = True`, which computes its answers in microseconds and cannot hang, is called directly). An
     answer that takes longer than `RolloutConfig.env_timeout`, retries included, and whatever a method raises
     or gives against its signature ends this episode, with reward 0 and `finished` "environment error: ..."
     naming it; the episode is then played again in a new environment, `episode_retries` times. Numbers may be

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mem1.config import Prune, Regime, RolloutConfig
+from mem1.config import EvictionPolicy, Regime, RolloutConfig
 from mem1.engine.engine import Engine
 from mem1.envs.base import Environment
 from mem1.envs.toy.multihop import MultiHopEnv
@@ -46,10 +46,10 @@ class Result:
     answered: float  # share of episodes that ended with an answer
     turns: float
     tokens: float
-    peak: float  # most tokens live at once
-    peak_without_prompt: float
-    dependency: float  # token pairs
-    dependency_without_prompt: float  # as the paper counts them
+    peak_tokens: float  # most tokens live at once
+    peak_tokens_without_prompt: float
+    dependency_length: float  # token pairs
+    dependency_length_without_prompt: float  # as the paper counts them
     seconds: float  # wall time of all episodes, over the sound ones
 
 
@@ -63,7 +63,7 @@ def summarize(agent: str, objectives: int, trajectories: Sequence[Trajectory], s
     """One row of the table; `seconds` is the wall time of all `trajectories` together."""
     if not trajectories:
         raise ValueError(
-            f"trajectories: wanted at least one for {agent} at {objectives} objectives, got none"
+            f"trajectories: expected at least one for {agent} at {objectives} objectives, got none"
         )
     sound = [t for t in trajectories if not t.error]
 
@@ -82,10 +82,10 @@ def summarize(agent: str, objectives: int, trajectories: Sequence[Trajectory], s
         answered=mean(lambda t: t.finished == "answered"),
         turns=mean(lambda t: t.turns),
         tokens=mean(lambda t: t.tokens.numel()),
-        peak=mean(lambda t: t.peak_tokens()),
-        peak_without_prompt=mean(lambda t: t.peak_tokens(prompt=False)),
-        dependency=mean(lambda t: t.dependency_length()),
-        dependency_without_prompt=mean(lambda t: t.dependency_length(prompt=False)),
+        peak_tokens=mean(lambda t: t.peak_tokens()),
+        peak_tokens_without_prompt=mean(lambda t: t.peak_tokens(prompt=False)),
+        dependency_length=mean(lambda t: t.dependency_length()),
+        dependency_length_without_prompt=mean(lambda t: t.dependency_length(prompt=False)),
         seconds=seconds / len(sound) if sound else math.nan,
     )
 
@@ -115,7 +115,7 @@ def evaluate(
     results, trajectories = [], []
     progress = progress or Progress(log=lambda line: None)
     seeds = evaluation_seeds(seed, episodes)
-    engine = Engine(model, max(1, min(config.slots, episodes)), config.prefill_tokens)
+    engine = Engine(model, max(1, min(config.num_slots, episodes)), config.max_num_batched_tokens)
     for n in objectives:
         start = time.perf_counter()
         world, played = partial(make_environment, n), []
@@ -154,7 +154,10 @@ def evaluate_script(
                 # The expert's notes and turns grow with the task; only what is asked of it may end an
                 # episode.
                 replace(
-                    config, max_turns=4 * n * hops + 4, max_action=4096, max_info=max(passage_tokens, 512)
+                    config,
+                    max_turns=4 * n * hops + 4,
+                    max_action_tokens=4096,
+                    max_info_tokens=max(passage_tokens, 512),
                 ),
             )
         )
@@ -168,7 +171,7 @@ class Parity:
     """How far the log-probs that the trainer recomputes are from those that the rollout sampled with."""
 
     regime: str
-    prune: Prune
+    prune: EvictionPolicy
     dtype: str
     trajectories: int
     turns: int  # of the longest trajectory
@@ -183,7 +186,7 @@ def parity(
     trajectories: Sequence[Trajectory],
     regime: Regime,
     temperature: float = 1.0,
-    micro_tokens: int = 16384,
+    max_tokens_per_micro_batch: int = 16384,
 ) -> Parity:
     """Recompute the log-probs of `trajectories` as a trainer of `regime` does and compare.
 
@@ -191,11 +194,11 @@ def parity(
     Those in which the policy wrote nothing are left out; NaN if there is no other.
     """
     if not trajectories:
-        raise ValueError("trajectories: wanted at least one, got none")
+        raise ValueError("trajectories: expected at least one, got none")
     chosen = [t for t in trajectories if t.policy_mask.any()]
     weight = model.get_output_embeddings().weight
     difference = [torch.empty(0)]
-    for group in split(chosen, micro_tokens, regime):
+    for group in split(chosen, max_tokens_per_micro_batch, regime):
         part = [chosen[i] for i in group]
         new = recompute_logprobs(model, pack(part, regime, weight.device), temperature).cpu()
         difference.append(new - torch.cat([t.logprobs[t.policy_mask] for t in part]))

@@ -21,7 +21,7 @@ def plot_peaks(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
     agent.
     """
     figure, axes = _figure(1, 2)
-    sides = (("peak", "with the prompt"), ("peak_without_prompt", "without the prompt"))
+    sides = (("peak_tokens", "with the prompt"), ("peak_tokens_without_prompt", "without the prompt"))
     for ax, (name, title) in zip(axes, sides, strict=True):
         for agent in dict.fromkeys(result.agent for result in results):
             rows = sorted((r for r in results if r.agent == agent), key=lambda r: r.objectives)

@@ -23,15 +23,15 @@ def build_model(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, seed: i
     register()
     settings = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=config.width,
-        intermediate_size=config.mlp_width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        max_position_embeddings=config.max_positions,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        max_position_embeddings=config.max_position_embeddings,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=config.tie_embeddings,
-        initializer_range=config.init_std,
+        tie_word_embeddings=config.tie_word_embeddings,
+        initializer_range=config.initializer_range,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -103,6 +103,6 @@ def without_dropout(model: nn.Module) -> None:
             p = getattr(module, "dropout", 0.0)
             if isinstance(p, float) and p > 0:  # a function's argument, which only training mode governs
                 raise InputError(
-                    f"model: wanted no dropout beside gradient checkpointing, got dropout={p} in {name}"
+                    f"model: expected no dropout beside gradient checkpointing, got dropout={p} in {name}"
                 )
             module.training = True

@@ -25,7 +25,8 @@ class Codec:
             ids = tokenizer.encode(tag, add_special_tokens=False)
             if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
                 raise InputError(
-                    f"tokenizer: wanted one token for the tag {tag}, got ids {ids}; add it to the vocabulary"
+                    f"tokenizer: expected one token for the tag {tag}, got ids {ids}; "
+                    "add it to the vocabulary"
                 )
             self.ids[tag] = ids[0]
         self.stops = {self.ids["</query>"], self.ids["</answer>"], tokenizer.eos_token_id}
@@ -59,12 +60,12 @@ class Codec:
         """The tokens of an expert's action. Raises ValueError unless it is a query or an answer."""
         kind, text = step.action
         if kind not in ("query", "answer"):
-            raise ValueError(f"expert_action: wanted a query or an answer, got {reprlib.repr(kind)}")
+            raise ValueError(f"expert_action: expected a query or an answer, got {reprlib.repr(kind)}")
         written = f"<IS> {step.state} </IS> <{kind}> {text} </{kind}>"
         return self.tokenizer.encode(written, add_special_tokens=False)
 
     def kind(self, tokens: list[int]) -> ActionKind:
-        """What an action asks of the environment; `tokens` are the action's without its `is` segment."""
+        """What an action asks of the environment; `tokens` are the action's without its `state` segment."""
         kinds: tuple[ActionKind, ...] = ("query", "answer")
         for kind in kinds:
             if tokens and tokens[-1] == self.ids[f"</{kind}>"] and self.ids[f"<{kind}>"] in tokens:

@@ -34,12 +34,12 @@ class Calls(Generic[_Key, _Answer]):
         """Questions without an outcome."""
         return len(self._pending)
 
-    def ask(self, key: _Key, question: Callable[[float], _Answer], *, instant: bool = False) -> None:
-        """Ask for `key`. An `instant` question is answered here and now: no thread, no time-out."""
+    def ask(self, key: _Key, question: Callable[[float], _Answer], *, run_inline: bool = False) -> None:
+        """Ask for `key`. An `run_inline` question is answered here and now: no thread, no time-out."""
         self._asked += 1
         call = _Call(self._asked, question, time.monotonic() + self.timeout, self._answered)
         self._pending[call.number] = key, call
-        if instant:
+        if run_inline:
             call.tell(call.answer())
             return
         try:

@@ -52,21 +52,21 @@ class Questions:
 
     def reset(self, seed: int, deadline: float) -> Reply:
         text = _text("reset", self._patiently(partial(self.environment.reset, seed), deadline))
-        most = self._config.max_prompt
+        most = self._config.max_prompt_tokens
         tokens = self._codec.prompt(text, most)
         if not 0 < len(tokens) <= most:
-            raise ValueError(f"reset: wanted a prompt of 1 to {most} tokens, got {reprlib.repr(text)}")
+            raise ValueError(f"reset: expected a prompt of 1 to {most} tokens, got {reprlib.repr(text)}")
         objectives = _integer("objectives", self.environment.objectives)
         return Reply(tokens, objectives, script=self._expert())
 
     def step(self, written: list[int], objectives: int, last: bool, deadline: float) -> Reply:
-        """`written`: the tokens of an action without its `is` segment."""
+        """`written`: the tokens of an action without its `state` segment."""
         action = self._codec.action(written)
         observation = self._patiently(partial(self.environment.step, action), deadline)
         text, _, done = _expect("step", observation, Observation)
         text, done = _text("step: text", text), _flag("step: done", done)
         if not done and not last:
-            tokens = self._codec.info(text, self._config.max_info)
+            tokens = self._codec.info(text, self._config.max_info_tokens)
             return Reply(tokens, objectives, script=self._expert())
         how = "answered" if action.kind == "answer" else "ended by the environment"
         score, notes = _score(self._patiently(self.environment.score, deadline))
@@ -84,13 +84,13 @@ class Questions:
             isinstance(error, type) and issubclass(error, BaseException) for error in errors
         )
         if not sound:
-            raise TypeError(f"retryable: wanted a tuple of exception types, got {reprlib.repr(errors)}")
+            raise TypeError(f"retryable: expected a tuple of exception types, got {reprlib.repr(errors)}")
         return patiently(call, self._config.env_retries, errors, deadline)
 
 
 def _expect(what: str, value: object, kind: type[_Value]) -> _Value:
     if not isinstance(value, kind):
-        raise TypeError(f"{what}: wanted {kind.__name__}, got {_told(value)}")
+        raise TypeError(f"{what}: expected {kind.__name__}, got {_told(value)}")
     return value
 
 
@@ -112,13 +112,13 @@ def _plain(value: Any) -> Any:
 def _flag(what: str, value: object) -> bool:
     plain = _plain(value)
     if not isinstance(plain, Integral) or plain not in (0, 1):
-        raise TypeError(f"{what}: wanted bool, got {_told(value)}")
+        raise TypeError(f"{what}: expected bool, got {_told(value)}")
     return bool(plain)
 
 
 def _integer(what: str, value: object) -> int:
     if isinstance(_plain(value), bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{what}: wanted int, got {_told(value)}")
+        raise TypeError(f"{what}: expected int, got {_told(value)}")
     return operator.index(value)  # type: ignore[arg-type]
 
 
@@ -130,7 +130,7 @@ def _score(given: object) -> tuple[dict[str, float], dict[str, Any]]:
     sound = all(-_LARGEST <= value <= _LARGEST for value in score.values())
     if not (sound and NO_SCORE.keys() <= score.keys() and abs(score["reward"]) <= math.sqrt(_LARGEST)):
         wanted = f"numbers, finite in float32, for {', '.join(NO_SCORE)}, and a reward whose square is, too"
-        raise ValueError(f"score: wanted {wanted}, got {reprlib.repr(given)}")
+        raise ValueError(f"score: expected {wanted}, got {reprlib.repr(given)}")
     notes = {name: _note(value) for name, value in values.items() if name not in score}
     return {name: float(value) for name, value in score.items()}, notes
 

@@ -20,7 +20,7 @@ from mem1.rollout.call_pool import outcome
 from mem1.rollout.env_calls import NO_SCORE, Questions, Reply
 from mem1.seeds import derive_seed
 from mem1.trajectory import ENVIRONMENT_ERROR, POLICY_ERROR, Failure, Trajectory
-from mem1_core.eviction import evict_from_turns
+from mem1_core.eviction import evict_from_segments
 from mem1_core.segments import Kind, Segment
 
 _MOST_TOLD = 200  # characters of an exception's message
@@ -31,7 +31,7 @@ class Episode:
     """One episode: its stream of tokens, and which of these the policy still has to read and may still see.
 
     Boundaries come from who wrote a token: only `write`, the policy's way in, looks at tags. What a prune
-    leaves is asked of `evict_from_turns`, the table that the training mask is made of.
+    leaves is asked of `evict_from_segments`, the table that the training mask is made of.
 
     question: what the environment is to be asked next; `hear` gets the outcome, and until then the episode is
     `waiting`: it may read, but not write. cached: stream index of each token in the slot, in order. unread:
@@ -65,7 +65,7 @@ class Episode:
         self.held: list[int] = []
         self._alive: Tensor | None = None  # bool per token of the stream: a prune is due
         self._action_start = 0  # stream index
-        self._state_length = 0  # tokens of this action's `is` segment, 0 before its end
+        self._state_length = 0  # tokens of this action's `state` segment, 0 before its end
         self._script: deque[int] = deque()
         self._objectives, self._score, self._notes = 1, dict(NO_SCORE), dict[str, Any]()
         self._began = time.perf_counter()
@@ -73,10 +73,10 @@ class Episode:
         self._generator = torch.Generator().manual_seed(derive_seed(seed, "sampling", sampling_seed))
 
     @property
-    def instant(self) -> bool:
+    def run_inline(self) -> bool:
         """Whether the environment may be asked without a thread."""
         environment = self._questions.environment
-        return outcome(lambda: bool(getattr(environment, "instant", False))) is True
+        return outcome(lambda: bool(getattr(environment, "run_inline", False))) is True
 
     def take_question(self) -> Callable[[float], Reply] | None:
         """The question that is open, once."""
@@ -134,7 +134,7 @@ class Episode:
         rollout_logprob: that with which it was drawn, where it is another one.
         """
         if not math.isfinite(logprob):
-            self.finished = f"{POLICY_ERROR}: wanted a finite log-prob, got {logprob}"
+            self.finished = f"{POLICY_ERROR}: expected a finite log-prob, got {logprob}"
             self._close("query")
             return
         self.unread = [len(self.tokens)]
@@ -142,10 +142,10 @@ class Episode:
         self.logprobs.append(logprob)
         self.rollout_logprobs.append(logprob if rollout_logprob is None else rollout_logprob)
         length = len(self.tokens) - self._action_start
-        complete = token in self.codec.stops or length == self.config.max_action
+        complete = token in self.codec.stops or length == self.config.max_action_tokens
         if token == self.codec.ids["</IS>"] and self._state_length == 0:
             self._state_length = length
-            self.segments.append(Segment("is", self.turn, length))
+            self.segments.append(Segment("state", self.turn, length))
             if not complete:
                 self._boundary("query")
         if complete:
@@ -182,7 +182,7 @@ class Episode:
         )
 
     def _close(self, kind: Kind) -> None:
-        """What the policy has written since its `is` segment, or since its turn began, is one segment."""
+        """What the policy has written since its `state` segment, or since its turn began, is one segment."""
         length = len(self.tokens) - self._action_start - self._state_length
         if length:
             self.segments.append(Segment(kind, self.turn, length))
@@ -190,7 +190,7 @@ class Episode:
     def _boundary(self, following: Kind) -> None:
         """A place where tokens may leave: ask the table, as if one token of kind `following` came next."""
         n = len(self.tokens)
-        evict = evict_from_turns([*self.segments, Segment(following, self.turn, 1)], self.config.prune)[:n]
+        evict = evict_from_segments([*self.segments, Segment(following, self.turn, 1)], self.config.prune)[:n]
         if not (evict == n).any():
             return
         alive = evict > n

@@ -28,7 +28,14 @@ from mem1.rollout.episode import Episode
 from mem1.trajectory import ENVIRONMENT_ERROR, POLICY_ERROR, Failure, Trajectory
 
 _MANY = 1 / 6  # of the rows
-_LIMITS = ("regime", "prune", "max_prompt", "max_turns", "max_action", "max_info")  # of positions
+_LIMITS = (
+    "regime",
+    "prune",
+    "max_prompt_tokens",
+    "max_turns",
+    "max_action_tokens",
+    "max_info_tokens",
+)  # of positions
 
 
 class _Attempt(NamedTuple):
@@ -56,15 +63,15 @@ def rollout(
     `config.synchronous` not even that. Seeds are integers >= 0. With `scripted` the environment's expert
     writes the actions and the model only reads along (their log-probs are the model's).
 
-    Environments answer on threads, while the other episodes go on (an `instant` one at once); whatever goes
-    wrong in one ends its own episode. That is then played again from its seed, up to `config.episode_retries`
-    times, and the last attempt is yielded. `make_environment` must make a new environment for each attempt:
-    one that has run out of time may still be at work. It is called in between: what takes time belongs into
-    `reset`.
+    Environments answer on threads, while the other episodes go on (an `run_inline` one at once); whatever
+    goes wrong in one ends its own episode. That is then played again from its seed, up to
+    `config.episode_retries` times, and the last attempt is yielded. `make_environment` must make a new
+    environment for each attempt: one that has run out of time may still be at work. It is called in between:
+    what takes time belongs into `reset`.
 
     The weights must not change between the first and the last trajectory taken from the generator. An
     `engine` of this model may be kept from one rollout to the next, with its memory and its CUDA graphs; it
-    has its own `prefill_tokens`.
+    has its own `max_num_batched_tokens`.
 
     Raises InputError, before anything runs, for seeds, a model or a tokenizer that cannot be used, and where
     the limits of `config` allow more positions than the model has; ValueError if `engine` is one of another
@@ -74,9 +81,11 @@ def rollout(
     sampling_seed = _checked_seed("sampling_seed", sampling_seed)
     check_positions(model, config)
     codec = Codec(tokenizer)
-    engine = engine or Engine(model, max(1, min(config.slots, len(waiting))), config.prefill_tokens)
+    engine = engine or Engine(
+        model, max(1, min(config.num_slots, len(waiting))), config.max_num_batched_tokens
+    )
     if engine.model is not model:
-        raise ValueError("engine: wanted one of this model, got one of another")
+        raise ValueError("engine: expected one of this model, got one of another")
     name = str(getattr(model.config, "_name_or_path", None) or "")
 
     def start(attempt: _Attempt) -> Episode:
@@ -108,8 +117,8 @@ def check_positions(model: PreTrainedModel, config: RolloutConfig) -> None:
     limits = ", ".join(f"{name}={getattr(config, name)!r}" for name in _LIMITS)
     fits = replace(config, regime="reencode").positions() <= most
     raise InputError(
-        f"max_position_embeddings: wanted at least {needed}, which {limits} add up to, got {most}; make the "
-        f"limits smaller{' or set regime=reencode' if fits else ''}"
+        f"max_position_embeddings: expected at least {needed}, which {limits} add up to, got {most}; make "
+        f"the limits smaller{' or set regime=reencode' if fits else ''}"
     )
 
 
@@ -130,7 +139,7 @@ def _play(
         calls: Calls[Episode, Reply] = Calls(config.env_timeout)
         while waiting or active:
             # Free slots get new episodes. Slot number and place in `active` are the same thing.
-            while waiting and len(active) < min(config.slots, engine.slots):
+            while waiting and len(active) < min(config.num_slots, engine.num_slots):
                 active.append(start(waiting.popleft()))
             _ask(active, calls, config)
             _advance(active, engine, config)
@@ -150,7 +159,7 @@ def _ask(active: list[Episode], calls: Calls[Episode, Reply], config: RolloutCon
     for episode in active:
         question = episode.take_question()
         if question is not None:
-            calls.ask(episode, question, instant=episode.instant)
+            calls.ask(episode, question, run_inline=episode.run_inline)
     stuck = not any(episode.unread or episode.finished for episode in active)
     for episode, reply in calls.outcomes(at_least=calls.open if config.synchronous else int(stuck)):
         episode.hear(reply)

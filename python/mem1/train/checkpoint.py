@@ -85,10 +85,10 @@ def save(
     """
     path = Path(path)
     if path.exists():
-        raise InputError(f"path: wanted a name that is free, got {str(path)!r}")
+        raise InputError(f"path: expected a name that is free, got {str(path)!r}")
     name = not_finite([*model.state_dict().items(), *_tensors(trainer, "trainer")])
     if name:
-        raise Diverged(f"model: wanted finite weights to save, got others in {name}")
+        raise Diverged(f"model: expected finite weights to save, got others in {name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = unfinished(path)
     shutil.rmtree(fresh, ignore_errors=True)
@@ -119,9 +119,9 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     if not (path / "config.json").is_file():
         path = next(iter(numbered(path)), path)
     if not (path / "config.json").is_file():
-        raise InputError(f"path: wanted a model folder with a config.json, got {str(path)!r}")
+        raise InputError(f"path: expected a model folder with a config.json, got {str(path)!r}")
     if not any((path / name).is_file() for name in _TOKENIZERS):
-        raise InputError(f"path: wanted a tokenizer.json in {str(path)!r}, got none")
+        raise InputError(f"path: expected a tokenizer.json in {str(path)!r}, got none")
     register()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", _SCORE):
         _check_json(path / name)
@@ -130,11 +130,11 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=NAME)
     except SafetensorError as error:
         raise InputError(
-            f"path: wanted a readable model.safetensors in {str(path)!r}, got {error}"
+            f"path: expected a readable model.safetensors in {str(path)!r}, got {error}"
         ) from error
     except OSError as error:  # no weights at all
         reason = str(error).split("\n", 1)[0]
-        raise InputError(f"path: wanted a whole model in {str(path)!r}, got {reason}") from error
+        raise InputError(f"path: expected a whole model in {str(path)!r}, got {reason}") from error
     # AutoTokenizer puts the tokenizer class of the architecture over the one that was saved (for qwen2 a
     # byte-level one); tokenizer.json says all there is to say.
     fast = (path / "tokenizer.json").is_file()
@@ -160,7 +160,7 @@ def _check_json(path: Path) -> None:
         try:
             json.loads(path.read_text())
         except ValueError as error:
-            raise InputError(f"path: wanted a readable {path.name}, got {str(path)!r}: {error}") from error
+            raise InputError(f"path: expected a readable {path.name}, got {str(path)!r}: {error}") from error
 
 
 def _tensors(tree: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -179,5 +179,5 @@ def _load_trainer(path: Path) -> dict[str, Any] | None:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).split("\n", 1)[0]
-        raise InputError(f"path: wanted a readable trainer state in {str(path)!r}, got {reason}") from error
+        raise InputError(f"path: expected a readable trainer state in {str(path)!r}, got {reason}") from error
     return state

@@ -97,7 +97,7 @@ class AdamW:
         self.zero_grad()
         if self.skipped == MOST_SKIPPED:
             raise Diverged(
-                f"gradients: wanted finite ones, got a norm of {norm} {MOST_SKIPPED} steps in a row"
+                f"gradients: expected finite ones, got a norm of {norm} {MOST_SKIPPED} steps in a row"
             )
         return norm
 

@@ -39,7 +39,9 @@ class Stream:
     @property
     def counts(self) -> tuple[int, ...]:
         """Policy tokens of each trajectory; they sum to M."""
-        return tuple(int(part.sum()) for part in self.layout.per_trajectory(torch.ones_like(self.targets)))
+        return tuple(
+            int(part.sum()) for part in self.layout.split_by_trajectory(torch.ones_like(self.targets))
+        )
 
     @property
     def targets(self) -> Tensor:
@@ -49,7 +51,7 @@ class Stream:
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments of a decoder (or critic) whose attention is "mem1"."""
         return {
-            "input_ids": self.tokens[self.layout.source][None],
+            "input_ids": self.tokens[self.layout.token_index][None],
             "position_ids": self.layout.position_ids[None],
             "mem1_mask": self.layout.mask,
         }
@@ -59,20 +61,20 @@ def pack(trajectories: list[Trajectory], regime: Regime, device: torch.device | 
     """One stream of all `trajectories`, laid out for `regime`."""
     return Stream(
         tokens=torch.cat([t.tokens for t in trajectories]).to(device),
-        layout=TrajectoryLayout.packed([t.layout(regime) for t in trajectories]).to(device),
+        layout=TrajectoryLayout.pack([t.layout(regime) for t in trajectories]).to(device),
     )
 
 
-def split(trajectories: list[Trajectory], micro_tokens: int, regime: Regime = "carry") -> Iterator[list[int]]:
-    """Indices of the trajectories in groups of at most `micro_tokens` rows of the layout of `regime`, which
-    are the tokens of a forward; a longer trajectory is a group of its own. Never an empty group, none left
-    out.
+def split(trajectories: list[Trajectory], max_tokens: int, regime: Regime = "carry") -> Iterator[list[int]]:
+    """Indices of the trajectories in groups of at most `max_tokens` rows of the layout of
+    `regime`, which are the tokens of a forward; a longer trajectory is a group of its own. Never an empty
+    group, none left out.
     """
     group: list[int] = []
     tokens = 0
     for i, trajectory in enumerate(trajectories):
-        n = trajectory.layout(regime).source.numel()
-        if group and tokens + n > micro_tokens:
+        n = trajectory.layout(regime).token_index.numel()
+        if group and tokens + n > max_tokens:
             yield group
             group, tokens = [], 0
         group.append(i)
@@ -117,7 +119,7 @@ class PPO:
 
     actor and reference: causal language models with attention "mem1". critic: module with
     `forward(input_ids, position_ids, mem1_mask) -> values [B, N]`. `reference` may be None only if
-    `config.kl` is 0.
+    `config.kl_coef` is 0.
     """
 
     def __init__(
@@ -129,8 +131,8 @@ class PPO:
         regime: Regime,
         temperature: float = 1.0,
     ) -> None:
-        if reference is None and config.kl:
-            raise ValueError(f"reference: wanted a frozen model for kl = {config.kl}, got None")
+        if reference is None and config.kl_coef:
+            raise ValueError(f"reference: expected a frozen model for kl_coef = {config.kl_coef}, got None")
         self.actor, self.critic, self.reference = actor, critic, reference
         self.config, self.regime, self.temperature = config, regime, temperature
         self.device = next(actor.parameters()).device
@@ -165,14 +167,14 @@ class PPO:
         before clipping; `skipped_steps`, those that were not taken as their gradients had no finite norm.
         Raises Diverged when these do not end.
         """
-        config, train_actor = self.config, self.updates >= self.config.critic_only
+        config, train_actor = self.config, self.updates >= self.config.critic_only_updates
         tokens = sum(len(e.old_logprob) for e in batch)
-        normalizer = tokens * min(config.minibatch / len(batch), 1.0)
+        normalizer = tokens * min(config.mini_batch_size / len(batch), 1.0)
         steps: list[dict[str, float]] = []
         for _ in range(config.epochs):
             order = torch.randperm(len(batch), generator=generator).tolist()
-            for start in range(0, len(order), config.minibatch):
-                part = [batch[i] for i in order[start : start + config.minibatch]]
+            for start in range(0, len(order), config.mini_batch_size):
+                part = [batch[i] for i in order[start : start + config.mini_batch_size]]
                 steps.append(self.step(part, train_actor, normalizer))
                 stepped()
         self.updates += 1
@@ -195,11 +197,11 @@ class PPO:
         trajectories = [t for t in trajectories if not t.error and t.policy_mask.any()]
         if not trajectories:
             raise ValueError(
-                "trajectories: wanted at least one, sound, in which the policy wrote a token, got none"
+                "trajectories: expected at least one, sound, in which the policy wrote a token, got none"
             )
         self._without_dropout()
         parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        for group in split(trajectories, self.config.micro_tokens, self.regime):
+        for group in split(trajectories, self.config.max_tokens_per_micro_batch, self.regime):
             stream = pack([trajectories[i] for i in group], self.regime, self.device)
             old = recompute_logprobs(self.actor, stream, self.temperature)
             ref = (
@@ -208,7 +210,9 @@ class PPO:
                 else recompute_logprobs(self.reference, stream, self.temperature)
             )
             values = self.critic(**stream.inputs())[0].float()
-            ends = torch.tensor([trajectories[i].layout(self.regime).source.numel() for i in group]).cumsum(0)
+            ends = torch.tensor(
+                [trajectories[i].layout(self.regime).token_index.numel() for i in group]
+            ).cumsum(0)
             of_tokens = (x.split(stream.counts) for x in (old, ref, values[stream.layout.logit_rows]))
             parts += zip(*of_tokens, values[ends - 1], strict=True)
         columns = list(zip(*parts, strict=True))
@@ -218,8 +222,8 @@ class PPO:
         score = self._scores(trajectories, torch.stack(columns[3]))
         reward = torch.zeros_like(old).scatter_(1, counts[:, None] - 1, score[:, None])
         kl = kl_estimate(old, ref, "k1")
-        if self.config.kl_in == "reward":
-            reward = reward - self.config.kl * kl.clamp(min=0) * mask
+        if self.config.kl_placement == "reward":
+            reward = reward - self.config.kl_coef * kl.clamp(min=0) * mask
         advantage, returns = gae(reward, value, mask, self.config.gamma, self.config.lam)
         whitened = masked_whiten(advantage, mask)
         rows = zip(trajectories, parts, whitened, returns, strict=True)
@@ -244,7 +248,7 @@ class PPO:
         for trajectory, square in zip(trajectories, score.square().tolist(), strict=True):
             if not math.isfinite(square):
                 raise ValueError(
-                    f"trajectories: wanted rewards whose squares are finite in float32, got "
+                    f"trajectories: expected rewards whose squares are finite in float32, got "
                     f"{trajectory.reward} for seed {trajectory.seed}"
                 )
         if self.config.bootstrap_turn_limit:
@@ -255,7 +259,8 @@ class PPO:
     def step(
         self, batch: list[Experience], train_actor: bool = True, normalizer: float | None = None
     ) -> dict[str, float]:
-        """One optimiser step on a minibatch, accumulated over streams of at most `micro_tokens` tokens.
+        """One optimiser step on a minibatch, accumulated over streams of at most `max_tokens_per_micro_batch`
+        tokens.
 
         Every loss is divided by `normalizer`, by default the tokens of the minibatch, so how it is split
         changes nothing. The metrics are means over its tokens.
@@ -270,7 +275,7 @@ class PPO:
         if train_actor:
             names += ["policy_loss", "kl", "entropy", "clip_fraction"]
         result, ratios = dict.fromkeys(names, 0.0) | {"tokens": total}, []
-        for group in split([e.trajectory for e in batch], config.micro_tokens, self.regime):
+        for group in split([e.trajectory for e in batch], config.max_tokens_per_micro_batch, self.regime):
             part = [batch[i] for i in group]
             stream = pack([e.trajectory for e in part], self.regime, self.device)
             share = sum(stream.counts) / total
@@ -297,13 +302,13 @@ class PPO:
                 torch.cat([e.advantage for e in part]),
                 everything,
                 ref_logprob=torch.cat([e.ref_logprob for e in part]),
-                sampler_logprob=None if drawn is None else torch.cat(drawn),
+                rollout_logprob=None if drawn is None else torch.cat(drawn),
                 temperature=self.temperature,
-                clip_low=config.clip,
-                clip_high=config.clip,
-                sampler_cap=config.rollout_is_cap or 1.0,
-                kl_coef=config.kl if config.kl_in == "loss" else 0.0,
-                entropy_coef=config.entropy,
+                clip_low=config.clip_ratio,
+                clip_high=config.clip_ratio,
+                rollout_is_cap=config.rollout_is_cap or 1.0,
+                kl_coef=config.kl_coef if config.kl_placement == "loss" else 0.0,
+                entropy_coef=config.entropy_coef,
                 normalizer=normalizer,
             )
             loss.backward()
@@ -313,8 +318,8 @@ class PPO:
                 result[name] += float(metrics[name]) * share
             ratios.append(float(metrics["ratio_max"]))
         for name, peak, warmup in (
-            ("critic", config.critic_lr, config.critic_warmup),
-            ("actor", config.actor_lr, config.actor_warmup),
+            ("critic", config.critic_lr, config.critic_lr_warmup_steps),
+            ("actor", config.actor_lr, config.actor_lr_warmup_steps),
         )[: 1 + train_actor]:
             optimizer = self.optimizers[name]
             rate = peak * min(1.0, (optimizer.steps + 1) / max(warmup, 1))

@@ -28,8 +28,9 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems on
 
 # Settings that a resumed run may change: they decide how long and where it runs, not what it learns.
 FREE = frozenset(
-    "updates save_every keep max_failed device threads warmstart.save_every ppo.micro_tokens rollout.slots "
-    "rollout.prefill_tokens rollout.env_timeout rollout.env_retries rollout.episode_retries".split()
+    "max_updates save_every keep max_failed device threads warmstart.save_every "
+    "ppo.max_tokens_per_micro_batch rollout.num_slots rollout.max_num_batched_tokens rollout.env_timeout "
+    "rollout.env_retries rollout.episode_retries".split()
 )
 
 
@@ -56,7 +57,7 @@ class RunFolder:
         self.settings: dict[str, Any] = {}  # with "init"
         self._lock: int | None = None
         if path.exists() and not path.is_dir():
-            raise InputError(f"out: wanted a folder, got the file {str(path)!r}")
+            raise InputError(f"out: expected a folder, got the file {str(path)!r}")
 
     def begin(self, settings: dict[str, Any], *, overwrite: bool) -> None:
         """Start a run here. Raises InputError if one has been, unless `overwrite`, which deletes it."""
@@ -65,13 +66,13 @@ class RunFolder:
         held = [path.name for path in (*numbered(self.path), self.metrics) if path.exists()]
         if held and not overwrite:
             raise InputError(
-                f"out: wanted a folder without a run, got {str(self.path)!r} with {' and '.join(held)}; "
+                f"out: expected a folder without a run, got {str(self.path)!r} with {' and '.join(held)}; "
                 "resume (--resume) goes on with that run, overwrite (--overwrite) deletes it"
             )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"out: wanted a folder that can be written, got {error}") from error
+            raise InputError(f"out: expected a folder that can be written, got {error}") from error
         self._take()
         self._check_links()
         for name in (LAST, BEST, METRICS):
@@ -89,7 +90,7 @@ class RunFolder:
         `metrics.jsonl` says of later steps is dropped, as is what saves that were killed have left.
         """
         if not (self.path / CONFIG).is_file():
-            raise InputError(f"resume: wanted the folder of a run, got {str(self.path)!r}")
+            raise InputError(f"resume: expected the folder of a run, got {str(self.path)!r}")
         self._take()
         loaded, damaged = self._newest()
         state = loaded.trainer if loaded else None
@@ -103,7 +104,7 @@ class RunFolder:
         if not FREE.issuperset(names):
             others = ", ".join(changed[name] for name in names if name not in FREE)
             may = f" ({free} may change)" if free else ""
-            raise InputError(f"resume: wanted the settings of the run, got {others}{may}")
+            raise InputError(f"resume: expected the settings of the run, got {others}{may}")
         told = [f"resumed with other settings: {free}"] if free else []
         for path, error in damaged:
             told.append(f"{path.name} is damaged and now {path.name}.damaged: {error}")
@@ -134,7 +135,9 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.close()
-            raise InputError(f"out: wanted a run that nobody else works on, got {str(self.path)!r}") from None
+            raise InputError(
+                f"out: expected a run that nobody else works on, got {str(self.path)!r}"
+            ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
@@ -148,12 +151,12 @@ class RunFolder:
             try:
                 loaded = checkpoint.load(path)
                 if loaded.trainer is None:
-                    raise InputError(f"path: wanted the trainer's state in {str(path)!r}, got none")
+                    raise InputError(f"path: expected the trainer's state in {str(path)!r}, got none")
                 return loaded, damaged
             except InputError as error:
                 damaged.append((path, error))
         if damaged:
-            raise InputError(f"resume: wanted a checkpoint that is whole, got none: {damaged[0][1]}")
+            raise InputError(f"resume: expected a checkpoint that is whole, got none: {damaged[0][1]}")
         return None, damaged
 
     def save(
@@ -191,7 +194,7 @@ class RunFolder:
         try:
             link(self.path / LAST, CHECKPOINTS)
         except OSError as error:
-            raise InputError(f"out: wanted a folder that can have symbolic links, got {error}") from error
+            raise InputError(f"out: expected a folder that can have symbolic links, got {error}") from error
 
     def _write(self, settings: str) -> None:
         with whole_file(self.path / CONFIG) as file:

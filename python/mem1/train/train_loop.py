@@ -74,7 +74,7 @@ def train(
         MultiHopEnv(**config.environment())  # an argument that is out of range fails before any work
     if resume and (init is not None or overwrite):
         other = f"init, got {str(init)!r}" if init is not None else "overwrite, got True"
-        raise InputError(f"resume: wanted it without {other}")
+        raise InputError(f"resume: expected it without {other}")
     lessons = replace(
         config.warmstart, regime=config.rollout.regime, prune=config.rollout.prune, **config.environment()
     )
@@ -103,8 +103,8 @@ def train(
         require(any(p.requires_grad for p in actor.parameters()), "model", "weights that learn", "none")
         check_positions(actor, config.rollout)
         Codec(tokenizer)  # which refuses one without the tags
-        slots = min(config.rollout.slots, config.batch)
-        engine = Engine(actor.eval(), slots, config.rollout.prefill_tokens)
+        slots = min(config.rollout.num_slots, config.batch_size)
+        engine = Engine(actor.eval(), slots, config.rollout.max_num_batched_tokens)
         if resumed.checkpoint is None:
             run.begin(settings | {"init": resumed.init}, overwrite=overwrite or resume)
 
@@ -115,7 +115,7 @@ def train(
 
         # 3. PPO.
         critic = build_critic(actor)
-        reference = copy.deepcopy(actor).requires_grad_(False) if config.ppo.kl else None
+        reference = copy.deepcopy(actor).requires_grad_(False) if config.ppo.kl_coef else None
         ppo = PPO(actor, critic, reference, config.ppo, config.rollout.regime, config.rollout.temperature)
         if state:
             critic.load_state_dict(state["critic"])
@@ -193,7 +193,7 @@ def _ppo(
             return
         saved = ppo.updates  # one that fails is not tried again: what it was shall be seen
         # Only where every run saves: how often one was interrupted shall not decide which is the best.
-        due = ppo.updates % config.save_every == 0 or ppo.updates == config.updates
+        due = ppo.updates % config.save_every == 0 or ppo.updates == config.max_updates
         score = fmean(rewards) if due and rewards else None
         if score is not None:
             rewards = []
@@ -207,15 +207,15 @@ def _ppo(
 
     complete = True  # the weights are those of `ppo.updates` updates, and these are on record
     try:
-        while ppo.updates < config.updates:
+        while ppo.updates < config.max_updates:
             update, began = ppo.updates, time.perf_counter()
-            seeds = [derive_seed(config.seed, "training", update, i) for i in range(config.batch)]
+            seeds = [derive_seed(config.seed, "training", update, i) for i in range(config.batch_size)]
             place = {seed: i for i, seed in enumerate(seeds)}
             # Nothing is lost in these: the same update starts anew from its seeds.
             with interrupts.allowed():
                 actor.eval()
                 trajectories = []
-                with progress.phase(f"update {update + 1}: rollout", config.batch) as phase:
+                with progress.phase(f"update {update + 1}: rollout", config.batch_size) as phase:
                     played = rollout(actor, tokenizer, make_world, seeds, config.rollout, engine=engine)
                     for trajectory in played:
                         trajectories.append(trajectory)
@@ -227,7 +227,7 @@ def _ppo(
                 batch, metrics = ppo.prepare(trajectories)
             complete = False
             shuffle = torch.Generator().manual_seed(derive_seed(config.seed, "minibatches", update))
-            steps = config.ppo.epochs * -(-len(batch) // config.ppo.minibatch)
+            steps = config.ppo.epochs * -(-len(batch) // config.ppo.mini_batch_size)
             with progress.phase(f"update {update + 1}: optimiser steps", steps) as phase:
                 metrics |= ppo.learn(batch, shuffle, phase.advance)
             record = {"phase": "ppo", "step": ppo.updates, **describe(trajectories), **metrics}
@@ -235,7 +235,7 @@ def _ppo(
             append_json(run.metrics, without_nan(record))
             rewards.append(record["reward"])
             complete = True
-            progress.log(_line(record, config.updates))
+            progress.log(_line(record, config.max_updates))
             if ppo.updates % config.save_every == 0:
                 save()
             interrupts.check()

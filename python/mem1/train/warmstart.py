@@ -85,13 +85,13 @@ def examples(
 ) -> Iterator[Example]:
     """Examples until `batch_tokens` are reached.
 
-    The curriculum: the share of auxiliary tasks falls linearly from `config.auxiliary` to a quarter of it,
-    and the most questions of an episode grow from the least, plus 1, to `config.objectives[1]` over the first
-    half.
+    The curriculum: the share of auxiliary tasks falls linearly from `config.auxiliary_fraction` to a quarter
+    of it, and the most questions of an episode grow from the least, plus 1, to `config.objectives[1]` over
+    the first half.
     """
     least, most = config.objectives
     reach = min(most, least + 1 + int((most - least) * min(1.0, 2.0 * done)))
-    auxiliary = config.auxiliary * (1.0 - 0.75 * done)
+    auxiliary = config.auxiliary_fraction * (1.0 - 0.75 * done)
     tokens = 0
     while tokens < config.batch_tokens:
         if draw.random() < auxiliary:
@@ -107,8 +107,8 @@ def label_logits(
     actor: Any, batch: list[Example], regime: Regime, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Logits [M, V] and labels int64 [M] of the policy's tokens, by one forward over one packed stream."""
-    layouts = [TrajectoryLayout.from_turns(e.segments, regime=regime, prune=e.prune) for e in batch]
-    layout = TrajectoryLayout.packed(layouts).to(device)
+    layouts = [TrajectoryLayout.from_segments(e.segments, regime=regime, prune=e.prune) for e in batch]
+    layout = TrajectoryLayout.pack(layouts).to(device)
     tokens = torch.tensor([token for e in batch for token in e.tokens], device=device)
     stream = Stream(tokens, layout)
     return actor.get_output_embeddings()(label_hidden(actor, stream)), stream.targets

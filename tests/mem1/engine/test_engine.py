@@ -25,11 +25,11 @@ def whole_forward(model, tokens, positions, evict):
         ).last_hidden_state[0]
 
 
-@pytest.mark.parametrize("prefill_tokens", [1, 40, 10_000])
-def test_ragged_feeding_is_one_forward(make_model, prefill_tokens):
+@pytest.mark.parametrize("max_num_batched_tokens", [1, 40, 10_000])
+def test_ragged_feeding_is_one_forward(make_model, max_num_batched_tokens):
     model, generator = make_model(), torch.Generator().manual_seed(1)
     streams = [torch.randint(11, 200, (n,), generator=generator).tolist() for n in (29, 7, 18)]
-    engine = Engine(model, slots=4, prefill_tokens=prefill_tokens)
+    engine = Engine(model, num_slots=4, max_num_batched_tokens=max_num_batched_tokens)
     cursor = {0: 0, 1: 0, 3: 0}
     rows = list(cursor)
     for chunk in ((5, 3, 9), (1, 1, 1), (13, 1, 4), (10, 2, 4)):
@@ -48,7 +48,7 @@ def test_pruning_is_masking_by_evict(make_model):
     """Entries removed between two steps and the lifetimes of one forward are the same function."""
     model = make_model()
     tokens = torch.randint(11, 200, (20,), generator=torch.Generator().manual_seed(2)).tolist()
-    engine = Engine(model, slots=2)
+    engine = Engine(model, num_slots=2)
     engine.feed([1], [tokens[:12]], [list(range(12))])
     keep = torch.tensor([j % 3 != 1 for j in range(12)])
     engine.prune({1: keep})
@@ -63,7 +63,7 @@ def test_pruning_is_masking_by_evict(make_model):
 def test_move_and_truncate(make_model):
     model = make_model()
     tokens = torch.randint(11, 200, (9,), generator=torch.Generator().manual_seed(3)).tolist()
-    engine = Engine(model, slots=3)
+    engine = Engine(model, num_slots=3)
     engine.feed([0, 2], [tokens[:4], tokens[:8]], [list(range(4)), list(range(8))])
     engine.move(2, 0)
     engine.truncate(0, 6)
@@ -75,33 +75,33 @@ def test_move_and_truncate(make_model):
 
 
 def test_prune_names_a_wrong_shape(make_model):
-    engine = Engine(make_model(), slots=1)
+    engine = Engine(make_model(), num_slots=1)
     engine.feed([0], [[11, 12, 13]], [[0, 1, 2]])
-    with pytest.raises(ValueError, match=r"keep: wanted shape \[3\], the length of slot 0, got \[4\]"):
+    with pytest.raises(ValueError, match=r"keep: expected shape \[3\], the length of slot 0, got \[4\]"):
         engine.prune({0: torch.ones(4, dtype=torch.bool)})
 
 
 def test_sliding_windows_are_refused(make_model):
     model = make_model(use_sliding_window=True, sliding_window=16, max_window_layers=1)
-    with pytest.raises(ValueError, match="wanted full_attention in all of"):
-        Engine(model, slots=1)
+    with pytest.raises(ValueError, match="expected full_attention in all of"):
+        Engine(model, num_slots=1)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"attn_implementation": "sdpa"}, "wanted attn_implementation='mem1', got 'sdpa'"),
+        ({"attn_implementation": "sdpa"}, "expected attn_implementation='mem1', got 'sdpa'"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "wanted frequencies that stay as they are, got rope_type='dynamic'",
+            "expected frequencies that stay as they are, got rope_type='dynamic'",
         ),
-        ({"logits_scaling": 8.0}, "wanted plain logits, got logits_scaling=8.0"),
-        ({"final_logit_softcapping": 30.0}, "wanted plain logits, got final_logit_softcapping=30.0"),
+        ({"logits_scaling": 8.0}, "expected plain logits, got logits_scaling=8.0"),
+        ({"final_logit_softcapping": 30.0}, "expected plain logits, got final_logit_softcapping=30.0"),
     ],
 )
 def test_models_that_the_trainer_would_not_agree_with_are_refused(make_model, settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        Engine(make_model(**settings), slots=1)
+        Engine(make_model(**settings), num_slots=1)
 
 
 def test_dropout_in_training_mode_is_refused(make_model):
@@ -109,9 +109,9 @@ def test_dropout_in_training_mode_is_refused(make_model):
     model.get_decoder().layers[0].mlp = torch.nn.Sequential(
         model.get_decoder().layers[0].mlp, torch.nn.Dropout(0.1)
     )
-    Engine(model, slots=1)
-    with pytest.raises(ValueError, match=r"wanted model.eval\(\), as it has dropout"):
-        Engine(model.train(), slots=1)
+    Engine(model, num_slots=1)
+    with pytest.raises(ValueError, match=r"expected model.eval\(\), as it has dropout"):
+        Engine(model.train(), num_slots=1)
 
 
 def watched_forwards(monkeypatch) -> list[int]:
@@ -132,17 +132,17 @@ def test_long_rows_are_read_in_pieces(make_model, monkeypatch):
     streams = torch.randint(11, 200, (2, 50), generator=torch.Generator().manual_seed(5)).tolist()
     streams[1] = streams[1][:20]
     places = [list(range(len(stream))) for stream in streams]
-    whole = Engine(model, slots=2).feed([0, 1], streams, places)
+    whole = Engine(model, num_slots=2).feed([0, 1], streams, places)
     sizes = watched_forwards(monkeypatch)
     monkeypatch.setattr("mem1.engine.engine._PIECE", 16)
-    engine = Engine(model, slots=2)
+    engine = Engine(model, num_slots=2)
     torch.testing.assert_close(engine.feed([0, 1], streams, places), whole, atol=2e-4, rtol=1e-4)
     assert sizes == [2, 16, 20, 32] and engine.cache.lengths == [50, 20]
 
 
 def test_only_the_rows_that_are_fed_are_computed(make_model, monkeypatch):
     """On the CPU a row that waits costs nothing."""
-    engine = Engine(make_model(), slots=8)
+    engine = Engine(make_model(), num_slots=8)
     engine.feed([0, 5, 7], [[11, 12]] * 3, [[0, 1]] * 3)
     sizes = watched_forwards(monkeypatch)
     engine.feed([0, 7], [[13], [14]], [[2], [2]])
@@ -151,13 +151,13 @@ def test_only_the_rows_that_are_fed_are_computed(make_model, monkeypatch):
 
 def test_a_session_sees_the_weights_as_they_are_and_leaves_nothing(make_model):
     model = make_model(torch.bfloat16)  # whose head is a copy in fp32
-    engine = Engine(model, slots=2)
+    engine = Engine(model, num_slots=2)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(2)
     with engine.session():
         assert torch.equal(engine.head, model.get_output_embeddings().weight.float())
         engine.feed([1], [[11, 12]], [[0, 1]])
-        with pytest.raises(RuntimeError, match="wanted one that is free"), engine.session():
+        with pytest.raises(RuntimeError, match="engine: already in use"), engine.session():
             pass
         assert engine.cache.lengths == [0, 2]
     assert engine.cache.lengths == [0, 0] and not engine.cache.kv.any()
@@ -167,7 +167,7 @@ def test_a_session_sees_the_weights_as_they_are_and_leaves_nothing(make_model):
 
 def test_what_lies_behind_a_length_is_not_read(make_model):
     model, tokens = make_model(), [11, 12, 13, 14]
-    engine = Engine(model, slots=1)
+    engine = Engine(model, num_slots=1)
     engine.feed([0], [tokens[:2]], [[0, 1]])
     with torch.inference_mode():
         engine.cache.kv[:, :, :, 2:] = torch.nan
@@ -241,7 +241,7 @@ def test_nothing_cut_has_one_logprob_and_a_greedy_choice_is_certain():
 
 
 def test_a_model_that_cannot_be_used_is_the_users_error(make_model):
-    with pytest.raises(InputError, match="wanted attn_implementation='mem1', got 'sdpa'"):
-        Engine(make_model(attn_implementation="sdpa"), slots=1)
-    with pytest.raises(InputError, match="wanted plain logits, got logits_scaling=8.0"):
-        Engine(make_model(logits_scaling=8.0), slots=1)
+    with pytest.raises(InputError, match="expected attn_implementation='mem1', got 'sdpa'"):
+        Engine(make_model(attn_implementation="sdpa"), num_slots=1)
+    with pytest.raises(InputError, match="expected plain logits, got logits_scaling=8.0"):
+        Engine(make_model(logits_scaling=8.0), num_slots=1)

@@ -24,7 +24,7 @@ def test_a_captured_step_is_the_eager_one(make_model, monkeypatch):
     anew, and prunes between their replays.
     """
     model = make_model().cuda()
-    graphed, eager = Engine(model, slots=6), Engine(model, slots=6)
+    graphed, eager = Engine(model, num_slots=6), Engine(model, num_slots=6)
     eager._graphs = None
     captured = []
     capture = Graphs._capture
@@ -65,7 +65,7 @@ def test_parity(make_model, tokenizer, monkeypatch, attention, dtype, regime, ba
     if attention == "sdpa":
         monkeypatch.setattr(slots, "flash_attention", lambda kv: None)
     model = make_model(dtype).cuda()
-    config = RolloutConfig(slots=batch, regime=regime, max_turns=12)
+    config = RolloutConfig(num_slots=batch, regime=regime, max_turns=12)
     seeds = range(4 if batch == 1 else 64)
     played = list(rollout(model, tokenizer, lambda: MultiHopEnv((1, 4)), seeds, config, scripted=True))
     assert len({t.turns for t in played}) >= 2

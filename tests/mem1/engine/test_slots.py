@@ -49,7 +49,7 @@ def test_prune_is_one_call_for_all_slots_and_moves_nothing_else(monkeypatch):
 def test_a_wrong_mask_is_refused_before_anything_moves():
     cache = filled([10, 7])
     before = cache.kv.clone()
-    with pytest.raises(ValueError, match=r"keep: wanted shape \[7\], the length of slot 1, got \[8\]"):
+    with pytest.raises(ValueError, match=r"keep: expected shape \[7\], the length of slot 1, got \[8\]"):
         cache.prune({0: torch.zeros(10, dtype=torch.bool), 1: torch.ones(8, dtype=torch.bool)})
     assert torch.equal(cache.kv, before) and cache.lengths == [10, 7]
 

@@ -42,7 +42,7 @@ def test_lookup(tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
     assert [table[key] for key in keys] == values == words(tokenizer, example, policy=True)
 
 
-@pytest.mark.parametrize("prune", ["action", "is", "never"])
+@pytest.mark.parametrize("prune", ["action", "state", "never"])
 @pytest.mark.parametrize("settings", [{"objectives": 3}, {"objectives": 2, "hops": 1, "passage_tokens": 20}])
 def test_scripted_examples_are_what_the_rollout_makes(
     tokenizer: PreTrainedTokenizerFast, settings: dict[str, int], prune: str
@@ -63,8 +63,8 @@ def test_examples_of_all_kinds_pack_into_one_stream(tokenizer: PreTrainedTokeniz
         scripted_example(MultiHopEnv(2), 0, ids),
     ]
     for regime in ("carry", "reencode"):
-        layouts = [TrajectoryLayout.from_turns(e.segments, regime=regime, prune=e.prune) for e in batch]
-        layout = TrajectoryLayout.packed(layouts)
+        layouts = [TrajectoryLayout.from_segments(e.segments, regime=regime, prune=e.prune) for e in batch]
+        layout = TrajectoryLayout.pack(layouts)
         assert layout.lengths == tuple(len(e.tokens) for e in batch)
         assert len(layout.targets) == sum(int(policy_tokens(e.segments).sum()) for e in batch)
 

@@ -44,14 +44,14 @@ def handmade(*segments: Segment, **settings) -> Trajectory:
 def test_a_row_is_the_mean_over_the_episodes():
     long = handmade(
         Segment("prompt", 0, 4),
-        *(Segment("is", 1, 3), Segment("query", 1, 2), Segment("info", 1, 5)),
-        *(Segment("is", 2, 2), Segment("query", 2, 3), Segment("info", 2, 1)),
-        *(Segment("is", 3, 1), Segment("answer", 3, 2)),
+        *(Segment("state", 1, 3), Segment("query", 1, 2), Segment("info", 1, 5)),
+        *(Segment("state", 2, 2), Segment("query", 2, 3), Segment("info", 2, 1)),
+        *(Segment("state", 3, 1), Segment("answer", 3, 2)),
         prune="action",
         score={"reward": 0.5, "exact_match": 2.0, "f1": 3.0},
     )
     short = handmade(
-        *(Segment("prompt", 0, 6), Segment("is", 1, 2), Segment("query", 1, 2)),
+        *(Segment("prompt", 0, 6), Segment("state", 1, 2), Segment("query", 1, 2)),
         prune="action",
         finished="too many turns",
     )
@@ -71,9 +71,9 @@ def test_a_row_is_the_mean_over_the_episodes():
         turns=(3 + 1) / 2,
         tokens=(23 + 10) / 2,
         peak=(19 + 10) / 2,
-        peak_without_prompt=(15 + 4) / 2,
+        peak_tokens_without_prompt=(15 + 4) / 2,
         dependency=sum(dependency) / 2,
-        dependency_without_prompt=(sum(dependency) - 4 * (5 + 5 + 3) - 6 * 4) / 2,
+        dependency_length_without_prompt=(sum(dependency) - 4 * (5 + 5 + 3) - 6 * 4) / 2,
         seconds=3.5,
     )
     assert summarize("MEM1", 3, [long, short], seconds=7.0) == row
@@ -119,7 +119,10 @@ class Broken(MultiHopEnv):
 
 
 def test_a_broken_retriever_gets_no_better_number(make_model, tokenizer):
-    model, config = make_model(), RolloutConfig(slots=4, max_action=12, max_turns=3, episode_retries=0)
+    model, config = (
+        make_model(),
+        RolloutConfig(num_slots=4, max_action_tokens=12, max_turns=3, episode_retries=0),
+    )
 
     def play(world: type[MultiHopEnv]) -> tuple[Result, list[Trajectory]]:
         (row,), played = evaluate(
@@ -135,7 +138,7 @@ def test_a_broken_retriever_gets_no_better_number(make_model, tokenizer):
     lost = sum(seed % 2 == 0 for seed in evaluation_seeds(0, 8))
     assert 0 < lost < 8 and bad.errors == {"ConnectionError": lost} and good.errors == {}
     same = summarize("MEM1", 2, [t for t in played if t.seed % 2], seconds=0.0)
-    names = ("turns", "tokens", "peak", "peak_without_prompt", "dependency", "reward")
+    names = ("turns", "tokens", "peak_tokens", "peak_tokens_without_prompt", "dependency_length", "reward")
     for name in names:
         assert getattr(bad, name) == pytest.approx(getattr(same, name))
     assert bad.seconds > 0
@@ -160,7 +163,7 @@ def test_a_row_is_a_phase(make_model, tokenizer):
             return self.now
 
     lines: list[str] = []
-    config = RolloutConfig(slots=2, max_action=8, max_turns=2)
+    config = RolloutConfig(num_slots=2, max_action_tokens=8, max_turns=2)
     evaluate(
         *(make_model(), tokenizer, config),
         agent="MEM1",
@@ -176,38 +179,41 @@ def test_a_row_is_a_phase(make_model, tokenizer):
 
 
 def test_parity_of_nothing_is_no_number(make_model):
-    start = handmade(Segment("prompt", 0, 2), prune="is", finished=f"{ENVIRONMENT_ERROR}: OSError")
+    start = handmade(Segment("prompt", 0, 2), prune="state", finished=f"{ENVIRONMENT_ERROR}: OSError")
     row = parity(make_model(), [start], "carry")
-    assert (row.prune, row.trajectories, row.turns, row.tokens) == ("is", 0, 0, 0)
+    assert (row.prune, row.trajectories, row.turns, row.tokens) == ("state", 0, 0, 0)
     assert math.isnan(row.max_dlogp) and math.isnan(row.mean_dlogp) and math.isnan(row.kl)
-    with pytest.raises(ValueError, match="wanted at least one, got none"):
+    with pytest.raises(ValueError, match="expected at least one, got none"):
         parity(make_model(), [], "carry")
 
 
 def test_no_number_is_null_in_json():
     row = replace(result("MEM1", 2, 40.0), reward=math.nan, errors={"OSError": 1})
     data = json.loads(json.dumps(without_nan(asdict(row)), allow_nan=False))
-    assert data["reward"] is None and data["peak"] == 40.0 and data["errors"] == {"OSError": 1}
+    assert data["reward"] is None and data["peak_tokens"] == 40.0 and data["errors"] == {"OSError": 1}
 
 
 def test_the_demo_fits_the_model():
     for quick in (True, False):
         config = demo_config(quick, seed=3)
         assert config.seed == 3
-        assert config.rollout.positions() <= config.model.max_positions
-    assert config.updates >= 8
+        assert config.rollout.positions() <= config.model.max_position_embeddings
+    assert config.max_updates >= 8
 
 
 def test_every_agent_gets_the_same_episodes(make_model, tokenizer):
     prompts = []
     for prune in ("action", "never", 20):
-        config, agent = RolloutConfig(slots=4, max_action=12, max_turns=3, prune=prune), f"agent {prune}"
+        config, agent = (
+            RolloutConfig(num_slots=4, max_action_tokens=12, max_turns=3, prune=prune),
+            f"agent {prune}",
+        )
         results, played = evaluate(
             make_model(), tokenizer, config, agent=agent, objectives=(1, 3), episodes=2
         )
         assert [(r.agent, r.objectives, r.episodes) for r in results] == [(agent, 1, 2), (agent, 3, 2)]
         assert [t.objectives for t in played] == [1, 1, 3, 3]
-        assert all(r.peak >= r.peak_without_prompt > 0 and r.seconds > 0 for r in results)
+        assert all(r.peak_tokens >= r.peak_tokens_without_prompt > 0 and r.seconds > 0 for r in results)
         by_seed = sorted(played, key=lambda t: (t.objectives, t.seed))
         prompts.append([t.tokens[: t.segments[0].length].tolist() for t in by_seed])
     assert prompts[0] == prompts[1] == prompts[2]
@@ -215,7 +221,7 @@ def test_every_agent_gets_the_same_episodes(make_model, tokenizer):
 
 def test_the_script_answers_everything_at_every_size(tokenizer):
     results, played = evaluate_script(
-        tokenizer, RolloutConfig(max_action=8, max_turns=2), agent="MEM1", episodes=1
+        tokenizer, RolloutConfig(max_action_tokens=8, max_turns=2), agent="MEM1", episodes=1
     )
     assert [r.objectives for r in results] == [1, 2, 4, 8, 16]
     assert all(r.reward == 1.0 and r.answered == 1.0 for r in results)
@@ -231,10 +237,10 @@ def test_memory_of_the_default_world_grows_far_slower_than_with_the_full_context
         return getattr(rows[agent, 16], name) / getattr(rows[agent, 2], name)
 
     assert (
-        ratio("MEM1, script", "peak_without_prompt")
-        <= ratio("full context, script", "peak_without_prompt") / 3
+        ratio("MEM1, script", "peak_tokens_without_prompt")
+        <= ratio("full context, script", "peak_tokens_without_prompt") / 3
     )
-    assert ratio("MEM1, script, 400-token passages", "peak_without_prompt") <= 1.65
+    assert ratio("MEM1, script, 400-token passages", "peak_tokens_without_prompt") <= 1.65
 
 
 def test_the_truncating_agent_holds_its_window_and_a_turn(tokenizer):
@@ -245,15 +251,17 @@ def test_the_truncating_agent_holds_its_window_and_a_turn(tokenizer):
     for segment in played.segments[1:]:
         sizes[segment.turn] = sizes.get(segment.turn, 0) + segment.length
     assert sum(sizes.values()) > 4 * 300
-    assert 300 < row.peak_without_prompt <= 300 + 2 * max(sizes.values()), "full until the action is complete"
-    assert row.answered == 1.0 and row.dependency == played.dependency_length()
+    assert 300 < row.peak_tokens_without_prompt <= 300 + 2 * max(sizes.values()), (
+        "full until the action is complete"
+    )
+    assert row.answered == 1.0 and row.dependency_length == played.dependency_length()
     again = Trajectory.from_dict(json.loads(played.to_json()))
-    assert again.prune == 300 and torch.equal(again.mask.evict, played.mask.evict)
+    assert again.prune == 300 and torch.equal(again.mask.evict_at, played.mask.evict_at)
 
 
 def test_a_table_is_markdown():
     text = table(
-        [result("MEM1", 2, 1234.4), result("full context", 16, 5.25)], ("agent", "objectives", "peak")
+        [result("MEM1", 2, 1234.4), result("full context", 16, 5.25)], ("agent", "objectives", "peak_tokens")
     )
     assert text.splitlines() == [
         "|        agent | objectives |  peak |",
@@ -280,7 +288,7 @@ def test_pictures(tokenizer, tmp_path):
         {"phase": "ppo", "step": 3, "reward": None, "answered": math.nan},
         {"phase": "ppo", "step": 4},
     ]
-    results.append(replace(results[0], objectives=4, peak=math.nan, peak_without_prompt=math.nan))
+    results.append(replace(results[0], objectives=4, peak=math.nan, peak_tokens_without_prompt=math.nan))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     plot_peaks(results, tmp_path / "peaks.png")
     plot_learning(tmp_path / "metrics.jsonl", tmp_path / "learning.png")

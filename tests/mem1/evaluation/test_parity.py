@@ -9,7 +9,7 @@ from mem1.config import RolloutConfig
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.evaluation.evaluation_loop import Parity, parity
 from mem1.rollout.rollout_loop import rollout
-from mem1_core.eviction import Prune, evict_from_turns
+from mem1_core.eviction import EvictionPolicy, evict_from_segments
 
 GATES = {torch.float32: {"max_dlogp": 5e-5}, torch.bfloat16: {"mean_dlogp": 5e-3, "kl": 1e-4}}
 
@@ -20,19 +20,21 @@ def measure(make_model, tokenizer, dtype, regime, prune, scripted, temperature=1
     """
     model = make_model(dtype)
     config = RolloutConfig(
-        slots=3, regime=regime, prune=prune, max_action=24, max_turns=7, temperature=temperature
+        num_slots=3, regime=regime, prune=prune, max_action_tokens=24, max_turns=7, temperature=temperature
     )
     seeds = range(7)
     played = list(rollout(model, tokenizer, lambda: MultiHopEnv((1, 4)), seeds, config, scripted=scripted))
     assert {t.seed for t in played} == set(seeds)
-    assert len({t.tokens.numel() for t in played}) > 1, "wanted a ragged batch"
+    assert len({t.tokens.numel() for t in played}) > 1, "expected a ragged batch"
     assert sum(t.turns >= 4 for t in played) >= 2
-    assert any(s.kind == "is" for t in played for s in t.segments)
+    assert any(s.kind == "state" for t in played for s in t.segments)
     if isinstance(prune, int):
-        others: list[Prune] = ["action", "never"]
+        others: list[EvictionPolicy] = ["action", "never"]
         for other in others:
-            differ = [not torch.equal(t.mask.evict[0], evict_from_turns(t.segments, other)) for t in played]
-            assert any(differ), f"wanted trajectories that prune={other!r} would prune otherwise"
+            differ = [
+                not torch.equal(t.mask.evict_at[0], evict_from_segments(t.segments, other)) for t in played
+            ]
+            assert any(differ), f"expected trajectories that prune={other!r} would prune otherwise"
     return parity(model, played, regime, temperature)
 
 
@@ -42,7 +44,7 @@ def within_gate(result: Parity, dtype: torch.dtype) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("regime", ["carry", "reencode"])
-@pytest.mark.parametrize("prune", ["action", "is", "never", 48])
+@pytest.mark.parametrize("prune", ["action", "state", "never", 48])
 @pytest.mark.parametrize("scripted", [False, True], ids=["sampled", "scripted"])
 def test_recomputed_logprobs_are_the_sampled_ones(make_model, tokenizer, dtype, regime, prune, scripted):
     result = measure(make_model, tokenizer, dtype, regime, prune, scripted)
@@ -51,22 +53,22 @@ def test_recomputed_logprobs_are_the_sampled_ones(make_model, tokenizer, dtype, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("regime", ["carry", "reencode"])
-@pytest.mark.parametrize("prune", ["action", "is"])
+@pytest.mark.parametrize("prune", ["action", "state"])
 @pytest.mark.parametrize("slots", [1, 64])
 def test_batches_of_one_and_of_64(make_model, tokenizer, dtype, regime, prune, slots):
     """Episodes of 3 to 9 turns, each alone and all side by side."""
     model, seeds = make_model(dtype), range(4 if slots == 1 else 64)
-    config = RolloutConfig(slots=slots, regime=regime, prune=prune, max_turns=12)
+    config = RolloutConfig(num_slots=slots, regime=regime, prune=prune, max_turns=12)
     played = list(rollout(model, tokenizer, lambda: MultiHopEnv((1, 4)), seeds, config, scripted=True))
     assert {t.seed for t in played} == set(seeds)
     turns = {t.turns for t in played}
-    assert len(turns) >= (2 if slots == 1 else 4) and max(turns) >= 4, "wanted other ends"
+    assert len(turns) >= (2 if slots == 1 else 4) and max(turns) >= 4, "expected other ends"
     result = parity(model, played, regime)
     assert within_gate(result, dtype), result
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("prune", ["action", "is"])
+@pytest.mark.parametrize("prune", ["action", "state"])
 def test_the_published_recipe_fails_the_same_gate(make_model, tokenizer, dtype, prune):
     result = measure(make_model, tokenizer, dtype, "paper", prune, scripted=True)
     assert not within_gate(result, dtype), result

@@ -18,7 +18,14 @@ from mem1.rollout.rollout_loop import rollout
 
 INFO_TOKENS = 240
 # Keys and values of a token take 4 KiB: what is kept shows.
-MODEL = ModelConfig(layers=2, width=256, heads=4, kv_heads=4, mlp_width=64, max_positions=2**15)
+MODEL = ModelConfig(
+    num_hidden_layers=2,
+    hidden_size=256,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    intermediate_size=64,
+    max_position_embeddings=2**15,
+)
 
 
 def resident_bytes() -> int:
@@ -27,7 +34,7 @@ def resident_bytes() -> int:
 
 class Meter:
     objectives = 1
-    instant = True
+    run_inline = True
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
@@ -45,8 +52,8 @@ class Meter:
 
 def main(prune: str, turns: int) -> None:
     tokenizer, meter = build_tokenizer(), Meter()
-    limits = {"max_turns": turns, "max_action": 8, "max_info": INFO_TOKENS}
-    config = RolloutConfig(slots=1, prune=prune, **limits)  # type: ignore[arg-type]
+    limits = {"max_turns": turns, "max_action_tokens": 8, "max_info_tokens": INFO_TOKENS}
+    config = RolloutConfig(num_slots=1, prune=prune, **limits)  # type: ignore[arg-type]
     (trajectory,) = rollout(build_model(tokenizer, MODEL), tokenizer, lambda: meter, [0], config)
     tokens = trajectory.tokens.numel()
     print(json.dumps({"sizes": meter.sizes, "tokens": tokens, "finished": trajectory.finished}))

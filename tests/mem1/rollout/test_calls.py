@@ -28,7 +28,7 @@ def test_answers_and_errors_come_with_who_asked():
     calls: Calls[str, int] = Calls(timeout=30)
     calls.ask("a", lambda deadline: 1)
     calls.ask("b", raises(ValueError("no")))
-    calls.ask("c", lambda deadline: 3, instant=True)
+    calls.ask("c", lambda deadline: 3, run_inline=True)
     found = {}
     while len(found) < 3:
         found.update(calls.outcomes(at_least=1))
@@ -39,7 +39,7 @@ def test_answers_and_errors_come_with_who_asked():
 
 def test_an_instant_question_is_answered_on_this_thread_and_at_once():
     calls: Calls[int, int] = Calls(timeout=30)
-    calls.ask(0, lambda deadline: threading.get_ident(), instant=True)
+    calls.ask(0, lambda deadline: threading.get_ident(), run_inline=True)
     assert calls.outcomes() == [(0, threading.get_ident())]
     calls.ask(0, lambda deadline: threading.get_ident())
     assert calls.outcomes(at_least=1)[0][1] != threading.get_ident()
@@ -124,7 +124,7 @@ def test_a_question_knows_its_deadline():
     calls: Calls[str, float] = Calls(timeout=30)
     before = time.monotonic()
     calls.ask("a", lambda deadline: deadline)
-    calls.ask("b", lambda deadline: deadline, instant=True)
+    calls.ask("b", lambda deadline: deadline, run_inline=True)
     deadlines = [answer for _, answer in calls.outcomes(at_least=2)]
     assert len(deadlines) == 2 and all(before + 30 <= d <= time.monotonic() + 30 for d in deadlines)
 

@@ -19,14 +19,14 @@ from mem1.rollout.call_pool import Calls
 from mem1.rollout.rollout_loop import rollout
 
 CONFIG = RolloutConfig(
-    slots=3, max_action=16, max_turns=4, env_timeout=20.0, env_retries=0, episode_retries=0
+    num_slots=3, max_action_tokens=16, max_turns=4, env_timeout=20.0, env_retries=0, episode_retries=0
 )
 
 
 class Remote(MultiHopEnv):
     """The multi-hop world as a service: asked on a thread, broken for seed 1 from its second step on."""
 
-    instant = False
+    run_inline = False
 
     def reset(self, seed: int) -> str:
         self.seed, self.steps = seed, 0
@@ -105,7 +105,7 @@ def play(make_model, tokenizer, world, regime="carry", scripted=True, **settings
 @pytest.fixture(scope="module")
 def sound(make_model, tokenizer):
     """The same episodes where nothing breaks, asked directly."""
-    return play(make_model, tokenizer, MultiHopEnv, max_turns=6, max_action=64)
+    return play(make_model, tokenizer, MultiHopEnv, max_turns=6, max_action_tokens=64)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def sound(make_model, tokenizer):
 def test_a_broken_world_ends_its_own_episode_only(make_model, tokenizer, sound, world, finished):
     timeout = 0.3 if world is Hangs else 20.0
     Hangs.gate.clear()
-    played = play(make_model, tokenizer, world, max_turns=6, max_action=64, env_timeout=timeout)
+    played = play(make_model, tokenizer, world, max_turns=6, max_action_tokens=64, env_timeout=timeout)
     Hangs.gate.set()
     assert played[1].finished.startswith(finished) and len(played[1].finished) < 300
     assert played[1].turns == 2 and played[1].score == {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
@@ -146,7 +146,7 @@ def test_megabytes_are_cut(make_model, tokenizer, regime, world, length, monkeyp
         return encode(self, text, **how)
 
     monkeypatch.setattr(type(tokenizer), "encode", watched)
-    played = play(make_model, tokenizer, world, regime, scripted=False, max_info=7)
+    played = play(make_model, tokenizer, world, regime, scripted=False, max_info_tokens=7)
     infos = [s.length for s in played[1].segments if s.kind == "info"]
     assert len(infos) == 3 and infos[1:] == [length, length]
     assert world is OneWord or max(read) < 1_000
@@ -166,7 +166,7 @@ def test_tags_in_an_answer_are_no_tags(make_model, tokenizer, regime):
 
 
 @pytest.mark.parametrize("regime", ["carry", "reencode"])
-@pytest.mark.parametrize("prune", ["action", "is", "never", 40])
+@pytest.mark.parametrize("prune", ["action", "state", "never", 40])
 def test_a_policy_that_never_closes_a_tag(make_model, tokenizer, regime, prune, monkeypatch):
     """Every action runs into its limit, is malformed, and gets the world's answer to that."""
     codec, logits = Codec(tokenizer), Engine.logits
@@ -185,7 +185,7 @@ def test_a_policy_that_never_closes_a_tag(make_model, tokenizer, regime, prune, 
     assert {action.kind for action in asked} == {"malformed"} and len(asked) == 16
     for t in played:
         assert [s.length for s in t.segments if s.kind == "query"] == [16] * 4
-        assert not any(s.kind in ("is", "answer") for s in t.segments)
+        assert not any(s.kind in ("state", "answer") for s in t.segments)
 
 
 def test_a_prompt_beyond_the_limit_is_an_error_of_its_episode(make_model, tokenizer):
@@ -193,8 +193,10 @@ def test_a_prompt_beyond_the_limit_is_an_error_of_its_episode(make_model, tokeni
         def reset(self, seed: int) -> str:
             return super().reset(seed) + " anna" * (500 if seed == 1 else 0)
 
-    played = play(make_model, tokenizer, Long, scripted=False, max_prompt=400)
-    assert played[1].finished.startswith("environment error: ValueError: reset: wanted a prompt of 1 to 400")
+    played = play(make_model, tokenizer, Long, scripted=False, max_prompt_tokens=400)
+    assert played[1].finished.startswith(
+        "environment error: ValueError: reset: expected a prompt of 1 to 400"
+    )
     assert played[1].tokens.numel() == 0
     assert all(played[seed].tokens.numel() for seed in (0, 2, 3, 4, 5))
 
@@ -203,7 +205,7 @@ def test_a_failed_connection_is_tried_again(make_model, tokenizer, sound, monkey
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
     class Flaky(MultiHopEnv):
-        instant = False
+        run_inline = False
         failed = 0
 
         def step(self, action: Action) -> Observation:
@@ -212,7 +214,7 @@ def test_a_failed_connection_is_tried_again(make_model, tokenizer, sound, monkey
                 raise ConnectionError("reset by peer")
             return super().step(action)
 
-    played = play(make_model, tokenizer, Flaky, max_turns=6, max_action=64, env_retries=2, slots=1)
+    played = play(make_model, tokenizer, Flaky, max_turns=6, max_action_tokens=64, env_retries=2, num_slots=1)
     assert Flaky.failed == 3 * sum(t.turns for t in played.values())
     for seed, trajectory in played.items():
         assert torch.equal(trajectory.tokens, sound[seed].tokens)
@@ -223,7 +225,7 @@ def test_a_slow_world_does_not_hold_up_the_others(make_model, tokenizer, sound):
     finished: list[int] = []
 
     class Patient(MultiHopEnv):
-        instant = False
+        run_inline = False
 
         def reset(self, seed: int) -> str:
             self.seed = seed
@@ -234,7 +236,7 @@ def test_a_slow_world_does_not_hold_up_the_others(make_model, tokenizer, sound):
                 time.sleep(0.002)
             return super().step(action)
 
-    config = replace(CONFIG, max_turns=6, max_action=64)
+    config = replace(CONFIG, max_turns=6, max_action_tokens=64)
     for trajectory in rollout(make_model(), tokenizer, lambda: Patient(2), range(6), config, scripted=True):
         finished.append(trajectory.seed)
         assert torch.equal(trajectory.tokens, sound[trajectory.seed].tokens)
@@ -250,7 +252,7 @@ def test_an_environment_that_cannot_be_made_is_an_error_of_its_episode(make_mode
             raise ConnectionRefusedError("no server")
         return MultiHopEnv(2)
 
-    config = replace(CONFIG, max_turns=6, max_action=64)
+    config = replace(CONFIG, max_turns=6, max_action_tokens=64)
     played = list(rollout(make_model(), tokenizer, make, range(6), config, scripted=True))
     assert len(played) == 6
     for trajectory in played:
@@ -276,11 +278,11 @@ def test_numbers_that_are_not_finite_end_their_own_episode(make_model, tokenizer
     monkeypatch.setattr(
         Engine, "logits", lambda self, hidden: logits(self, hidden).index_fill(1, never, -1e9)
     )
-    config = replace(CONFIG, slots=2, max_turns=3)
+    config = replace(CONFIG, num_slots=2, max_turns=3)
     make = lambda: Poisoned(2)  # noqa: E731
     played = {t.seed: t for t in rollout(model, tokenizer, make, range(5), config)}
     sound = {t.seed: t for t in rollout(sound_model, tokenizer, lambda: MultiHopEnv(2), range(5), config)}
-    assert played[1].finished == "policy error: wanted a finite log-prob, got nan"
+    assert played[1].finished == "policy error: expected a finite log-prob, got nan"
     for seed in (0, 2, 3, 4):
         assert torch.equal(played[seed].tokens, sound[seed].tokens)
 
@@ -292,7 +294,7 @@ def test_a_policy_error_in_mid_action_ends_its_own_episode_only(
     make_model, tokenizer, regime, scripted, poisoned, monkeypatch
 ):
     """One row of one step is NaN, as a kernel's fault or an overflow leaves it."""
-    settings = {"regime": regime, "scripted": scripted, "max_action": 64}
+    settings = {"regime": regime, "scripted": scripted, "max_action_tokens": 64}
     sound = play(make_model, tokenizer, MultiHopEnv, **settings)
     steps, logits = [], Engine.logits
 
@@ -306,7 +308,7 @@ def test_a_policy_error_in_mid_action_ends_its_own_episode_only(
     monkeypatch.setattr(Engine, "logits", bad)
     played = play(make_model, tokenizer, MultiHopEnv, **settings)
     (ended,) = (t for t in played.values() if t.error == "policy")
-    assert ended.finished == "policy error: wanted a finite log-prob, got nan"
+    assert ended.finished == "policy error: expected a finite log-prob, got nan"
     for seed, trajectory in played.items():
         n = trajectory.tokens.numel()
         assert torch.equal(trajectory.tokens, sound[seed].tokens[:n])
@@ -340,7 +342,7 @@ def test_a_text_that_the_tokenizer_does_not_take_is_an_error_of_its_episode(
 
     monkeypatch.setattr(type(tokenizer), "encode", narrow)
     for world, turns in ((Prompt, 0), (Info, 2)):
-        played = play(make_model, tokenizer, world, max_turns=6, max_action=64)
+        played = play(make_model, tokenizer, world, max_turns=6, max_action_tokens=64)
         assert played[1].finished == "environment error: OverflowError: too much of zora"
         assert played[1].turns == turns
         for seed in (0, 2, 3, 4, 5):
@@ -350,7 +352,7 @@ def test_a_text_that_the_tokenizer_does_not_take_is_an_error_of_its_episode(
 @pytest.mark.parametrize("world", [None, 3, MultiHopEnv])
 def test_what_is_no_environment_is_an_error_of_its_episode(make_model, tokenizer, sound, world):
     worlds = iter([MultiHopEnv(2), world])
-    config = replace(CONFIG, max_turns=6, max_action=64)
+    config = replace(CONFIG, max_turns=6, max_action_tokens=64)
     make = lambda: next(worlds, MultiHopEnv(2))  # noqa: E731
     played = {t.seed: t for t in rollout(make_model(), tokenizer, make, range(6), config, scripted=True)}
     assert len(played) == 6 and played[1].error in ("AttributeError", "TypeError")

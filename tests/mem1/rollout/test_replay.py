@@ -21,7 +21,7 @@ from mem1.rollout.episode import Episode
 from mem1.rollout.rollout_loop import rollout
 from mem1.trajectory import Failure, Trajectory
 
-CONFIG = RolloutConfig(slots=3, max_action=16, max_turns=4, env_timeout=20.0, env_retries=0)
+CONFIG = RolloutConfig(num_slots=3, max_action_tokens=16, max_turns=4, env_timeout=20.0, env_retries=0)
 
 
 def play(model, tokenizer, make, seeds=range(6), config=CONFIG, **how) -> dict[int, Trajectory]:
@@ -61,7 +61,7 @@ def failing(monkeypatch):
 
 @pytest.mark.parametrize("scripted", [False, True])
 def test_an_episode_that_failed_is_played_again_and_is_the_same(make_model, tokenizer, failing, scripted):
-    model, config = make_model(), replace(CONFIG, max_action=64)
+    model, config = make_model(), replace(CONFIG, max_action_tokens=64)
     played = play(model, tokenizer, lambda: failing(2), config=config, scripted=scripted)
     sound = play(model, tokenizer, lambda: MultiHopEnv(2), config=config, scripted=scripted)
     for seed, trajectory in played.items():
@@ -125,7 +125,7 @@ def test_the_composition_of_a_batch_follows_from_the_seeds_if_it_must(
     make_model, tokenizer, regime, monkeypatch
 ):
     class Sleepy(MultiHopEnv):
-        instant = False
+        run_inline = False
 
         def reset(self, seed: int) -> str:
             self.sleep()
@@ -147,7 +147,7 @@ def test_the_composition_of_a_batch_follows_from_the_seeds_if_it_must(
 
     monkeypatch.setattr(Engine, "feed", watched)
     model, played = make_model(), []
-    config = replace(CONFIG, slots=5, regime=regime, synchronous=True)
+    config = replace(CONFIG, num_slots=5, regime=regime, synchronous=True)
     for nap in (1, 2):
         naps = random.Random(nap)
         batches.append([])
@@ -161,7 +161,7 @@ def test_a_call_that_hangs_does_not_keep_its_episode(make_model, tokenizer, monk
     gate, episodes = threading.Event(), list[weakref.ref[Episode]]()
 
     class Hangs(MultiHopEnv):
-        instant = False
+        run_inline = False
 
         def step(self, action: Action) -> Observation:
             gate.wait()
@@ -212,5 +212,5 @@ def test_what_is_worth_a_retry_is_the_environments_to_say(make_model, tokenizer,
     for nonsense in (None, ReadTimeout, ("OSError",), [OSError]):
         Flaky.retryable = nonsense
         (trajectory,) = play(model, tokenizer, lambda: Flaky(2), [0], config).values()
-        wanted = "environment error: TypeError: retryable: wanted a tuple of exception types, got"
+        wanted = "environment error: TypeError: retryable: expected a tuple of exception types, got"
         assert trajectory.finished.startswith(wanted)

@@ -22,9 +22,9 @@ from mem1.rollout.call_pool import outcome
 from mem1.rollout.episode import Episode
 from mem1.rollout.rollout_loop import check_positions, play_script, rollout
 from mem1.trajectory import Trajectory
-from mem1_core.eviction import evict_from_turns
+from mem1_core.eviction import evict_from_segments
 
-CONFIG = RolloutConfig(slots=4, max_action=24, max_turns=6, env_retries=0, episode_retries=0)
+CONFIG = RolloutConfig(num_slots=4, max_action_tokens=24, max_turns=6, env_retries=0, episode_retries=0)
 
 
 def settle(episode: Episode) -> Episode:
@@ -37,12 +37,14 @@ def settle(episode: Episode) -> Episode:
 
 @pytest.mark.parametrize("slots", [7, 64])
 def test_a_seed_gives_the_same_trajectory_alone_and_in_a_batch(make_model, tokenizer, slots):
-    model, config = make_model(), replace(CONFIG, slots=slots)
+    model, config = make_model(), replace(CONFIG, num_slots=slots)
     batch = {t.seed: t for t in rollout(model, tokenizer, lambda: MultiHopEnv((1, 3)), range(slots), config)}
     assert sorted(batch) == list(range(slots))
     assert len({t.tokens.numel() for t in batch.values()}) > 1
     for seed in (0, 3, 6):
-        alone = next(rollout(model, tokenizer, lambda: MultiHopEnv((1, 3)), [seed], replace(CONFIG, slots=1)))
+        alone = next(
+            rollout(model, tokenizer, lambda: MultiHopEnv((1, 3)), [seed], replace(CONFIG, num_slots=1))
+        )
         assert torch.equal(alone.tokens, batch[seed].tokens)
         assert alone.segments == batch[seed].segments
         torch.testing.assert_close(alone.logprobs, batch[seed].logprobs, atol=5e-5, rtol=0)
@@ -51,11 +53,11 @@ def test_a_seed_gives_the_same_trajectory_alone_and_in_a_batch(make_model, token
 def test_an_engine_may_be_kept(make_model, tokenizer):
     """The second rollout is what it is with an engine of its own, even if nobody waited for the first."""
     model = make_model()
-    engine = Engine(model, slots=3)
-    world, config = (lambda: MultiHopEnv((1, 3))), replace(CONFIG, slots=7)
+    engine = Engine(model, num_slots=3)
+    world, config = (lambda: MultiHopEnv((1, 3))), replace(CONFIG, num_slots=7)
     next(rollout(model, tokenizer, world, range(10, 20), config, engine=engine))
     kept = {t.seed: t for t in rollout(model, tokenizer, world, range(7), config, engine=engine)}
-    fresh = {t.seed: t for t in rollout(model, tokenizer, world, range(7), replace(config, slots=3))}
+    fresh = {t.seed: t for t in rollout(model, tokenizer, world, range(7), replace(config, num_slots=3))}
     assert kept.keys() == fresh.keys() == set(range(7))
     for seed, trajectory in fresh.items():
         assert torch.equal(kept[seed].tokens, trajectory.tokens)
@@ -64,12 +66,12 @@ def test_an_engine_may_be_kept(make_model, tokenizer):
 
 def test_an_engine_of_another_model_or_in_use_is_refused(make_model, tokenizer):
     model = make_model()
-    engine = Engine(model, slots=1)
-    with pytest.raises(ValueError, match="engine: wanted one of this model"):
+    engine = Engine(model, num_slots=1)
+    with pytest.raises(ValueError, match="engine: expected one of this model"):
         next(rollout(make_model(), tokenizer, lambda: MultiHopEnv(2), [0], CONFIG, engine=engine))
     first = rollout(model, tokenizer, lambda: MultiHopEnv(2), [0, 1], CONFIG, engine=engine)
     next(first)
-    with pytest.raises(RuntimeError, match="wanted one that is free"):
+    with pytest.raises(RuntimeError, match="engine: already in use"):
         next(rollout(model, tokenizer, lambda: MultiHopEnv(2), [0], CONFIG, engine=engine))
     assert next(first).seed == 1
 
@@ -84,7 +86,7 @@ def test_where_decode_steps_are_captured_long_rows_wait_for_each_other(make_mode
         return feed(engine, rows, tokens, positions)
 
     monkeypatch.setattr(Engine, "feed", watched)
-    config = replace(CONFIG, slots=24)
+    config = replace(CONFIG, num_slots=24)
     played = []
     for captures in (False, True):
         monkeypatch.setattr(Engine, "captures", captures)
@@ -108,7 +110,7 @@ def test_another_sampling_seed_gives_other_samples_of_the_same_episode(make_mode
 
 
 @pytest.mark.parametrize("regime", ["carry", "reencode"])
-@pytest.mark.parametrize("prune", ["action", "is", "never", 48])
+@pytest.mark.parametrize("prune", ["action", "state", "never", 48])
 def test_the_cache_holds_what_the_table_says(tokenizer, regime, prune):
     """Whenever the policy writes, the cache holds exactly the tokens whose evict is past the token to
     come.
@@ -124,7 +126,7 @@ def test_the_cache_holds_what_the_table_says(tokenizer, regime, prune):
     trajectory = episode.trajectory()
     assert trajectory.finished == "answered"
     assert trajectory.turns == 9
-    evict = evict_from_turns(trajectory.segments, prune)
+    evict = evict_from_segments(trajectory.segments, prune)
     written = trajectory.policy_mask.nonzero()[:, 0].tolist()
     assert len(written) == len(held)
     for n, cached in zip(written, held, strict=True):
@@ -245,16 +247,16 @@ def test_the_agent_reports_an_empty_question_and_a_tool_that_gives_no_text(
     agent = MemoryEfficientAgent(make_model(), tokenizer, CONFIG)
     reply = agent.answer("", tool=str)
     assert reply.text is None and reply.trajectory.reward == 0.0
-    assert reply.trajectory.finished.endswith("wanted a prompt of 1 to 4096 tokens, got ''")
+    assert reply.trajectory.finished.endswith("expected a prompt of 1 to 4096 tokens, got ''")
     script = iter(tokenizer.encode("<IS> ada boss </IS> <query> ada boss </query>"))
     monkeypatch.setattr(Episode, "forced", lambda episode: next(script))
     reply = agent.answer("ada boss ?", tool=lambda query: {"found": "carla"})
-    assert reply.trajectory.finished.endswith("step: text: wanted str, got dict {'found': 'carla'}")
+    assert reply.trajectory.finished.endswith("step: text: expected str, got dict {'found': 'carla'}")
 
 
 def test_an_action_without_end_is_malformed_and_cut(tokenizer):
     world = Talkative("anna", queries=2)
-    episode = settle(Episode(world, 0, Codec(tokenizer), replace(CONFIG, max_action=10)))
+    episode = settle(Episode(world, 0, Codec(tokenizer), replace(CONFIG, max_action_tokens=10)))
     state, word = (tokenizer.convert_tokens_to_ids(token) for token in ("</IS>", "emil"))
     for token in [word] * 10 + [state] + [word] * 9 + [word] * 9 + [state]:
         episode.write(token, -1.0)
@@ -267,14 +269,14 @@ def test_an_action_without_end_is_malformed_and_cut(tokenizer):
     assert episode.finished == "ended by the environment"
     assert [s for s in episode.segments if s.kind not in ("prompt", "info")] == [
         ("query", 1, 10),
-        ("is", 2, 1),
+        ("state", 2, 1),
         ("query", 2, 9),
-        ("is", 3, 10),
+        ("state", 3, 10),
     ]
 
 
 def test_limits_on_turns_and_information(make_model, tokenizer):
-    config = replace(CONFIG, max_turns=3, max_info=5)
+    config = replace(CONFIG, max_turns=3, max_info_tokens=5)
     (trajectory,) = rollout(make_model(), tokenizer, lambda: Talkative("anna " * 50, 99), [0], config)
     assert trajectory.finished == "turn limit"
     assert trajectory.turns == 3
@@ -297,7 +299,7 @@ def test_peak_of_the_script_is_nearly_constant(tokenizer):
     """Issue 2: with passages of 400 tokens, 16 objectives may need at most 1.65 times the peak of 2, prompt
     aside.
     """
-    config = RolloutConfig(max_turns=80, max_action=4096)
+    config = RolloutConfig(max_turns=80, max_action_tokens=4096)
     peak = {}
     for prune in ("action", "never"):
         for n in (2, 16):
@@ -321,7 +323,7 @@ def test_a_trajectory_survives_its_dictionary(tokenizer):
 
 
 def test_a_trajectory_checks_its_lengths():
-    with pytest.raises(ValueError, match="segments: wanted lengths that sum to the 3 tokens, got 0"):
+    with pytest.raises(ValueError, match="segments: expected lengths that sum to the 3 tokens, got 0"):
         Trajectory(torch.arange(3), [], torch.zeros(3), "action")
 
 
@@ -333,9 +335,9 @@ def test_limits_beyond_the_positions_of_the_model_are_refused_before_anything_ru
     with pytest.raises(InputError) as refused:
         rollout(model, tokenizer, make, [0], RolloutConfig())
     assert str(refused.value) == (
-        "max_position_embeddings: wanted at least 32336, which regime='carry', prune='action', "
-        "max_prompt=4096, max_turns=40, max_action=192, max_info=512 add up to, got 8192; make the limits "
-        "smaller or set regime=reencode"
+        "max_position_embeddings: expected at least 32336, which regime='carry', prune='action', "
+        "max_prompt_tokens=4096, max_turns=40, max_action_tokens=192, max_info_tokens=512 add up to, "
+        "got 8192; make the limits smaller or set regime=reencode"
     )
     with pytest.raises(InputError, match="got 8192; make the limits smaller$"):
         rollout(model, tokenizer, make, [0], RolloutConfig(prune="never", regime="reencode"))
@@ -368,9 +370,9 @@ def test_seeds_and_sampling_seeds_have_nothing_in_common(make_model, tokenizer):
     played = list(rollout(model, tokenizer, lambda: MultiHopEnv(2), seeds, config))
     assert {t.seed for t in played} == {0, 1, 2**60} and {type(t.seed) for t in played} == {int}
     for wrong in (-1, 0.5, "0"):
-        with pytest.raises(InputError, match="^seeds: wanted integers >= 0, got "):
+        with pytest.raises(InputError, match="^seeds: expected integers >= 0, got "):
             rollout(model, tokenizer, lambda: MultiHopEnv(2), [0, wrong], config)
-    with pytest.raises(InputError, match="^sampling_seed: wanted integers >= 0, got -1"):
+    with pytest.raises(InputError, match="^sampling_seed: expected integers >= 0, got -1"):
         rollout(model, tokenizer, lambda: MultiHopEnv(2), [0], config, sampling_seed=-1)
 
 

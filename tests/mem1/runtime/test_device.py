@@ -30,7 +30,7 @@ def test_a_device_that_is_not_there_is_an_error_of_the_user(count, name):
     if count:
         assert pick_device(name) == torch.device("cuda", int(name == "cuda:1"))
     else:
-        message = rf"device: wanted one of auto, cpu \(torch .* sees no CUDA devices\), got '{name}'"
+        message = rf"device: expected one of auto, cpu \(torch .* sees no CUDA devices\), got '{name}'"
         with pytest.raises(InputError, match=message):
             pick_device(name)
 
@@ -38,7 +38,7 @@ def test_a_device_that_is_not_there_is_an_error_of_the_user(count, name):
 @pytest.mark.parametrize("name", ["cuda:2", "gpu", "", "cuda:x", "meta"])
 def test_a_name_that_no_device_has(count, name):
     there = "auto, cpu, cuda:0, cuda:1" if count else "auto, cpu"
-    with pytest.raises(InputError, match=rf"device: wanted one of {there} \(torch .*, got '{name}'"):
+    with pytest.raises(InputError, match=rf"device: expected one of {there} \(torch .*, got '{name}'"):
         pick_device(name)
 
 
@@ -48,7 +48,7 @@ def test_a_build_without_cuda_code_runs_on_the_cpu(count, monkeypatch):
     assert pick_device("auto") == torch.device("cpu")
     if count:
         with pytest.raises(
-            InputError, match="device: wanted a build of mem1_core with nvcc for CUDA, got 'cuda:1'"
+            InputError, match="device: expected a build of mem1_core with nvcc for CUDA, got 'cuda:1'"
         ):
             pick_device("cuda:1")
 

@@ -26,20 +26,26 @@ FAULTY = 0.05  # of the calls
 NAN_GRADIENT, NAN_LOGITS = 9, 21  # updates
 
 CONFIG = TrainConfig(
-    batch=6,
+    batch_size=6,
     objectives=(1, 2),
     save_every=3,
     threads=1,
     max_failed=0.9,
-    model=ModelConfig(layers=1, width=32, heads=2, kv_heads=1, mlp_width=64),
-    rollout=RolloutConfig(slots=4, max_action=12, max_turns=3, env_timeout=1.0, synchronous=True),
+    model=ModelConfig(
+        num_hidden_layers=1,
+        hidden_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+    ),
+    rollout=RolloutConfig(num_slots=4, max_action_tokens=12, max_turns=3, env_timeout=1.0, synchronous=True),
     warmstart=WarmStartConfig(steps=20, batch_tokens=256, save_every=7),
-    ppo=PPOConfig(minibatch=4, actor_lr=1e-3, critic_only=1),
+    ppo=PPOConfig(mini_batch_size=4, actor_lr=1e-3, critic_only_updates=1),
 )
 
 
 class Faulty(MultiHopEnv):
-    instant = False
+    run_inline = False
     attempts: dict[int, int] = {}  # of each seed, in this update
 
     def reset(self, seed: int) -> str:
@@ -60,7 +66,9 @@ class Faulty(MultiHopEnv):
 def main(out: Path, updates: int) -> int:
     step, logits = PPO.step, Engine.logits
     poisoned = {"gradient": 0, "logits": 0}
-    poisoned_seeds = {derive_seed(CONFIG.seed, "training", NAN_LOGITS - 1, i) for i in range(CONFIG.batch)}
+    poisoned_seeds = {
+        derive_seed(CONFIG.seed, "training", NAN_LOGITS - 1, i) for i in range(CONFIG.batch_size)
+    }
 
     def rolling(*arguments, original=train.rollout, **settings):
         Faulty.attempts.clear()
@@ -86,7 +94,7 @@ def main(out: Path, updates: int) -> int:
         return made
 
     train.rollout, PPO.step, Engine.logits = rolling, stepping, poisoning
-    config = CONFIG.__class__(**{**vars(CONFIG), "updates": updates})
+    config = CONFIG.__class__(**{**vars(CONFIG), "max_updates": updates})
     resume = any(out.glob("checkpoints/*-*"))
     try:
         train.train(config, out, make_environment=lambda: Faulty((1, 2)), resume=resume, overwrite=not resume)

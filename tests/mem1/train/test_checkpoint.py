@@ -12,7 +12,7 @@ from mem1.config import RolloutConfig
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.train import checkpoint
 
-CONFIG = RolloutConfig(max_action=24, max_turns=4)
+CONFIG = RolloutConfig(max_action_tokens=24, max_turns=4)
 
 
 def test_a_checkpoint_holds_model_tokenizer_and_trainer(make_model, tokenizer, tmp_path):
@@ -32,7 +32,7 @@ def test_a_checkpoint_holds_model_tokenizer_and_trainer(make_model, tokenizer, t
 
 def test_a_checkpoint_is_never_overwritten(make_model, tokenizer, tmp_path):
     checkpoint.save(tmp_path / "last", make_model(), tokenizer, {"step": 1})
-    with pytest.raises(InputError, match="path: wanted a name that is free, got "):
+    with pytest.raises(InputError, match="path: expected a name that is free, got "):
         checkpoint.save(tmp_path / "last", make_model(), tokenizer, {"step": 2})
     assert checkpoint.load(tmp_path / "last").trainer == {"step": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["last"]
@@ -59,7 +59,7 @@ def test_a_damaged_file_is_named(make_model, tokenizer, tmp_path, name):
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path):
-    with pytest.raises(InputError, match="wanted a model folder with a config.json, got"):
+    with pytest.raises(InputError, match="expected a model folder with a config.json, got"):
         checkpoint.load(tmp_path)
 
 

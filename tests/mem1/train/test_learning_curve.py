@@ -14,19 +14,27 @@ from mem1.train import ppo
 from mem1.train import train_loop as train
 
 SETTINGS = TrainConfig(
-    updates=5,
-    batch=8,
+    max_updates=5,
+    batch_size=8,
     objectives=(1, 1),
     warmstart=WarmStartConfig(steps=150),
-    ppo=PPOConfig(minibatch=4, epochs=2, critic_only=1, kl=0.01, kl_in="loss", entropy=0.01, actor_lr=3e-4),
+    ppo=PPOConfig(
+        mini_batch_size=4,
+        epochs=2,
+        critic_only_updates=1,
+        kl_coef=0.01,
+        kl_placement="loss",
+        entropy_coef=0.01,
+        actor_lr=3e-4,
+    ),
 )
 
 
 @pytest.mark.slow
 def test_the_curve_is_that_of_the_reference_loss(tmp_path, monkeypatch):
-    config = replace(SETTINGS, rollout=replace(SETTINGS.rollout, max_turns=4, max_action=24))
+    config = replace(SETTINGS, rollout=replace(SETTINGS.rollout, max_turns=4, max_action_tokens=24))
     quiet = Progress(log=lambda line: None)
-    train.train(replace(config, updates=0), tmp_path / "start", progress=quiet)
+    train.train(replace(config, max_updates=0), tmp_path / "start", progress=quiet)
     curves = []
     for backend in ("auto", "reference"):
         with monkeypatch.context() as patch:

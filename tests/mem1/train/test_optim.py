@@ -91,7 +91,7 @@ def test_a_gradient_without_a_finite_norm_takes_no_step(bad):
         optimizer.step(1e-2)
     model.weight.grad = torch.full_like(model.weight, bad)
     with pytest.raises(
-        Diverged, match="gradients: wanted finite ones, got a norm of (nan|inf) 3 steps in a row"
+        Diverged, match="gradients: expected finite ones, got a norm of (nan|inf) 3 steps in a row"
     ):
         optimizer.step(1e-2)
     assert not not_finite(model.named_parameters())

@@ -21,7 +21,7 @@ from mem1.train.ppo import PPO, explained_variance, pack, recompute_logprobs, sp
 from mem1.trajectory import TURN_LIMIT, Trajectory
 from mem1_core.segments import Segment
 
-ROLLOUT = RolloutConfig(slots=8, max_action=16, max_turns=4)
+ROLLOUT = RolloutConfig(num_slots=8, max_action_tokens=16, max_turns=4)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ def gradients(ppo: PPO, batch) -> list[torch.Tensor]:
 
 def test_splitting_a_minibatch_changes_no_gradient(make_model, played):
     results = []
-    for micro_tokens in (10**6, 150, 1):
-        ppo = build(make_model, micro_tokens=micro_tokens, max_grad_norm=1e9)
+    for max_tokens_per_micro_batch in (10**6, 150, 1):
+        ppo = build(make_model, max_tokens_per_micro_batch=max_tokens_per_micro_batch, max_grad_norm=1e9)
         with torch.no_grad():  # away from the old policy, so that ratios and clipping matter
             for parameter in ppo.actor.parameters():
                 parameter.mul_(1.02)
@@ -67,12 +67,14 @@ def test_splitting_a_minibatch_changes_no_gradient(make_model, played):
 
 
 def test_splitting_leaves_nothing_out(played):
-    for micro_tokens in (1, 100, 200, 10**6):
-        groups = list(split(played, micro_tokens))
+    for max_tokens_per_micro_batch in (1, 100, 200, 10**6):
+        groups = list(split(played, max_tokens_per_micro_batch))
         assert [i for group in groups for i in group] == list(range(len(played)))
         assert all(groups)
         for group in groups:
-            assert len(group) == 1 or sum(played[i].tokens.numel() for i in group) <= micro_tokens
+            assert (
+                len(group) == 1 or sum(played[i].tokens.numel() for i in group) <= max_tokens_per_micro_batch
+            )
     assert list(split([], 100)) == []
 
 
@@ -103,8 +105,8 @@ def alone(module, trajectory: Trajectory) -> torch.Tensor:
     return getattr(output, "logits", output)[0, trajectory.policy_mask.nonzero()[:, 0] - 1]
 
 
-@pytest.mark.parametrize("kl_in", ["reward", "loss"])
-def test_prepare_and_step_follow_the_formulas(make_model, tokenizer, kl_in):
+@pytest.mark.parametrize("kl_placement", ["reward", "loss"])
+def test_prepare_and_step_follow_the_formulas(make_model, tokenizer, kl_placement):
     """Every number is recomputed from single trajectories, with no setting at a value that hides it."""
     gamma, lam, clip, value_clip, kl, entropy, heat = 0.9, 0.8, 0.15, 0.1, 0.3, 0.07, 0.7
     ppo = PPO(
@@ -114,12 +116,12 @@ def test_prepare_and_step_follow_the_formulas(make_model, tokenizer, kl_in):
         PPOConfig(
             gamma=gamma,
             lam=lam,
-            clip=clip,
+            clip_ratio=clip,
             value_clip=value_clip,
-            kl=kl,
-            kl_in=kl_in,
-            entropy=entropy,
-            micro_tokens=150,
+            kl_coef=kl,
+            kl_placement=kl_placement,
+            entropy_coef=entropy,
+            max_tokens_per_micro_batch=150,
         ),
         "carry",
         temperature=heat,
@@ -147,7 +149,9 @@ def test_prepare_and_step_follow_the_formulas(make_model, tokenizer, kl_in):
         )
         value = alone(ppo.critic, trajectory)
         assert value.std() > 0.1
-        reward = -kl * (logprob - reference).clamp(min=0) if kl_in == "reward" else torch.zeros_like(value)
+        reward = (
+            -kl * (logprob - reference).clamp(min=0) if kl_placement == "reward" else torch.zeros_like(value)
+        )
         reward[-1] += trajectory.reward
         advantage, later, next_value = torch.zeros_like(value), 0.0, 0.0
         for t in reversed(range(len(value))):
@@ -178,7 +182,7 @@ def test_prepare_and_step_follow_the_formulas(make_model, tokenizer, kl_in):
     plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
     k3 = (ref - logprob).exp() - 1 - (ref - logprob)
     surprise = -(table.exp() * table).sum(-1)
-    loss = torch.maximum(plain, clipped) - entropy * surprise + (kl * k3 if kl_in == "loss" else 0.0)
+    loss = torch.maximum(plain, clipped) - entropy * surprise + (kl * k3 if kl_placement == "loss" else 0.0)
     error = (value - returns).square()
     clipped_error = (old_value + (value - old_value).clamp(-value_clip, value_clip) - returns).square()
     expected = {
@@ -200,12 +204,12 @@ def test_every_epoch_steps_through_all_minibatches_while_the_rates_warm_up(make_
     ppo = build(
         make_model,
         epochs=3,
-        minibatch=4,
-        critic_only=1,
+        mini_batch_size=4,
+        critic_only_updates=1,
         actor_lr=0.01,
-        actor_warmup=4,
+        actor_lr_warmup_steps=4,
         critic_lr=0.02,
-        critic_warmup=8,
+        critic_lr_warmup_steps=8,
     )
     rates: dict[str, list[float]] = {"actor": [], "critic": []}
     for name, optimizer in ppo.optimizers.items():
@@ -225,7 +229,7 @@ def test_every_epoch_steps_through_all_minibatches_while_the_rates_warm_up(make_
 
 
 def test_kl_in_the_reward_lowers_returns(make_model, played):
-    ppo = build(make_model, kl=0.5)
+    ppo = build(make_model, kl_coef=0.5)
     with torch.no_grad():
         for parameter in ppo.actor.parameters():
             parameter.mul_(1.2)
@@ -238,7 +242,7 @@ def test_kl_in_the_reward_lowers_returns(make_model, played):
 
 
 def test_updates_make_rewarded_actions_more_likely(make_model, played):
-    ppo = build(make_model, actor_lr=3e-4, critic_lr=3e-3, critic_only=1, epochs=2, minibatch=4)
+    ppo = build(make_model, actor_lr=3e-4, critic_lr=3e-3, critic_only_updates=1, epochs=2, mini_batch_size=4)
     stream = pack(played, "carry")
     rewarded = torch.cat(
         [torch.full((count,), t.reward > 0) for t, count in zip(played, stream.counts, strict=True)]
@@ -259,9 +263,9 @@ def test_updates_make_rewarded_actions_more_likely(make_model, played):
 @pytest.mark.parametrize("regime", ["reencode", "paper"])
 def test_other_regimes_train(make_model, tokenizer, regime):
     actor = make_model()
-    config = RolloutConfig(slots=4, regime=regime, max_action=16, max_turns=5)
+    config = RolloutConfig(num_slots=4, regime=regime, max_action_tokens=16, max_turns=5)
     played = list(rollout(actor, tokenizer, lambda: MultiHopEnv(2), range(4), config))
-    ppo = PPO(actor, build_critic(actor), None, PPOConfig(kl=0.0, critic_only=0), regime)
+    ppo = PPO(actor, build_critic(actor), None, PPOConfig(kl_coef=0.0, critic_only_updates=0), regime)
     metrics = ppo.update(played)
     assert metrics["actor_grad_norm"] > 0
     assert (metrics["dlogp_max"] < 5e-5) == (regime == "reencode")
@@ -270,7 +274,7 @@ def test_other_regimes_train(make_model, tokenizer, regime):
 def test_kl_in_the_loss_pulls_back(make_model, played):
     losses = {}
     for kl in (0.0, 10.0):
-        ppo = build(make_model, kl_in="loss", kl=kl, entropy=0.0)
+        ppo = build(make_model, kl_placement="loss", kl_coef=kl, entropy_coef=0.0)
         with torch.no_grad():
             for parameter in ppo.actor.parameters():
                 parameter.mul_(1.05)
@@ -288,13 +292,13 @@ def test_a_batch_without_policy_tokens_is_refused(make_model):
 
 
 def test_a_reference_is_needed_for_a_kl(make_model):
-    with pytest.raises(ValueError, match="reference: wanted a frozen model for kl = 0.001, got None"):
+    with pytest.raises(ValueError, match="reference: expected a frozen model for kl = 0.001, got None"):
         build(make_model, reference=False)
 
 
 def test_a_last_smaller_minibatch_weighs_what_its_tokens_do(make_model, played):
     """Steps of three and one of two add up to the gradient of all, and no step is blown up by having few."""
-    ppo = build(make_model, minibatch=3, critic_only=0, max_grad_norm=1e9)
+    ppo = build(make_model, mini_batch_size=3, critic_only_updates=0, max_grad_norm=1e9)
     batch, _ = ppo.prepare(played)
     seen, step = [], ppo.step
 
@@ -314,13 +318,13 @@ def test_a_last_smaller_minibatch_weighs_what_its_tokens_do(make_model, played):
     for i, wanted in enumerate(whole):
         added = sum(parts[i] for _, _, parts in seen) * 3 / 8
         torch.testing.assert_close(added, wanted, atol=2e-5, rtol=1e-3)
-    one = build(make_model, critic_only=0)
+    one = build(make_model, critic_only_updates=0)
     assert metrics["value_loss"] == pytest.approx(one.step(batch)["value_loss"], rel=1e-4)
     assert metrics["entropy"] == pytest.approx(build(make_model).step(batch)["entropy"], rel=1e-4)
 
 
 def test_explained_variance_of_equal_returns_is_nan(make_model, played):
-    ppo = build(make_model, reference=False, kl=0.0)
+    ppo = build(make_model, reference=False, kl_coef=0.0)
     with torch.no_grad():
         ppo.critic.head.weight.normal_(std=0.1)
     equal = [copy.copy(t) for t in played]
@@ -355,7 +359,9 @@ def test_the_turn_limit_is_terminal_unless_bootstrapped(make_model, tokenizer):
         batches = []
         for bootstrap in (False, True):
             settings = {"gamma": 0.9, "lam": 0.8, "bootstrap_turn_limit": bootstrap}
-            ppo = PPO(make_model(), build_critic(make_model()), None, PPOConfig(kl=0.0, **settings), regime)
+            ppo = PPO(
+                make_model(), build_critic(make_model()), None, PPOConfig(kl_coef=0.0, **settings), regime
+            )
             with torch.no_grad():
                 ppo.critic.head.weight.fill_(0.05)
             batches.append(ppo.prepare(played)[0])
@@ -363,7 +369,7 @@ def test_the_turn_limit_is_terminal_unless_bootstrapped(make_model, tokenizer):
             layout = trajectory.layout(regime)
             with torch.no_grad():
                 values = ppo.critic(
-                    trajectory.tokens[layout.source][None], layout.position_ids[None], layout.mask
+                    trajectory.tokens[layout.token_index][None], layout.position_ids[None], layout.mask
                 )[0]
             gained = 0.0 if trajectory.finished == "answered" else 0.9 * float(values[-1])
             count = len(plain.returns)
@@ -380,7 +386,9 @@ def test_truncated_importance_weights(make_model, tokenizer):
         trajectory.score["reward"] = float(trajectory.seed % 2)
     found = {}
     for cap in (None, 1.2, 9.0):
-        ppo = build(make_model, reference=False, kl=0.0, entropy=0.0, rollout_is_cap=cap, max_grad_norm=1e9)
+        ppo = build(
+            make_model, reference=False, kl_coef=0.0, entropy_coef=0.0, rollout_is_cap=cap, max_grad_norm=1e9
+        )
         batch, _ = ppo.prepare(played)
         found[cap] = gradients(ppo, batch)[0]
     torch.testing.assert_close(found[1.2], found[None] * 1.2, atol=1e-6, rtol=1e-3)
@@ -395,5 +403,7 @@ def test_dropout_is_off_also_where_layers_are_recomputed(make_model, played):
     assert ppo.step(batch)["ratio_max"] < 1.0001
     assert not ppo.actor.model.layers[0].mlp.drop.training and ppo.actor.model.layers[0].training
     ppo.actor.model.layers[0].dropout = 0.1
-    with pytest.raises(InputError, match="wanted no dropout beside gradient checkpointing, got dropout=0.1"):
+    with pytest.raises(
+        InputError, match="expected no dropout beside gradient checkpointing, got dropout=0.1"
+    ):
         ppo.step(batch)

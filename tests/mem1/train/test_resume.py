@@ -27,16 +27,28 @@ from mem1.train.ppo import PPO
 from mem1.train.run_folder import METRICS
 
 CONFIG = TrainConfig(
-    updates=4,
-    batch=4,
+    max_updates=4,
+    batch_size=4,
     objectives=(1, 2),
-    model=ModelConfig(layers=1, width=32, heads=2, kv_heads=1, mlp_width=64),
-    rollout=RolloutConfig(slots=4, max_action=16, max_turns=3),
+    model=ModelConfig(
+        num_hidden_layers=1,
+        hidden_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+    ),
+    rollout=RolloutConfig(num_slots=4, max_action_tokens=16, max_turns=3),
     warmstart=WarmStartConfig(steps=5, batch_tokens=256, save_every=2),
     # Large steps and a KL that weighs: whatever is not restored shows in the weights. The warm-up is still
     # under way at the stop.
     ppo=PPOConfig(
-        kl=0.5, minibatch=3, actor_lr=0.01, critic_lr=0.01, actor_warmup=9, critic_warmup=9, critic_only=1
+        kl_coef=0.5,
+        mini_batch_size=3,
+        actor_lr=0.01,
+        critic_lr=0.01,
+        actor_lr_warmup_steps=9,
+        critic_lr_warmup_steps=9,
+        critic_only_updates=1,
     ),
 )
 
@@ -99,7 +111,7 @@ def interrupt(monkeypatch, owner: Any, name: str, when: int, signum: int, times:
 
 
 def test_the_second_half_goes_on_from_the_first(tmp_path, unbroken):
-    run(replace(CONFIG, updates=2), tmp_path)
+    run(replace(CONFIG, max_updates=2), tmp_path)
     stopped = state(tmp_path)
     run(CONFIG, tmp_path, resume=True)
     resumed = state(tmp_path)
@@ -142,17 +154,17 @@ def test_an_interrupted_run_loses_nothing(
 
 @pytest.mark.parametrize("updates", [2, 1])
 def test_a_finished_run_is_resumed_to_no_more(tmp_path, updates):
-    config = replace(CONFIG, updates=2)
+    config = replace(CONFIG, max_updates=2)
     run(config, tmp_path)
     before = records(tmp_path)
-    run(replace(config, updates=updates), tmp_path, resume=True)
-    run(replace(config, updates=updates), tmp_path, resume=True)
+    run(replace(config, max_updates=updates), tmp_path, resume=True)
+    run(replace(config, max_updates=updates), tmp_path, resume=True)
     assert records(tmp_path) == before
     assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == 2
 
 
 def test_a_signal_in_the_first_rollout_after_a_resume(tmp_path, unbroken, monkeypatch):
-    run(replace(CONFIG, updates=2), tmp_path)
+    run(replace(CONFIG, max_updates=2), tmp_path)
     for _ in range(2):
         with monkeypatch.context() as patch:
             interrupt(patch, train, "rollout", 0, signal.SIGTERM)
@@ -186,7 +198,7 @@ def test_two_signals_in_a_step_of_the_warm_start_save_no_half_of_it(tmp_path, un
 
 
 def test_a_signal_in_the_last_save_is_not_swallowed(tmp_path, monkeypatch):
-    config = replace(CONFIG, updates=1)
+    config = replace(CONFIG, max_updates=1)
     with monkeypatch.context() as patch:
         save = checkpoint.save
 
@@ -225,7 +237,7 @@ def test_interruptions_do_not_decide_which_checkpoint_is_the_best(tmp_path, monk
         rewarded_so_far.append(rewards)
         return original(trajectories) | {"reward": rewards}
 
-    config = replace(CONFIG, updates=6, save_every=3, keep=9)
+    config = replace(CONFIG, max_updates=6, save_every=3, keep=9)
     iter_rewards, best = [0.2, 0.3, 0.1, 0.9, 0.0, 0.0], []
     for name, stops in (("whole", []), ("stopped", [4])):
         rewarded_so_far: list[float] = []
@@ -245,7 +257,7 @@ def test_interruptions_do_not_decide_which_checkpoint_is_the_best(tmp_path, monk
 def test_a_run_killed_before_its_first_checkpoint_goes_on_with_what_it_began_with(
     tmp_path, unbroken, monkeypatch
 ):
-    config = replace(CONFIG, updates=1)
+    config = replace(CONFIG, max_updates=1)
     run(config, tmp_path / "whole", init=unbroken)
 
     class Killed(BaseException):
@@ -260,21 +272,23 @@ def test_a_run_killed_before_its_first_checkpoint_goes_on_with_what_it_began_wit
 
 
 def test_numbers_of_numpy_become_python_s(tmp_path):
-    config = replace(CONFIG, updates=1, seed=np.int64(3), ppo=replace(CONFIG.ppo, actor_lr=np.float64(1e-3)))
+    config = replace(
+        CONFIG, max_updates=1, seed=np.int64(3), ppo=replace(CONFIG.ppo, actor_lr=np.float64(1e-3))
+    )
     config = replace(config, rollout=replace(config.rollout, regime=np.str_("carry")))
     run(config, tmp_path)
-    run(replace(config, updates=2, seed=3), tmp_path, resume=True)
+    run(replace(config, max_updates=2, seed=3), tmp_path, resume=True)
     assert json.loads((tmp_path / "train.json").read_text())["seed"] == 3
 
 
 def test_a_run_that_cannot_be_deletes_nothing(tmp_path, unbroken, make_model):
-    run(replace(CONFIG, updates=1), tmp_path)
+    run(replace(CONFIG, max_updates=1), tmp_path)
     before = state(tmp_path)
     other = checkpoint.save(tmp_path / "untagged", make_model(), untagged_tokenizer())
     for config, how, message in (
-        (replace(CONFIG, hops=9), {"make_environment": MultiHopEnv}, "hops: wanted"),
-        (CONFIG, {"init": other}, "tokenizer: wanted one token for the tag"),
-        (CONFIG, {"init": tmp_path / "nothing"}, "path: wanted a model folder"),
+        (replace(CONFIG, hops=9), {"make_environment": MultiHopEnv}, "hops: expected"),
+        (CONFIG, {"init": other}, "tokenizer: expected one token for the tag"),
+        (CONFIG, {"init": tmp_path / "nothing"}, "path: expected a model folder"),
     ):
         with pytest.raises(InputError, match=message):
             run(config, tmp_path, overwrite=True, **how)
@@ -283,8 +297,8 @@ def test_a_run_that_cannot_be_deletes_nothing(tmp_path, unbroken, make_model):
 
 @pytest.mark.parametrize("fails", ["link", "_remove"])
 def test_a_save_that_fails_shows_why(tmp_path, monkeypatch, fails):
-    config = replace(CONFIG, updates=2, save_every=1, keep=1)
-    run(replace(config, updates=1), tmp_path)
+    config = replace(CONFIG, max_updates=2, save_every=1, keep=1)
+    run(replace(config, max_updates=1), tmp_path)
     with monkeypatch.context() as patch:
         error = PermissionError(1, "not permitted")
         original, calls = getattr(run_folder, fails), []
@@ -333,29 +347,29 @@ def test_an_error_in_the_middle_of_an_update_leaves_the_checkpoint_before(tmp_pa
 def test_settings_that_make_another_run_are_refused(tmp_path, unbroken):
     before = state(unbroken)
     for other, told in (
-        (replace(CONFIG, batch=8), "batch 4 -> 8"),
+        (replace(CONFIG, batch_size=8), "batch_size 4 -> 8"),
         (replace(CONFIG, seed=7), "seed 0 -> 7"),
         (replace(CONFIG, objectives=(4, 4)), "objectives [1, 2] -> [4, 4]"),
         (replace(CONFIG, rollout=replace(CONFIG.rollout, temperature=0.5)), "rollout.temperature 1.0 -> 0.5"),
         (replace(CONFIG, rollout=replace(CONFIG.rollout, regime="reencode")), "rollout.regime carry -> reen"),
-        (replace(CONFIG, ppo=replace(CONFIG.ppo, kl=0.0)), "ppo.kl 0.5 -> 0.0"),
+        (replace(CONFIG, ppo=replace(CONFIG.ppo, kl_coef=0.0)), "ppo.kl_coef 0.5 -> 0.0"),
     ):
-        with pytest.raises(InputError, match="resume: wanted the settings of the run, got ") as error:
+        with pytest.raises(InputError, match="resume: expected the settings of the run, got ") as error:
             run(other, unbroken, resume=True)
         assert told in str(error.value)
-    with pytest.raises(InputError, match="out: wanted a folder without a run"):
+    with pytest.raises(InputError, match="out: expected a folder without a run"):
         run(CONFIG, unbroken)
-    with pytest.raises(InputError, match="resume: wanted it without init"):
+    with pytest.raises(InputError, match="resume: expected it without init"):
         run(CONFIG, unbroken, resume=True, init=tmp_path)
     assert state(unbroken).keys() == before.keys() and len(records(unbroken)) == 9
 
 
 def test_settings_that_change_nothing_learned_are_told(tmp_path):
-    run(replace(CONFIG, updates=1), tmp_path)
+    run(replace(CONFIG, max_updates=1), tmp_path)
     said = []
-    more = replace(CONFIG, updates=2, keep=5, rollout=replace(CONFIG.rollout, slots=2))
+    more = replace(CONFIG, max_updates=2, keep=5, rollout=replace(CONFIG.rollout, num_slots=2))
     train.train(more, tmp_path, resume=True, progress=Progress(log=said.append))
-    assert "resumed with other settings: keep 2 -> 5, rollout.slots 4 -> 2, updates 1 -> 2" in said
+    assert "resumed with other settings: keep 2 -> 5, max_updates 1 -> 2, rollout.num_slots 4 -> 2" in said
     assert json.loads((tmp_path / "train.json").read_text())["keep"] == 5
     assert [record["step"] for record in records(tmp_path) if record["phase"] == "ppo"] == [1, 2]
 
@@ -368,9 +382,9 @@ def test_the_free_settings_are_settings():
 
 
 def test_a_run_from_a_checkpoint_and_one_without_updates(tmp_path, unbroken):
-    run(replace(CONFIG, updates=0), tmp_path / "none", init=unbroken)
+    run(replace(CONFIG, max_updates=0), tmp_path / "none", init=unbroken)
     assert checkpoint.load(tmp_path / "none").trainer["ppo"]["updates"] == 0
-    run(replace(CONFIG, updates=1), tmp_path / "one", init=unbroken)
+    run(replace(CONFIG, max_updates=1), tmp_path / "one", init=unbroken)
     assert [record["phase"] for record in records(tmp_path / "one")] == ["ppo"]
-    run(replace(CONFIG, updates=1), tmp_path / "one", init=unbroken, overwrite=True)
+    run(replace(CONFIG, max_updates=1), tmp_path / "one", init=unbroken, overwrite=True)
     assert [record["step"] for record in records(tmp_path / "one")] == [1]

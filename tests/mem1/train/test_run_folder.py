@@ -15,7 +15,7 @@ from mem1.train import checkpoint
 from mem1.train.checkpoint import Place, numbered
 from mem1.train.run_folder import RunFolder
 
-SETTINGS = {"seed": 0, "updates": 9, "rollout": {"slots": 4, "regime": "carry"}, "init": None}
+SETTINGS = {"seed": 0, "max_updates": 9, "rollout": {"num_slots": 4, "regime": "carry"}, "init": None}
 
 
 class Killed(BaseException):
@@ -125,7 +125,9 @@ def test_a_run_is_not_overwritten_without_being_told(model, tokenizer, tmp_path)
     run = begun(tmp_path / "run")
     save(run, 1, model, tokenizer, score=1.0)
     run.metrics.write_text('{"phase": "ppo", "step": 1}\n')
-    with pytest.raises(InputError, match="out: wanted a folder without a run, got .*ppo-000001 and metrics"):
+    with pytest.raises(
+        InputError, match="out: expected a folder without a run, got .*ppo-000001 and metrics"
+    ):
         RunFolder(run.path).begin(SETTINGS, overwrite=False)
     run.close()
     assert run.metrics.read_text() and names(run) == ["ppo-000001"]
@@ -139,18 +141,18 @@ def test_a_run_is_not_overwritten_without_being_told(model, tokenizer, tmp_path)
 def test_every_difference_is_listed_and_those_that_matter_refused(model, tokenizer, tmp_path):
     run = begun(tmp_path / "run")
     save(run, 1, model, tokenizer)
-    other = {"seed": 1, "updates": 12, "rollout": {"slots": 8, "regime": "reencode"}}
+    other = {"seed": 1, "max_updates": 12, "rollout": {"num_slots": 8, "regime": "reencode"}}
     with pytest.raises(InputError) as error:
         run.resume(other)
     assert str(error.value) == (
-        "resume: wanted the settings of the run, got rollout.regime carry -> reencode, seed 0 -> 1 "
-        "(rollout.slots 4 -> 8, updates 9 -> 12 may change)"
+        "resume: expected the settings of the run, got rollout.regime carry -> reencode, seed 0 -> 1 "
+        "(max_updates 9 -> 12, rollout.num_slots 4 -> 8 may change)"
     )
     assert json.loads((run.path / "train.json").read_text()) == SETTINGS
-    free = {"seed": 0, "updates": 12, "rollout": {"slots": 8, "regime": "carry"}}
+    free = {"seed": 0, "max_updates": 12, "rollout": {"num_slots": 8, "regime": "carry"}}
     _, _, told = run.resume(free)
     assert told == [
-        "resumed with other settings: rollout.slots 4 -> 8, updates 9 -> 12",
+        "resumed with other settings: max_updates 9 -> 12, rollout.num_slots 4 -> 8",
         "goes on from ppo-000001",
     ]
     assert json.loads((run.path / "train.json").read_text()) == free | {"init": None}
@@ -173,12 +175,12 @@ def test_records_of_steps_to_come_are_dropped(model, tokenizer, tmp_path):
 
 
 def test_what_is_no_run_is_named(tmp_path, model, tokenizer):
-    with pytest.raises(InputError, match="resume: wanted the folder of a run, got "):
+    with pytest.raises(InputError, match="resume: expected the folder of a run, got "):
         RunFolder(tmp_path / "nothing").resume(SETTINGS)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="out: wanted a folder, got the file "):
+    with pytest.raises(InputError, match="out: expected a folder, got the file "):
         RunFolder(tmp_path / "file")
-    with pytest.raises(InputError, match="out: wanted a folder that can be written, got "):
+    with pytest.raises(InputError, match="out: expected a folder that can be written, got "):
         RunFolder(Path("/proc/nothing/run")).begin(SETTINGS, overwrite=False)
 
 
@@ -204,7 +206,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(model, tokenizer, tmp_
     save(run, 2, model, tokenizer)
     (run.path / "checkpoints" / "ppo-000001" / name).unlink()
     (run.path / "checkpoints" / "ppo-000002" / name).unlink()
-    with pytest.raises(InputError, match="resume: wanted a checkpoint that is whole, got none: path: wanted"):
+    with pytest.raises(
+        InputError, match="resume: expected a checkpoint that is whole, got none: path: expected"
+    ):
         run.resume(SETTINGS)
     assert names(run) == ["ppo-000002", "ppo-000001"], "nothing is renamed or begun anew"
 
@@ -251,14 +255,14 @@ def test_an_old_checkpoint_that_cannot_go_yet_stops_nothing(model, tokenizer, tm
 
 def test_a_file_system_without_links_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "symlink_to", lambda *a: (_ for _ in ()).throw(OSError(1, "not permitted")))
-    with pytest.raises(InputError, match="out: wanted a folder that can have symbolic links, got "):
+    with pytest.raises(InputError, match="out: expected a folder that can have symbolic links, got "):
         begun(tmp_path / "run")
 
 
 def test_a_run_without_a_checkpoint_yet_begins_anew(tmp_path):
     run = begun(tmp_path / "run")
     assert run.resume(SETTINGS) == (None, None, [])
-    with pytest.raises(InputError, match="resume: wanted the settings of the run, got seed 0 -> 1"):
+    with pytest.raises(InputError, match="resume: expected the settings of the run, got seed 0 -> 1"):
         run.resume(SETTINGS | {"seed": 1})
 
 
@@ -281,7 +285,7 @@ def test_two_processes_do_not_share_a_run(model, tokenizer, tmp_path):
         lambda: RunFolder(run.path).resume(SETTINGS),
         lambda: RunFolder(run.path).begin(SETTINGS, overwrite=True),
     ):
-        with pytest.raises(InputError, match="out: wanted a run that nobody else works on"):
+        with pytest.raises(InputError, match="out: expected a run that nobody else works on"):
             other()
     run.close()
     second = RunFolder(run.path)
@@ -309,7 +313,7 @@ def test_weights_that_are_not_finite_are_never_saved(model, tokenizer, tmp_path)
     save(run, 1, model, tokenizer)
     with torch.no_grad():
         model.lm_head.weight[0, 0] = torch.nan
-    with pytest.raises(RuntimeError, match="wanted finite weights to save, got others in lm_head.weight"):
+    with pytest.raises(RuntimeError, match="expected finite weights to save, got others in lm_head.weight"):
         save(run, 2, model, tokenizer)
     with torch.no_grad():
         model.lm_head.weight[0, 0] = 0.0

@@ -22,13 +22,19 @@ from mem1.train.ppo import PPO
 from mem1.train.run_folder import METRICS
 
 TINY = TrainConfig(
-    updates=2,
-    batch=4,
+    max_updates=2,
+    batch_size=4,
     objectives=(1, 2),
-    model=ModelConfig(layers=1, width=32, heads=2, kv_heads=1, mlp_width=64),
-    rollout=RolloutConfig(slots=4, max_action=12, max_turns=2, env_retries=0, episode_retries=0),
+    model=ModelConfig(
+        num_hidden_layers=1,
+        hidden_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+    ),
+    rollout=RolloutConfig(num_slots=4, max_action_tokens=12, max_turns=2, env_retries=0, episode_retries=0),
     warmstart=WarmStartConfig(steps=0),
-    ppo=PPOConfig(critic_only=0, minibatch=2),
+    ppo=PPOConfig(critic_only_updates=0, mini_batch_size=2),
 )
 
 
@@ -45,8 +51,8 @@ def place(config: TrainConfig, seed: int) -> tuple[int, int]:
     """Update and index of an episode's seed."""
     return next(
         (update, i)
-        for update in range(config.updates)
-        for i in range(config.batch)
+        for update in range(config.max_updates)
+        for i in range(config.batch_size)
         if derive_seed(config.seed, "training", update, i) == seed
     )
 
@@ -198,7 +204,7 @@ def test_three_in_a_row_stop_the_run_with_the_last_good_weights(tmp_path, monkey
         return step(self, batch, train_actor, normalizer)
 
     monkeypatch.setattr(PPO, "step", poison)
-    config = replace(TINY, updates=9, save_every=1, ppo=replace(TINY.ppo, minibatch=1))
+    config = replace(TINY, max_updates=9, save_every=1, ppo=replace(TINY.ppo, mini_batch_size=1))
     with pytest.raises(Diverged, match="3 steps in a row"):
         train.train(config, tmp_path, progress=quiet())
     assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == 1
@@ -231,7 +237,7 @@ def test_seeds_make_independent_runs(tmp_path, monkeypatch):
     weights = {}
     for seed in (0, 1):
         played[seed] = []
-        config = replace(TINY, seed=seed, updates=1, batch=16, warmstart=WarmStartConfig(steps=1))
+        config = replace(TINY, seed=seed, max_updates=1, batch_size=16, warmstart=WarmStartConfig(steps=1))
         model = train.train(config, tmp_path / str(seed), progress=quiet()).model
         weights[seed] = torch.cat([p.detach().flatten() for p in model.parameters() if p.dim() > 1])
     tokens = [{tuple(t.tokens.tolist()) for t in played[seed]} for seed in (0, 1)]
@@ -244,9 +250,9 @@ def test_seeds_make_independent_runs(tmp_path, monkeypatch):
 
 def test_the_first_line_says_where_it_runs(tmp_path):
     said = []
-    train.train(replace(TINY, updates=0), tmp_path, progress=Progress(log=said.append))
+    train.train(replace(TINY, max_updates=0), tmp_path, progress=Progress(log=said.append))
     assert said[0].startswith(f"device {'cuda' if torch.cuda.is_available() else 'cpu'}")
-    with pytest.raises(InputError, match="device: wanted one of auto, cpu"):
+    with pytest.raises(InputError, match="device: expected one of auto, cpu"):
         train.train(replace(TINY, device="tpu"), tmp_path / "other", progress=quiet())
     assert not (tmp_path / "other").exists()
 
@@ -267,7 +273,7 @@ def test_dropout_is_off_and_said_once(tmp_path, make_model, tokenizer):
     said = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "load", lambda path: loaded)
-        one_step = replace(TINY, updates=1, ppo=replace(TINY.ppo, minibatch=TINY.batch))
+        one_step = replace(TINY, max_updates=1, ppo=replace(TINY.ppo, mini_batch_size=TINY.batch_size))
         train.train(one_step, tmp_path / "run", init=init, progress=Progress(log=said.append))
     assert sum("dropout is off" in line for line in said) == 1
     (record,) = records(tmp_path / "run")
@@ -275,14 +281,14 @@ def test_dropout_is_off_and_said_once(tmp_path, make_model, tokenizer):
 
 
 def test_bf16_is_trained_through_fp32_masters(tmp_path):
-    config = replace(TINY, model=replace(TINY.model, dtype="bfloat16"), updates=2)
+    config = replace(TINY, model=replace(TINY.model, dtype="bfloat16"), max_updates=2)
     config = replace(config, warmstart=WarmStartConfig(steps=2, batch_tokens=256))
     train.train(config, tmp_path, progress=quiet())
     saved = checkpoint.load(tmp_path)
     assert saved.model.dtype == torch.bfloat16
     masters = saved.trainer["ppo"]["optimizers"]["actor"]["masters"]
     assert masters and all(master.dtype == torch.float32 for master in masters)
-    resumed = replace(config, updates=3)
+    resumed = replace(config, max_updates=3)
     train.train(resumed, tmp_path, resume=True, progress=quiet())
     train.train(resumed, tmp_path / "unbroken", progress=quiet())
     one, other = (checkpoint.load(tmp_path / name).model.state_dict() for name in ("last", "unbroken"))
@@ -292,39 +298,39 @@ def test_bf16_is_trained_through_fp32_masters(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ppo": {"clip": -1.0}}, "clip: wanted a finite number > 0 and <= 1, got -1.0"),
-        ({"ppo": {"value_clip": -1.0}}, "value_clip: wanted a finite number > 0"),
-        ({"ppo": {"max_grad_norm": 0.0}}, "max_grad_norm: wanted a finite number > 0"),
-        ({"ppo": {"epochs": 1.5}}, "epochs: wanted an integer >= 1, got 1.5"),
-        ({"ppo": {"gamma": float("nan")}}, "gamma: wanted a finite number"),
-        ({"ppo": {"lam": 2.0}}, "lam: wanted a finite number >= 0 and <= 1, got 2.0"),
-        ({"ppo": {"entropy": float("nan")}}, "entropy: wanted a finite number"),
-        ({"ppo": {"critic_only": -1}}, "critic_only: wanted an integer >= 0"),
-        ({"ppo": {"minibatch": True}}, "minibatch: wanted an integer >= 1, got True"),
-        ({"ppo": {"rollout_is_cap": 0.0}}, "rollout_is_cap: wanted a finite number > 0"),
-        ({"ppo": {"kl_in": "both"}}, "kl_in: wanted one of reward, loss, got 'both'"),
-        ({"warmstart": {"batch_tokens": 0}}, "batch_tokens: wanted an integer >= 1, got 0"),
-        ({"warmstart": {"warmup_steps": -1}}, "warmup_steps: wanted an integer >= 0"),
-        ({"warmstart": {"weight_decay": -1.0}}, "weight_decay: wanted a finite number >= 0"),
-        ({"warmstart": {"regime": "x"}}, "regime: wanted one of carry, reencode, paper, got 'x'"),
-        ({"rollout": {"greedy": True}}, "greedy: wanted False in training"),
-        ({"rollout": {"greedy": 1}}, "greedy: wanted True or False, got 1"),
-        ({"rollout": {"temperature": float("inf")}}, "temperature: wanted a finite number >= 0.0001"),
-        ({"rollout": {"max_turns": 2.5}}, "max_turns: wanted an integer >= 1, got 2.5"),
-        ({"model": {"dtype": "float8"}}, "dtype: wanted one of float32, bfloat16, got 'float8'"),
-        ({"model": {"init_std": 0.0}}, "init_std: wanted a finite number > 0"),
-        ({"ppo": {"gamma": 10**400}}, "gamma: wanted a finite number >= 0 and <= 1, got 1000"),
-        ({"ppo": {"critic_lr": 1e38}}, "critic_lr: wanted a finite number > 0 and <= 1, got 1e+38"),
+        ({"ppo": {"clip_ratio": -1.0}}, "clip_ratio: expected a finite number > 0 and <= 1, got -1.0"),
+        ({"ppo": {"value_clip": -1.0}}, "value_clip: expected a finite number > 0"),
+        ({"ppo": {"max_grad_norm": 0.0}}, "max_grad_norm: expected a finite number > 0"),
+        ({"ppo": {"epochs": 1.5}}, "epochs: expected an integer >= 1, got 1.5"),
+        ({"ppo": {"gamma": float("nan")}}, "gamma: expected a finite number"),
+        ({"ppo": {"lam": 2.0}}, "lam: expected a finite number >= 0 and <= 1, got 2.0"),
+        ({"ppo": {"entropy_coef": float("nan")}}, "entropy_coef: expected a finite number"),
+        ({"ppo": {"critic_only_updates": -1}}, "critic_only_updates: expected an integer >= 0"),
+        ({"ppo": {"mini_batch_size": True}}, "mini_batch_size: expected an integer >= 1, got True"),
+        ({"ppo": {"rollout_is_cap": 0.0}}, "rollout_is_cap: expected a finite number > 0"),
+        ({"ppo": {"kl_placement": "both"}}, "kl_placement: expected one of reward, loss, got 'both'"),
+        ({"warmstart": {"batch_tokens": 0}}, "batch_tokens: expected an integer >= 1, got 0"),
+        ({"warmstart": {"warmup_steps": -1}}, "warmup_steps: expected an integer >= 0"),
+        ({"warmstart": {"weight_decay": -1.0}}, "weight_decay: expected a finite number >= 0"),
+        ({"warmstart": {"regime": "x"}}, "regime: expected one of carry, reencode, paper, got 'x'"),
+        ({"rollout": {"greedy": True}}, "greedy: expected False in training"),
+        ({"rollout": {"greedy": 1}}, "greedy: expected True or False, got 1"),
+        ({"rollout": {"temperature": float("inf")}}, "temperature: expected a finite number >= 0.0001"),
+        ({"rollout": {"max_turns": 2.5}}, "max_turns: expected an integer >= 1, got 2.5"),
+        ({"model": {"dtype": "float8"}}, "dtype: expected one of float32, bfloat16, got 'float8'"),
+        ({"model": {"initializer_range": 0.0}}, "initializer_range: expected a finite number > 0"),
+        ({"ppo": {"gamma": 10**400}}, "gamma: expected a finite number >= 0 and <= 1, got 1000"),
+        ({"ppo": {"critic_lr": 1e38}}, "critic_lr: expected a finite number > 0 and <= 1, got 1e+38"),
         (
-            {"model": {"width": 6, "heads": 2, "kv_heads": 2}},
-            "width: wanted a multiple of 2 * heads=2, got 6",
+            {"model": {"hidden_size": 6, "num_attention_heads": 2, "num_key_value_heads": 2}},
+            "hidden_size: expected a multiple of 2 * num_attention_heads=2, got 6",
         ),
-        ({"threads": 10**10}, "threads: wanted an integer from 1 to 4096"),
-        ({"seed": -1}, "seed: wanted an integer from 0 to"),
-        ({"keep": 0}, "keep: wanted an integer >= 1, got 0"),
-        ({"max_failed": 1.5}, "max_failed: wanted a finite number >= 0 and <= 1, got 1.5"),
-        ({"objectives": (2, 1)}, "objectives: wanted 1 <= least <= most, got (2, 1)"),
-        ({"objectives": 2}, "objectives: wanted 1 <= least <= most, got 2"),
+        ({"threads": 10**10}, "threads: expected an integer from 1 to 4096"),
+        ({"seed": -1}, "seed: expected an integer from 0 to"),
+        ({"keep": 0}, "keep: expected an integer >= 1, got 0"),
+        ({"max_failed": 1.5}, "max_failed: expected a finite number >= 0 and <= 1, got 1.5"),
+        ({"objectives": (2, 1)}, "objectives: expected 1 <= least <= most, got (2, 1)"),
+        ({"objectives": 2}, "objectives: expected 1 <= least <= most, got 2"),
     ],
 )
 def test_every_setting_is_checked_when_it_is_made(change, message):

@@ -13,7 +13,9 @@ from mem1.models.build import build_critic, build_model
 from mem1.train.warmstart import examples, label_logits, optimizer_for, rate_factor, warm_start
 from mem1_core.mask import TrajectoryMask
 
-SMALL = ModelConfig(layers=2, width=32, heads=2, kv_heads=1, mlp_width=64)
+SMALL = ModelConfig(
+    num_hidden_layers=2, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64
+)
 SHORT = WarmStartConfig(steps=12, batch_tokens=256, warmup_steps=2, objectives=(1, 2))
 
 
@@ -49,7 +51,7 @@ def test_schedule() -> None:
 
 
 def test_curriculum(tokenizer: PreTrainedTokenizerFast) -> None:
-    config = WarmStartConfig(objectives=(1, 4), auxiliary=0.4, batch_tokens=40_000)
+    config = WarmStartConfig(objectives=(1, 4), auxiliary_fraction=0.4, batch_tokens=40_000)
     for done, most, share in ((0.0, 2, 0.4), (0.5, 4, 0.25), (1.0, 4, 0.1)):
         batch = list(examples(tokenizer.get_vocab(), random.Random(0), config, done))
         scripted = [e for e in batch if e.prune == "action"]
@@ -59,9 +61,11 @@ def test_curriculum(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_examples_come_from_the_world_of_the_config(tokenizer: PreTrainedTokenizerFast) -> None:
-    config = replace(SHORT, hops=3, objectives=(2, 2), passage_tokens=50, prune="is", auxiliary=0.0)
+    config = replace(
+        SHORT, hops=3, objectives=(2, 2), passage_tokens=50, prune="state", auxiliary_fraction=0.0
+    )
     for example in examples(tokenizer.get_vocab(), random.Random(0), config, 0.0):
-        assert example.prune == "is"
+        assert example.prune == "state"
         assert example.segments[-1].turn == 2 * 3 + 1
         assert {s.length for s in example.segments if s.kind == "info"} == {50 + 2}
 
@@ -76,7 +80,7 @@ def test_labels_are_the_tokens_of_the_policy(tokenizer: PreTrainedTokenizerFast,
         tokens = iter(example.tokens)
         for segment in example.segments:
             part = [next(tokens) for _ in range(segment.length)]
-            expected += part if segment.kind in ("is", "query", "answer") else []
+            expected += part if segment.kind in ("state", "query", "answer") else []
     assert labels.tolist() == expected
     assert logits.shape == (len(labels), len(tokenizer))
 
@@ -87,7 +91,7 @@ def test_model_follows_its_config(tokenizer: PreTrainedTokenizerFast) -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
     weights = model.get_output_embeddings().weight
     assert weights is model.get_input_embeddings().weight
-    assert weights.std().item() == pytest.approx(SMALL.init_std, rel=0.1)
+    assert weights.std().item() == pytest.approx(SMALL.initializer_range, rel=0.1)
     other = build_model(tokenizer, SMALL, seed=1)
     assert not torch.equal(other.get_output_embeddings().weight, weights)
     assert build_model(tokenizer, replace(SMALL, dtype="bfloat16")).dtype == torch.bfloat16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mem1_core.eviction import Prune
+from mem1_core.eviction import EvictionPolicy
 from mem1_core.segments import Segment
 
 
@@ -16,7 +16,7 @@ class Example(NamedTuple):
 
     tokens: list[int]
     segments: list[Segment]
-    prune: Prune
+    prune: EvictionPolicy
 
 
 __all__ = ["Example"]

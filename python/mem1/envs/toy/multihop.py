@@ -40,7 +40,7 @@ class MultiHopEnv:
     share of questions answered exactly. Raises InputError for an argument out of its range.
     """
 
-    instant = True  # a rollout need not ask on a thread
+    run_inline = True  # a rollout need not ask on a thread
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class MultiHopEnv:
     def step(self, action: Action) -> Observation:
         if not self._running:
             raise RuntimeError(
-                "step: wanted a running episode, got one that is over or not begun; call reset"
+                "step: expected a running episode, got one that is over or not begun; call reset"
             )
         if action.kind == "answer":
             self._running = False

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from mem1.envs.base import ScriptedEnvironment
 from mem1.envs.toy.examples import Example
-from mem1_core.eviction import Prune
+from mem1_core.eviction import EvictionPolicy
 from mem1_core.segments import Kind, Segment
 
 
 def scripted_example(
-    environment: ScriptedEnvironment, seed: int, ids: Mapping[str, int], prune: Prune = "action"
+    environment: ScriptedEnvironment, seed: int, ids: Mapping[str, int], prune: EvictionPolicy = "action"
 ) -> Example:
     """Let the expert play the episode `seed` to its end.
 
@@ -34,7 +34,7 @@ def scripted_example(
         turn += 1
         state, action = environment.expert_action()
         kind, text = action
-        write("is", turn, f"<IS> {state} </IS>")
+        write("state", turn, f"<IS> {state} </IS>")
         write("query" if kind == "query" else "answer", turn, f"<{kind}> {text} </{kind}>")
         observation = environment.step(action)
         done = observation.done
