@@ -164,7 +164,7 @@ def memory_by_turn(
     make = partial(MeteredWords, workload, engines, sizes)
     config = replace(workload.config(slots=1), prune=prune)
     before = resident_bytes()
-    (trajectory,) = rollout(model, build_tokenizer(), make, [0], config, scripted=True)
+    (trajectory,) = rollout(model, build_tokenizer(), make, [0], config, expert=True)
     assert trajectory.turns == len(sizes) == workload.turns
     return [Memory(size.resident - before, size.cache) for size in sizes]
 

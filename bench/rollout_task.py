@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 
 from mem1.config import Regime, RolloutConfig
 from mem1.engine.engine import Engine
-from mem1.envs.base import Action, Observation, ScriptedAction
+from mem1.envs.base import Action, ExpertAction, Observation
 from mem1.envs.toy.tokenizer import build_tokenizer
 from mem1.envs.toy.words import FILLER
 from mem1.evaluation.evaluation_loop import parity
@@ -92,10 +92,10 @@ class RandomWords:
     def score(self) -> dict[str, float]:
         return {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
 
-    def expert_action(self) -> ScriptedAction:
+    def expert_action(self) -> ExpertAction:
         words = self.lengths.actions[self.turn] - 4
         kind = "answer" if self.turn + 1 == self.workload.turns else "query"
-        return ScriptedAction(self._text(words - words // 4), Action(kind, self._text(words // 4)))
+        return ExpertAction(self._text(words - words // 4), Action(kind, self._text(words // 4)))
 
     def _text(self, words: int) -> str:
         return " ".join(self._words.choices(FILLER, k=words))
@@ -105,7 +105,7 @@ def play(engine: Engine, workload: Workload, regime: Regime = "carry") -> list[T
     """Ours."""
     make, config = partial(RandomWords, workload), workload.config(engine.num_slots, regime)
     seeds, tokenizer = range(workload.episodes), build_tokenizer()
-    return list(rollout(engine.model, tokenizer, make, seeds, config, scripted=True, engine=engine))
+    return list(rollout(engine.model, tokenizer, make, seeds, config, expert=True, engine=engine))
 
 
 class Turn(NamedTuple):

@@ -162,9 +162,7 @@ def _rollout(options: argparse.Namespace, progress: Progress) -> None:
         whole_file(options.out) if options.out else nullcontext() as file,
         progress.phase("episodes", total=options.episodes) as phase,
     ):
-        for trajectory in rollout(
-            model, tokenizer, make_environment, seeds, config, scripted=options.scripted
-        ):
+        for trajectory in rollout(model, tokenizer, make_environment, seeds, config, expert=options.expert):
             tokens += int(trajectory.policy_mask.sum())
             phase.advance()
             if file is None:
@@ -276,7 +274,7 @@ def _parser() -> argparse.ArgumentParser:
             group.add_argument("--device", default=config.device, help="auto, cpu, cuda or cuda:N")
         return group
 
-    add = command("train", _train, "warm start on scripted trajectories, then PPO").add_argument
+    add = command("train", _train, "warm start on expert trajectories, then PPO").add_argument
     add("--out", type=Path, default=Path("runs/train"), help="folder of the run")
     add("--init", type=Path, help="checkpoint to start PPO from, without a warm start")
     add("--resume", action="store_true", help="go on in --out, with the options of that run")
@@ -309,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     add("model", type=Path, help="checkpoint folder")
     add("--objectives", type=_interval, default=(2, 2), help="questions per episode: 2 or 1-4")
     add("--episodes", type=_positive, default=4, help="how many")
-    add("--scripted", action="store_true", help="the environment's expert writes, the model reads along")
+    add("--expert", action="store_true", help="the environment's expert writes, the model reads along")
     add("--out", type=Path, help="write trajectories to this .jsonl file instead of the terminal")
     add("--seed", type=_seed, default=0, help="of the first episode itself, as a trajectory has it")
 

@@ -129,7 +129,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """Supervised steps on scripted trajectories before PPO.
+    """Supervised steps on expert trajectories before PPO.
 
     In a training run the world and the layout are those of the run: `train` sets objectives, hops,
     passage_tokens, regime and prune.

@@ -21,7 +21,7 @@ from mem1.evaluation.evaluation_loop import (
     Parity,
     Result,
     evaluate,
-    evaluate_script,
+    evaluate_expert,
     evaluation_seeds,
     parity,
     table,
@@ -67,7 +67,7 @@ def demo(
         say(f"\n[{time.perf_counter() - began:4.0f} s] {text}")
 
     config = demo_config(quick, seed)
-    title("1/4 training: supervised warm start on scripted trajectories, then PPO")
+    title("1/4 training: supervised warm start on expert trajectories, then PPO")
     say(f"{config.warmstart.steps} steps and {config.max_updates} updates, however fast this machine is")
     if not quick:
         say("two idle cores of a server take about five minutes for all four parts")
@@ -101,10 +101,10 @@ def demo(
         file.write("\n".join(lines) + "\n")
     say(table(results, (*_SHOWN, "dependency_length", "seconds")))
 
-    title("3/4 the scripted expert on the same job: what memory takes when every question gets answered")
-    scripted = script_results(tokenizer, config.rollout)
-    say(table(scripted, (*_SHOWN, "dependency_length")))
-    say(growth(scripted))
+    title("3/4 the expert on the same job: what memory takes when every question gets answered")
+    expert = expert_results(tokenizer, config.rollout)
+    say(table(expert, (*_SHOWN, "dependency_length")))
+    say(growth(expert))
 
     title("4/4 log-probs: sampled by the rollout against recomputed by the trainer")
     measured = parity_results(model, tokenizer, config.rollout, 4 if quick else 8, seed, progress)
@@ -112,14 +112,14 @@ def demo(
 
     report = {
         name: [without_nan(asdict(row)) for row in rows]
-        for name, rows in (("trained", results), ("scripted", scripted), ("parity", measured))
+        for name, rows in (("trained", results), ("expert", expert), ("parity", measured))
     }
     with whole_file(out / "results.json") as file:
         json.dump(report, file, indent=2, allow_nan=False)
-    plot_peaks(scripted, out / "peak_tokens.png")
+    plot_peaks(expert, out / "peak_tokens.png")
     plot_peaks(results, out / "peak_tokens_trained.png")
     plot_learning(out / "train" / METRICS, out / "learning_curve.png")
-    _, shown = evaluate_script(tokenizer, config.rollout, agent="MEM1", objectives=(4,), episodes=1)
+    _, shown = evaluate_expert(tokenizer, config.rollout, agent="MEM1", objectives=(4,), episodes=1)
     plot_trajectory(shown[0], out / "trajectory_mask.png")
     title(f"done. Plots, tables and trajectories are in {out.resolve()}")
 
@@ -136,15 +136,15 @@ def demo_config(quick: bool, seed: int) -> TrainConfig:
     )
 
 
-def script_results(tokenizer: PreTrainedTokenizerBase, config: RolloutConfig) -> list[Result]:
+def expert_results(tokenizer: PreTrainedTokenizerBase, config: RolloutConfig) -> list[Result]:
     """The expert under both prune rules, with bare answers to its queries and with answers of a passage's
     size.
     """
     results: list[Result] = []
     for passage in (0, PASSAGE):
         for agent, prune in AGENTS:
-            name = f"{agent}, script" + (f", {PASSAGE}-token passages" if passage else "")
-            rows, _ = evaluate_script(
+            name = f"{agent}, expert" + (f", {PASSAGE}-token passages" if passage else "")
+            rows, _ = evaluate_expert(
                 tokenizer, replace(config, prune=prune), agent=name, passage_tokens=passage, episodes=2
             )
             results += rows

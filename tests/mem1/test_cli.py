@@ -265,7 +265,7 @@ def test_eval_with_a_world_that_is_down_shows_it(capsys, model, monkeypatch):
 
 
 def test_rollout_prints_transcripts_or_saves_trajectories(capsys, model, tmp_path):
-    assert main(["rollout", model, "--episodes", "1", "--max-turns", "40", "--scripted"]) == 0
+    assert main(["rollout", model, "--episodes", "1", "--max-turns", "40", "--expert"]) == 0
     assert "answered, reward 1.000" in capsys.readouterr().out
     saved = tmp_path / "new" / "t.jsonl"
     few = ["--episodes", "3", "--max-turns", "2", "--prune", "40"]
@@ -345,5 +345,5 @@ def test_the_quick_demo(capsys, tmp_path):
     exact = [row for row in report["parity"] if row["regime"] != "paper" and row["dtype"] == "float32"]
     assert len(exact) == 2
     assert all(row["max_dlogp"] <= 5e-5 for row in exact)
-    assert all(row["errors"] == {} for row in report["trained"] + report["scripted"])
+    assert all(row["errors"] == {} for row in report["trained"] + report["expert"])
     assert main(["demo", "--quick", "--out", str(tmp_path)]) == 2, "what is there stays"

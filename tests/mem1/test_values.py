@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mem1.config import RolloutConfig
-from mem1.envs.base import Action, Observation, ScriptedAction
+from mem1.envs.base import Action, ExpertAction, Observation
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.parsing.codec import Codec
 from mem1.rollout.call_pool import outcome
@@ -84,10 +84,10 @@ WRONG = [
         "ValueError: score: expected numbers, finite in float32, for reward, exact_match",
     ),
     ("score", {"reward": "1", "exact_match": 1, "f1": 1}, "ValueError: score: expected numbers, finite"),
-    ("expert_action", None, "TypeError: expert_action: expected ScriptedAction, got NoneType None"),
+    ("expert_action", None, "TypeError: expert_action: expected ExpertAction, got NoneType None"),
     (
         "expert_action",
-        ScriptedAction("ada", Action("malformed", "")),
+        ExpertAction("ada", Action("malformed", "")),
         "ValueError: expert_action: expected a query or an answer, got 'malformed'",
     ),
 ]
@@ -100,7 +100,7 @@ def test_a_wrong_value_ends_its_own_episode_only(make_model, tokenizer, method, 
     setattr(worlds[1], method, lambda *arguments: (sound(*arguments), value)[1])
     make = iter(worlds).__next__
     config = RolloutConfig(max_action_tokens=24, max_turns=6, episode_retries=0)
-    played = {t.seed: t for t in rollout(make_model(), tokenizer, make, range(3), config, scripted=True)}
+    played = {t.seed: t for t in rollout(make_model(), tokenizer, make, range(3), config, expert=True)}
     assert played[1].finished.startswith(f"{ENVIRONMENT_ERROR}: {message}")
     assert played[1].score == {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
     assert played[1].to_json()

@@ -33,7 +33,7 @@ class Observation(NamedTuple):
     done: bool
 
 
-class ScriptedAction(NamedTuple):
+class ExpertAction(NamedTuple):
     """What the expert writes in one turn: the text between the `<IS>` tags and the action after it."""
 
     state: str
@@ -80,9 +80,9 @@ class Environment(Protocol):
         ...
 
 
-class ScriptedEnvironment(Environment, Protocol):
-    """An environment with an expert: teacher of the warm start, and agent of scripted measurements."""
+class ExpertEnvironment(Environment, Protocol):
+    """An environment with an expert: teacher of the warm start, and agent of measurements without a model."""
 
-    def expert_action(self) -> ScriptedAction:
+    def expert_action(self) -> ExpertAction:
         """The expert's next action, given what has been asked so far in this episode."""
         ...

@@ -20,7 +20,7 @@ from mem1.config import EvictionPolicy, Regime, RolloutConfig
 from mem1.engine.engine import Engine
 from mem1.envs.base import Environment
 from mem1.envs.toy.multihop import MultiHopEnv
-from mem1.rollout.rollout_loop import play_script, rollout
+from mem1.rollout.rollout_loop import play_expert, rollout
 from mem1.runtime.progress import Progress
 from mem1.seeds import derive_seed
 from mem1.train.ppo import pack, recompute_logprobs, split
@@ -128,7 +128,7 @@ def evaluate(
     return results, trajectories
 
 
-def evaluate_script(
+def evaluate_expert(
     tokenizer: PreTrainedTokenizerBase,
     config: RolloutConfig,
     *,
@@ -147,7 +147,7 @@ def evaluate_script(
     for n in objectives:
         start = time.perf_counter()
         played = list(
-            play_script(
+            play_expert(
                 tokenizer,
                 partial(MultiHopEnv, n, hops, passage_tokens),
                 evaluation_seeds(seed, episodes),

@@ -7,7 +7,7 @@ import reprlib
 from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError
-from mem1.envs.base import Action, ActionKind, ScriptedAction
+from mem1.envs.base import Action, ActionKind, ExpertAction
 from mem1.envs.toy.tokenizer import TAGS
 
 _CHARACTERS_PER_TOKEN = 16  # a first guess at what a limit of tokens is in characters
@@ -56,7 +56,7 @@ class Codec:
                 return kept
             size *= 4
 
-    def script(self, step: ScriptedAction) -> list[int]:
+    def expert(self, step: ExpertAction) -> list[int]:
         """The tokens of an expert's action. Raises ValueError unless it is a query or an answer."""
         kind, text = step.action
         if kind not in ("query", "answer"):

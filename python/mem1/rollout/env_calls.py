@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from mem1.config import RolloutConfig
-from mem1.envs.base import Environment, Observation, ScriptedAction
+from mem1.envs.base import Environment, ExpertAction, Observation
 from mem1.parsing.codec import Codec
 from mem1.rollout.call_pool import patiently
 from mem1.trajectory import TURN_LIMIT
@@ -36,7 +36,7 @@ class Reply(NamedTuple):
     finished: str = ""  # why the episode is over
     score: dict[str, float] | None = None  # then
     notes: dict[str, Any] | None = None  # and what the score says beside numbers
-    script: list[int] | None = None  # tokens of the expert's next action
+    expert_tokens: list[int] | None = None  # tokens of the expert's next action
 
 
 class Questions:
@@ -46,9 +46,9 @@ class Questions:
     Each takes its deadline as the last argument: no call is tried again after it.
     """
 
-    def __init__(self, environment: Environment, codec: Codec, config: RolloutConfig, scripted: bool) -> None:
+    def __init__(self, environment: Environment, codec: Codec, config: RolloutConfig, expert: bool) -> None:
         self.environment, self._codec, self._config = environment, codec, config
-        self._scripted = scripted
+        self._expert_plays = expert
 
     def reset(self, seed: int, deadline: float) -> Reply:
         text = _text("reset", self._patiently(partial(self.environment.reset, seed), deadline))
@@ -57,7 +57,7 @@ class Questions:
         if not 0 < len(tokens) <= most:
             raise ValueError(f"reset: expected a prompt of 1 to {most} tokens, got {reprlib.repr(text)}")
         objectives = _integer("objectives", self.environment.objectives)
-        return Reply(tokens, objectives, script=self._expert())
+        return Reply(tokens, objectives, expert_tokens=self._expert())
 
     def step(self, written: list[int], objectives: int, last: bool, deadline: float) -> Reply:
         """`written`: the tokens of an action without its `state` segment."""
@@ -67,16 +67,16 @@ class Questions:
         text, done = _text("step: text", text), _flag("step: done", done)
         if not done and not last:
             tokens = self._codec.info(text, self._config.max_info_tokens)
-            return Reply(tokens, objectives, script=self._expert())
+            return Reply(tokens, objectives, expert_tokens=self._expert())
         how = "answered" if action.kind == "answer" else "ended by the environment"
         score, notes = _score(self._patiently(self.environment.score, deadline))
         return Reply([], objectives, how if done else TURN_LIMIT, score, notes)
 
     def _expert(self) -> list[int] | None:
-        if not self._scripted:
+        if not self._expert_plays:
             return None
         step = self.environment.expert_action()  # type: ignore[attr-defined]
-        return self._codec.script(_expect("expert_action", step, ScriptedAction))
+        return self._codec.expert(_expect("expert_action", step, ExpertAction))
 
     def _patiently(self, call: Callable[[], _Value], deadline: float) -> _Value:
         errors = getattr(self.environment, "retryable", (OSError,))

@@ -45,7 +45,7 @@ class Episode:
         codec: Codec,
         config: RolloutConfig,
         sampling_seed: int = 0,
-        scripted: bool = False,
+        expert: bool = False,
         model: str = "",
         failures: Sequence[Failure] = (),
     ) -> None:
@@ -56,7 +56,7 @@ class Episode:
         self.rollout_logprobs: list[float] = []
         self.segments: list[Segment] = []
         self.turn = 0
-        self._questions = Questions(environment, codec, config, scripted)
+        self._questions = Questions(environment, codec, config, expert)
         self.question: Callable[[float], Reply] | None = partial(self._questions.reset, seed)
         self.waiting = True
         self.finished = ""
@@ -66,7 +66,7 @@ class Episode:
         self._alive: Tensor | None = None  # bool per token of the stream: a prune is due
         self._action_start = 0  # stream index
         self._state_length = 0  # tokens of this action's `state` segment, 0 before its end
-        self._script: deque[int] = deque()
+        self._expert_tokens: deque[int] = deque()
         self._objectives, self._score, self._notes = 1, dict(NO_SCORE), dict[str, Any]()
         self._began = time.perf_counter()
         self._uniform: list[float] = []  # drawn and not yet used, the next one last
@@ -97,7 +97,7 @@ class Episode:
         self._append("info" if self.turn else "prompt", reply.tokens)
         self.turn += 1
         self._action_start, self._state_length = len(self.tokens), 0
-        self._script = deque(reply.script or [])
+        self._expert_tokens = deque(reply.expert_tokens or [])
 
     def positions(self) -> list[int]:
         """Position ids of `unread`: the stream's own, or, re-encoding, the places in the pruned context."""
@@ -125,8 +125,8 @@ class Episode:
         return self._uniform.pop()
 
     def forced(self) -> int:
-        """The next token of the script, -1 where the policy is free."""
-        return self._script.popleft() if self._script else -1
+        """The next token of the expert, -1 where the policy is free."""
+        return self._expert_tokens.popleft() if self._expert_tokens else -1
 
     def write(self, token: int, logprob: float, rollout_logprob: float | None = None) -> None:
         """The policy writes one token; where this completes an action, the environment is asked.

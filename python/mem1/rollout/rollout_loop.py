@@ -20,7 +20,7 @@ from mem1.checks import InputError, require
 from mem1.config import RolloutConfig
 from mem1.engine.engine import Engine
 from mem1.engine.sampling import sample
-from mem1.envs.base import Environment, ScriptedEnvironment
+from mem1.envs.base import Environment, ExpertEnvironment
 from mem1.parsing.codec import Codec
 from mem1.rollout.call_pool import Calls, outcome
 from mem1.rollout.env_calls import Reply
@@ -53,14 +53,14 @@ def rollout(
     config: RolloutConfig,
     *,
     sampling_seed: int = 0,
-    scripted: bool = False,
+    expert: bool = False,
     engine: Engine | None = None,
 ) -> Iterator[Trajectory]:
     """Yield one finished `Trajectory` per seed, in the order in which they finish.
 
     An episode follows from its seed alone: the environment is reset with it, and the sampler has a generator
     of its own, made of it and `sampling_seed`, so the batch it runs in changes nothing but rounding; with
-    `config.synchronous` not even that. Seeds are integers >= 0. With `scripted` the environment's expert
+    `config.synchronous` not even that. Seeds are integers >= 0. With `expert` the environment's expert
     writes the actions and the model only reads along (their log-probs are the model's).
 
     Environments answer on threads, while the other episodes go on (an `run_inline` one at once); whatever
@@ -96,7 +96,7 @@ def rollout(
             codec,
             config,
             sampling_seed=sampling_seed,
-            scripted=scripted,
+            expert=expert,
             model=name,
             failures=attempt.failures,
         )
@@ -212,9 +212,9 @@ def _leave(active: list[Episode], engine: Engine) -> Iterator[Trajectory]:
             engine.truncate(len(active), 0)
 
 
-def play_script(
+def play_expert(
     tokenizer: PreTrainedTokenizerBase,
-    make_environment: Callable[[], ScriptedEnvironment],
+    make_environment: Callable[[], ExpertEnvironment],
     seeds: Iterable[int],
     config: RolloutConfig,
 ) -> Iterator[Trajectory]:
@@ -223,7 +223,7 @@ def play_script(
     """
     codec = Codec(tokenizer)
     for seed in seeds:
-        episode = Episode(make_environment(), seed, codec, config, scripted=True)
+        episode = Episode(make_environment(), seed, codec, config, expert=True)
         while not episode.finished:
             question = episode.take_question()
             if question is not None:

@@ -1,4 +1,4 @@
-"""The supervised warm start: next-token prediction of what scripted experts write."""
+"""The supervised warm start: next-token prediction of what experts write."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from mem1.config import WarmStartConfig
 from mem1.envs.toy.auxiliary import copy_example, lookup_example
 from mem1.envs.toy.examples import Example
+from mem1.envs.toy.expert import expert_example
 from mem1.envs.toy.multihop import MultiHopEnv
-from mem1.envs.toy.scripted import scripted_example
 from mem1.seeds import derive_seed
 from mem1.train.optim import AdamW
 from mem1.train.ppo import Stream, label_hidden
@@ -98,7 +98,7 @@ def examples(
             example = draw.choice((copy_example, lookup_example))(ids, draw)
         else:
             environment = MultiHopEnv((least, reach), config.hops, config.passage_tokens)
-            example = scripted_example(environment, draw.getrandbits(53), ids, config.prune)
+            example = expert_example(environment, draw.getrandbits(53), ids, config.prune)
         tokens += len(example.tokens)
         yield example
 

@@ -67,7 +67,7 @@ def test_parity(make_model, tokenizer, monkeypatch, attention, dtype, regime, ba
     model = make_model(dtype).cuda()
     config = RolloutConfig(num_slots=batch, regime=regime, max_turns=12)
     seeds = range(4 if batch == 1 else 64)
-    played = list(rollout(model, tokenizer, lambda: MultiHopEnv((1, 4)), seeds, config, scripted=True))
+    played = list(rollout(model, tokenizer, lambda: MultiHopEnv((1, 4)), seeds, config, expert=True))
     assert len({t.turns for t in played}) >= 2
     result = parity(model, played, regime)
     if dtype == torch.float32:

@@ -5,8 +5,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mem1 import agent
 from mem1.envs.base import Action, Observation
+from mem1.envs.toy.expert import expert_example
 from mem1.envs.toy.multihop import INSTRUCTION, MALFORMED, NOTHING_FOUND, MultiHopEnv
-from mem1.envs.toy.scripted import scripted_example
 from mem1.envs.toy.words import NAMES
 from mem1.parsing.codec import Codec
 from mem1_core.eviction import EvictionPolicy
@@ -167,7 +167,7 @@ def peak(
     environment = MultiHopEnv(objectives, passage_tokens=passage)
     peaks = []
     for seed in range(4):
-        segments = scripted_example(environment, seed, ids).segments
+        segments = expert_example(environment, seed, ids).segments
         peaks.append(
             int(TrajectoryLayout.from_segments(segments, prune=prune).mask.peak_tokens(prompt=prompt))
         )

@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerFast
 from mem1.config import RolloutConfig
 from mem1.envs.toy.auxiliary import copy_example, lookup_example
 from mem1.envs.toy.examples import Example
+from mem1.envs.toy.expert import expert_example
 from mem1.envs.toy.multihop import MultiHopEnv
-from mem1.envs.toy.scripted import scripted_example
-from mem1.rollout.rollout_loop import play_script
+from mem1.rollout.rollout_loop import play_expert
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.segments import policy_tokens
 
@@ -48,8 +48,8 @@ def test_scripted_examples_are_what_the_rollout_makes(
     tokenizer: PreTrainedTokenizerFast, settings: dict[str, int], prune: str
 ) -> None:
     config = RolloutConfig(prune=prune)  # type: ignore[arg-type]
-    (expected,) = play_script(tokenizer, lambda: MultiHopEnv(**settings), [11], config)
-    example = scripted_example(MultiHopEnv(**settings), 11, tokenizer.get_vocab(), config.prune)
+    (expected,) = play_expert(tokenizer, lambda: MultiHopEnv(**settings), [11], config)
+    example = expert_example(MultiHopEnv(**settings), 11, tokenizer.get_vocab(), config.prune)
     assert example.tokens == expected.tokens.tolist()
     assert example.segments == expected.segments
     assert example.prune == expected.prune
@@ -60,7 +60,7 @@ def test_examples_of_all_kinds_pack_into_one_stream(tokenizer: PreTrainedTokeniz
     batch = [
         copy_example(ids, draw),
         lookup_example(ids, draw),
-        scripted_example(MultiHopEnv(2), 0, ids),
+        expert_example(MultiHopEnv(2), 0, ids),
     ]
     for regime in ("carry", "reencode"):
         layouts = [TrajectoryLayout.from_segments(e.segments, regime=regime, prune=e.prune) for e in batch]
@@ -71,4 +71,4 @@ def test_examples_of_all_kinds_pack_into_one_stream(tokenizer: PreTrainedTokeniz
 
 def test_a_word_outside_the_vocabulary_is_named() -> None:
     with pytest.raises(KeyError, match="answer"):
-        scripted_example(MultiHopEnv(1), 0, {"ada": 0})
+        expert_example(MultiHopEnv(1), 0, {"ada": 0})

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from mem1.config import RolloutConfig
-from mem1.demo import demo_config, growth, script_results
+from mem1.demo import demo_config, expert_results, growth
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.evaluation.evaluation_loop import (
     Parity,
     Result,
     error_counts,
     evaluate,
-    evaluate_script,
+    evaluate_expert,
     evaluation_seeds,
     parity,
     summarize,
@@ -220,7 +220,7 @@ def test_every_agent_gets_the_same_episodes(make_model, tokenizer):
 
 
 def test_the_script_answers_everything_at_every_size(tokenizer):
-    results, played = evaluate_script(
+    results, played = evaluate_expert(
         tokenizer, RolloutConfig(max_action_tokens=8, max_turns=2), agent="MEM1", episodes=1
     )
     assert [r.objectives for r in results] == [1, 2, 4, 8, 16]
@@ -231,20 +231,20 @@ def test_the_script_answers_everything_at_every_size(tokenizer):
 
 
 def test_memory_of_the_default_world_grows_far_slower_than_with_the_full_context(tokenizer):
-    rows = {(r.agent, r.objectives): r for r in script_results(tokenizer, RolloutConfig())}
+    rows = {(r.agent, r.objectives): r for r in expert_results(tokenizer, RolloutConfig())}
 
     def ratio(agent: str, name: str) -> float:
         return getattr(rows[agent, 16], name) / getattr(rows[agent, 2], name)
 
     assert (
-        ratio("MEM1, script", "peak_tokens_without_prompt")
-        <= ratio("full context, script", "peak_tokens_without_prompt") / 3
+        ratio("MEM1, expert", "peak_tokens_without_prompt")
+        <= ratio("full context, expert", "peak_tokens_without_prompt") / 3
     )
-    assert ratio("MEM1, script, 400-token passages", "peak_tokens_without_prompt") <= 1.65
+    assert ratio("MEM1, expert, 400-token passages", "peak_tokens_without_prompt") <= 1.65
 
 
 def test_the_truncating_agent_holds_its_window_and_a_turn(tokenizer):
-    (row,), (played,) = evaluate_script(
+    (row,), (played,) = evaluate_expert(
         tokenizer, RolloutConfig(prune=300), agent="truncated", objectives=(16,), episodes=1
     )
     sizes: dict[int, int] = {}
@@ -280,7 +280,7 @@ def test_growth_compares_16_with_2():
 
 def test_pictures(tokenizer, tmp_path):
     pytest.importorskip("matplotlib")
-    results, played = evaluate_script(tokenizer, RolloutConfig(), agent="MEM1", objectives=(1, 2), episodes=1)
+    results, played = evaluate_expert(tokenizer, RolloutConfig(), agent="MEM1", objectives=(1, 2), episodes=1)
     records = [{"phase": "warmstart", "step": i, "loss": 3 / i} for i in (1, 2, 3)]
     records += [{"phase": "ppo", "step": i, "reward": 0.1 * i, "answered": 0.5} for i in (1, 2)]
     # Gaps: no number, one that is none, and an update of which nothing is said.

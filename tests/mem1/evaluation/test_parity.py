@@ -14,7 +14,7 @@ from mem1_core.eviction import EvictionPolicy, evict_from_segments
 GATES = {torch.float32: {"max_dlogp": 5e-5}, torch.bfloat16: {"mean_dlogp": 5e-3, "kl": 1e-4}}
 
 
-def measure(make_model, tokenizer, dtype, regime, prune, scripted, temperature=1.0) -> Parity:
+def measure(make_model, tokenizer, dtype, regime, prune, expert, temperature=1.0) -> Parity:
     """Ragged by 1 to 4 objectives and 3 slots for 7 episodes, so that rows leave, move and are filled
     again.
     """
@@ -23,7 +23,7 @@ def measure(make_model, tokenizer, dtype, regime, prune, scripted, temperature=1
         num_slots=3, regime=regime, prune=prune, max_action_tokens=24, max_turns=7, temperature=temperature
     )
     seeds = range(7)
-    played = list(rollout(model, tokenizer, lambda: MultiHopEnv((1, 4)), seeds, config, scripted=scripted))
+    played = list(rollout(model, tokenizer, lambda: MultiHopEnv((1, 4)), seeds, config, expert=expert))
     assert {t.seed for t in played} == set(seeds)
     assert len({t.tokens.numel() for t in played}) > 1, "expected a ragged batch"
     assert sum(t.turns >= 4 for t in played) >= 2
@@ -45,9 +45,9 @@ def within_gate(result: Parity, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("regime", ["carry", "reencode"])
 @pytest.mark.parametrize("prune", ["action", "state", "never", 48])
-@pytest.mark.parametrize("scripted", [False, True], ids=["sampled", "scripted"])
-def test_recomputed_logprobs_are_the_sampled_ones(make_model, tokenizer, dtype, regime, prune, scripted):
-    result = measure(make_model, tokenizer, dtype, regime, prune, scripted)
+@pytest.mark.parametrize("expert", [False, True], ids=["sampled", "expert"])
+def test_recomputed_logprobs_are_the_sampled_ones(make_model, tokenizer, dtype, regime, prune, expert):
+    result = measure(make_model, tokenizer, dtype, regime, prune, expert)
     assert within_gate(result, dtype), result
 
 
@@ -59,7 +59,7 @@ def test_batches_of_one_and_of_64(make_model, tokenizer, dtype, regime, prune, s
     """Episodes of 3 to 9 turns, each alone and all side by side."""
     model, seeds = make_model(dtype), range(4 if slots == 1 else 64)
     config = RolloutConfig(num_slots=slots, regime=regime, prune=prune, max_turns=12)
-    played = list(rollout(model, tokenizer, lambda: MultiHopEnv((1, 4)), seeds, config, scripted=True))
+    played = list(rollout(model, tokenizer, lambda: MultiHopEnv((1, 4)), seeds, config, expert=True))
     assert {t.seed for t in played} == set(seeds)
     turns = {t.turns for t in played}
     assert len(turns) >= (2 if slots == 1 else 4) and max(turns) >= 4, "expected other ends"
@@ -70,13 +70,13 @@ def test_batches_of_one_and_of_64(make_model, tokenizer, dtype, regime, prune, s
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("prune", ["action", "state"])
 def test_the_published_recipe_fails_the_same_gate(make_model, tokenizer, dtype, prune):
-    result = measure(make_model, tokenizer, dtype, "paper", prune, scripted=True)
+    result = measure(make_model, tokenizer, dtype, "paper", prune, expert=True)
     assert not within_gate(result, dtype), result
     assert result.max_dlogp > 0.05
 
 
 def test_parity_at_another_temperature(make_model, tokenizer):
-    result = measure(make_model, tokenizer, torch.float32, "carry", "action", scripted=False, temperature=0.7)
+    result = measure(make_model, tokenizer, torch.float32, "carry", "action", expert=False, temperature=0.7)
     assert within_gate(result, torch.float32), result
 
 
@@ -84,6 +84,6 @@ def test_a_carried_cache_trained_as_reencoded_is_noticed(make_model, tokenizer):
     """The gate can tell the two exact regimes from one another: neither layout fits the other's rollout."""
     model = make_model()
     config = RolloutConfig(regime="carry", max_turns=6)
-    played = list(rollout(model, tokenizer, lambda: MultiHopEnv(3), range(2), config, scripted=True))
+    played = list(rollout(model, tokenizer, lambda: MultiHopEnv(3), range(2), config, expert=True))
     assert parity(model, played, "carry").max_dlogp <= 5e-5
     assert parity(model, played, "reencode").max_dlogp > 0.05

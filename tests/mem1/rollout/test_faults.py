@@ -93,9 +93,9 @@ class Surrogate(Remote):
         return Observation("\ud800", 0.0, False)
 
 
-def play(make_model, tokenizer, world, regime="carry", scripted=True, **settings):
+def play(make_model, tokenizer, world, regime="carry", expert=True, **settings):
     config = replace(CONFIG, regime=regime, **settings)
-    played = list(rollout(make_model(), tokenizer, lambda: world(2), range(6), config, scripted=scripted))
+    played = list(rollout(make_model(), tokenizer, lambda: world(2), range(6), config, expert=expert))
     assert sorted(t.seed for t in played) == list(range(6)), "an episode is lost"
     for t in played:
         assert sum(s.length for s in t.segments) == t.tokens.numel() == t.logprobs.numel()
@@ -146,7 +146,7 @@ def test_megabytes_are_cut(make_model, tokenizer, regime, world, length, monkeyp
         return encode(self, text, **how)
 
     monkeypatch.setattr(type(tokenizer), "encode", watched)
-    played = play(make_model, tokenizer, world, regime, scripted=False, max_info_tokens=7)
+    played = play(make_model, tokenizer, world, regime, expert=False, max_info_tokens=7)
     infos = [s.length for s in played[1].segments if s.kind == "info"]
     assert len(infos) == 3 and infos[1:] == [length, length]
     assert world is OneWord or max(read) < 1_000
@@ -155,7 +155,7 @@ def test_megabytes_are_cut(make_model, tokenizer, regime, world, length, monkeyp
 
 @pytest.mark.parametrize("regime", ["carry", "reencode"])
 def test_tags_in_an_answer_are_no_tags(make_model, tokenizer, regime):
-    played = play(make_model, tokenizer, Imitates, regime, scripted=False)
+    played = play(make_model, tokenizer, Imitates, regime, expert=False)
     codec, start, infos = Codec(tokenizer), 0, []
     for kind, turn, length in played[1].segments:
         if kind == "info" and turn > 1:
@@ -193,7 +193,7 @@ def test_a_prompt_beyond_the_limit_is_an_error_of_its_episode(make_model, tokeni
         def reset(self, seed: int) -> str:
             return super().reset(seed) + " anna" * (500 if seed == 1 else 0)
 
-    played = play(make_model, tokenizer, Long, scripted=False, max_prompt_tokens=400)
+    played = play(make_model, tokenizer, Long, expert=False, max_prompt_tokens=400)
     assert played[1].finished.startswith(
         "environment error: ValueError: reset: expected a prompt of 1 to 400"
     )
@@ -237,7 +237,7 @@ def test_a_slow_world_does_not_hold_up_the_others(make_model, tokenizer, sound):
             return super().step(action)
 
     config = replace(CONFIG, max_turns=6, max_action_tokens=64)
-    for trajectory in rollout(make_model(), tokenizer, lambda: Patient(2), range(6), config, scripted=True):
+    for trajectory in rollout(make_model(), tokenizer, lambda: Patient(2), range(6), config, expert=True):
         finished.append(trajectory.seed)
         assert torch.equal(trajectory.tokens, sound[trajectory.seed].tokens)
     assert finished[-1] == 0 and sorted(finished) == list(range(6))
@@ -253,7 +253,7 @@ def test_an_environment_that_cannot_be_made_is_an_error_of_its_episode(make_mode
         return MultiHopEnv(2)
 
     config = replace(CONFIG, max_turns=6, max_action_tokens=64)
-    played = list(rollout(make_model(), tokenizer, make, range(6), config, scripted=True))
+    played = list(rollout(make_model(), tokenizer, make, range(6), config, expert=True))
     assert len(played) == 6
     for trajectory in played:
         if trajectory.seed == 1:
@@ -288,13 +288,13 @@ def test_numbers_that_are_not_finite_end_their_own_episode(make_model, tokenizer
 
 
 @pytest.mark.parametrize("regime", ["carry", "reencode"])
-@pytest.mark.parametrize("scripted", [False, True])
+@pytest.mark.parametrize("expert", [False, True])
 @pytest.mark.parametrize("poisoned", [1, 4, 11, 18, 25])
 def test_a_policy_error_in_mid_action_ends_its_own_episode_only(
-    make_model, tokenizer, regime, scripted, poisoned, monkeypatch
+    make_model, tokenizer, regime, expert, poisoned, monkeypatch
 ):
     """One row of one step is NaN, as a kernel's fault or an overflow leaves it."""
-    settings = {"regime": regime, "scripted": scripted, "max_action_tokens": 64}
+    settings = {"regime": regime, "expert": expert, "max_action_tokens": 64}
     sound = play(make_model, tokenizer, MultiHopEnv, **settings)
     steps, logits = [], Engine.logits
 
@@ -354,7 +354,7 @@ def test_what_is_no_environment_is_an_error_of_its_episode(make_model, tokenizer
     worlds = iter([MultiHopEnv(2), world])
     config = replace(CONFIG, max_turns=6, max_action_tokens=64)
     make = lambda: next(worlds, MultiHopEnv(2))  # noqa: E731
-    played = {t.seed: t for t in rollout(make_model(), tokenizer, make, range(6), config, scripted=True)}
+    played = {t.seed: t for t in rollout(make_model(), tokenizer, make, range(6), config, expert=True)}
     assert len(played) == 6 and played[1].error in ("AttributeError", "TypeError")
     for seed in (0, 2, 3, 4, 5):
         assert torch.equal(played[seed].tokens, sound[seed].tokens)
@@ -364,5 +364,5 @@ def test_no_call_is_left_without_an_outcome(make_model, tokenizer, monkeypatch):
     seen: list[Calls] = []
     init = Calls.__init__
     monkeypatch.setattr(Calls, "__init__", lambda self, timeout: (seen.append(self), init(self, timeout))[1])
-    play(make_model, tokenizer, Raises, scripted=False)
+    play(make_model, tokenizer, Raises, expert=False)
     assert len(seen) == 1 and not seen[0]._pending

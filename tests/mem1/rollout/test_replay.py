@@ -59,11 +59,11 @@ def failing(monkeypatch):
     return Failing
 
 
-@pytest.mark.parametrize("scripted", [False, True])
-def test_an_episode_that_failed_is_played_again_and_is_the_same(make_model, tokenizer, failing, scripted):
+@pytest.mark.parametrize("expert", [False, True])
+def test_an_episode_that_failed_is_played_again_and_is_the_same(make_model, tokenizer, failing, expert):
     model, config = make_model(), replace(CONFIG, max_action_tokens=64)
-    played = play(model, tokenizer, lambda: failing(2), config=config, scripted=scripted)
-    sound = play(model, tokenizer, lambda: MultiHopEnv(2), config=config, scripted=scripted)
+    played = play(model, tokenizer, lambda: failing(2), config=config, expert=expert)
+    sound = play(model, tokenizer, lambda: MultiHopEnv(2), config=config, expert=expert)
     for seed, trajectory in played.items():
         # The batch is another one: its rounding is.
         assert torch.equal(trajectory.tokens, sound[seed].tokens)

@@ -20,7 +20,7 @@ from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.parsing.codec import Codec
 from mem1.rollout.call_pool import outcome
 from mem1.rollout.episode import Episode
-from mem1.rollout.rollout_loop import check_positions, play_script, rollout
+from mem1.rollout.rollout_loop import check_positions, play_expert, rollout
 from mem1.trajectory import Trajectory
 from mem1_core.eviction import evict_from_segments
 
@@ -116,7 +116,7 @@ def test_the_cache_holds_what_the_table_says(tokenizer, regime, prune):
     come.
     """
     config = RolloutConfig(regime=regime, prune=prune, max_turns=20)
-    episode = Episode(MultiHopEnv(4), 3, Codec(tokenizer), config, scripted=True)
+    episode = Episode(MultiHopEnv(4), 3, Codec(tokenizer), config, expert=True)
     held: list[list[int]] = []
     while not settle(episode).finished:
         while episode.unread:
@@ -149,7 +149,7 @@ def test_the_cache_stays_small(make_model, tokenizer, monkeypatch):
     for prune in ("action", "never"):
         config = RolloutConfig(prune=prune, max_turns=20)
         (trajectory,) = rollout(
-            model, tokenizer, lambda: MultiHopEnv(4, passage_tokens=50), [0], config, scripted=True
+            model, tokenizer, lambda: MultiHopEnv(4, passage_tokens=50), [0], config, expert=True
         )
         longest[prune] = trajectory.tokens.numel()
         assert lengths[prune] <= trajectory.peak_tokens()
@@ -286,8 +286,8 @@ def test_limits_on_turns_and_information(make_model, tokenizer):
 @pytest.mark.parametrize("prune", ["action", "never"])
 def test_the_script_solves_its_world_with_and_without_a_model(make_model, tokenizer, prune):
     config = RolloutConfig(prune=prune, max_turns=40)
-    plain = list(play_script(tokenizer, lambda: MultiHopEnv((1, 8)), range(4), config))
-    scored = rollout(make_model(), tokenizer, lambda: MultiHopEnv((1, 8)), range(4), config, scripted=True)
+    plain = list(play_expert(tokenizer, lambda: MultiHopEnv((1, 8)), range(4), config))
+    scored = rollout(make_model(), tokenizer, lambda: MultiHopEnv((1, 8)), range(4), config, expert=True)
     for trajectory in scored:
         same = plain[trajectory.seed]
         assert trajectory.reward == same.reward == 1.0
@@ -303,7 +303,7 @@ def test_peak_of_the_script_is_nearly_constant(tokenizer):
     peak = {}
     for prune in ("action", "never"):
         for n in (2, 16):
-            (t,) = play_script(
+            (t,) = play_expert(
                 tokenizer, lambda n=n: MultiHopEnv(n, passage_tokens=400), [0], replace(config, prune=prune)
             )
             assert t.finished == "answered"
@@ -315,7 +315,7 @@ def test_peak_of_the_script_is_nearly_constant(tokenizer):
 
 
 def test_a_trajectory_survives_its_dictionary(tokenizer):
-    (trajectory,) = play_script(tokenizer, lambda: MultiHopEnv(2), [4], RolloutConfig())
+    (trajectory,) = play_expert(tokenizer, lambda: MultiHopEnv(2), [4], RolloutConfig())
     again = Trajectory.from_dict(trajectory.to_dict())
     assert torch.equal(again.tokens, trajectory.tokens)
     assert again.segments == trajectory.segments
@@ -379,9 +379,9 @@ def test_seeds_and_sampling_seeds_have_nothing_in_common(make_model, tokenizer):
 @pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.6}, {"greedy": True}])
 def test_trajectories_keep_the_logprobs_of_the_sampler(make_model, tokenizer, settings):
     config = replace(CONFIG, **settings)
-    for scripted in (False, True):
-        (t,) = rollout(make_model(), tokenizer, lambda: MultiHopEnv(2), [0], config, scripted=scripted)
-        if scripted or not settings:
+    for expert in (False, True):
+        (t,) = rollout(make_model(), tokenizer, lambda: MultiHopEnv(2), [0], config, expert=expert)
+        if expert or not settings:
             assert t.rollout_logprobs is None
             continue
         of_policy = t.rollout_logprobs[t.policy_mask], t.logprobs[t.policy_mask]

@@ -54,9 +54,9 @@ def test_curriculum(tokenizer: PreTrainedTokenizerFast) -> None:
     config = WarmStartConfig(objectives=(1, 4), auxiliary_fraction=0.4, batch_tokens=40_000)
     for done, most, share in ((0.0, 2, 0.4), (0.5, 4, 0.25), (1.0, 4, 0.1)):
         batch = list(examples(tokenizer.get_vocab(), random.Random(0), config, done))
-        scripted = [e for e in batch if e.prune == "action"]
-        assert 1 - len(scripted) / len(batch) == pytest.approx(share, abs=0.06)
-        turns = {e.segments[-1].turn for e in scripted}
+        expert = [e for e in batch if e.prune == "action"]
+        assert 1 - len(expert) / len(batch) == pytest.approx(share, abs=0.06)
+        turns = {e.segments[-1].turn for e in expert}
         assert turns == {1 + config.hops * k for k in range(1, most + 1)}
 
 

@@ -19,7 +19,7 @@ import random
 from collections import Counter
 
 from mem1.checks import require
-from mem1.envs.base import Action, Observation, ScriptedAction
+from mem1.envs.base import Action, ExpertAction, Observation
 from mem1.envs.toy.words import FILLER, NAMES, RELATIONS
 
 INSTRUCTION = "answer these questions in order , a name each :"
@@ -100,7 +100,7 @@ class MultiHopEnv:
         """The right answers, in the order of the questions."""
         return [chain[-1] for chain in self._chains]
 
-    def expert_action(self) -> ScriptedAction:
+    def expert_action(self) -> ExpertAction:
         """Ask hop after hop, question after question; answer when all are known."""
         notes = []
         for (_, relations), chain, known in zip(self._questions, self._chains, self._known, strict=True):
@@ -108,8 +108,8 @@ class MultiHopEnv:
             notes.append(" ".join([chain[0], *found, *relations[known:]]))
             if known < len(relations):
                 query = Action("query", f"{chain[known]} {relations[known]}")
-                return ScriptedAction(" ; ".join(notes), query)
-        return ScriptedAction(" ; ".join(notes), Action("answer", " ; ".join(self.answers)))
+                return ExpertAction(" ; ".join(notes), query)
+        return ExpertAction(" ; ".join(notes), Action("answer", " ; ".join(self.answers)))
 
     def _look_up(self, query: str) -> str:
         """The passage that answers a query; every episode knows the answer to each (name, relation)."""
