@@ -170,7 +170,7 @@ def check_ours(
     assert sorted(t.seed for t in trajectories) == list(range(workload.episodes))
     for trajectory in trajectories:
         lengths = workload.lengths(trajectory.seed)
-        assert trajectory.finished == "answered", trajectory.finished
+        assert trajectory.finish_reason == "answered", trajectory.error
         of_kind = {
             kind: [s.length for s in trajectory.segments if s.kind == kind] for kind in ("state", "info")
         }

@@ -21,7 +21,7 @@ MALFORMED = "malformed ; write a lookup or the answer"
 
 
 class Reply(NamedTuple):
-    """`text` is None if the agent gave no answer; `trajectory.finished` then says why."""
+    """`text` is None if the agent gave no answer; `trajectory.finish_reason` then says why."""
 
     text: str | None
     trajectory: Trajectory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,17 +16,26 @@ from mem1_core.layout import Regime, TrajectoryLayout
 from mem1_core.mask import TrajectoryMask
 from mem1_core.segments import Segment, policy_tokens
 
-# How `Trajectory.finished` begins when the environment failed: it raised, took too long, or gave something
-# else than the protocol asks for. Such an episode has reward 0 and says nothing about the policy.
-ENVIRONMENT_ERROR = "environment error"
-POLICY_ERROR = "policy error"  # its numbers were not finite
-TURN_LIMIT = "turn limit"
+
+class FinishReason(str, Enum):
+    """Why an episode is over; compares and prints as its value."""
+
+    ANSWERED = "answered"
+    ENVIRONMENT = "environment"  # which said so, without an answer
+    TURN_LIMIT = "turn_limit"
+    # The environment raised, took too long, or gave something else than the protocol asks for. Such an episode
+    # has reward 0 and says nothing about the policy.
+    ENVIRONMENT_ERROR = "environment_error"
+    POLICY_ERROR = "policy_error"  # its numbers were not finite
+
+    def __str__(self) -> str:
+        return self.value
 
 
 class Failure(NamedTuple):
     """An attempt at an episode that the environment ended, before the one that is told of."""
 
-    error: str  # the name of the exception's type
+    error_kind: str  # the name of the exception's type
     turns: int
     tokens: int
 
@@ -49,7 +59,8 @@ class Trajectory:
     logprobs: Tensor
     prune: EvictionPolicy
     score: dict[str, float] = field(default_factory=dict)
-    finished: str = "answered"  # why it ended
+    finish_reason: FinishReason = FinishReason.ANSWERED
+    error: str = ""  # what went wrong, as in "TimeoutError: no answer in 60 s"
     seconds: float = 0.0  # wall time from the environment's reset to the end, in a batch with others
     objectives: int = 1
     seed: int = 0
@@ -65,6 +76,7 @@ class Trajectory:
     notes: dict[str, Any] = field(default_factory=dict)  # what the environment's score says beside numbers
 
     def __post_init__(self) -> None:
+        self.finish_reason = FinishReason(self.finish_reason)
         n = self.tokens.numel()
         total = sum(segment.length for segment in self.segments)
         if total != n:
@@ -75,14 +87,14 @@ class Trajectory:
                 raise ValueError(f"{name}: expected shape {[n]}, got {list(value.shape)}")
 
     @property
-    def error(self) -> str:
+    def error_kind(self) -> str:
         """What went wrong, by kind: "" for a sound episode, "policy", or the type of the environment's
         exception, as in "TimeoutError".
         """
-        if self.finished.startswith(POLICY_ERROR):
+        if self.finish_reason == FinishReason.POLICY_ERROR:
             return "policy"
-        if self.finished.startswith(ENVIRONMENT_ERROR):
-            return self.finished.removeprefix(f"{ENVIRONMENT_ERROR}: ").partition(":")[0]
+        if self.finish_reason == FinishReason.ENVIRONMENT_ERROR:
+            return self.error.partition(":")[0]
         return ""
 
     @cached_property
@@ -122,6 +134,7 @@ class Trajectory:
         rollout_logprobs = self.rollout_logprobs
         return {
             **{name: getattr(self, name) for name in _PLAIN},
+            "finish_reason": self.finish_reason.value,
             "peak_tokens": self.peak_tokens(),
             "dependency_length": self.dependency_length(),
             "failures": [failure._asdict() for failure in self.failures],
@@ -145,12 +158,13 @@ class Trajectory:
             logprobs=torch.tensor(data["logprobs"], dtype=torch.float32),
             rollout_logprobs=None if rollout_logprobs is None else torch.tensor(rollout_logprobs),
             failures=[Failure(**failure) for failure in data.get("failures", [])],
+            finish_reason=FinishReason(data["finish_reason"]),
             **{name: data[name] for name in _PLAIN if name in data},
         )
 
 
 # The fields that are as they are in JSON.
 _PLAIN = (
-    *("seed", "sampling_seed", "model", "objectives", "finished", "score", "notes", "seconds"),
+    *("seed", "sampling_seed", "model", "objectives", "error", "score", "notes", "seconds"),
     *("prune", "regime", "temperature", "top_p", "top_k", "greedy"),
 )

@@ -18,7 +18,7 @@ from mem1.parsing.codec import Codec
 from mem1.rollout.call_pool import outcome
 from mem1.rollout.episode import Episode
 from mem1.rollout.rollout_loop import rollout
-from mem1.trajectory import ENVIRONMENT_ERROR, Trajectory
+from mem1.trajectory import Trajectory
 
 CONFIG = RolloutConfig(max_action_tokens=8, max_turns=2, env_retries=0)
 SCORE = {"reward": 0.5, "exact_match": 1, "f1": 1.0}
@@ -58,7 +58,7 @@ def play(tokenizer, **values) -> Trajectory:
     """An episode whose actions are four words."""
     episode = Episode(World(**values), 0, Codec(tokenizer), CONFIG)
     word = tokenizer.encode("emil", add_special_tokens=False)[0]
-    while not episode.finished:
+    while not episode.finish_reason:
         question = episode.take_question()
         if question is not None:
             episode.hear(outcome(question, inf))
@@ -101,7 +101,7 @@ def test_a_wrong_value_ends_its_own_episode_only(make_model, tokenizer, method, 
     make = iter(worlds).__next__
     config = RolloutConfig(max_action_tokens=24, max_turns=6, episode_retries=0)
     played = {t.seed: t for t in rollout(make_model(), tokenizer, make, range(3), config, expert=True)}
-    assert played[1].finished.startswith(f"{ENVIRONMENT_ERROR}: {message}")
+    assert played[1].error.startswith(message)
     assert played[1].score == {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
     assert played[1].to_json()
     assert played[0].reward == played[2].reward == 1.0
@@ -118,13 +118,13 @@ def test_a_wrong_value_ends_its_own_episode_only(make_model, tokenizer, method, 
     ],
 )
 def test_flags(tokenizer, done):
-    assert play(tokenizer, done=done).finished == "ended by the environment"
+    assert play(tokenizer, done=done).finish_reason == "environment"
 
 
 @pytest.mark.parametrize("done", [2, -1, None, "no", 1.0, np.array([True]), []])
 def test_no_flags(tokenizer, done):
-    finished = play(tokenizer, done=(done, True)).finished
-    assert finished.startswith("environment error: TypeError: step: done: expected bool, got ")
+    error = play(tokenizer, done=(done, True)).error
+    assert error.startswith("TypeError: step: done: expected bool, got ")
 
 
 @pytest.mark.parametrize("objectives", [3, np.int64(3), np.array(3), torch.tensor(3)])
@@ -138,7 +138,7 @@ def test_counts(tokenizer, objectives):
 )
 def test_no_counts(tokenizer, objectives):
     played = play(tokenizer, objectives=objectives)
-    assert played.error == "TypeError" and played.tokens.numel() == 0
+    assert played.error_kind == "TypeError" and played.tokens.numel() == 0
 
 
 @pytest.mark.parametrize("text", [Word("anna"), np.str_("anna"), Verdict.GOOD])
@@ -188,15 +188,13 @@ def test_numbers(tokenizer, reward, expected):
 @pytest.mark.parametrize("name", ["reward", "calls"])
 def test_numbers_beyond_float32_end_their_episode(tokenizer, name, number):
     played = play(tokenizer, score=SCORE | {name: number})
-    assert played.finished.startswith(
-        "environment error: ValueError: score: expected numbers, finite in float32"
-    )
+    assert played.error.startswith("ValueError: score: expected numbers, finite in float32")
     assert played.score == {"reward": 0.0, "exact_match": 0.0, "f1": 0.0} and played.notes == {}
 
 
 @pytest.mark.parametrize("reward", [None, "1", [1.0], 1j, torch.ones(2)])
 def test_no_rewards(tokenizer, reward):
-    assert play(tokenizer, score=SCORE | {"reward": reward}).error == "ValueError"
+    assert play(tokenizer, score=SCORE | {"reward": reward}).error_kind == "ValueError"
 
 
 def test_what_is_no_number_is_a_note(tokenizer):
@@ -215,7 +213,7 @@ def test_what_is_no_number_is_a_note(tokenizer):
         5: "five",
     }
     played = play(tokenizer, score=SCORE | given)
-    assert played.finished == "ended by the environment" and played.score == SCORE
+    assert played.finish_reason == "environment" and played.score == SCORE
     assert played.notes == {
         "judge": "good",
         "detail": None,

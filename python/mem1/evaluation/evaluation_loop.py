@@ -24,7 +24,7 @@ from mem1.rollout.rollout_loop import play_expert, rollout
 from mem1.runtime.progress import Progress
 from mem1.seeds import derive_seed
 from mem1.train.ppo import pack, recompute_logprobs, split
-from mem1.trajectory import Trajectory
+from mem1.trajectory import FinishReason, Trajectory
 
 OBJECTIVES = (1, 2, 4, 8, 16)
 
@@ -54,8 +54,8 @@ class Result:
 
 
 def error_counts(trajectories: Sequence[Trajectory]) -> dict[str, int]:
-    """How many of them went wrong, by `Trajectory.error`, the most frequent kind first."""
-    counts = Counter(t.error for t in trajectories if t.error)
+    """How many of them went wrong, by `Trajectory.error_kind`, the most frequent kind first."""
+    counts = Counter(t.error_kind for t in trajectories if t.error_kind)
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -65,7 +65,7 @@ def summarize(agent: str, objectives: int, trajectories: Sequence[Trajectory], s
         raise ValueError(
             f"trajectories: expected at least one for {agent} at {objectives} objectives, got none"
         )
-    sound = [t for t in trajectories if not t.error]
+    sound = [t for t in trajectories if not t.error_kind]
 
     def mean(value: Callable[[Trajectory], float]) -> float:
         return fmean(map(value, sound)) if sound else math.nan
@@ -79,7 +79,7 @@ def summarize(agent: str, objectives: int, trajectories: Sequence[Trajectory], s
         reward=mean(lambda t: t.reward),
         exact_match=mean(lambda t: t.score.get("exact_match", 0.0)),
         f1=mean(lambda t: t.score.get("f1", 0.0)),
-        answered=mean(lambda t: t.finished == "answered"),
+        answered=mean(lambda t: t.finish_reason == FinishReason.ANSWERED),
         turns=mean(lambda t: t.turns),
         tokens=mean(lambda t: t.tokens.numel()),
         peak_tokens=mean(lambda t: t.peak_tokens()),

@@ -21,7 +21,7 @@ from mem1.config import RolloutConfig
 from mem1.envs.base import Environment, ExpertAction, Observation
 from mem1.parsing.codec import Codec
 from mem1.rollout.call_pool import patiently
-from mem1.trajectory import TURN_LIMIT
+from mem1.trajectory import FinishReason
 
 _Value = TypeVar("_Value")
 NO_SCORE = {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
@@ -33,7 +33,7 @@ class Reply(NamedTuple):
 
     tokens: list[int]  # of the prompt, or of the info that an action is answered with
     objectives: int
-    finished: str = ""  # why the episode is over
+    finish_reason: FinishReason | None = None  # of an episode that is over
     score: dict[str, float] | None = None  # then
     notes: dict[str, Any] | None = None  # and what the score says beside numbers
     expert_tokens: list[int] | None = None  # tokens of the expert's next action
@@ -68,9 +68,9 @@ class Questions:
         if not done and not last:
             tokens = self._codec.info(text, self._config.max_info_tokens)
             return Reply(tokens, objectives, expert_tokens=self._expert())
-        how = "answered" if action.kind == "answer" else "ended by the environment"
         score, notes = _score(self._patiently(self.environment.score, deadline))
-        return Reply([], objectives, how if done else TURN_LIMIT, score, notes)
+        how = FinishReason.ANSWERED if action.kind == "answer" else FinishReason.ENVIRONMENT
+        return Reply([], objectives, how if done else FinishReason.TURN_LIMIT, score, notes)
 
     def _expert(self) -> list[int] | None:
         if not self._expert_plays:

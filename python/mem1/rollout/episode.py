@@ -19,7 +19,7 @@ from mem1.parsing.codec import Codec
 from mem1.rollout.call_pool import outcome
 from mem1.rollout.env_calls import NO_SCORE, Questions, Reply
 from mem1.seeds import derive_seed
-from mem1.trajectory import ENVIRONMENT_ERROR, POLICY_ERROR, Failure, Trajectory
+from mem1.trajectory import Failure, FinishReason, Trajectory
 from mem1_core.eviction import evict_from_segments
 from mem1_core.segments import Kind, Segment
 
@@ -59,7 +59,8 @@ class Episode:
         self._questions = Questions(environment, codec, config, expert)
         self.question: Callable[[float], Reply] | None = partial(self._questions.reset, seed)
         self.waiting = True
-        self.finished = ""
+        self.finish_reason: FinishReason | None = None  # while it goes on
+        self.error = ""
         self.cached: list[int] = []
         self.unread: list[int] = []
         self.held: list[int] = []
@@ -87,10 +88,11 @@ class Episode:
         """What became of the question."""
         self.waiting = False
         if isinstance(reply, BaseException):
-            reply = Reply([], self._objectives, f"{ENVIRONMENT_ERROR}: {_described(reply)}")
+            self.error = _described(reply)
+            reply = Reply([], self._objectives, FinishReason.ENVIRONMENT_ERROR)
         self._objectives = reply.objectives
-        if reply.finished:
-            self.finished = reply.finished
+        if reply.finish_reason:
+            self.finish_reason = reply.finish_reason
             self._score, self._notes = reply.score or self._score, reply.notes or self._notes
             self.unread, self.held = [], []
             return
@@ -134,7 +136,8 @@ class Episode:
         rollout_logprob: that with which it was drawn, where it is another one.
         """
         if not math.isfinite(logprob):
-            self.finished = f"{POLICY_ERROR}: expected a finite log-prob, got {logprob}"
+            self.finish_reason = FinishReason.POLICY_ERROR
+            self.error = f"expected a finite log-prob, got {logprob}"
             self._close("query")
             return
         self.unread = [len(self.tokens)]
@@ -157,7 +160,8 @@ class Episode:
             self.waiting = True
 
     def trajectory(self) -> Trajectory:
-        """What has happened, once `finished` says why it is over."""
+        """What has happened, once it is over."""
+        assert self.finish_reason is not None
         config, same = self.config, self.rollout_logprobs == self.logprobs
         return Trajectory(
             tokens=torch.tensor(self.tokens, dtype=torch.int64),
@@ -165,7 +169,8 @@ class Episode:
             logprobs=torch.tensor(self.logprobs, dtype=torch.float32),
             prune=config.prune,
             score=self._score,
-            finished=self.finished,
+            finish_reason=self.finish_reason,
+            error=self.error,
             seconds=time.perf_counter() - self._began,
             objectives=self._objectives,
             seed=self.seed,

@@ -25,7 +25,7 @@ from mem1.parsing.codec import Codec
 from mem1.rollout.call_pool import Calls, outcome
 from mem1.rollout.env_calls import Reply
 from mem1.rollout.episode import Episode
-from mem1.trajectory import ENVIRONMENT_ERROR, POLICY_ERROR, Failure, Trajectory
+from mem1.trajectory import Failure, FinishReason, Trajectory
 
 _MANY = 1 / 6  # of the rows
 _LIMITS = (
@@ -144,9 +144,9 @@ def _play(
             _ask(active, calls, config)
             _advance(active, engine, config)
             for played in _leave(active, engine):
-                failed = played.finished.startswith(ENVIRONMENT_ERROR)
+                failed = played.finish_reason == FinishReason.ENVIRONMENT_ERROR
                 if failed and len(played.failures) < config.episode_retries:
-                    failure = Failure(played.error, played.turns, played.tokens.numel())
+                    failure = Failure(played.error_kind, played.turns, played.tokens.numel())
                     waiting.append(_Attempt(played.seed, (*played.failures, failure)))
                 else:
                     yield played
@@ -160,7 +160,7 @@ def _ask(active: list[Episode], calls: Calls[Episode, Reply], config: RolloutCon
         question = episode.take_question()
         if question is not None:
             calls.ask(episode, question, run_inline=episode.run_inline)
-    stuck = not any(episode.unread or episode.finished for episode in active)
+    stuck = not any(episode.unread or episode.finish_reason for episode in active)
     for episode, reply in calls.outcomes(at_least=calls.open if config.synchronous else int(stuck)):
         episode.hear(reply)
 
@@ -201,8 +201,8 @@ def _advance(active: list[Episode], engine: Engine, config: RolloutConfig) -> No
 def _leave(active: list[Episode], engine: Engine) -> Iterator[Trajectory]:
     """Finished episodes leave; the last row takes the free slot."""
     for row in reversed(range(len(active))):
-        if active[row].finished:
-            if active[row].finished.startswith(POLICY_ERROR):
+        if active[row].finish_reason:
+            if active[row].finish_reason == FinishReason.POLICY_ERROR:
                 engine.clear(row)
             yield active[row].trajectory()
             last = active.pop()
@@ -224,7 +224,7 @@ def play_expert(
     codec = Codec(tokenizer)
     for seed in seeds:
         episode = Episode(make_environment(), seed, codec, config, expert=True)
-        while not episode.finished:
+        while not episode.finish_reason:
             question = episode.take_question()
             if question is not None:
                 episode.hear(outcome(question, inf))

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mem1.config import PPOConfig, Regime
 from mem1.models.build import without_dropout
 from mem1.train.optim import AdamW
-from mem1.trajectory import TURN_LIMIT, Trajectory
+from mem1.trajectory import FinishReason, Trajectory
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.ops import clipped_value_loss, fused_linear_ppo_loss, gae, linear_logprob, masked_whiten
 from mem1_core.reference import kl_estimate
@@ -194,7 +194,7 @@ class PPO:
         `advantage_mean` before whitening; `value_mean`; `explained_variance`, the share of the returns'
         variance that the critic foresaw, NaN if they have none.
         """
-        trajectories = [t for t in trajectories if not t.error and t.policy_mask.any()]
+        trajectories = [t for t in trajectories if not t.error_kind and t.policy_mask.any()]
         if not trajectories:
             raise ValueError(
                 "trajectories: expected at least one, sound, in which the policy wrote a token, got none"
@@ -252,7 +252,9 @@ class PPO:
                     f"{trajectory.reward} for seed {trajectory.seed}"
                 )
         if self.config.bootstrap_turn_limit:
-            cut = torch.tensor([t.finished == TURN_LIMIT for t in trajectories], device=self.device)
+            cut = torch.tensor(
+                [t.finish_reason == FinishReason.TURN_LIMIT for t in trajectories], device=self.device
+            )
             score = score + self.config.gamma * last_value * cut
         return score
 

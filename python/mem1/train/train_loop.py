@@ -35,7 +35,7 @@ from mem1.train.checkpoint import Place
 from mem1.train.ppo import PPO
 from mem1.train.run_folder import Resumed, RunFolder
 from mem1.train.warmstart import optimizer_for, warm_start
-from mem1.trajectory import Trajectory
+from mem1.trajectory import FinishReason, Trajectory
 
 
 class EpisodesFailed(RuntimeError):
@@ -219,7 +219,7 @@ def _ppo(
                     played = rollout(actor, tokenizer, make_world, seeds, config.rollout, engine=engine)
                     for trajectory in played:
                         trajectories.append(trajectory)
-                        phase.advance(note=trajectory.error)
+                        phase.advance(note=trajectory.error_kind)
                 # In the order of the seeds, not of the clock.
                 trajectories.sort(key=lambda t: place[t.seed])
                 _check_failures(trajectories, config.max_failed)
@@ -246,12 +246,12 @@ def _ppo(
 
 
 def _check_failures(trajectories: list[Trajectory], most: float) -> None:
-    failed = [t for t in trajectories if t.error]
+    failed = [t for t in trajectories if t.error_kind]
     if len(failed) > most * len(trajectories) or len(failed) == len(trajectories):
         kinds = ", ".join(f"{kind} {count}" for kind, count in error_counts(failed).items())
         raise EpisodesFailed(
             f"{len(failed)} of {len(trajectories)} episodes failed ({kinds}), after "
-            f"{sum(len(t.failures) for t in failed)} more attempts; the first: {failed[0].finished}"
+            f"{sum(len(t.failures) for t in failed)} more attempts; the first: {failed[0].finish_reason}: {failed[0].error}"
         )
 
 
@@ -275,14 +275,14 @@ def describe(trajectories: list[Trajectory]) -> dict[str, Any]:
     played again; dropped_turns, dropped_tokens: means over these and the lost episodes, to be held against
     turns and tokens: failures hit long episodes more often.
     """
-    sound = [t for t in trajectories if not t.error]
+    sound = [t for t in trajectories if not t.error_kind]
     replays = [failure for t in trajectories for failure in t.failures]
     dropped = [(f.turns, f.tokens) for f in replays]
-    dropped += [(t.turns, t.tokens.numel()) for t in trajectories if t.error]
+    dropped += [(t.turns, t.tokens.numel()) for t in trajectories if t.error_kind]
     return {
         "reward": fmean(t.reward for t in sound),
         "exact_match": fmean(t.score.get("exact_match", 0.0) for t in sound),
-        "answered": fmean(t.finished == "answered" for t in sound),
+        "answered": fmean(t.finish_reason == FinishReason.ANSWERED for t in sound),
         "turns": fmean(t.turns for t in sound),
         "peak_tokens": fmean(t.peak_tokens() for t in sound),
         "tokens": sum(t.tokens.numel() for t in sound),

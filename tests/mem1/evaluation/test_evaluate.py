@@ -27,7 +27,7 @@ from mem1.evaluation.plots import plot_learning, plot_peaks, plot_trajectory
 from mem1.io import without_nan
 from mem1.runtime.progress import Progress
 from mem1.seeds import derive_seed
-from mem1.trajectory import ENVIRONMENT_ERROR, POLICY_ERROR, Failure, Trajectory
+from mem1.trajectory import Failure, Trajectory
 from mem1_core.segments import Segment
 
 
@@ -53,7 +53,7 @@ def test_a_row_is_the_mean_over_the_episodes():
     short = handmade(
         *(Segment("prompt", 0, 6), Segment("state", 1, 2), Segment("query", 1, 2)),
         prune="action",
-        finished="too many turns",
+        finish_reason="turn_limit",
     )
     # Actions: 5 tokens that find the prompt's 4; 5 that find 4 + 10; 3 that find 4 + 6, turn 1 being pruned.
     # At most the prompt, turn 1 and action 2 are live: 4 + 10 + 5. The short one: 4 tokens that find 6.
@@ -80,9 +80,9 @@ def test_a_row_is_the_mean_over_the_episodes():
 
     # Episodes that went wrong are counted and change no mean: their zeros would pull every length down.
     start = handmade(
-        Segment("prompt", 0, 2), prune="action", finished=f"{ENVIRONMENT_ERROR}: TimeoutError: x"
+        Segment("prompt", 0, 2), prune="action", finish_reason="environment_error", error="TimeoutError: x"
     )
-    lost = [start, start, replace(start, finished=f"{POLICY_ERROR}: NaN")]
+    lost = [start, start, replace(start, finish_reason="policy_error", error="NaN")]
     long = replace(long, failures=[Failure("TimeoutError", 1, 20), Failure("OSError", 0, 0)])
     bad = summarize("MEM1", 3, [start, long, *lost[1:], short], seconds=7.0)
     assert bad == replace(row, episodes=5, errors={"TimeoutError": 2, "policy": 1}, replays=2)
@@ -98,12 +98,13 @@ def test_a_row_is_the_mean_over_the_episodes():
 
 def test_errors_by_kind():
     broken = [
-        f"{ENVIRONMENT_ERROR}: OSError: disk",
-        f"{ENVIRONMENT_ERROR}: BoomError",
-        f"{POLICY_ERROR}: NaN",
+        ("environment_error", "OSError: disk"),
+        ("environment_error", "BoomError"),
+        ("policy_error", "NaN"),
     ]
     played = [
-        handmade(prune="action", finished=text) for text in ["answered", "turn limit", *broken, broken[1]]
+        handmade(prune="action", finish_reason=reason, error=error)
+        for reason, error in [("answered", ""), ("turn_limit", ""), *broken, broken[1]]
     ]
     assert list(error_counts(played).items()) == [("BoomError", 2), ("OSError", 1), ("policy", 1)]
 
@@ -179,7 +180,9 @@ def test_a_row_is_a_phase(make_model, tokenizer):
 
 
 def test_parity_of_nothing_is_no_number(make_model):
-    start = handmade(Segment("prompt", 0, 2), prune="state", finished=f"{ENVIRONMENT_ERROR}: OSError")
+    start = handmade(
+        Segment("prompt", 0, 2), prune="state", finish_reason="environment_error", error="OSError"
+    )
     row = parity(make_model(), [start], "carry")
     assert (row.prune, row.trajectories, row.turns, row.tokens) == ("state", 0, 0, 0)
     assert math.isnan(row.max_dlogp) and math.isnan(row.mean_dlogp) and math.isnan(row.kl)

@@ -56,7 +56,7 @@ def main(prune: str, turns: int) -> None:
     config = RolloutConfig(num_slots=1, prune=prune, **limits)  # type: ignore[arg-type]
     (trajectory,) = rollout(build_model(tokenizer, MODEL), tokenizer, lambda: meter, [0], config)
     tokens = trajectory.tokens.numel()
-    print(json.dumps({"sizes": meter.sizes, "tokens": tokens, "finished": trajectory.finished}))
+    print(json.dumps({"sizes": meter.sizes, "tokens": tokens, "finish_reason": trajectory.finish_reason}))
 
 
 if __name__ == "__main__":

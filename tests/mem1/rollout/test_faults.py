@@ -109,22 +109,23 @@ def sound(make_model, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("world", "finished"),
+    ("world", "error"),
     [
-        (Raises, "environment error: KeyError: 'knowledge base'"),
-        (Hangs, "environment error: TimeoutError: no answer within 0.3 s"),
-        (Surrogate, "environment error: UnicodeEncodeError: "),
-        (Leaves, "environment error: SystemExit: 3"),
-        (Speechless, "environment error: Unspeakable: (it cannot be told)"),
-        (Verbose, "environment error: ValueError: far too much far"),
+        (Raises, "KeyError: 'knowledge base'"),
+        (Hangs, "TimeoutError: no answer within 0.3 s"),
+        (Surrogate, "UnicodeEncodeError: "),
+        (Leaves, "SystemExit: 3"),
+        (Speechless, "Unspeakable: (it cannot be told)"),
+        (Verbose, "ValueError: far too much far"),
     ],
 )
-def test_a_broken_world_ends_its_own_episode_only(make_model, tokenizer, sound, world, finished):
+def test_a_broken_world_ends_its_own_episode_only(make_model, tokenizer, sound, world, error):
     timeout = 0.3 if world is Hangs else 20.0
     Hangs.gate.clear()
     played = play(make_model, tokenizer, world, max_turns=6, max_action_tokens=64, env_timeout=timeout)
     Hangs.gate.set()
-    assert played[1].finished.startswith(finished) and len(played[1].finished) < 300
+    assert played[1].finish_reason == "environment_error"
+    assert played[1].error.startswith(error) and len(played[1].error) < 300
     assert played[1].turns == 2 and played[1].score == {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
     # What had been said until then is there, as in the sound episode.
     n = played[1].tokens.numel()
@@ -150,7 +151,7 @@ def test_megabytes_are_cut(make_model, tokenizer, regime, world, length, monkeyp
     infos = [s.length for s in played[1].segments if s.kind == "info"]
     assert len(infos) == 3 and infos[1:] == [length, length]
     assert world is OneWord or max(read) < 1_000
-    assert played[1].finished == "turn limit"
+    assert played[1].finish_reason == "turn_limit"
 
 
 @pytest.mark.parametrize("regime", ["carry", "reencode"])
@@ -162,7 +163,7 @@ def test_tags_in_an_answer_are_no_tags(make_model, tokenizer, regime):
             infos.append(played[1].tokens[start : start + length].tolist())
         start += length
     assert infos == [codec.info("anna", 9)] * 2
-    assert played[1].finished == "turn limit"
+    assert played[1].finish_reason == "turn_limit"
 
 
 @pytest.mark.parametrize("regime", ["carry", "reencode"])
@@ -181,7 +182,7 @@ def test_a_policy_that_never_closes_a_tag(make_model, tokenizer, regime, prune, 
     )
     config = replace(CONFIG, regime=regime, prune=prune)
     played = list(rollout(make_model(), tokenizer, lambda: MultiHopEnv(2), range(4), config))
-    assert len(played) == 4 and {t.finished for t in played} == {"turn limit"}
+    assert len(played) == 4 and {t.finish_reason for t in played} == {"turn_limit"}
     assert {action.kind for action in asked} == {"malformed"} and len(asked) == 16
     for t in played:
         assert [s.length for s in t.segments if s.kind == "query"] == [16] * 4
@@ -194,9 +195,7 @@ def test_a_prompt_beyond_the_limit_is_an_error_of_its_episode(make_model, tokeni
             return super().reset(seed) + " anna" * (500 if seed == 1 else 0)
 
     played = play(make_model, tokenizer, Long, expert=False, max_prompt_tokens=400)
-    assert played[1].finished.startswith(
-        "environment error: ValueError: reset: expected a prompt of 1 to 400"
-    )
+    assert played[1].error.startswith("ValueError: reset: expected a prompt of 1 to 400")
     assert played[1].tokens.numel() == 0
     assert all(played[seed].tokens.numel() for seed in (0, 2, 3, 4, 5))
 
@@ -257,7 +256,7 @@ def test_an_environment_that_cannot_be_made_is_an_error_of_its_episode(make_mode
     assert len(played) == 6
     for trajectory in played:
         if trajectory.seed == 1:
-            assert trajectory.finished == "environment error: ConnectionRefusedError: no server"
+            assert trajectory.error == "ConnectionRefusedError: no server"
         else:
             assert torch.equal(trajectory.tokens, sound[trajectory.seed].tokens)
 
@@ -282,7 +281,7 @@ def test_numbers_that_are_not_finite_end_their_own_episode(make_model, tokenizer
     make = lambda: Poisoned(2)  # noqa: E731
     played = {t.seed: t for t in rollout(model, tokenizer, make, range(5), config)}
     sound = {t.seed: t for t in rollout(sound_model, tokenizer, lambda: MultiHopEnv(2), range(5), config)}
-    assert played[1].finished == "policy error: expected a finite log-prob, got nan"
+    assert played[1].error == "expected a finite log-prob, got nan"
     for seed in (0, 2, 3, 4):
         assert torch.equal(played[seed].tokens, sound[seed].tokens)
 
@@ -307,8 +306,8 @@ def test_a_policy_error_in_mid_action_ends_its_own_episode_only(
 
     monkeypatch.setattr(Engine, "logits", bad)
     played = play(make_model, tokenizer, MultiHopEnv, **settings)
-    (ended,) = (t for t in played.values() if t.error == "policy")
-    assert ended.finished == "policy error: expected a finite log-prob, got nan"
+    (ended,) = (t for t in played.values() if t.error_kind == "policy")
+    assert ended.error == "expected a finite log-prob, got nan"
     for seed, trajectory in played.items():
         n = trajectory.tokens.numel()
         assert torch.equal(trajectory.tokens, sound[seed].tokens[:n])
@@ -343,7 +342,7 @@ def test_a_text_that_the_tokenizer_does_not_take_is_an_error_of_its_episode(
     monkeypatch.setattr(type(tokenizer), "encode", narrow)
     for world, turns in ((Prompt, 0), (Info, 2)):
         played = play(make_model, tokenizer, world, max_turns=6, max_action_tokens=64)
-        assert played[1].finished == "environment error: OverflowError: too much of zora"
+        assert played[1].error == "OverflowError: too much of zora"
         assert played[1].turns == turns
         for seed in (0, 2, 3, 4, 5):
             assert torch.equal(played[seed].tokens, sound[seed].tokens)
@@ -355,7 +354,7 @@ def test_what_is_no_environment_is_an_error_of_its_episode(make_model, tokenizer
     config = replace(CONFIG, max_turns=6, max_action_tokens=64)
     make = lambda: next(worlds, MultiHopEnv(2))  # noqa: E731
     played = {t.seed: t for t in rollout(make_model(), tokenizer, make, range(6), config, expert=True)}
-    assert len(played) == 6 and played[1].error in ("AttributeError", "TypeError")
+    assert len(played) == 6 and played[1].error_kind in ("AttributeError", "TypeError")
     for seed in (0, 2, 3, 4, 5):
         assert torch.equal(played[seed].tokens, sound[seed].tokens)
 

@@ -19,7 +19,7 @@ def sizes(prune: str, turns: int) -> list[int]:
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
     told = json.loads(run.stdout)
-    assert told["finished"] == "turn limit"
+    assert told["finish_reason"] == "turn_limit"
     assert told["tokens"] > 240 * (turns - 1)
     assert len(told["sizes"]) == turns
     return told["sizes"]

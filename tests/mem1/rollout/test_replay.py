@@ -68,11 +68,14 @@ def test_an_episode_that_failed_is_played_again_and_is_the_same(make_model, toke
         # The batch is another one: its rounding is.
         assert torch.equal(trajectory.tokens, sound[seed].tokens)
         torch.testing.assert_close(trajectory.logprobs, sound[seed].logprobs, atol=5e-5, rtol=0)
-        assert trajectory.error == "" and trajectory.score == sound[seed].score
+        assert trajectory.error_kind == "" and trajectory.score == sound[seed].score
         if seed % 2 == 0:
             assert trajectory.failures == []
             continue
-        assert [(f.error, f.turns) for f in trajectory.failures] == [("TimeoutError", 1), ("KeyError", 2)]
+        assert [(f.error_kind, f.turns) for f in trajectory.failures] == [
+            ("TimeoutError", 1),
+            ("KeyError", 2),
+        ]
         lengths = [segment.length for segment in trajectory.segments if segment.turn <= 1]
         first = sum(lengths[:-1])  # without the info that did not come
         assert trajectory.failures[0].tokens == first < trajectory.failures[1].tokens
@@ -84,7 +87,7 @@ def test_the_last_attempt_is_told_of_whatever_came_of_it(make_model, tokenizer, 
     played = play(make_model(), tokenizer, lambda: failing(2), config=replace(CONFIG, episode_retries=1))
     for seed, trajectory in played.items():
         assert len(trajectory.failures) == seed % 2
-        assert trajectory.error == ("KeyError" if seed % 2 else "")
+        assert trajectory.error_kind == ("KeyError" if seed % 2 else "")
     again = Trajectory.from_dict(played[1].to_dict())
     assert again.failures == played[1].failures and isinstance(again.failures[0], Failure)
 
@@ -99,25 +102,25 @@ def test_a_world_that_cannot_be_made_is_made_again(make_model, tokenizer):
         return MultiHopEnv(2)
 
     played = play(make_model(), tokenizer, make)
-    assert sorted(f.error for t in played.values() for f in t.failures) == [
+    assert sorted(f.error_kind for t in played.values() for f in t.failures) == [
         "ConnectionRefusedError",
         "ValueError",
     ]
-    assert not any(t.error for t in played.values())
+    assert not any(t.error_kind for t in played.values())
 
 
 def test_a_policy_error_is_not_played_again(make_model, tokenizer, monkeypatch):
     logits = Engine.logits
     monkeypatch.setattr(Engine, "logits", lambda engine, hidden: logits(engine, hidden) * torch.nan)
     played = play(make_model(), tokenizer, lambda: MultiHopEnv(2))
-    assert {t.error for t in played.values()} == {"policy"}
+    assert {t.error_kind for t in played.values()} == {"policy"}
     assert not any(t.failures for t in played.values())
 
 
 def test_an_agent_plays_nothing_again(make_model, tokenizer, failing):
     world = failing(2)
     trajectory = MemoryEfficientAgent(make_model(), tokenizer, CONFIG).run(world, seed=1)
-    assert trajectory.error == "TimeoutError" and trajectory.failures == [] and failing.worlds == [world]
+    assert trajectory.error_kind == "TimeoutError" and trajectory.failures == [] and failing.worlds == [world]
 
 
 @pytest.mark.parametrize("regime", ["carry", "reencode"])
@@ -175,8 +178,8 @@ def test_a_call_that_hangs_does_not_keep_its_episode(make_model, tokenizer, monk
     )
     config = replace(CONFIG, env_timeout=0.2, episode_retries=1)
     played = play(make_model(), tokenizer, lambda: Hangs(2), range(3), config)
-    assert {t.error for t in played.values()} == {"TimeoutError"}
-    assert all(t.failures[0].error == "TimeoutError" for t in played.values())
+    assert {t.error_kind for t in played.values()} == {"TimeoutError"}
+    assert all(t.failures[0].error_kind == "TimeoutError" for t in played.values())
     gc.collect()
     assert len(episodes) == 6 and not any(episode() for episode in episodes)
     gate.set()
@@ -206,11 +209,11 @@ def test_what_is_worth_a_retry_is_the_environments_to_say(make_model, tokenizer,
     sound = play(model, tokenizer, lambda: MultiHopEnv(2), config=config)
     assert all(same(played[seed], sound[seed]) for seed in sound)
     del Flaky.retryable
-    assert {t.error for t in play(model, tokenizer, lambda: Flaky(2), config=config).values()} == {
+    assert {t.error_kind for t in play(model, tokenizer, lambda: Flaky(2), config=config).values()} == {
         "ReadTimeout"
     }
     for nonsense in (None, ReadTimeout, ("OSError",), [OSError]):
         Flaky.retryable = nonsense
         (trajectory,) = play(model, tokenizer, lambda: Flaky(2), [0], config).values()
-        wanted = "environment error: TypeError: retryable: expected a tuple of exception types, got"
-        assert trajectory.finished.startswith(wanted)
+        expected = "TypeError: retryable: expected a tuple of exception types, got"
+        assert trajectory.error.startswith(expected)

@@ -118,13 +118,13 @@ def test_the_cache_holds_what_the_table_says(tokenizer, regime, prune):
     config = RolloutConfig(regime=regime, prune=prune, max_turns=20)
     episode = Episode(MultiHopEnv(4), 3, Codec(tokenizer), config, expert=True)
     held: list[list[int]] = []
-    while not settle(episode).finished:
+    while not settle(episode).finish_reason:
         while episode.unread:
             episode.read()
         held.append(sorted(episode.cached))
         episode.write(episode.forced(), 0.0)
     trajectory = episode.trajectory()
-    assert trajectory.finished == "answered"
+    assert trajectory.finish_reason == "answered"
     assert trajectory.turns == 9
     evict = evict_from_segments(trajectory.segments, prune)
     written = trajectory.policy_mask.nonzero()[:, 0].tolist()
@@ -190,7 +190,7 @@ def test_tags_written_by_the_environment_are_not_tags(make_model, tokenizer, reg
         start += length
     assert len(infos) == 4
     assert set(infos) == {"<info> anna bruno emil ada boss carla </info>"}
-    assert trajectory.finished != "answered" or world.asked[-1].kind == "answer"
+    assert trajectory.finish_reason != "answered" or world.asked[-1].kind == "answer"
     assert [s.turn for s in trajectory.segments if s.kind == "info"] == [1, 2, 3, 4]
     assert (trajectory.logprobs[~trajectory.policy_mask] == 0).all()
 
@@ -203,7 +203,7 @@ def test_a_prompt_may_show_the_tags(tokenizer):
     config = RolloutConfig(max_turns=3)
     episode = settle(Episode(Explains("anna"), 0, Codec(tokenizer), config))
     assert episode.segments == [("prompt", 0, 8)]
-    assert not episode.finished
+    assert not episode.finish_reason
 
 
 class Faulty(MultiHopEnv):
@@ -225,9 +225,9 @@ class Faulty(MultiHopEnv):
 def test_a_faulty_environment_ends_its_own_episode_only(make_model, tokenizer):
     model = make_model()
     played = {t.seed: t for t in rollout(model, tokenizer, lambda: Faulty(2), range(6), CONFIG)}
-    assert played[1].finished == "environment error: ConnectionError: no route to the knowledge base"
+    assert played[1].error == "ConnectionError: no route to the knowledge base"
     assert played[1].tokens.numel() == 0
-    assert played[3].finished == "environment error: TimeoutError: search took too long"
+    assert played[3].error == "TimeoutError: search took too long"
     assert played[3].turns == 2
     assert all(played[seed].reward == 0.0 for seed in (1, 3, 5))
     sound = {t.seed: t for t in rollout(model, tokenizer, lambda: MultiHopEnv(2), range(6), CONFIG)}
@@ -238,7 +238,7 @@ def test_a_faulty_environment_ends_its_own_episode_only(make_model, tokenizer):
 def test_an_environment_without_objectives_is_an_error_of_its_episode(tokenizer):
     world = SimpleNamespace(reset=lambda seed: "ada", step=None, score=None, expert_action=None)
     episode = settle(Episode(world, 0, Codec(tokenizer), CONFIG))
-    assert episode.trajectory().finished.startswith("environment error: AttributeError:")
+    assert episode.trajectory().error.startswith("AttributeError:")
 
 
 def test_the_agent_reports_an_empty_question_and_a_tool_that_gives_no_text(
@@ -247,11 +247,11 @@ def test_the_agent_reports_an_empty_question_and_a_tool_that_gives_no_text(
     agent = MemoryEfficientAgent(make_model(), tokenizer, CONFIG)
     reply = agent.answer("", tool=str)
     assert reply.text is None and reply.trajectory.reward == 0.0
-    assert reply.trajectory.finished.endswith("expected a prompt of 1 to 4096 tokens, got ''")
+    assert reply.trajectory.error.endswith("expected a prompt of 1 to 4096 tokens, got ''")
     script = iter(tokenizer.encode("<IS> ada boss </IS> <query> ada boss </query>"))
     monkeypatch.setattr(Episode, "forced", lambda episode: next(script))
     reply = agent.answer("ada boss ?", tool=lambda query: {"found": "carla"})
-    assert reply.trajectory.finished.endswith("step: text: expected str, got dict {'found': 'carla'}")
+    assert reply.trajectory.error.endswith("step: text: expected str, got dict {'found': 'carla'}")
 
 
 def test_an_action_without_end_is_malformed_and_cut(tokenizer):
@@ -266,7 +266,7 @@ def test_an_action_without_end_is_malformed_and_cut(tokenizer):
         Action("malformed", " ".join(["emil"] * 9)),
         Action("malformed", ""),
     ]
-    assert episode.finished == "ended by the environment"
+    assert episode.finish_reason == "environment"
     assert [s for s in episode.segments if s.kind not in ("prompt", "info")] == [
         ("query", 1, 10),
         ("state", 2, 1),
@@ -278,7 +278,7 @@ def test_an_action_without_end_is_malformed_and_cut(tokenizer):
 def test_limits_on_turns_and_information(make_model, tokenizer):
     config = replace(CONFIG, max_turns=3, max_info_tokens=5)
     (trajectory,) = rollout(make_model(), tokenizer, lambda: Talkative("anna " * 50, 99), [0], config)
-    assert trajectory.finished == "turn limit"
+    assert trajectory.finish_reason == "turn_limit"
     assert trajectory.turns == 3
     assert [s.length for s in trajectory.segments if s.kind == "info"] == [7, 7]
 
@@ -306,7 +306,7 @@ def test_peak_of_the_script_is_nearly_constant(tokenizer):
             (t,) = play_expert(
                 tokenizer, lambda n=n: MultiHopEnv(n, passage_tokens=400), [0], replace(config, prune=prune)
             )
-            assert t.finished == "answered"
+            assert t.finish_reason == "answered"
             peak[prune, n] = t.peak_tokens(prompt=False)
             ours = t.segments[0].length * int(t.policy_mask.sum())  # the prompt is context of every token
             assert t.dependency_length() - t.dependency_length(prompt=False) == ours

@@ -77,7 +77,7 @@ def test_an_agent_runs_and_answers(make_model, tokenizer, tmp_path):
         return "carla"
 
     reply = agent.answer("questions : ada boss teacher .", tool)
-    assert (reply.text is None) == (reply.trajectory.finished != "answered")
+    assert (reply.text is None) == (reply.trajectory.finish_reason != "answered")
     answers = [s for s in reply.trajectory.segments if s.kind == "info"]
     assert len(answers) >= len(asked)
 
@@ -92,4 +92,4 @@ def test_an_agent_returns_the_text_of_its_answer(make_model, tokenizer, monkeypa
     reply = agent.answer("questions : ada boss .", tool=lambda query: asked.append(query) or "carla")
     assert reply.text == "carla"
     assert asked == ["ada boss"]
-    assert reply.trajectory.finished == "answered"
+    assert reply.trajectory.finish_reason == "answered"

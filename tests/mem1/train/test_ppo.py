@@ -18,7 +18,7 @@ from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.models.build import build_critic
 from mem1.rollout.rollout_loop import rollout
 from mem1.train.ppo import PPO, explained_variance, pack, recompute_logprobs, split
-from mem1.trajectory import TURN_LIMIT, Trajectory
+from mem1.trajectory import FinishReason, Trajectory
 from mem1_core.segments import Segment
 
 ROLLOUT = RolloutConfig(num_slots=8, max_action_tokens=16, max_turns=4)
@@ -285,7 +285,12 @@ def test_kl_in_the_loss_pulls_back(make_model, played):
 
 def test_a_batch_without_policy_tokens_is_refused(make_model):
     failed = Trajectory(
-        torch.arange(3), [Segment("prompt", 0, 3)], torch.zeros(3), "action", finished="environment error: x"
+        torch.arange(3),
+        [Segment("prompt", 0, 3)],
+        torch.zeros(3),
+        "action",
+        finish_reason="environment_error",
+        error="x",
     )
     with pytest.raises(ValueError, match="at least one, sound, in which the policy wrote a token"):
         build(make_model).update([failed])
@@ -354,8 +359,8 @@ def test_the_turn_limit_is_terminal_unless_bootstrapped(make_model, tokenizer):
     for regime in ("carry", "reencode"):
         config = replace(ROLLOUT, regime=regime, max_turns=3)
         played = list(rollout(make_model(), tokenizer, partial(MultiHopEnv, 2), range(4), config))
-        assert {t.finished for t in played} == {TURN_LIMIT}
-        played[0].finished = "answered"
+        assert {t.finish_reason for t in played} == {"turn_limit"}
+        played[0].finish_reason = FinishReason.ANSWERED
         batches = []
         for bootstrap in (False, True):
             settings = {"gamma": 0.9, "lam": 0.8, "bootstrap_turn_limit": bootstrap}
@@ -371,7 +376,7 @@ def test_the_turn_limit_is_terminal_unless_bootstrapped(make_model, tokenizer):
                 values = ppo.critic(
                     trajectory.tokens[layout.token_index][None], layout.position_ids[None], layout.mask
                 )[0]
-            gained = 0.0 if trajectory.finished == "answered" else 0.9 * float(values[-1])
+            gained = 0.0 if trajectory.finish_reason == "answered" else 0.9 * float(values[-1])
             count = len(plain.returns)
             wanted = gained * (0.9 * 0.8) ** torch.arange(count - 1, -1, -1.0)
             torch.testing.assert_close(more.returns - plain.returns, wanted, atol=1e-5, rtol=1e-4)
