@@ -183,8 +183,8 @@ def transcript(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> st
         lines.append(f"{turn:3d} {kind:>6}  {text}")
         start += length
     lines.append(
-        f"seed {trajectory.seed}: {trajectory.error or trajectory.finish_reason}, reward {trajectory.reward:.3f}, "
-        f"{start} tokens, at most {trajectory.peak_tokens()} at once"
+        f"seed {trajectory.seed}: {trajectory.error or trajectory.finish_reason}, "
+        f"reward {trajectory.reward:.3f}, {start} tokens, at most {trajectory.peak_tokens()} at once"
     )
     return "\n".join(lines)
 

@@ -23,8 +23,8 @@ class FinishReason(str, Enum):
     ANSWERED = "answered"
     ENVIRONMENT = "environment"  # which said so, without an answer
     TURN_LIMIT = "turn_limit"
-    # The environment raised, took too long, or gave something else than the protocol asks for. Such an episode
-    # has reward 0 and says nothing about the policy.
+    # The environment raised, took too long, or gave something else than the protocol asks for. Such an
+    # episode has reward 0 and says nothing about the policy.
     ENVIRONMENT_ERROR = "environment_error"
     POLICY_ERROR = "policy_error"  # its numbers were not finite
 

@@ -51,8 +51,8 @@ class Environment(Protocol):
     `run_inline = True`, which computes its answers in microseconds and cannot hang, is called directly). An
     answer that takes longer than `RolloutConfig.env_timeout`, retries included, and whatever a method raises
     or gives against its signature ends this episode, with reward 0, `finish_reason`
-    "environment_error" and an `error` that names it; the episode is then played again in a new environment, `episode_retries` times. Numbers may be
-    numpy's or torch's.
+    "environment_error" and an `error` that names it; the episode is then played again in a new environment,
+    `episode_retries` times. Numbers may be numpy's or torch's.
 
     A call that raises one of the exception types in an attribute `retryable` is made again, `env_retries`
     times: it must have changed nothing. Without that attribute it is `(OSError,)`, to which ConnectionError

@@ -251,7 +251,8 @@ def _check_failures(trajectories: list[Trajectory], most: float) -> None:
         kinds = ", ".join(f"{kind} {count}" for kind, count in error_counts(failed).items())
         raise EpisodesFailed(
             f"{len(failed)} of {len(trajectories)} episodes failed ({kinds}), after "
-            f"{sum(len(t.failures) for t in failed)} more attempts; the first: {failed[0].finish_reason}: {failed[0].error}"
+            f"{sum(len(t.failures) for t in failed)} more attempts; the first: "
+            f"{failed[0].finish_reason}: {failed[0].error}"
         )
 
 
