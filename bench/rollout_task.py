@@ -24,8 +24,8 @@ from mem1.engine.engine import Engine
 from mem1.envs.base import Action, ExpertAction, Observation
 from mem1.envs.toy.tokenizer import build_tokenizer
 from mem1.envs.toy.words import FILLER
-from mem1.evaluation.evaluation_loop import parity
 from mem1.rollout.rollout_loop import rollout
+from mem1.train.parity import parity
 from mem1.trajectory import Trajectory
 from mem1_core.integrations.transformers import NAME
 

@@ -197,15 +197,15 @@ for _name in ("trajectory_attention", "trajectory_attention_triton"):
 # Triton is loaded by the first call that needs it. Interpreted, its kernels take CPU tensors as well.
 @torch.library.impl("mem1_core::trajectory_attention_triton", ("cpu", "cuda"))
 def _(q: Tensor, k: Tensor, v: Tensor, *plan_and_scale: Any) -> tuple[Tensor, Tensor]:
-    from mem1_core.triton import attention
+    from mem1_core.triton import attention_launch
 
     *plan, scale = plan_and_scale
-    return attention.forward(q, k, v, attention.Plan(*plan), scale)
+    return attention_launch.forward(q, k, v, attention_launch.Plan(*plan), scale)
 
 
 @torch.library.impl("mem1_core::trajectory_attention_triton_backward", ("cpu", "cuda"))
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from mem1_core.triton import attention
+    from mem1_core.triton import attention_launch
 
     d_out, d_lse, q, k, v, out, lse, *plan, scale = arguments
-    return attention.backward(d_out, d_lse, q, k, v, out, lse, attention.Plan(*plan), scale)
+    return attention_launch.backward(d_out, d_lse, q, k, v, out, lse, attention_launch.Plan(*plan), scale)

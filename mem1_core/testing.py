@@ -365,7 +365,7 @@ def attention_backends() -> list[tuple[str, str]]:
     if torch.cuda.is_available():
         pairs += [("triton", "cuda"), ("reference", "cuda")]
     elif importlib.util.find_spec("triton"):
-        from mem1_core.triton.attention import INTERPRETED
+        from mem1_core.triton.attention_launch import INTERPRETED
 
         pairs += [("triton", "cpu")] if INTERPRETED else []
     return pairs

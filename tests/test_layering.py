@@ -7,13 +7,14 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import pytest
-from checkout import ROOT
+from checkout import ROOT, tracked_files
 
 # --- Python -------------------------------------------------------------------------------------------------
 
@@ -28,6 +29,9 @@ class May(NamedTuple):
     call: str = ""  # also inside functions: what is loaded lazily
     types: str = ""  # also under TYPE_CHECKING
 
+
+# What rollout, evaluation and train build on.
+LOOP = "mem1.checks mem1.config mem1.engine mem1.envs mem1.parsing mem1.rollout mem1.seeds mem1.trajectory"
 
 # The first row whose pattern matches a module's name counts; a module without a row is an error.
 PYTHON = {
@@ -66,10 +70,20 @@ PYTHON = {
     "mem1.trajectory": May("torch mem1_core.eviction mem1_core.layout mem1_core.mask mem1_core.segments"),
     "mem1.runtime.progress": May("rich mem1.io"),
     "mem1.runtime.*": May("torch mem1.checks mem1_core"),
+    "mem1.parsing.*": May("transformers mem1.checks mem1.parsing"),
+    "mem1.envs.toy.tokenizer": May("tokenizers transformers mem1.envs.toy mem1.parsing"),
+    "mem1.envs.*": May("mem1.checks mem1.envs mem1.parsing mem1_core.eviction mem1_core.segments"),
     "mem1.engine.slots": May("torch mem1_core.ops", call="flash_attn"),
     "mem1.engine.*": May("torch transformers mem1.checks mem1.config mem1.engine mem1_core.integrations"),
-    "mem1.evaluation.plots": May("mem1.evaluation mem1.trajectory", call="matplotlib"),
-    "mem1.*": May("torch transformers tokenizers safetensors mem1 mem1_core"),
+    "mem1.models.*": May("torch transformers mem1.checks mem1.config mem1_core.integrations mem1_core.mask"),
+    "mem1.rollout.*": May(f"torch transformers mem1_core.eviction mem1_core.segments {LOOP}"),
+    "mem1.evaluation.plots": May("mem1.evaluation mem1.trajectory mem1_core.plot", call="matplotlib"),
+    "mem1.evaluation.*": May(f"torch transformers mem1.runtime {LOOP}"),
+    "mem1.train.*": May(
+        f"torch transformers safetensors mem1_core mem1.io mem1.models mem1.runtime mem1.train "
+        f"mem1.evaluation {LOOP}"
+    ),
+    "mem1.*": May("torch transformers mem1 mem1_core"),  # agent, demo, cli
 }
 PACKAGES = {"mem1_core": ROOT / "mem1_core", "mem1": ROOT / "python" / "mem1"}
 
@@ -182,6 +196,40 @@ def test_python_rule_catches(module: str, source: str, caught: str) -> None:
     found = python_violations(module, source)
     assert len(found) == bool(caught)
     assert all(re.search(rf"{re.escape(caught)}( \(|\b)", message) for message in found), found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Names that lead from one to the next and back to the first; none where there is no circle."""
+    clear: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return path[path.index(name) :]
+        if name in clear:
+            return []
+        for following in sorted(graph[name]):
+            if found := walk(following, [*path, name]):
+                return found
+        clear.add(name)
+        return []
+
+    return next((found for name in sorted(graph) if (found := walk(name, []))), [])
+
+
+def test_no_import_runs_in_a_circle() -> None:
+    """Those inside functions and under TYPE_CHECKING among them."""
+    graph = {
+        module: {name for name, _, _ in imports(module, path.read_text(), path.stem == "__init__")}
+        & MODULES.keys()
+        for module, path in MODULES.items()
+    }
+    assert "mem1_core.layout" in graph and "mem1_core.mask" in graph["mem1_core.layout"]
+    assert circle(graph) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 # --- C++ ----------------------------------------------------------------------------------------------------
@@ -343,6 +391,14 @@ def test_banned(ban: str) -> None:
 def test_ban_catches(ban: str, caught: str, fine: str) -> None:
     pattern, _ = BANS[ban]
     assert banned_lines(pattern, f"{fine}\n{caught}\n") == [2]
+
+
+def test_no_two_files_share_a_name() -> None:
+    """A name says which file is meant; tools want some of theirs in several folders."""
+    tools = {"__init__.py", "conftest.py", "py.typed", "CMakeLists.txt"}
+    names = Counter(Path(path).name for path in tracked_files())
+    assert names["__init__.py"] > 1
+    assert {name for name, count in names.items() if count > 1} <= tools
 
 
 def test_files_are_short() -> None:

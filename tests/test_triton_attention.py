@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs Triton, which is not installed (there is none but for Linux)",
 )
 
-MODULE = "mem1_core.triton.attention"
+MODULE = "mem1_core.triton.attention_launch"
 on_device = pytest.mark.parametrize(
     "device", [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
 )

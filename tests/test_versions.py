@@ -53,7 +53,7 @@ def test_the_newest_has_the_parts_that_count(
     [
         ("torch", "mem1_core, mem1_core.ops"),
         ("transformers", "mem1_core.integrations.transformers_generate, mem1.models.build"),
-        ("triton", "mem1_core.triton.attention"),
+        ("triton", "mem1_core.triton.attention_launch"),
     ],
 )
 def test_an_import_warns_once(package: str, modules: str) -> None:

@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mem1_core import TrajectoryMask
-from mem1_core.triton import attention, attention_backward, attention_blocks, attention_forward
+from mem1_core.triton import attention_backward, attention_blocks, attention_forward, attention_launch
 
 KERNELS = {  # name: (module, function)
     "forward": (attention_forward, attention_forward.forward),
@@ -58,7 +58,7 @@ def launched(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[i
     """The arguments that the launcher gives to `kernel`."""
     mask = TrajectoryMask(torch.full((1, TOKENS), TOKENS, dtype=torch.int32))
     tiles = mask.tile_plan(128, 128)
-    plan = attention.Plan(mask.evict_at, *tiles[2:], tiles.block_q, tiles.block_k)
+    plan = attention_launch.Plan(mask.evict_at, *tiles[2:], tiles.block_q, tiles.block_k)
     q = torch.zeros(1, TOKENS, HEADS, head_dim, dtype=dtype)
     k = torch.zeros(1, TOKENS, KV_HEADS, head_dim, dtype=dtype)
     recorders = {name: Recorder() for name in KERNELS}
@@ -70,9 +70,9 @@ def launched(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[i
         stack.enter_context(mock.patch.object(attention, "_readable", lambda x: x))
         stack.enter_context(mock.patch.object(attention, "_capability", lambda device: capability))
         if kernel == "forward":
-            attention.forward(q, k, k, plan, 1.0)
+            attention_launch.forward(q, k, k, plan, 1.0)
         else:
-            attention.backward(q, None, q, k, k, q, torch.zeros(1, HEADS, TOKENS), plan, 1.0)
+            attention_launch.backward(q, None, q, k, k, q, torch.zeros(1, HEADS, TOKENS), plan, 1.0)
     return recorders[kernel].arguments
 
 

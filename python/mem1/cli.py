@@ -29,7 +29,7 @@ from mem1.config import (
 )
 from mem1.demo import demo
 from mem1.envs.toy.multihop import MultiHopEnv
-from mem1.evaluation.evaluation_loop import OBJECTIVES, Result, evaluate, parity, table
+from mem1.evaluation.evaluation_loop import OBJECTIVES, Result, evaluate, table
 from mem1.io import perhaps_unread, whole_file
 from mem1.rollout.rollout_loop import check_positions, rollout
 from mem1.runtime.device import pick_device, whereabouts
@@ -38,6 +38,7 @@ from mem1.runtime.progress import Progress
 from mem1.runtime.waiting import share_cpus
 from mem1.seeds import LARGEST
 from mem1.train import checkpoint
+from mem1.train.parity import parity
 from mem1.train.train_loop import train
 from mem1.trajectory import Trajectory
 

@@ -18,18 +18,17 @@ from mem1.config import EvictionPolicy, Regime, RolloutConfig, TrainConfig, Warm
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.evaluation.evaluation_loop import (
     OBJECTIVES,
-    Parity,
     Result,
     evaluate,
     evaluate_expert,
     evaluation_seeds,
-    parity,
     table,
 )
 from mem1.evaluation.plots import plot_learning, plot_peaks, plot_trajectory
 from mem1.io import whole_file, without_nan
 from mem1.rollout.rollout_loop import rollout
 from mem1.runtime.progress import Progress
+from mem1.train.parity import Parity, parity
 from mem1.train.run_folder import METRICS
 from mem1.train.train_loop import train
 

@@ -7,20 +7,9 @@ its text.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-ActionKind = Literal["query", "answer", "malformed"]
-
-
-class Action(NamedTuple):
-    """One action of the policy.
-
-    `kind` is "malformed" when the policy wrote neither a complete query nor a complete answer; `text` is what
-    stands between the tags (for a malformed action: all that was written), without the `<IS>` part.
-    """
-
-    kind: ActionKind
-    text: str
+from mem1.parsing.action import Action
 
 
 class Observation(NamedTuple):

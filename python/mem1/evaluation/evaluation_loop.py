@@ -13,17 +13,15 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from mem1.config import EvictionPolicy, Regime, RolloutConfig
+from mem1.config import RolloutConfig
 from mem1.engine.engine import Engine
 from mem1.envs.base import Environment
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.rollout.rollout_loop import play_expert, rollout
 from mem1.runtime.progress import Progress
 from mem1.seeds import derive_seed
-from mem1.train.ppo import pack, recompute_logprobs, split
 from mem1.trajectory import FinishReason, Trajectory
 
 OBJECTIVES = (1, 2, 4, 8, 16)
@@ -164,56 +162,6 @@ def evaluate_expert(
         results.append(summarize(agent, n, played, time.perf_counter() - start))
         trajectories += played
     return results, trajectories
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far the log-probs that the trainer recomputes are from those that the rollout sampled with."""
-
-    regime: str
-    prune: EvictionPolicy
-    dtype: str
-    trajectories: int
-    turns: int  # of the longest trajectory
-    tokens: int  # policy tokens compared
-    max_dlogp: float
-    mean_dlogp: float
-    kl: float  # k3 estimate of KL(rollout | trainer) per token
-
-
-def parity(
-    model: Any,
-    trajectories: Sequence[Trajectory],
-    regime: Regime,
-    temperature: float = 1.0,
-    max_tokens_per_micro_batch: int = 16384,
-) -> Parity:
-    """Recompute the log-probs of `trajectories` as a trainer of `regime` does and compare.
-
-    The trajectories must come from this very model, at `temperature`, and from a rollout of the same regime.
-    Those in which the policy wrote nothing are left out; NaN if there is no other.
-    """
-    if not trajectories:
-        raise ValueError("trajectories: expected at least one, got none")
-    chosen = [t for t in trajectories if t.policy_mask.any()]
-    weight = model.get_output_embeddings().weight
-    difference = [torch.empty(0)]
-    for group in split(chosen, max_tokens_per_micro_batch, regime):
-        part = [chosen[i] for i in group]
-        new = recompute_logprobs(model, pack(part, regime, weight.device), temperature).cpu()
-        difference.append(new - torch.cat([t.logprobs[t.policy_mask] for t in part]))
-    d = torch.cat(difference).double()
-    return Parity(
-        regime=regime,
-        prune=trajectories[0].prune,
-        dtype=str(weight.dtype).removeprefix("torch."),
-        trajectories=len(chosen),
-        turns=max((t.turns for t in chosen), default=0),
-        tokens=d.numel(),
-        max_dlogp=float(d.abs().max()) if chosen else math.nan,
-        mean_dlogp=float(d.abs().mean()),
-        kl=float((d.expm1() - d).mean()),
-    )
 
 
 def table(rows: Sequence[Any], columns: Sequence[str] | None = None) -> str:

@@ -7,8 +7,8 @@ import reprlib
 from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError
-from mem1.envs.base import Action, ActionKind, ExpertAction
-from mem1.envs.toy.tokenizer import TAGS
+from mem1.parsing.action import Action, ActionKind
+from mem1.parsing.tags import TAGS
 
 _CHARACTERS_PER_TOKEN = 16  # a first guess at what a limit of tokens is in characters
 
@@ -56,12 +56,12 @@ class Codec:
                 return kept
             size *= 4
 
-    def expert(self, step: ExpertAction) -> list[int]:
+    def expert(self, state: str, action: Action) -> list[int]:
         """The tokens of an expert's action. Raises ValueError unless it is a query or an answer."""
-        kind, text = step.action
+        kind, text = action
         if kind not in ("query", "answer"):
             raise ValueError(f"expert_action: expected a query or an answer, got {reprlib.repr(kind)}")
-        written = f"<IS> {step.state} </IS> <{kind}> {text} </{kind}>"
+        written = f"<IS> {state} </IS> <{kind}> {text} </{kind}>"
         return self.tokenizer.encode(written, add_special_tokens=False)
 
     def kind(self, tokens: list[int]) -> ActionKind:

@@ -76,7 +76,7 @@ class Questions:
         if not self._expert_plays:
             return None
         step = self.environment.expert_action()  # type: ignore[attr-defined]
-        return self._codec.expert(_expect("expert_action", step, ExpertAction))
+        return self._codec.expert(*_expect("expert_action", step, ExpertAction))
 
     def _patiently(self, call: Callable[[], _Value], deadline: float) -> _Value:
         errors = getattr(self.environment, "retryable", (OSError,))

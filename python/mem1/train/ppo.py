@@ -1,15 +1,15 @@
 """Proximal policy optimisation on whole trajectories: actor, critic, KL to a frozen reference, GAE over
 policy tokens.
 
-A batch is packed into streams (`pack`) on which `mem1_core` computes exactly the log-probs the rollout
-sampled with. All per-token quantities below have one entry per policy token, M in a stream; the environment's
-tokens have none.
+A batch is packed into streams (`batches.pack`) on which `mem1_core` computes exactly the log-probs the
+rollout sampled with. All per-token quantities below have one entry per policy token, M in a stream; the
+environment's tokens have none.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -20,80 +20,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mem1.config import PPOConfig, Regime
 from mem1.models.build import without_dropout
+from mem1.train.batches import label_hidden, pack, recompute_logprobs, split
 from mem1.train.optim import AdamW
 from mem1.trajectory import FinishReason, Trajectory
-from mem1_core.layout import TrajectoryLayout
-from mem1_core.ops import clipped_value_loss, fused_linear_ppo_loss, gae, linear_logprob, masked_whiten
+from mem1_core.ops import clipped_value_loss, fused_linear_ppo_loss, gae, masked_whiten
 from mem1_core.reference import kl_estimate
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Trajectories packed for one forward: `layout` [N rows, M labels] over the concatenated `tokens`
-    int64.
-    """
-
-    tokens: Tensor
-    layout: TrajectoryLayout
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Policy tokens of each trajectory; they sum to M."""
-        return tuple(
-            int(part.sum()) for part in self.layout.split_by_trajectory(torch.ones_like(self.targets))
-        )
-
-    @property
-    def targets(self) -> Tensor:
-        """int64 [M], the policy's tokens."""
-        return self.tokens[self.layout.targets]
-
-    def inputs(self) -> dict[str, Any]:
-        """Keyword arguments of a decoder (or critic) whose attention is "mem1"."""
-        return {
-            "input_ids": self.tokens[self.layout.token_index][None],
-            "position_ids": self.layout.position_ids[None],
-            "mem1_mask": self.layout.mask,
-        }
-
-
-def pack(trajectories: list[Trajectory], regime: Regime, device: torch.device | str = "cpu") -> Stream:
-    """One stream of all `trajectories`, laid out for `regime`."""
-    return Stream(
-        tokens=torch.cat([t.tokens for t in trajectories]).to(device),
-        layout=TrajectoryLayout.pack([t.layout(regime) for t in trajectories]).to(device),
-    )
-
-
-def split(trajectories: list[Trajectory], max_tokens: int, regime: Regime = "carry") -> Iterator[list[int]]:
-    """Indices of the trajectories in groups of at most `max_tokens` rows of the layout of
-    `regime`, which are the tokens of a forward; a longer trajectory is a group of its own. Never an empty
-    group, none left out.
-    """
-    group: list[int] = []
-    tokens = 0
-    for i, trajectory in enumerate(trajectories):
-        n = trajectory.layout(regime).token_index.numel()
-        if group and tokens + n > max_tokens:
-            yield group
-            group, tokens = [], 0
-        group.append(i)
-        tokens += n
-    if group:
-        yield group
-
-
-def label_hidden(model: Any, stream: Stream) -> Tensor:
-    """The hidden states [M, H] from which the policy's tokens are predicted."""
-    hidden = model.get_decoder()(**stream.inputs(), use_cache=False).last_hidden_state[0]
-    return hidden[stream.layout.logit_rows]
-
-
-@torch.no_grad()
-def recompute_logprobs(model: Any, stream: Stream, temperature: float = 1.0) -> Tensor:
-    """Log-probs fp32 [M] of the policy's tokens under `model`, by one forward over the stream."""
-    weight = model.get_output_embeddings().weight
-    return linear_logprob(label_hidden(model, stream), weight, stream.targets, temperature)[0]
 
 
 @dataclass

@@ -18,8 +18,8 @@ from mem1.envs.toy.examples import Example
 from mem1.envs.toy.expert import expert_example
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.seeds import derive_seed
+from mem1.train.batches import PackedBatch, label_hidden
 from mem1.train.optim import AdamW
-from mem1.train.ppo import Stream, label_hidden
 from mem1_core.layout import Regime, TrajectoryLayout
 
 
@@ -110,5 +110,5 @@ def label_logits(
     layouts = [TrajectoryLayout.from_segments(e.segments, regime=regime, prune=e.prune) for e in batch]
     layout = TrajectoryLayout.pack(layouts).to(device)
     tokens = torch.tensor([token for e in batch for token in e.tokens], device=device)
-    stream = Stream(tokens, layout)
+    stream = PackedBatch(tokens, layout)
     return actor.get_output_embeddings()(label_hidden(actor, stream)), stream.targets

@@ -13,13 +13,11 @@ from mem1.config import RolloutConfig
 from mem1.demo import demo_config, expert_results, growth
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.evaluation.evaluation_loop import (
-    Parity,
     Result,
     error_counts,
     evaluate,
     evaluate_expert,
     evaluation_seeds,
-    parity,
     summarize,
     table,
 )
@@ -27,6 +25,7 @@ from mem1.evaluation.plots import plot_learning, plot_peaks, plot_trajectory
 from mem1.io import without_nan
 from mem1.runtime.progress import Progress
 from mem1.seeds import derive_seed
+from mem1.train.parity import Parity, parity
 from mem1.trajectory import Failure, Trajectory
 from mem1_core.segments import Segment
 

@@ -7,8 +7,8 @@ import torch
 
 from mem1.config import RolloutConfig
 from mem1.envs.toy.multihop import MultiHopEnv
-from mem1.evaluation.evaluation_loop import Parity, parity
 from mem1.rollout.rollout_loop import rollout
+from mem1.train.parity import Parity, parity
 from mem1_core.eviction import EvictionPolicy, evict_from_segments
 
 GATES = {torch.float32: {"max_dlogp": 5e-5}, torch.bfloat16: {"mean_dlogp": 5e-3, "kl": 1e-4}}

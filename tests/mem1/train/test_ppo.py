@@ -17,7 +17,8 @@ from mem1.config import PPOConfig, RolloutConfig
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.models.build import build_critic
 from mem1.rollout.rollout_loop import rollout
-from mem1.train.ppo import PPO, explained_variance, pack, recompute_logprobs, split
+from mem1.train.batches import pack, recompute_logprobs, split
+from mem1.train.ppo import PPO, explained_variance
 from mem1.trajectory import FinishReason, Trajectory
 from mem1_core.segments import Segment
 

@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from mem1.envs.toy import words
+from mem1.parsing.tags import TAGS
 
-TAGS = ("<IS>", "</IS>", "<query>", "</query>", "<answer>", "</answer>", "<info>", "</info>")
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 
 
