@@ -66,9 +66,9 @@ def launched(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[i
         for name, (module, _) in KERNELS.items():
             stack.enter_context(mock.patch.object(module, name, recorders[name]))
         # The tensors are on the CPU, and nothing is computed with them.
-        stack.enter_context(mock.patch.object(attention, "INTERPRETED", True))
-        stack.enter_context(mock.patch.object(attention, "_readable", lambda x: x))
-        stack.enter_context(mock.patch.object(attention, "_capability", lambda device: capability))
+        stack.enter_context(mock.patch.object(attention_launch, "INTERPRETED", True))
+        stack.enter_context(mock.patch.object(attention_launch, "_readable", lambda x: x))
+        stack.enter_context(mock.patch.object(attention_launch, "_capability", lambda device: capability))
         if kernel == "forward":
             attention_launch.forward(q, k, k, plan, 1.0)
         else:
