@@ -1,6 +1,7 @@
-"""The README keeps its word: its Python runs, its tree and its op table are complete, its commands exist.
+"""README, docs/ and CONTRIBUTING keep their word: their Python runs, the tree and the op table are complete,
+commands and linked files exist.
 
-The functions that read it take its text, so that they are tested on a small README below as well.
+The functions that read them take a text, so that they are tested on a small README below as well.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from mem1.cli import main
 from mem1_core import ops, reference
 
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+DOCUMENTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "docs").glob("*.md")}
+DOCUMENTS |= {"README.md": README, "CONTRIBUTING.md": CONTRIBUTING}
+EVERYTHING = "\n".join(DOCUMENTS.values())
 OPS = {  # the ops of the design; each has a row in the README's table and a reference, whatever its backends
     "trajectory_attention",
     "prune_kv_cache_",
@@ -48,9 +53,9 @@ def python_blocks(text: str) -> list[Block]:
     return [block for block in blocks(text) if block.language == "python"]
 
 
-def run(block: Block) -> None:
-    """In a namespace of its own; a traceback points at the line of the README."""
-    code = compile("\n" * block.line + block.code, "README.md", "exec")
+def run(block: Block, name: str = "README.md") -> None:
+    """In a namespace of its own; a traceback points at the line of the document."""
+    code = compile("\n" * block.line + block.code, name, "exec")
     exec(code, {"__name__": "readme"})
 
 
@@ -97,36 +102,50 @@ def commands(text: str, program: str) -> list[tuple[str, list[str]]]:
     return found
 
 
-# --- the README ---------------------------------------------------------------------------------------------
+# --- the documents ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", [pytest.param(b, id=f"line{b.line}") for b in python_blocks(README)])
-def test_python_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        pytest.param(name, block, id=f"{name}:{block.line}")
+        for name, text in sorted(DOCUMENTS.items())
+        for block in python_blocks(text)
+    ],
+)
+def test_python_block_runs(name: str, block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if block.no_run:
         assert "cuda" in block.code, "no-run is for blocks that need a GPU"
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    run(block)
+    run(block, name)
 
 
 def test_has_examples() -> None:
     assert len(python_blocks(README)) >= 2
 
 
+@pytest.mark.parametrize("name", sorted(DOCUMENTS))
+def test_linked_files_exist(name: str) -> None:
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", DOCUMENTS[name])
+    assert links or name != "README.md"
+    assert not [link for link in links if not (ROOT / name).parent.joinpath(link).exists()]
+
+
 def test_tree_names_what_there_is() -> None:
-    paths = tree(README)
+    paths = tree(CONTRIBUTING)
     missing = [path for path in paths if not any(ROOT.glob(path.rstrip("/")))]
-    assert not missing, f"in the README's tree, but not there: {missing}"
+    assert not missing, f"in CONTRIBUTING's tree, but not there: {missing}"
     repeated = sorted({path for path in paths if paths.count(path) > 1})
     assert not repeated
 
 
 def test_tree_is_complete_at_the_top() -> None:
     there = {path.split("/")[0] for path in tracked_files()}
-    drawn = {path.split("/")[0] for path in tree(README)}
-    assert not there - drawn, "top-level files and folders that the README's tree leaves out"
+    drawn = {path.split("/")[0] for path in tree(CONTRIBUTING)}
+    assert not there - drawn, "top-level files and folders that CONTRIBUTING's tree leaves out"
 
 
 def test_table_has_every_op() -> None:
@@ -138,18 +157,18 @@ def test_every_op_has_a_reference() -> None:
     assert not [name for name in OPS | set(ops.__all__) if not callable(getattr(reference, name, None))]
 
 
-@pytest.mark.parametrize("name", sorted({name for name, _ in commands(README, "mem1")}))
+@pytest.mark.parametrize("name", sorted({name for name, _ in commands(EVERYTHING, "mem1")}))
 def test_command_exists(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])
     assert stop.value.code == 0, capsys.readouterr().err
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    used = {option for word, options in commands(README, "mem1") if word == name for option in options}
+    used = {option for word, options in commands(EVERYTHING, "mem1") if word == name for option in options}
     assert not used - known, f"options of `mem1 {name}` that it does not have"
 
 
 def test_make_targets_exist() -> None:
-    used = {target for target, _ in commands(README, "make")}
+    used = {target for target, _ in commands(EVERYTHING, "make")}
     assert used >= {"demo", "test"}
     assert not used - set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
