@@ -177,7 +177,7 @@ def test_lse_changes_nothing_else(backend: str, device: str, dtype: torch.dtype)
 
 
 @every_backend
-@pytest.mark.parametrize("expected", [(0,), (1,), (2,), (1, 2)], ids=str)
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (1, 2)], ids=str)
 def test_gradients_of_some_inputs(backend: str, device: str, wanted: tuple[int, ...]) -> None:
     mask = mask_of(random_evict(70).to(device))
     inputs = attention_inputs(1, 70, 4, 2, 16, device=device)

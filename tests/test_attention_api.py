@@ -262,7 +262,7 @@ def test_memory_is_linear() -> None:
 import torch
 from mem1_core.ops import trajectory_attention
 from mem1_core.testing import attention_inputs, mem1_segments
-from mem1_core.mask import TrajectoryMask
+from mem1_core.layout import TrajectoryLayout
 
 def memory(key):
     return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith(key)) / 1024

@@ -208,7 +208,7 @@ def test_a_family_that_works(family: str) -> None:
             "refused",
             "mem1_mask in FalconForCausalLM: expected attention through the AttentionInterface",
         ),
-        ("nemotron", "refused", "mem1_mask in NemotronForCausalLM: the model ignores it"),
+        ("nemotron", "refused", "mem1_mask in NemotronForCausalLM: expected a model that heeds it"),
         ("roberta", "refused", "position_ids in RobertaForCausalLM: expected some that count from 0"),
         ("deepseek_v3", "refused", "mem1_mask in DeepseekV3Attention (layer 0): expected one head dim"),
         (

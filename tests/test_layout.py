@@ -158,7 +158,7 @@ def test_paper_is_wrong_from_some_turn_on(prune: EvictionPolicy, first: int) -> 
     carry, paper = (
         TrajectoryLayout.from_segments(segments, regime=r, prune=prune) for r in ("carry", "paper")
     )
-    for name in ("source", "position_ids", "logit_rows", "targets"):
+    for name in ("token_index", "position_ids", "logit_rows", "targets"):
         assert torch.equal(getattr(carry, name), getattr(paper, name))
     assert torch.equal(carry.mask.evict_at, paper.mask.evict_at)
 
@@ -184,7 +184,7 @@ def test_packed_is_associative_and_takes_nothing() -> None:
     a, b, c = (TrajectoryLayout.from_segments(random_segments(seed), regime="reencode") for seed in range(3))
     left = TrajectoryLayout.pack([TrajectoryLayout.pack([a, b]), c])
     flat = TrajectoryLayout.pack([a, b, c])
-    for name in ("source", "position_ids", "logit_rows", "targets"):
+    for name in ("token_index", "position_ids", "logit_rows", "targets"):
         assert torch.equal(getattr(left, name), getattr(flat, name))
     assert torch.equal(left.mask.evict_at, flat.mask.evict_at) and left.lengths == flat.lengths
     nothing = TrajectoryLayout.pack([])

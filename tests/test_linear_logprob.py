@@ -150,7 +150,7 @@ def test_gradient_of_one_output(backend: str, device: str, output: int) -> None:
 
 
 @every_backend
-@pytest.mark.parametrize("expected", [("hidden",), ("weight",), ("bias",), ("weight", "bias")], ids=str)
+@pytest.mark.parametrize("wanted", [("hidden",), ("weight",), ("bias",), ("weight", "bias")], ids=str)
 def test_gradients_of_some_inputs(backend: str, device: str, wanted: tuple[str, ...]) -> None:
     given = inputs(37, 48, 100, device=device, bias=True)
     want = results(linear_logprob, given, backend=backend)

@@ -201,7 +201,9 @@ def test_bad_arguments_of_from_turns_are_named() -> None:
             TrajectoryLayout.from_segments(TURNS, prune=prune)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="regime: expected one of .* got 'copy'"):
         TrajectoryLayout.from_segments(TURNS, regime="copy")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"segments\[0\]: expected a Segment\(kind, turn, length\), got 'is'"):
+    with pytest.raises(
+        TypeError, match=r"segments\[0\]: expected a Segment\(kind, turn, length\), got 'state'"
+    ):
         TrajectoryLayout.from_segments(["state"])  # type: ignore[list-item]
     with pytest.raises(TypeError, match=r"segments\[0\]: expected int turn and length, got 0 and 1\.5"):
         TrajectoryLayout.from_segments([("prompt", 0, 1.5)])  # type: ignore[list-item]
@@ -294,7 +296,7 @@ def test_peak_tokens_with_and_without_prompt() -> None:
     ).tolist() == [9]
     assert TrajectoryLayout.from_segments(TURNS, prune="never").mask.peak_tokens().tolist() == [16]
     assert TrajectoryMask.pack([mask, mask]).peak_tokens(prompt=False).tolist() == [9]
-    with pytest.raises(ValueError, match="prompt: expected True, as this mask was not built from turns"):
+    with pytest.raises(ValueError, match="prompt: expected True, as this mask does not know its segments"):
         TrajectoryMask.from_evict(mask.evict_at).peak_tokens(prompt=False)
 
 

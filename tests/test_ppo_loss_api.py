@@ -204,7 +204,7 @@ def test_gradients_accumulate(backend: str, device: str, dtype: torch.dtype) -> 
 
 
 @every_backend
-@pytest.mark.parametrize("expected", [("hidden",), ("weight",), ("bias",), ("hidden", "weight")], ids=str)
+@pytest.mark.parametrize("wanted", [("hidden",), ("weight",), ("bias",), ("hidden", "weight")], ids=str)
 def test_frozen_parts(backend: str, device: str, wanted: tuple[str, ...]) -> None:
     given = example(device=device)
     want = results(fused_linear_ppo_loss, given, backend=backend)
@@ -292,7 +292,7 @@ def flat(given: dict[str, Any], wanted: list[bool]) -> tuple[Any, ...]:
 
 
 @both_dtypes
-@pytest.mark.parametrize("expected", [(1, 1, 1), (1, 0, 0), (0, 1, 1), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("wanted", [(1, 1, 1), (1, 0, 0), (0, 1, 1), (0, 0, 0)], ids=str)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_opcheck(dtype: torch.dtype, wanted: tuple[int, ...], bias: bool) -> None:
     ops = torch.ops.mem1_core

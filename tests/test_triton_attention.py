@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs Triton, which is not installed (there is none but for Linux)",
 )
 
-MODULE = "mem1_core.triton.attention_launch"
+MODULE, BACKWARD = "mem1_core.triton.attention_launch", "mem1_core.triton.attention_backward"
 on_device = pytest.mark.parametrize(
     "device", [pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
 )
@@ -103,7 +103,7 @@ def test_who_sums_over_query_heads(
     device: str, rows: int, dtype: torch.dtype, programs: int, share: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A program over all four, two of them, or one; 2 tiles, 2 batches and 4 heads make 16 at most."""
-    kernel = importlib.import_module(f"{MODULE}_backward").backward_dk_dv
+    kernel = importlib.import_module(BACKWARD).backward_dk_dv
     shares = []
 
     class Recorded:
@@ -115,7 +115,7 @@ def test_who_sums_over_query_heads(
             return launch
 
     monkeypatch.setattr(f"{MODULE}.SHARING_PROGRAMS", programs)
-    monkeypatch.setattr(f"{MODULE}_backward.backward_dk_dv", Recorded())
+    monkeypatch.setattr(f"{BACKWARD}.backward_dk_dv", Recorded())
     inputs = attention_inputs(2, 131, 4, 1, 32, dtype=dtype, device=device)
     check(inputs, tables("random", rows, 131), "triton")
     assert shares == [share]

@@ -161,7 +161,7 @@ void row(const mem1_logit_rows_params& p, int64_t i) {
     std::fill(logits, logits + p.vocabulary, static_cast<Real>(0 * entropy));
     return done();
   }
-  const double share = std::exp(-log_mass), d_logprob = slopes.logprob / temperature;
+  const double share = std::exp(-log_sum_exp), d_logprob = slopes.logprob / temperature;
   const double d_entropy = slopes.entropy / temperature;
   gradient(logits, bias, p.vocabulary, max_logit, heat,
            static_cast<Real>(share * (-d_logprob - d_entropy * (entropy - log_sum_exp))),

@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const mem1_logit_rows
     slopes = shared;
   }
   // With x = (z - max_logit) heat, df/dz is 2^x (level + slope x), and at the target d_logprob more.
-  const Real share = exp(-log_mass), d_logprob = slopes.logprob / temperature;
+  const Real share = exp(-log_sum_exp), d_logprob = slopes.logprob / temperature;
   const Real d_entropy = slopes.entropy / temperature;
   const Real level = share * (-d_logprob - d_entropy * (entropy - log_sum_exp)), slope = -share * d_entropy * ln2;
 

@@ -96,7 +96,7 @@ def check_model(model: PreTrainedModel) -> None:
             for positions in ({}, {"position_ids": places})
         )
     if not torch.equal(out.isnan().any(-1), hidden.to(out.device)):
-        raise ValueError(f"mem1_mask in {name}: the model ignores it")
+        raise ValueError(f"mem1_mask in {name}: expected a model that heeds it, got one that ignores it")
     rounding = 0.01 * float(out.nan_to_num().abs().max())
     if not torch.allclose(out, placed, rtol=0, atol=rounding, equal_nan=True):
         raise ValueError(f"position_ids in {name}: expected some that count from 0, got others by default")

@@ -101,7 +101,7 @@ def test_the_defaults_are_those_of_the_config(trained):
     ("arguments", "message"),
     [
         (["--actor-lr", "nan"], "actor_lr: expected a finite number > 0 and <= 1, got nan"),
-        (["--kl-coef", "-1"], "kl: expected a finite number >= 0, got -1.0"),
+        (["--kl-coef", "-1"], "kl_coef: expected a finite number >= 0, got -1.0"),
         (["--max-updates", "-1"], "updates: expected an integer >= 0, got -1"),
         (["--temperature", "0"], "temperature: expected a finite number >= 0.0001, got 0.0"),
         (["--greedy"], "greedy: expected False in training"),

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mem1.config import RolloutConfig
+from mem1.engine import slots
 from mem1.engine.cuda_graphs import Graphs
-from mem1.engine.engine import Engine, slots
+from mem1.engine.engine import Engine
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.rollout.rollout_loop import rollout
 from mem1.train.parity import parity

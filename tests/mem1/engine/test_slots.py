@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mem1.engine.engine import slots
+from mem1.engine import slots
 from mem1.engine.slots import Rows, Slots, Step
 
 
@@ -98,11 +98,11 @@ def attend_like_a_gpu(monkeypatch, parts: list[Rows], flash: bool) -> None:
     """Let `Rows.attend` go the way it goes on a GPU, on the CPU."""
     monkeypatch.setattr(slots, "scaled_dot_product_attention", transposed_sdpa)
 
-    def attention(query, keys, values, ends, *, rows, counts, scale):
-        (part,) = (part for part in parts if part.slots is rows)
+    def attention(query, k_cache, v_cache, cache_seqlens, *, cache_batch_idx, query_lens, scale):
+        (part,) = (part for part in parts if part.slots is cache_batch_idx)
         if flash:
-            return part._flash(documented_flash, query, keys, values, scale)
-        return part._sdpa(query, keys, values, scale)
+            return part._flash(documented_flash, query, k_cache, v_cache, scale)
+        return part._sdpa(query, k_cache, v_cache, scale)
 
     monkeypatch.setattr(slots, "cached_attention", attention)
 

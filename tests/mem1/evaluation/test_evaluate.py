@@ -69,9 +69,9 @@ def test_a_row_is_the_mean_over_the_episodes():
         answered=0.5,
         turns=(3 + 1) / 2,
         tokens=(23 + 10) / 2,
-        peak=(19 + 10) / 2,
+        peak_tokens=(19 + 10) / 2,
         peak_tokens_without_prompt=(15 + 4) / 2,
-        dependency=sum(dependency) / 2,
+        dependency_length=sum(dependency) / 2,
         dependency_length_without_prompt=(sum(dependency) - 4 * (5 + 5 + 3) - 6 * 4) / 2,
         seconds=3.5,
     )
@@ -266,10 +266,10 @@ def test_a_table_is_markdown():
         [result("MEM1", 2, 1234.4), result("full context", 16, 5.25)], ("agent", "objectives", "peak_tokens")
     )
     assert text.splitlines() == [
-        "|        agent | objectives |  peak |",
-        "|--------------|------------|-------|",
-        "|         MEM1 |          2 |  1234 |",
-        "| full context |         16 | 5.250 |",
+        "|        agent | objectives | peak_tokens |",
+        "|--------------|------------|-------------|",
+        "|         MEM1 |          2 |        1234 |",
+        "| full context |         16 |       5.250 |",
     ]
     assert "1.2e-06" in table([Parity("carry", "action", "float32", 1, 4, 9, 1.2e-6, 1e-7, 0.0)])
     assert "|    64 |" in table([Parity("carry", 64, "float32", 1, 4, 9, 0.0, 0.0, 0.0)], ("prune",))
@@ -290,7 +290,9 @@ def test_pictures(tokenizer, tmp_path):
         {"phase": "ppo", "step": 3, "reward": None, "answered": math.nan},
         {"phase": "ppo", "step": 4},
     ]
-    results.append(replace(results[0], objectives=4, peak=math.nan, peak_tokens_without_prompt=math.nan))
+    results.append(
+        replace(results[0], objectives=4, peak_tokens=math.nan, peak_tokens_without_prompt=math.nan)
+    )
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     plot_peaks(results, tmp_path / "peaks.png")
     plot_learning(tmp_path / "metrics.jsonl", tmp_path / "learning.png")

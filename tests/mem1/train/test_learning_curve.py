@@ -10,7 +10,7 @@ import pytest
 
 from mem1.config import PPOConfig, TrainConfig, WarmStartConfig
 from mem1.runtime.progress import Progress
-from mem1.train import ppo
+from mem1.train import batches, ppo
 from mem1.train import train_loop as train
 
 SETTINGS = TrainConfig(
@@ -38,8 +38,8 @@ def test_the_curve_is_that_of_the_reference_loss(tmp_path, monkeypatch):
     curves = []
     for backend in ("auto", "reference"):
         with monkeypatch.context() as patch:
-            for name in ("fused_linear_ppo_loss", "linear_logprob", "gae"):
-                patch.setattr(ppo, name, partial(getattr(ppo, name), backend=backend))
+            for module, name in ((ppo, "fused_linear_ppo_loss"), (batches, "linear_logprob"), (ppo, "gae")):
+                patch.setattr(module, name, partial(getattr(module, name), backend=backend))
             train.train(config, tmp_path / backend, init=tmp_path / "start", progress=quiet)
         lines = (tmp_path / backend / "metrics.jsonl").read_text().splitlines()
         curves.append([r for r in map(json.loads, lines) if r["phase"] == "ppo"])

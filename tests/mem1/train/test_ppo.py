@@ -298,7 +298,7 @@ def test_a_batch_without_policy_tokens_is_refused(make_model):
 
 
 def test_a_reference_is_needed_for_a_kl(make_model):
-    with pytest.raises(ValueError, match="reference: expected a frozen model for kl = 0.001, got None"):
+    with pytest.raises(ValueError, match="reference: expected a frozen model for kl_coef = 0.001, got None"):
         build(make_model, reference=False)
 
 
