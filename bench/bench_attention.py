@@ -283,7 +283,7 @@ def test_mask_construction_against_flex(bench: Any) -> None:
     padded = torch.nn.functional.pad(mask.dense(), (0, tiles * FLEX_BLOCK - n) * 2)
     live_tiles = padded.view(1, 1, tiles, FLEX_BLOCK, tiles, FLEX_BLOCK).any(dim=5).any(dim=3).int()
     contenders = [
-        Contender("TrajectoryMask.from_segments", lambda: TrajectoryLayout.from_segments(segments).mask),
+        Contender("TrajectoryLayout.from_segments", lambda: TrajectoryLayout.from_segments(segments).mask),
         Contender(
             "BlockMask from our plan",
             lambda: block_mask(TrajectoryLayout.from_segments(segments).mask),

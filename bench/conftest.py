@@ -122,7 +122,7 @@ class Bench:
         """Record a goal as met or not met; None is not met. Never fails the run: a busy machine is no bug."""
         met = measured is not None and (measured <= wanted if at_most else measured >= wanted)
         where = self.tables[-1]["title"]
-        goal = {"goal": text, "table": where, "expected": wanted, "measured": measured, "met": met}
+        goal = {"goal": text, "table": where, "wanted": wanted, "measured": measured, "met": met}
         self.goals.append(goal)
         sign = "<=" if at_most else ">="
         figure = "no figure" if measured is None else f"{measured:.2f}{unit}"

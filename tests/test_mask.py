@@ -163,7 +163,7 @@ def test_the_ends_of_the_windows_are_the_other_rules() -> None:
         assert torch.equal(evict_from_segments(segments, tokens + 1), evict_from_segments(segments, "never"))
 
 
-def test_edges_of_from_turns() -> None:
+def test_edges_of_from_segments() -> None:
     assert evict_from_segments([]).shape == (0,)
     assert TrajectoryLayout.from_segments([]).mask.shape == (1, 0)
     assert TrajectoryLayout.from_segments([Segment("prompt", 0, 3)]).mask.evict_at.tolist() == [[3, 3, 3]]
@@ -194,7 +194,7 @@ def test_segments_out_of_order_are_named(segments: list[Segment], message: str) 
         TrajectoryLayout.from_segments(segments)
 
 
-def test_bad_arguments_of_from_turns_are_named() -> None:
+def test_bad_arguments_of_from_segments_are_named() -> None:
     for prune in ("sometimes", True, 0, -1, 64.0, None, "64"):
         wanted = f"prune: expected 'action', 'state', 'never' or a number of tokens >= 1, got {prune!r}"
         with pytest.raises(ValueError, match=f"^{re.escape(wanted)}$"):

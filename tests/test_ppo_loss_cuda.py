@@ -237,7 +237,7 @@ def test_linear_logprob_does_not_wait() -> None:
     wanted = forward_and_backward(linear_logprob, given)  # loads the kernels
     late, inputs = leaves(given | {"hidden": torch.zeros_like(given["hidden"])})
     incoming = [draw(300, seed=seed) for seed in (8, 9)]
-    stream = torch.cuda.PackedBatch()
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), no_wait():
         torch.cuda._sleep(10**8)
@@ -340,7 +340,7 @@ def test_gae_does_not_wait_and_a_cuda_graph_captures_it() -> None:
     fresh = [x.flip(0).contiguous() for x in fresh]
     with no_wait():
         wanted = gae(*fresh, 0.99, 0.95)
-    stream, graph = torch.cuda.PackedBatch(), torch.cuda.CUDAGraph()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         got = gae(*given, 0.99, 0.95)
     for ours, theirs in zip(given, fresh, strict=True):

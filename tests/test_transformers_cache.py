@@ -291,7 +291,7 @@ def test_refusals() -> None:
     refused("the 3 columns that `step` announced, got 5", model, tokens[:, :5], **cache.kwargs)
 
     cache.prune([[(0, 6)], [(2, 6)]])
-    refused("expected the attention_mask of `SlotCache.step`", model, tokens[:, :1], **cache.kwargs)
+    refused("expected the attention_mask of `SlotCache.forward_kwargs`", model, tokens[:, :1], **cache.kwargs)
     refused("positions: expected 'keep'", cache.prune, torch.ones(2, 6).bool(), "compact")
     model.config._attn_implementation = "flash_attention_2"
     refused(

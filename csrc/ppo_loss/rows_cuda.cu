@@ -37,7 +37,7 @@ template <typename Real>
 struct Sums {
   Real max_logit, mass, moment;
 
-  // The same sums seen from a max_logit that is no lower.
+  // The same sums for a maximum that is no lower.
   __device__ void raise(Real higher, Real heat) {
     if (max_logit == none<Real>() || higher == max_logit) {
       max_logit = higher;
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const mem1_logit_rows
     const Sums<Real> all = sum_over_block(own, heat);
     max_logit = all.max_logit;
     nothing = max_logit == none<Real>() && all.mass == 0;
-    // NaN without a single finite logit leaves the max_logit where it was, but shows in the mass.
+    // NaN without a single finite logit leaves max_logit where it was, but shows in the mass.
     log_sum_exp = nothing ? Real(0) : log(all.mass);
     entropy = nothing ? Real(0) : log_sum_exp - ln2 * all.moment / all.mass;
     Real logprob = static_cast<Real>(NAN);

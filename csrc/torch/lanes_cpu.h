@@ -1,5 +1,5 @@
 // Vectors of 4, 8 or 16 floats: what one register of SSE2 and NEON, AVX2 or AVX-512 holds. GCC keeps a wider vector
-// than that in memory, at a quarter of the speed: a loop written with these is compiled once per width, see MEM1_FOR_*.
+// than that in memory, at a fifth of the speed: a loop written with these is compiled once per width, see MEM1_FOR_*.
 #pragma once
 
 #include "common/clones.h"

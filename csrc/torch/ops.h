@@ -59,7 +59,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> prune_pages(
     int64_t cuda_stream);
 
 // Rows of logits [rows, vocabulary], fp32 or fp64, the other tensors of their dtype; see mem1.h. On CUDA as above.
-// Returns logprob, entropy, max_logit and log_sum_exp, [4, rows].
+// Returns logprob, entropy, max_logit and log_sum_exp, that of (z - max_logit) / T, [4, rows].
 at::Tensor rows_logprob(const at::Tensor& logits, const std::optional<at::Tensor>& bias, const at::Tensor& target,
                         const at::Tensor& temperature, int64_t cuda_stream);
 // The gradient replaces the logits, in `gradient_dtype`.

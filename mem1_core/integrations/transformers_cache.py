@@ -37,8 +37,8 @@ class SlotCache(Cache):
 
     kv: [L, 2, B, capacity, Hkv, D]. On the host: `lengths` int32 [B], the entries of each slot; `positions`
     int32 [B], the position id of a row's next token, which is not the length once entries have left;
-    `entries` int32 [B, capacity], the position id of each entry; `runs`, of each row how many tokens were
-    given, written, given, ... (`prune_generate` keeps it).
+    `entries` int32 [B, capacity], the position id of each entry; `run_lengths`, of each row how many tokens
+    were given, written, given, ... (`prune_generate` keeps it).
 
     Raises ValueError for a model that is not a decoder of full attention layers only.
     """
@@ -124,7 +124,7 @@ class SlotCache(Cache):
             implementation = self._config._attn_implementation
             if implementation not in ("sdpa", "eager", NAME):
                 wanted = "attn_implementation 'sdpa', 'eager' or 'mem1' for rows that differ"
-                raise ValueError(f"SlotCache.step: expected {wanted}, got {implementation!r}")
+                raise ValueError(f"SlotCache.forward_kwargs: expected {wanted}, got {implementation!r}")
             last = (self.lengths[:, None] + column).to(device)  # the last entry that each token sees
             mask = (torch.arange(step.used, device=device) <= last[..., None])[:, None]
             if implementation == "eager":
@@ -311,7 +311,8 @@ class _SlotLayer(CacheLayerMixin):
         step = step or cache._plan(torch.full_like(cache.lengths, query_length))
         if not step.alike:
             raise ValueError(
-                "SlotCache: expected the attention_mask of `SlotCache.step`, as rows differ in length or "
+                "SlotCache: expected the attention_mask of `SlotCache.forward_kwargs`, as rows "
+                "differ in length or "
                 "position, got one made by transformers"
             )
         length = int(cache.lengths[0])

@@ -121,8 +121,9 @@ def prune_generate(
 
     Raises:
         ValueError: for beam search, inputs other than text, attentions or hidden states as output, another
-            cache than `SlotCache`, tokens that are not those the cache has read, and as `SlotCache.step`. An
-            error on the way leaves the cache at a place that `reset` alone makes good.
+            cache than `SlotCache`, tokens that are not those the cache has read, and as
+            `SlotCache.forward_kwargs`. An error on the way leaves the cache at a place that `reset` alone
+            makes good.
     """
     cache, streams = _begin(model, input_ids, generation_config, capacity, model_kwargs)
     pad = getattr(generation_config, "_pad_token_tensor", None)

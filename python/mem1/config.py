@@ -89,7 +89,7 @@ class RolloutConfig:
     max_info_tokens: int = 512  # tokens of environment text in one turn, tags excluded
     max_prompt_tokens: int = 4096  # a longer one is an environment's error
     max_turns: int = 40
-    max_num_batched_tokens: int = 16384  # padded tokens of one prefill call
+    max_num_batched_tokens: int = 16384  # of one forward: rows times their longest piece
     env_timeout: float = (
         60.0  # seconds for one answer of an environment that is not `run_inline`, with retries
     )

@@ -22,7 +22,7 @@ extern "C" {
 
 typedef enum mem1_status {
   MEM1_OK = 0,
-  MEM1_INVALID_ARGUMENT = 1, /* the message names the argument, what was wanted and what came */
+  MEM1_INVALID_ARGUMENT = 1, /* the message names the argument, what was expected and what was got */
   MEM1_NOT_COMPILED = 2,     /* this build of the library has no code for the device */
   MEM1_DEVICE_ERROR = 3,     /* the CUDA runtime refused; the message carries its words */
 } mem1_status;

@@ -94,8 +94,8 @@ class Engine:
         [len(rows), H].
 
         The lists may differ in length. Long ones are cut into pieces, and rows grouped so that one forward
-        has at most `max_num_batched_tokens` tokens, padding included (a single longer piece still runs,
-        alone).
+        has at most `max_num_batched_tokens` tokens, counted as rows times their longest piece (a single
+        longer piece still runs, alone; rows with one token are not counted).
         """
         long = [i for i in range(len(rows)) if len(tokens[i]) > _PIECE]
         if long:

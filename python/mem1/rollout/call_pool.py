@@ -35,7 +35,7 @@ class Calls(Generic[_Key, _Answer]):
         return len(self._pending)
 
     def ask(self, key: _Key, question: Callable[[float], _Answer], *, run_inline: bool = False) -> None:
-        """Ask for `key`. An `run_inline` question is answered here and now: no thread, no time-out."""
+        """Ask for `key`. A `run_inline` question is answered here and now: no thread, no time-out."""
         self._asked += 1
         call = _Call(self._asked, question, time.monotonic() + self.timeout, self._answered)
         self._pending[call.number] = key, call

@@ -63,7 +63,7 @@ def rollout(
     `config.synchronous` not even that. Seeds are integers >= 0. With `expert` the environment's expert
     writes the actions and the model only reads along (their log-probs are the model's).
 
-    Environments answer on threads, while the other episodes go on (an `run_inline` one at once); whatever
+    Environments answer on threads, while the other episodes go on (a `run_inline` one at once); whatever
     goes wrong in one ends its own episode. That is then played again from its seed, up to
     `config.episode_retries` times, and the last attempt is yielded. `make_environment` must make a new
     environment for each attempt: one that has run out of time may still be at work. It is called in between:
