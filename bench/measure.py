@@ -249,11 +249,12 @@ def matmuls(
     """
     products: dict[str, tuple[Contender, float]] = {}
     onednn = device == "cpu" and torch.backends.mkldnn.is_available()
+    widened = onednn and not _onednn_multiplies(dtype)
+    kind = " of fp32" if widened else ""
     for size in sizes:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        kind = ""
-        if onednn and not _onednn_multiplies(dtype):
-            a, b, kind = a.float(), b.float(), " of fp32"
+        if widened:
+            a, b = a.float(), b.float()
         ways = {f"torch.mm{kind}": partial(torch.mm, a, b)}
         if onednn:
             ways[f"oneDNN{kind}"] = partial(torch.nn.functional.linear, a.to_mkldnn(), b.to_mkldnn())

@@ -72,7 +72,6 @@ MEM1_INLINE void score(const Block<In>& block, int64_t head, int first, float (*
 
 // Scores of a head become probabilities, up to the sum over all blocks; returns what earlier sums are to be multiplied
 // with.
-template <int kLanes>
 MEM1_INLINE float soften(float* scores, int count, Running& running) {
   constexpr float kNone = -std::numeric_limits<float>::infinity();
   std::fill(scores + count, scores + kKeys, kNone);
@@ -120,7 +119,7 @@ MEM1_INLINE void attend_heads(const Block<In>& block, int64_t head) {
   alignas(64) float scores[kHeads][kKeys];
   float factors[kHeads];
   for (int j = 0; j < block.count; j += kTile) score<kLanes, kHeads>(block, head, j, scores);
-  for (int h = 0; h < kHeads; ++h) factors[h] = soften<kLanes>(scores[h], block.count, block.running[head + h]);
+  for (int h = 0; h < kHeads; ++h) factors[h] = soften(scores[h], block.count, block.running[head + h]);
   const int64_t whole = block.dim / kLanes * kLanes;
   int64_t d = 0;
   for (; d + kTile * kLanes <= whole; d += kTile * kLanes) {
