@@ -81,7 +81,7 @@ __device__ Sums<Real> sum_over_block(Sums<Real> own, Real heat) {
 // z = logit + bias of a tile of the row; -inf behind its end.
 template <typename Real, bool kBias>
 struct Tile {
-  Real z[kVectors * kVector<Real>];
+  alignas(16) Real z[kVectors * kVector<Real>];  // written 16 bytes at a time
 
   // The element that place n of this thread holds. A row that is not aligned is read one by one, in the same order.
   __device__ static int64_t index(int64_t first, int n) {

@@ -23,6 +23,7 @@ class Graphs:
 
     def clear(self) -> None:
         self._captured.clear()
+        self._pool = None  # which goes with its last graph
 
     def run(self, sizes: tuple[int, int], body: Callable[[], Tensor]) -> Tensor:
         with torch.cuda.device(self.device):
