@@ -1,13 +1,20 @@
-"""What a figure was measured with: the sources, the commit, the versions.
+"""What a figure was measured with: the sources, the commit, the versions; and what a run on a GPU has shown.
 
 `python3 bench/ledger.py` prints the hashes of the GPU sources as bench/LOG.md names them. Works without git.
+`python3 bench/ledger.py OUT` reads what the stages of `bench/on_gpu.sh` left there, however partial, and
+prints the rows of bench/LOG.md's table.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import date
 from importlib import metadata
 from pathlib import Path
 
@@ -21,6 +28,37 @@ PACKAGES = (
     "triton", "numpy", "flash-attn", "flash-attn-3", "flash-attn-4", "flash-mask-2",
     "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cutlass-dsl",
 )  # fmt: skip
+
+
+TRITON = "attention_tiles.py", "attention_blocks.py", "attention_launch.py"
+# Kernel, as LOG.md names it: its sources, and what the names of its tests begin with.
+KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "tile plan (CUDA)": (
+        ("tile_plan_cuda.cu", "tile_plan.h"),
+        ("tile_plan.py", "smoke_gpu.py::test_tile_plan"),
+    ),
+    "`forward` (Triton)": (
+        ("attention_forward.py", *TRITON),
+        ("attention.py", "triton_attention.py", "smoke_gpu.py::test_attention_forward"),
+    ),
+    "`backward_dq`, `backward_dk_dv` (Triton)": (
+        ("attention_backward.py", *TRITON),
+        ("attention.py", "triton_attention.py", "smoke_gpu.py::test_attention_backward"),
+    ),
+    "`prune_kv_cache_` (CUDA)": (
+        ("prune_cuda.cu", "prune_move.cuh", "prune_device.cuh", "prune.h"),
+        ("kv_cache", "smoke_gpu.py::test_prune_kv_cache"),
+    ),
+    "`prune_pages` (CUDA)": (
+        ("prune_pages_cuda.cu", "prune_device.cuh", "prune.h"),
+        ("paged_kv_cache", "smoke_gpu.py::test_prune_paged"),
+    ),
+    "logit rows (CUDA)": (
+        ("rows_cuda.cu", "rows.h"),
+        ("ppo_loss", "linear_logprob", "smoke_gpu.py::test_linear_logprob", "smoke_gpu.py::test_fused"),
+    ),
+    "`gae` (CUDA)": (("gae_cuda.cu", "gae.h"), ("gae.py", "smoke_gpu.py::test_gae")),
+}
 
 
 def blob_hash(path: Path) -> str:
@@ -58,7 +96,54 @@ def commit() -> str:
     return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 
+def outcomes(out: Path) -> dict[str, str]:
+    """Test -> passed, failed, skipped, or "died" for one that began and never ended."""
+    found: dict[str, str] = {}
+    for path in sorted(out.glob("*/results.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                result = json.loads(line)
+            except json.JSONDecodeError:  # the last line of a process that was killed
+                continue
+            worse = found.get(result["test"]) == "failed"  # in another stage, or in its set-up
+            found[result["test"]] = "failed" if worse else result["outcome"]
+    return {test: "died" if outcome == "begun" else outcome for test, outcome in found.items()}
+
+
+def rows(out: Path) -> Iterator[str]:
+    """A line of the first table of bench/LOG.md for each kernel, with what has become of its tests."""
+    results, hashes = outcomes(out), {Path(path).name: digest for path, digest in sources().items()}
+    log = out / "build" / "log"
+    chip = re.search(r"^(NVIDIA[^,]*),", log.read_text() if log.exists() else "", re.MULTILINE)
+    where = chip[1] if chip else "chip unknown: no build log"
+    for kernel, (files, begins) in KERNELS.items():
+        names = {test: test.split("/")[-1].removeprefix("test_") for test in results}
+        own = {test: results[test] for test, name in names.items() if name.startswith(begins)}
+        counts = {name: list(own.values()).count(name) for name in ("passed", "failed", "died")}
+        said = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none ran"
+        digests = " ".join(f"`{name}` {hashes[name]}" for name in files)
+        yield f"| {kernel} | {digests} | {where} | {date.today().isoformat()} | {said} | |"
+
+
+def stages(out: Path) -> Iterator[str]:
+    for folder in sorted(path for path in out.iterdir() if path.is_dir()):
+        status = folder / "status"
+        yield status.read_text().strip() if status.exists() else f"{folder.name}: cut short, no status"
+
+
+def figures(out: Path) -> Iterator[str]:
+    """The best of each bench row, in words that fit the last column."""
+    for path in sorted(out.glob("*/bench.json")):
+        for table in json.loads(path.read_text()).get("tables", []):
+            yield table["title"]
+            yield from (f"  {row['name']}: {row['ms']:.3f} ms" for row in table["rows"] if row.get("ms"))
+
+
 if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        for part in (stages, rows, figures):
+            print("\n".join(part(Path(sys.argv[1]))))
+        sys.exit()
     for path, digest in sources().items():
         print(digest, path)
     print("commit", commit())

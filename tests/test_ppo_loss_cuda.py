@@ -115,6 +115,7 @@ def test_against_fp64(op: str, tokens: int, vocabulary: int, bias: bool, dtype: 
 
 
 @pytest.mark.slow
+@pytest.mark.memory
 def test_more_than_2_to_the_31_logits_in_a_chunk() -> None:
     """Rows on both sides of the bound, in the forward and in the gradients that replace the logits."""
     tokens, vocabulary, needed = 14_200, 151_936, 14 * GIB
@@ -259,6 +260,7 @@ def test_the_loss_waits_once_for_the_number_of_its_rows() -> None:
         torch.autograd.grad(made[0], inputs, torch.ones_like(made[0]))
 
 
+@pytest.mark.memory
 @pytest.mark.parametrize("op", OPS)
 def test_peak_memory(op: str) -> None:
     """The gradients, that of the weight in fp32, and 512 MiB of logits; whatever the number of tokens."""

@@ -390,6 +390,7 @@ def test_cuda_graph(with_mask: bool) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.memory
 def test_a_million_tokens() -> None:
     """Offsets past 2^31, checked on windows of queries and the keys that only those see."""
     segments = mem1_segments(2_096, prompt=576)
