@@ -55,7 +55,7 @@ KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "logit rows (CUDA)": (
         ("rows_cuda.cu", "rows.h"),
-        ("ppo_loss", "linear_logprob", "smoke_gpu.py::test_linear_logprob", "smoke_gpu.py::test_fused"),
+        ("ppo_loss_cuda.py", "smoke_gpu.py::test_linear_logprob", "smoke_gpu.py::test_fused"),
     ),
     "`gae` (CUDA)": (("gae_cuda.cu", "gae.h"), ("gae.py", "smoke_gpu.py::test_gae")),
 }
@@ -97,7 +97,7 @@ def commit() -> str:
 
 
 def outcomes(out: Path) -> dict[str, str]:
-    """Test -> passed, failed, skipped, or "died" for one that began and never ended."""
+    """Test -> passed, failed, skipped, or "died" for one that took its process along or never ended."""
     found: dict[str, str] = {}
     for path in sorted(out.glob("*/results.jsonl")):
         for line in path.read_text().splitlines():
@@ -105,8 +105,13 @@ def outcomes(out: Path) -> dict[str, str]:
                 result = json.loads(line)
             except json.JSONDecodeError:  # the last line of a process that was killed
                 continue
-            worse = found.get(result["test"]) == "failed"  # in another stage, or in its set-up
-            found[result["test"]] = "failed" if worse else result["outcome"]
+            test, outcome = result["test"], result["outcome"]
+            if "crashed while running" in result.get("text", ""):  # says pytest-xdist
+                outcome = "died"
+            if (
+                found.get(test) != "failed"
+            ):  # in another stage, in its set-up, or before its process was ended
+                found[test] = outcome
     return {test: "died" if outcome == "begun" else outcome for test, outcome in found.items()}
 
 

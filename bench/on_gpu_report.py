@@ -1,4 +1,5 @@
-"""A pytest plugin for `bench/on_gpu.sh`: what is known of a test is on disk before the next one begins.
+"""A pytest plugin for `bench/on_gpu.sh`: what is known of a test is on disk before the next one begins, and
+none runs in a process whose CUDA context is lost.
 
 `results.jsonl` in the folder of `--on-gpu-report` gets a line when a test begins and one when it ends: a test
 that has begun and not ended is the one that took its process along.
@@ -8,20 +9,23 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--on-gpu-report", type=Path, metavar="FOLDER")
+    parser.addoption("--on-gpu-report", type=Path, metavar="FOLDER", required=True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    folder = config.getoption("--on-gpu-report")
-    if folder is not None and not hasattr(config, "workerinput"):  # workers tell the process that has them
-        config.pluginmanager.register(Results(folder / "results.jsonl"))
+    if hasattr(config, "workerinput"):  # of pytest-xdist: the process that has it is told, and writes
+        config.pluginmanager.register(Replaced())
+    else:
+        config.pluginmanager.register(Results(config.getoption("--on-gpu-report") / "results.jsonl"))
 
 
 class Results:
@@ -33,17 +37,26 @@ class Results:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
-            text = "" if report.outcome == "passed" else report.longreprtext
-            line = {
-                "test": report.nodeid,
-                "outcome": report.outcome,
-                "seconds": report.duration,
-                "text": text,
-            }
-            self._write(line)
+            seconds, text = round(report.duration, 3), "" if report.passed else report.longreprtext
+            self._write({"test": report.nodeid, "outcome": report.outcome, "seconds": seconds, "text": text})
 
     def _write(self, line: dict[str, Any]) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+class Replaced:
+    """After an illegal access every call of CUDA fails in that process. pytest-xdist starts another."""
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self) -> Generator[None, object, object]:
+        result = yield
+        if torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                print(f"this process ends: {error}", flush=True)
+                os._exit(1)
+        return result

@@ -1,7 +1,10 @@
-"""bench/on_gpu.sh without a GPU: what it lists, and that what goes wrong in one stage leaves the others."""
+"""bench/on_gpu.sh without a GPU: what it lists, and that what goes wrong in one stage, or in one test, leaves
+the others."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -11,100 +14,199 @@ from pathlib import Path
 import pytest
 from checkout import ROOT
 
-pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash"),
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(module) is None for module in ("xdist", "pytest_timeout")),
+        reason="needs pytest-xdist and pytest-timeout",
+    ),
+]
+spec = importlib.util.spec_from_file_location("ledger", ROOT / "bench" / "ledger.py")
+ledger = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(ledger)
+STAGES = ("build", "smoke", "sanitize", "tests", "cache", "attention", "loss", "memory", "rollout")
+# Ends of every kind: a failure, a process that dies, a context that is lost, a hang.
 TESTS = """
 import os, time
-import pytest
+import pytest, torch
 
-gpu, smoke = pytest.mark.gpu, pytest.mark.smoke
+pytestmark = pytest.mark.gpu
+smoke, memory = pytest.mark.smoke, pytest.mark.memory
 
-@gpu
+def lost():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
 @smoke
 def test_gae(): pass
 
-@gpu
 @smoke
 def test_prune_kv_cache(): assert 1 == 2, "the text of a failure"
 
-@gpu
 @smoke
 def test_linear_logprob(): os.abort()
 
-@gpu
 @smoke
-def test_tile_plan(): pass
+def test_tile_plan():
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, lost
+    lost()
 
-@gpu
-def test_before(): pass
+@smoke
+@pytest.mark.parametrize("n", range(12))
+def test_after(n): assert torch.cuda.synchronize is not lost
 
-@gpu
 def test_hangs(): time.sleep(600)
+
+@pytest.mark.parametrize("n", range(4))
+def test_beside(n): pass
+
+@memory
+def test_takes_all(): os.abort()
+
+@memory
+def test_takes_all_again(): pass
 """
-TOOL = "#!/bin/sh\necho 'NVIDIA Fake, 1.0, 80 GiB'\n"
+BENCH = """
+import json, time
+
+def test_gpu_rows(request):
+    with open(request.config.getoption("--benchmark-out"), "w") as file:
+        json.dump({"rows": 1}, file)
+    time.sleep(600)
+"""
+BENCH_OPTIONS = """
+def pytest_addoption(parser):
+    parser.addoption("--benchmark", action="store_true")
+    parser.addoption("--benchmark-out")
+
+def pytest_configure(config):
+    config.addinivalue_line("python_files", "bench_*.py")
+"""
+# What the tool chain would do, and what it says.
+TOOLS = {
+    "cmake": "echo cmake $*",
+    "nvcc": "",
+    "nvidia-smi": 'case $1 in *compute_cap*) echo 9.0;; *) echo "NVIDIA Fake, 1.0, 80 GiB";; esac',
+    "compute-sanitizer": 'while [ "$1" != python3 ]; do shift; done; "$@"',
+}
+PACKAGE = "def cuda_architectures(): return '90a'"
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def on_gpu(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
-    command = ["bash", str(folder / "bench" / "on_gpu.sh"), *arguments]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     return subprocess.run(
-        command, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=300
+        ["bash", str(folder / "bench" / "on_gpu.sh"), *arguments],
+        env=environment | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-
-
-def test_without_arguments_it_lists_stages_and_what_is_missing() -> None:
-    said = subprocess.run(
-        ["bash", "bench/on_gpu.sh"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    for stage in ("build", "smoke", "tests", "attention", "loss", "cache", "rollout"):
-        assert f"\n{stage} " in said
-    assert "missing here:" in said
 
 
 @pytest.fixture
 def faked(tmp_path: Path) -> Path:
-    """The script with tests that end in every way, and tools that do nothing."""
-    for name in ("on_gpu.sh", "on_gpu_report.py", "ledger.py"):
-        (tmp_path / "bench").mkdir(exist_ok=True)
-        shutil.copy(ROOT / "bench" / name, tmp_path / "bench" / name)
-    script = tmp_path / "bench" / "on_gpu.sh"
-    script.write_text(script.read_text().replace("tests     200 330", "tests     200 15"))
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_smoke_gpu.py").write_text(TESTS)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  gpu\n  smoke\n  memory\n")
-    (tmp_path / "bin").mkdir()
-    for name in ("nvidia-smi", "cmake"):
-        (tmp_path / "bin" / name).write_text(TOOL)
-        (tmp_path / "bin" / name).chmod(0o755)
+    """A checkout with the real script, and with a tool chain, a package, tests and a bench that are none."""
+    for name in ("bench", "tests", "bin", "mem1_core/lib", "mem1_core/include"):
+        (tmp_path / name).mkdir(parents=True)
+    script = (ROOT / "bench" / "on_gpu.sh").read_text()
+    for real, short in (("--timeout 90", "--timeout 5"), (" 40  80", " 40   8"), ("-n 8", "-n 2")):
+        assert script.count(real) == 1
+        script = script.replace(real, short)
+    files = {
+        "bench/on_gpu.sh": script,
+        "bench/on_gpu_report.py": (ROOT / "bench" / "on_gpu_report.py").read_text(),
+        "bench/ledger.py": (ROOT / "bench" / "ledger.py").read_text(),
+        "bench/bench_kv_cache.py": BENCH,
+        "bench/conftest.py": BENCH_OPTIONS,
+        "tests/test_smoke_gpu.py": TESTS,
+        "pytest.ini": "[pytest]\nmarkers =\n  gpu\n  smoke\n  memory\n",
+        "mem1_core/__init__.py": PACKAGE,
+        "mem1_core/_C.fake.so": "",
+    }
+    files |= {f"bin/{name}": f"#!/bin/sh\n{command}\n" for name, command in TOOLS.items()}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for tool in (tmp_path / "bin").iterdir():
+        tool.chmod(0o755)
     return tmp_path
 
 
-@pytest.mark.slow
-def test_a_failure_a_crash_and_a_hang_leave_the_rest(faked: Path) -> None:
+def test_without_arguments_it_lists_stages_and_what_is_missing() -> None:
+    said = subprocess.run(["bash", "bench/on_gpu.sh"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for stage in STAGES:
+        assert f"\n{stage} " in said.stdout
+    assert "missing here:\n  " in said.stdout
+    assert on_gpu(ROOT, "smoke").returncode == 1, "no folder named"
+
+
+def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
+    said = on_gpu(ROOT, "tset", str(tmp_path / "out"))
+    assert said.returncode == 2
+    assert "stage: expected one of build smoke sanitize tests" in said.stderr and "got tset" in said.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_build_is_for_this_chip_or_fails(faked: Path) -> None:
+    out = str(faked / "out")
+    said = on_gpu(faked, "build", out)
+    assert said.returncode == 0, said.stdout
+    assert "-DMEM1_CUDA=ON" in said.stdout and "-DMEM1_CUDA_ARCHITECTURES=90a-real" in said.stdout
+    assert "built for 90a" in said.stdout
+    assert (faked / "out" / "build" / "built.tgz").stat().st_size > 0
+    (faked / "mem1_core" / "__init__.py").write_text(PACKAGE.replace("90a", ""))
+    said = on_gpu(faked, "build", out)
+    assert said.returncode != 0 and "built for '', expected '90a'" in said.stdout
+
+
+def test_what_goes_wrong_leaves_the_rest(faked: Path) -> None:
+    """A failing test, one that dies, a lost context, a hang and a stage at its limit."""
     out = faked / "out"
-    assert run(faked, "smoke", str(out)).returncode != 0
-    assert run(faked, "tests", str(out)).returncode != 0
-    assert run(faked, "nothing", str(out)).returncode == 2
-    results = (out / "smoke" / "results.jsonl").read_text()
-    assert "the text of a failure" in results
-    assert "status" in (out / "tests" / "status").read_text()
-    ledger = [sys.executable, str(faked / "bench" / "ledger.py"), str(out)]
-    program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import ledger, pathlib; "
-        "print(sorted(ledger.outcomes(pathlib.Path(sys.argv[2])).items()))"
+    status = {stage: on_gpu(faked, stage, str(out)).returncode for stage in STAGES if stage != "rollout"}
+    assert status["sanitize"] != 0 and status["smoke"] != 0 and status["memory"] != 0
+    assert status["tests"] == 1 and status["attention"] != 0, "a hang; there is no such bench here"
+    assert status["cache"] == 124, "at its limit"
+
+    found = {test.split("::")[1]: outcome for test, outcome in ledger.outcomes(out).items()}
+    assert [found.pop(f"test_after[{n}]") for n in range(12)] == ["passed"] * 12, (
+        "in processes that are sound"
     )
-    told = subprocess.run(
-        [sys.executable, "-c", program, str(faked / "bench"), str(out)],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    for test, outcome in {
+    assert [found.pop(f"test_beside[{n}]") for n in range(4)] == ["passed"] * 4
+    assert found == {
         "test_gae": "passed",
         "test_prune_kv_cache": "failed",
         "test_linear_logprob": "died",
-        "test_tile_plan": "passed",
-        "test_before": "passed",
+        "test_tile_plan": "failed",
+        "test_hangs": "died",
+        "test_takes_all": "died",
+        "test_takes_all_again": "passed",
+    }
+    assert "the text of a failure" in (out / "smoke" / "results.jsonl").read_text()
+    assert json.loads((out / "cache" / "bench.json").read_text()) == {"rows": 1}
+    for stage in status:
+        assert (out / stage / "status").read_text().startswith(f"{stage}: status {status[stage]} after")
+        assert (out / stage / "log").stat().st_size > 0
+
+    said = subprocess.run(
+        [sys.executable, "bench/ledger.py", str(out)], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "cache: status 124 after" in said
+    entries = {line.split(" | ")[0]: line.split(" | ")[2:] for line in said.splitlines() if line[:1] == "|"}
+    for kernel, tests in {
+        "| `gae` (CUDA)": "1 passed",
+        "| `prune_kv_cache_` (CUDA)": "1 failed",
+        "| logit rows (CUDA)": "1 died",
+        "| `forward` (Triton)": "none ran",
     }.items():
-        assert f"{test}', '{outcome}'" in told, told
-    assert "test_hangs', 'passed'" not in told
-    assert ledger
+        assert entries[kernel][0] == "NVIDIA Fake" and entries[kernel][2] == tests
+
+
+def test_the_ledger_knows_every_gpu_source_and_tests_of_each_kernel() -> None:
+    in_kernels = {name for files, _ in ledger.KERNELS.values() for name in files}
+    assert in_kernels == {Path(path).name for path in ledger.sources()} - {"__init__.py"}
+    texts = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    for _, begins in ledger.KERNELS.values():
+        for file, _, test in (begin.partition("::") for begin in begins):
+            found = [text for name, text in texts.items() if name.startswith(f"test_{file}")]
+            assert any("mark.gpu" in text or "kv_cache_cases" in text for text in found), file
+            assert any(f"def {test}" in text for text in found), (file, test)
