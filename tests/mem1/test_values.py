@@ -15,7 +15,7 @@ from mem1.config import RolloutConfig
 from mem1.envs.base import Action, ExpertAction, Observation
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.parsing.codec import Codec
-from mem1.rollout.call_pool import outcome
+from mem1.rollout.call_pool import try_call
 from mem1.rollout.episode import Episode
 from mem1.rollout.rollout_loop import rollout
 from mem1.trajectory import Trajectory
@@ -59,9 +59,9 @@ def play(tokenizer, **values) -> Trajectory:
     episode = Episode(World(**values), 0, Codec(tokenizer), CONFIG)
     word = tokenizer.encode("emil", add_special_tokens=False)[0]
     while not episode.finish_reason:
-        question = episode.take_question()
-        if question is not None:
-            episode.hear(outcome(question, inf))
+        call = episode.take_call()
+        if call is not None:
+            episode.receive(try_call(call, inf))
         else:
             episode.write(word, -1.0)
     trajectory = episode.trajectory()

@@ -6,7 +6,7 @@ business.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, chain, repeat
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mem1.checks import InputError
+from mem1.engine.attention import AttentionMetadata, Step, find_flash_attention
 from mem1.engine.cuda_graphs import Graphs
-from mem1.engine.slots import Rows, Slots, Step
+from mem1.engine.slots import Slots
 from mem1_core.integrations.transformers import cache_shape, check_cache, check_model
 
 _GRAPH_TOKENS = 256  # captured decode steps see a multiple of this
@@ -49,6 +50,7 @@ class Engine:
         self.device = weight.device
         layers, kv_heads, head_dim = cache_shape(model.config)
         self.cache = Slots(layers, num_slots, kv_heads, head_dim, weight.dtype, self.device)
+        self._flash = find_flash_attention(self.cache.kv)
         # What a captured decode step reads: token, position and length before it, of each slot.
         self._inputs = torch.zeros(3, num_slots, dtype=torch.int64, device=self.device)
         self._graphs: Graphs | None = Graphs(self.device) if self.device.type == "cuda" else None
@@ -78,7 +80,7 @@ class Engine:
         finally:
             for slot, length in enumerate(self.cache.lengths):
                 if length:
-                    self.clear(slot)
+                    self.cache.clear(slot)
             self._busy = False
 
     def _refresh(self) -> None:
@@ -109,17 +111,17 @@ class Engine:
         self._reserve(max(lengths[row] + len(t) for row, t in zip(rows, tokens, strict=True)))
         if self._graphs is not None and max(map(len, tokens)) == 1:
             return self._decode(rows, tokens, positions, self._graphs)
-        groups = self._grouped(rows, tokens)
+        groups = self._groups(rows, tokens)
         if groups == [list(range(len(rows)))]:
-            return self._read(rows, tokens, positions)
+            return self._forward_packed(rows, tokens, positions)
         hidden = [
-            self._read(*([of_row[i] for i in group] for of_row in (rows, tokens, positions)))
+            self._forward_packed(*([of_row[i] for i in group] for of_row in (rows, tokens, positions)))
             for group in groups
         ]
         order = torch.tensor(list(chain.from_iterable(groups)), device=self.device)
         return torch.cat(hidden)[order.argsort()]
 
-    def _grouped(self, rows: list[int], tokens: list[list[int]]) -> list[list[int]]:
+    def _groups(self, rows: list[int], tokens: list[list[int]]) -> list[list[int]]:
         """Places in `rows` of each forward, those with one token before the others, else by slot."""
         order = sorted(range(len(rows)), key=lambda i: (len(tokens[i]), rows[i]))
         ones = [i for i in order if len(tokens[i]) == 1]
@@ -136,30 +138,11 @@ class Engine:
         """fp32 [.., V] of hidden states [.., H]."""
         return hidden.float() @ self.head.T
 
-    @torch.inference_mode()
-    def prune(self, keeps: Mapping[int, Tensor]) -> None:
-        """Drop the entries of slots where `keeps[slot]` (bool [its length]) is False, all in one call."""
-        self.cache.prune(keeps)
-
-    def truncate(self, slot: int, length: int) -> None:
-        """Forget all but the first `length` tokens of a slot."""
-        self.cache.truncate(slot, length)
-
-    @torch.inference_mode()
-    def move(self, source: int, target: int) -> None:
-        """Let slot `target` hold what slot `source` holds."""
-        self.cache.move(source, target)
-
-    @torch.inference_mode()
-    def clear(self, slot: int) -> None:
-        """Forget a slot and what it held, numbers that are not finite among it."""
-        self.cache.clear(slot)
-
     def _reserve(self, tokens: int) -> None:
         if self.cache.reserve(tokens) and self._graphs is not None:
             self._graphs.clear()
 
-    def _read(self, rows: list[int], tokens: list[list[int]], positions: list[list[int]]) -> Tensor:
+    def _forward_packed(self, rows: list[int], tokens: list[list[int]], positions: list[list[int]]) -> Tensor:
         """One forward over all tokens, row after row; rows with one token are the first."""
         lengths, counts = self.cache.lengths, [len(t) for t in tokens]
         begins, ones = [lengths[row] for row in rows], counts.count(1)
@@ -173,11 +156,11 @@ class Engine:
         packed = torch.tensor([list(of_token) for of_token in of_tokens])
         ids, places, slots, columns = packed.to(self.device)
         parts = [
-            Rows.of(rows[part], counts[part], ends[part], self.device)
+            AttentionMetadata.build(rows[part], counts[part], ends[part], self.device)
             for part in (slice(0, ones), slice(ones, None))
             if rows[part]
         ]
-        hidden = self._forward(ids, places, Step(self.cache.kv, self.cache.flash, slots, columns, parts))
+        hidden = self._forward(ids, places, Step(self.cache.kv, self._flash, slots, columns, parts))
         for row, end in zip(rows, ends, strict=True):
             lengths[row] = end
         if ones == len(rows):
@@ -187,11 +170,11 @@ class Engine:
     def _decode(
         self, rows: list[int], tokens: list[list[int]], positions: list[list[int]], graphs: Graphs
     ) -> Tensor:
-        """One token for each of `rows`, by a graph. Slots in between run along: they write behind their end,
+        """One token for each of `rows`, by a graph. Slots in between run along: they write past their end,
         where no query looks.
         """
         lengths, longest = self.cache.lengths, max(self.cache.lengths) + 1
-        # Every slot has a place behind its end. How much is read, and so how sums are split, follows from the
+        # Every slot has a place past its end. How much is read, and so how sums are split, follows from the
         # longest one alone, not from what the cache has held before.
         used = -(-longest // _GRAPH_TOKENS) * _GRAPH_TOKENS
         self._reserve(used)
@@ -209,17 +192,17 @@ class Engine:
         """The device's part of `_decode`: sizes are numbers, all else is read from `_inputs`."""
         tokens, positions, lengths = self._inputs[:, :span]
         slots = torch.arange(span, device=self.device)
-        part = Rows(
-            slots=slots.int(),
-            neighbours=slice(0, span),
-            counts=torch.ones_like(slots, dtype=torch.int32),
-            ends=(lengths + 1).int(),
-            used=used,
-            width=1,
-            real=None,
-            tokens=span,
+        part = AttentionMetadata(
+            cache_batch_idx=slots.int(),
+            contiguous=slice(0, span),
+            query_lens=torch.ones_like(slots, dtype=torch.int32),
+            cache_seqlens=(lengths + 1).int(),
+            max_cache_seqlen=used,
+            max_query_len=1,
+            valid=None,
+            num_tokens=span,
         )
-        step = Step(self.cache.kv, self.cache.flash, slots, lengths, [part])
+        step = Step(self.cache.kv, self._flash, slots, lengths, [part])
         return self._forward(tokens, positions, step)
 
     def _forward(self, tokens: Tensor, positions: Tensor, step: Step) -> Tensor:

@@ -1,4 +1,4 @@
-"""Questions to environments: each on a thread, with one deadline, so that nobody waits for a slow one."""
+"""Calls of foreign code: each on a thread, with one deadline, so that nobody waits for a slow one."""
 
 from __future__ import annotations
 
@@ -10,123 +10,127 @@ from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
 _Key = TypeVar("_Key", bound=Hashable)
-_Answer = TypeVar("_Answer")
+_Value = TypeVar("_Value")
 _FIRST_PAUSE_S = 0.1
-_MOST_THREADS = 256  # of the whole process: a call that hangs keeps its own
+_MAX_THREADS = 256  # of the whole process: a call that hangs keeps its own
 
 
-class Calls(Generic[_Key, _Answer]):
-    """Asks questions and hands out what became of them: an answer, or the exception that came instead.
+class CallPool(Generic[_Key, _Value]):
+    """Runs calls and hands out their results: a value, or the exception that came instead.
 
-    A question is given its deadline, on the clock of `time.monotonic`: `timeout` seconds after it was asked.
-    Not answered by then it comes to a TimeoutError. Its thread cannot be stopped: it is left alone, and what
-    it still says is dropped. All that it keeps is the question; as a daemon it does not keep the process.
+    A call is given its deadline, on the clock of `time.monotonic`: `timeout` seconds after it was submitted.
+    Not finished by then it results in a TimeoutError. Its thread cannot be stopped: it is left alone, and
+    what it still returns is dropped. All that it keeps is the call; as a daemon it does not keep the process.
     """
 
     def __init__(self, timeout: float) -> None:
         self.timeout = min(timeout, threading.TIMEOUT_MAX)
-        self._pending: dict[int, tuple[_Key, _Call[_Answer]]] = {}
-        self._answered: queue.SimpleQueue[tuple[int, _Answer | BaseException]] = queue.SimpleQueue()
-        self._asked = 0
+        self._pending: dict[int, tuple[_Key, _Call[_Value]]] = {}
+        self._finished: queue.SimpleQueue[tuple[int, _Value | BaseException]] = queue.SimpleQueue()
+        self._submitted = 0
 
     @property
-    def open(self) -> int:
-        """Questions without an outcome."""
+    def num_pending(self) -> int:
+        """Calls without a result."""
         return len(self._pending)
 
-    def ask(self, key: _Key, question: Callable[[float], _Answer], *, run_inline: bool = False) -> None:
-        """Ask for `key`. A `run_inline` question is answered here and now: no thread, no time-out."""
-        self._asked += 1
-        call = _Call(self._asked, question, time.monotonic() + self.timeout, self._answered)
+    def submit(self, key: _Key, function: Callable[[float], _Value], *, run_inline: bool = False) -> None:
+        """Call `function(deadline)`; `key` comes back with the result. With `run_inline` it is called here
+        and now: no thread, no time-out.
+        """
+        self._submitted += 1
+        call = _Call(self._submitted, function, time.monotonic() + self.timeout, self._finished)
         self._pending[call.number] = key, call
         if run_inline:
-            call.tell(call.answer())
+            call.finish(call.run())
             return
         try:
-            _THREADS.run(call)
+            _THREADS.submit(call)
         except RuntimeError as error:  # the system gives no thread
-            call.tell(RuntimeError(f"{error}; {_THREADS.hanging()} calls hang"))
+            call.finish(RuntimeError(f"{error}; {_THREADS.num_hanging()} calls hang"))
 
-    def outcomes(self, at_least: int = 0) -> list[tuple[_Key, _Answer | BaseException]]:
-        """What has come since the last time; waits until there are `at_least` so many, or all that are
-        open.
+    def collect(self, at_least: int = 0) -> list[tuple[_Key, _Value | BaseException]]:
+        """The results since the last time; waits until there are `at_least` so many, or all that are
+        pending.
         """
-        found: list[tuple[_Key, _Answer | BaseException]] = []
+        found: list[tuple[_Key, _Value | BaseException]] = []
         while self._pending:
             wait = len(found) < at_least
             nearest = min(call.deadline for _, call in self._pending.values())
-            patience = nearest - time.monotonic() if wait else 0.0
+            timeout = nearest - time.monotonic() if wait else 0.0
             try:
-                number, answer = self._answered.get(timeout=max(patience, 0.0))
+                number, result = self._finished.get(timeout=max(timeout, 0.0))
             except queue.Empty:
-                found += self._overdue()
+                found += self._expired()
                 if not wait:
                     break
                 continue
             if number in self._pending:  # else it came too late
-                found.append((self._pending.pop(number)[0], answer))
+                found.append((self._pending.pop(number)[0], result))
         return found
 
-    def _overdue(self) -> list[tuple[_Key, _Answer | BaseException]]:
+    def _expired(self) -> list[tuple[_Key, _Value | BaseException]]:
         now = time.monotonic()
         late = [number for number, (_, call) in self._pending.items() if call.deadline <= now]
-        found: list[tuple[_Key, _Answer | BaseException]] = []
+        found: list[tuple[_Key, _Value | BaseException]] = []
         for number in late:
             key, call = self._pending.pop(number)
-            call.forget()
+            call.cancel()
             error = f"no {'answer' if call.begun else 'free thread'} within {self.timeout:g} s"
             if not call.begun:
-                error += f"; {_THREADS.hanging()} calls hang, of {_THREADS.most} that may run"
+                error += f"; {_THREADS.num_hanging()} calls hang, of {_THREADS.max_threads} that may run"
             found.append((key, TimeoutError(error)))
         return found
 
 
-class _Call(Generic[_Answer]):
-    """All that a thread needs to know of a question, and all that one which hangs keeps alive."""
+class _Call(Generic[_Value]):
+    """All that a thread needs to know of a call, and all that one which hangs keeps alive."""
 
     def __init__(
         self,
         number: int,
-        question: Callable[[float], _Answer],
+        function: Callable[[float], _Value],
         deadline: float,
-        answered: queue.SimpleQueue[tuple[int, _Answer | BaseException]],
+        finished: queue.SimpleQueue[tuple[int, _Value | BaseException]],
     ) -> None:
         self.number, self.deadline, self.begun = number, deadline, False
-        self._question, self._answered = question, answered
+        self._function, self._finished = function, finished
 
-    def answer(self) -> _Answer | BaseException:
+    def run(self) -> _Value | BaseException:
         self.begun = True
-        return outcome(self._question, self.deadline)
+        return try_call(self._function, self.deadline)
 
-    def forget(self) -> None:
-        """Nobody waits any more: if no thread has begun, none will ask."""
-        self._question = _nothing
+    def cancel(self) -> None:
+        """Nobody waits any more: a thread that has not begun has nothing left to call."""
+        self._function = _nothing
 
-    def tell(self, answer: _Answer | BaseException) -> None:
-        self._answered.put((self.number, answer))
+    def finish(self, result: _Value | BaseException) -> None:
+        self._finished.put((self.number, result))
 
 
 def _nothing(deadline: float) -> Any:
-    """The question that is left where one has been forgotten."""
+    """What is left of a call that was cancelled."""
 
 
-class _Threads:
-    """At most so many daemon threads, each for one call at a time. They start when none is free, and stay."""
+class _ThreadPool:
+    """At most `max_threads` daemon threads, each for one call at a time. They start when none is free, and
+    stay.
+    """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, max_threads: int) -> None:
+        self.max_threads = max_threads
         self._lock = threading.Lock()
         self._calls: queue.SimpleQueue[_Call[Any]] = queue.SimpleQueue()
         self._running: set[_Call[Any]] = set()
         self._threads = 0
         self._free = 0  # threads without a call, less the calls that wait for one
 
-    def run(self, call: _Call[Any]) -> None:
-        """Let a thread answer `call` and tell; it may have to wait for one. RuntimeError if there is none."""
+    def submit(self, call: _Call[Any]) -> None:
+        """Let a thread run and finish `call`; it may have to wait for one. RuntimeError if there is none."""
         with self._lock:
-            if self._free <= 0 and self._threads < self.most:
+            if self._free <= 0 and self._threads < self.max_threads:
                 try:
-                    threading.Thread(target=self._serve, daemon=True, name="mem1 call").start()
+                    threading.Thread(target=self._work, daemon=True, name="mem1 call").start()
                 except RuntimeError:
                     if not self._threads:
                         raise
@@ -136,53 +140,53 @@ class _Threads:
             self._free -= 1
             self._calls.put(call)
 
-    def hanging(self) -> int:
+    def num_hanging(self) -> int:
         """Calls that run on after their deadline."""
         with self._lock:
             return sum(call.deadline <= time.monotonic() for call in self._running)
 
-    def _serve(self) -> None:
+    def _work(self) -> None:
         while True:
-            self._answer(self._calls.get())
+            self._run(self._calls.get())
 
-    def _answer(self, call: _Call[Any]) -> None:
+    def _run(self, call: _Call[Any]) -> None:
         with self._lock:
             self._running.add(call)
         late = time.monotonic() >= call.deadline  # it had to wait for a thread, and nobody waits for it now
-        answer = TimeoutError() if late else call.answer()
-        with self._lock:  # free before it is heard: the next question then finds this thread
+        result = TimeoutError() if late else call.run()
+        with self._lock:  # free before the result is known: the next call then finds this thread
             self._running.discard(call)
             self._free += 1
-        call.tell(answer)
+        call.finish(result)
 
 
-_THREADS = _Threads(_MOST_THREADS)
+_THREADS = _ThreadPool(_MAX_THREADS)
 
 
-def outcome(question: Callable[..., _Answer], *arguments: Any) -> _Answer | BaseException:
-    """The answer, or the exception in its place (cancellations and exits too; not the user's Ctrl-C)."""
+def try_call(function: Callable[..., _Value], *arguments: Any) -> _Value | BaseException:
+    """The value, or the exception in its place (cancellations and exits too; not the user's Ctrl-C)."""
     try:
-        return question(*arguments)
-    except BaseException as error:  # a world is foreign code: no error of it may lose the batch
-        # Ctrl-C comes to the main thread; elsewhere the world raised it itself.
+        return function(*arguments)
+    except BaseException as error:  # an environment is foreign code: no error of it may lose the batch
+        # Ctrl-C comes to the main thread; elsewhere the environment raised it itself.
         if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             raise
         return error
 
 
-def patiently(
-    call: Callable[[], _Answer],
+def retry(
+    function: Callable[[], _Value],
     retries: int,
     retryable: tuple[type[BaseException], ...] = (OSError,),
     deadline: float = math.inf,
-) -> _Answer:
-    """`call()`, again up to `retries` times after a `retryable` error, each time after a longer pause that is
-    over before `deadline` (on the clock of `time.monotonic`).
+) -> _Value:
+    """`function()`, again up to `retries` times after a `retryable` error, each time after a longer pause
+    that is over before `deadline` (on the clock of `time.monotonic`).
     """
     pause = _FIRST_PAUSE_S
     while True:
         try:
-            return call()
+            return function()
         except retryable:
             if retries <= 0 or time.monotonic() + pause >= deadline:
                 raise

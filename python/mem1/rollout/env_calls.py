@@ -1,7 +1,7 @@
-"""What an episode asks its environment, and what it takes for an answer.
+"""The calls of an episode to its environment, and what it accepts as their results.
 
 All that is foreign happens here: calls of the environment, checks of what they gave, the tokenizer's work on
-it. So whatever goes wrong is the outcome of one question, and ends one episode.
+it. So whatever goes wrong is the result of one call, and ends one episode.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from mem1.config import RolloutConfig
 from mem1.envs.base import Environment, ExpertAction, Observation
 from mem1.parsing.codec import Codec
-from mem1.rollout.call_pool import patiently
+from mem1.rollout.call_pool import retry
 from mem1.trajectory import FinishReason
 
 _Value = TypeVar("_Value")
@@ -29,7 +29,7 @@ _LARGEST = torch.finfo(torch.float32).max  # rewards, and their squares in the v
 
 
 class Reply(NamedTuple):
-    """What an environment says to one question of the loop."""
+    """What an environment says to one call of the loop."""
 
     tokens: list[int]  # of the prompt, or of the info that an action is answered with
     objectives: int
@@ -39,11 +39,11 @@ class Reply(NamedTuple):
     expert_tokens: list[int] | None = None  # tokens of the expert's next action
 
 
-class Questions:
-    """The questions of one episode. They may run on another thread, and one that hangs holds this object for
+class EnvironmentCalls:
+    """The calls of one episode. They may run on another thread, and one that hangs holds this object for
     ever: it knows the environment and settings, nothing of the episode.
 
-    Each takes its deadline as the last argument: no call is tried again after it.
+    Each takes its deadline as the last argument: nothing is tried again after it.
     """
 
     def __init__(self, environment: Environment, codec: Codec, config: RolloutConfig, expert: bool) -> None:
@@ -51,24 +51,24 @@ class Questions:
         self._expert_plays = expert
 
     def reset(self, seed: int, deadline: float) -> Reply:
-        text = _text("reset", self._patiently(partial(self.environment.reset, seed), deadline))
-        most = self._config.max_prompt_tokens
-        tokens = self._codec.prompt(text, most)
-        if not 0 < len(tokens) <= most:
-            raise ValueError(f"reset: expected a prompt of 1 to {most} tokens, got {reprlib.repr(text)}")
+        text = _text("reset", self._retry(partial(self.environment.reset, seed), deadline))
+        limit = self._config.max_prompt_tokens
+        tokens = self._codec.prompt(text, limit)
+        if not 0 < len(tokens) <= limit:
+            raise ValueError(f"reset: expected a prompt of 1 to {limit} tokens, got {reprlib.repr(text)}")
         objectives = _integer("objectives", self.environment.objectives)
         return Reply(tokens, objectives, expert_tokens=self._expert())
 
     def step(self, written: list[int], objectives: int, last: bool, deadline: float) -> Reply:
         """`written`: the tokens of an action without its `state` segment."""
         action = self._codec.action(written)
-        observation = self._patiently(partial(self.environment.step, action), deadline)
+        observation = self._retry(partial(self.environment.step, action), deadline)
         text, _, done = _expect("step", observation, Observation)
         text, done = _text("step: text", text), _flag("step: done", done)
         if not done and not last:
             tokens = self._codec.info(text, self._config.max_info_tokens)
             return Reply(tokens, objectives, expert_tokens=self._expert())
-        score, notes = _score(self._patiently(self.environment.score, deadline))
+        score, notes = _score(self._retry(self.environment.score, deadline))
         how = FinishReason.ANSWERED if action.kind == "answer" else FinishReason.ENVIRONMENT
         return Reply([], objectives, how if done else FinishReason.TURN_LIMIT, score, notes)
 
@@ -78,23 +78,23 @@ class Questions:
         step = self.environment.expert_action()  # type: ignore[attr-defined]
         return self._codec.expert(*_expect("expert_action", step, ExpertAction))
 
-    def _patiently(self, call: Callable[[], _Value], deadline: float) -> _Value:
+    def _retry(self, call: Callable[[], _Value], deadline: float) -> _Value:
         errors = getattr(self.environment, "retryable", (OSError,))
         sound = isinstance(errors, tuple) and all(
             isinstance(error, type) and issubclass(error, BaseException) for error in errors
         )
         if not sound:
             raise TypeError(f"retryable: expected a tuple of exception types, got {reprlib.repr(errors)}")
-        return patiently(call, self._config.env_retries, errors, deadline)
+        return retry(call, self._config.env_retries, errors, deadline)
 
 
 def _expect(what: str, value: object, kind: type[_Value]) -> _Value:
     if not isinstance(value, kind):
-        raise TypeError(f"{what}: expected {kind.__name__}, got {_told(value)}")
+        raise TypeError(f"{what}: expected {kind.__name__}, got {_describe(value)}")
     return value
 
 
-def _told(value: object) -> str:
+def _describe(value: object) -> str:
     return f"{type(value).__name__} {reprlib.repr(value)}"
 
 
@@ -112,13 +112,13 @@ def _plain(value: Any) -> Any:
 def _flag(what: str, value: object) -> bool:
     plain = _plain(value)
     if not isinstance(plain, Integral) or plain not in (0, 1):
-        raise TypeError(f"{what}: expected bool, got {_told(value)}")
+        raise TypeError(f"{what}: expected bool, got {_describe(value)}")
     return bool(plain)
 
 
 def _integer(what: str, value: object) -> int:
     if isinstance(_plain(value), bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{what}: expected int, got {_told(value)}")
+        raise TypeError(f"{what}: expected int, got {_describe(value)}")
     return operator.index(value)  # type: ignore[arg-type]
 
 
@@ -129,8 +129,8 @@ def _score(given: object) -> tuple[dict[str, float], dict[str, Any]]:
     # math.isfinite would raise for an int beyond float64.
     sound = all(-_LARGEST <= value <= _LARGEST for value in score.values())
     if not (sound and NO_SCORE.keys() <= score.keys() and abs(score["reward"]) <= math.sqrt(_LARGEST)):
-        wanted = f"numbers, finite in float32, for {', '.join(NO_SCORE)}, and a reward whose square is, too"
-        raise ValueError(f"score: expected {wanted}, got {reprlib.repr(given)}")
+        expected = f"numbers, finite in float32, for {', '.join(NO_SCORE)}, and a reward whose square is, too"
+        raise ValueError(f"score: expected {expected}, got {reprlib.repr(given)}")
     notes = {name: _note(value) for name, value in values.items() if name not in score}
     return {name: float(value) for name, value in score.items()}, notes
 

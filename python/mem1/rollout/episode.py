@@ -16,26 +16,26 @@ from torch import Tensor
 from mem1.config import RolloutConfig
 from mem1.envs.base import Environment
 from mem1.parsing.codec import Codec
-from mem1.rollout.call_pool import outcome
-from mem1.rollout.env_calls import NO_SCORE, Questions, Reply
+from mem1.rollout.call_pool import try_call
+from mem1.rollout.env_calls import NO_SCORE, EnvironmentCalls, Reply
 from mem1.seeds import derive_seed
 from mem1.trajectory import Failure, FinishReason, Trajectory
 from mem1_core.eviction import evict_from_segments
 from mem1_core.segments import Kind, Segment
 
-_MOST_TOLD = 200  # characters of an exception's message
-_DRAWN = 64  # random numbers at a time
+_MAX_MESSAGE = 200  # characters of an exception's message
+_UNIFORM_BATCH = 64  # random numbers at a time
 
 
 class Episode:
-    """One episode: its stream of tokens, and which of these the policy still has to read and may still see.
+    """One episode: its stream of tokens, which of them the policy may still see, which it is yet to be fed.
 
     Boundaries come from who wrote a token: only `write`, the policy's way in, looks at tags. What a prune
     leaves is asked of `evict_from_segments`, the table that the training mask is made of.
 
-    question: what the environment is to be asked next; `hear` gets the outcome, and until then the episode is
-    `waiting`: it may read, but not write. cached: stream index of each token in the slot, in order. unread:
-    indices to feed now; held: after the prune that is due.
+    pending_call: what the environment is to be asked next; `receive` gets the result, and until then the
+    episode is `awaiting_reply`: tokens may be fed, but none written. cached: stream index of each token in
+    the slot, in order. pending: indices to feed now; deferred: those to feed after the prune that is due.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class Episode:
         self.rollout_logprobs: list[float] = []
         self.segments: list[Segment] = []
         self.turn = 0
-        self._questions = Questions(environment, codec, config, expert)
-        self.question: Callable[[float], Reply] | None = partial(self._questions.reset, seed)
-        self.waiting = True
+        self._calls = EnvironmentCalls(environment, codec, config, expert)
+        self.pending_call: Callable[[float], Reply] | None = partial(self._calls.reset, seed)
+        self.awaiting_reply = True
         self.finish_reason: FinishReason | None = None  # while it goes on
         self.error = ""
         self.cached: list[int] = []
-        self.unread: list[int] = []
-        self.held: list[int] = []
+        self.pending: list[int] = []
+        self.deferred: list[int] = []
         self._alive: Tensor | None = None  # bool per token of the stream: a prune is due
         self._action_start = 0  # stream index
         self._state_length = 0  # tokens of this action's `state` segment, 0 before its end
@@ -76,25 +76,25 @@ class Episode:
     @property
     def run_inline(self) -> bool:
         """Whether the environment may be asked without a thread."""
-        environment = self._questions.environment
-        return outcome(lambda: bool(getattr(environment, "run_inline", False))) is True
+        environment = self._calls.environment
+        return try_call(lambda: bool(getattr(environment, "run_inline", False))) is True
 
-    def take_question(self) -> Callable[[float], Reply] | None:
-        """The question that is open, once."""
-        question, self.question = self.question, None
-        return question
+    def take_call(self) -> Callable[[float], Reply] | None:
+        """The pending call, once."""
+        call, self.pending_call = self.pending_call, None
+        return call
 
-    def hear(self, reply: Reply | BaseException) -> None:
-        """What became of the question."""
-        self.waiting = False
+    def receive(self, reply: Reply | BaseException) -> None:
+        """The result of the call that was taken."""
+        self.awaiting_reply = False
         if isinstance(reply, BaseException):
-            self.error = _described(reply)
+            self.error = _describe(reply)
             reply = Reply([], self._objectives, FinishReason.ENVIRONMENT_ERROR)
         self._objectives = reply.objectives
         if reply.finish_reason:
             self.finish_reason = reply.finish_reason
             self._score, self._notes = reply.score or self._score, reply.notes or self._notes
-            self.unread, self.held = [], []
+            self.pending, self.deferred = [], []
             return
         self._append("info" if self.turn else "prompt", reply.tokens)
         self.turn += 1
@@ -102,17 +102,17 @@ class Episode:
         self._expert_tokens = deque(reply.expert_tokens or [])
 
     def positions(self) -> list[int]:
-        """Position ids of `unread`: the stream's own, or, re-encoding, the places in the pruned context."""
+        """Position ids of `pending`: the stream's own, or, re-encoding, the places in the pruned context."""
         if self.config.regime == "carry":
-            return self.unread
-        return list(range(len(self.cached), len(self.cached) + len(self.unread)))
+            return self.pending
+        return list(range(len(self.cached), len(self.cached) + len(self.pending)))
 
-    def read(self) -> Tensor | None:
-        """`unread` has been fed. Returns which cached tokens to keep, bool [cached], if a prune is due
+    def commit_fed(self) -> Tensor | None:
+        """`pending` has been fed. Returns which cached tokens to keep, bool [cached], if a prune is due
         now.
         """
-        self.cached += self.unread
-        self.unread, self.held = self.held, []
+        self.cached += self.pending
+        self.pending, self.deferred = self.deferred, []
         if self._alive is None:
             return None
         keep = self._alive[self.cached]
@@ -123,7 +123,7 @@ class Episode:
     def uniform(self) -> float:
         """The next number of this episode's own random stream, in [0, 1)."""
         if not self._uniform:
-            self._uniform = torch.rand(_DRAWN, generator=self._generator).tolist()[::-1]
+            self._uniform = torch.rand(_UNIFORM_BATCH, generator=self._generator).tolist()[::-1]
         return self._uniform.pop()
 
     def forced(self) -> int:
@@ -140,7 +140,7 @@ class Episode:
             self.error = f"expected a finite log-prob, got {logprob}"
             self._close("query")
             return
-        self.unread = [len(self.tokens)]
+        self.pending = [len(self.tokens)]
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.rollout_logprobs.append(logprob if rollout_logprob is None else rollout_logprob)
@@ -156,8 +156,8 @@ class Episode:
             self._close("answer" if self.codec.kind(written) == "answer" else "query")
             self._boundary("info")  # before the answer is there: what leaves need not wait for it
             last = self.turn == self.config.max_turns
-            self.question = partial(self._questions.step, written, self._objectives, last)
-            self.waiting = True
+            self.pending_call = partial(self._calls.step, written, self._objectives, last)
+            self.awaiting_reply = True
 
     def trajectory(self) -> Trajectory:
         """What has happened, once it is over."""
@@ -204,7 +204,7 @@ class Episode:
         else:
             prompt = self.segments[0].length
             self.cached = self.cached[:prompt]
-            self.unread = [prompt + j for j in alive[prompt:].nonzero()[:, 0].tolist()]
+            self.pending = [prompt + j for j in alive[prompt:].nonzero()[:, 0].tolist()]
 
     def _append(self, kind: Kind, tokens: list[int]) -> None:
         begin = len(self.tokens)
@@ -212,11 +212,11 @@ class Episode:
         self.logprobs += [0.0] * len(tokens)
         self.rollout_logprobs += [0.0] * len(tokens)
         self.segments.append(Segment(kind, self.turn, len(tokens)))
-        (self.unread if self._alive is None else self.held).extend(range(begin, len(self.tokens)))
+        (self.pending if self._alive is None else self.deferred).extend(range(begin, len(self.tokens)))
 
 
-def _described(error: BaseException) -> str:
-    message = outcome(str, error)
-    told = message if isinstance(message, str) else "(it cannot be told)"
-    printable = told.encode(errors="replace").decode()
-    return f"{type(error).__name__}: {textwrap.shorten(printable, _MOST_TOLD)}"
+def _describe(error: BaseException) -> str:
+    message = try_call(str, error)
+    text = message if isinstance(message, str) else "(no message: its __str__ raised)"
+    printable = text.encode(errors="replace").decode()
+    return f"{type(error).__name__}: {textwrap.shorten(printable, _MAX_MESSAGE)}"

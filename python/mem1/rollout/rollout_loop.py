@@ -22,7 +22,7 @@ from mem1.engine.engine import Engine
 from mem1.engine.sampling import sample
 from mem1.envs.base import Environment, ExpertEnvironment
 from mem1.parsing.codec import Codec
-from mem1.rollout.call_pool import Calls, outcome
+from mem1.rollout.call_pool import CallPool, try_call
 from mem1.rollout.env_calls import Reply
 from mem1.rollout.episode import Episode
 from mem1.trajectory import Failure, FinishReason, Trajectory
@@ -77,21 +77,21 @@ def rollout(
     the limits of `config` allow more positions than the model has; ValueError if `engine` is one of another
     model, RuntimeError, at the first trajectory, if it is in use.
     """
-    waiting = deque(_Attempt(_checked_seed("seeds", seed)) for seed in seeds)
+    attempts = deque(_Attempt(_checked_seed("seeds", seed)) for seed in seeds)
     sampling_seed = _checked_seed("sampling_seed", sampling_seed)
     check_positions(model, config)
     codec = Codec(tokenizer)
     engine = engine or Engine(
-        model, max(1, min(config.num_slots, len(waiting))), config.max_num_batched_tokens
+        model, max(1, min(config.num_slots, len(attempts))), config.max_num_batched_tokens
     )
     if engine.model is not model:
         raise ValueError("engine: expected one of this model, got one of another")
     name = str(getattr(model.config, "_name_or_path", None) or "")
 
     def start(attempt: _Attempt) -> Episode:
-        world = outcome(make_environment)
+        environment = try_call(make_environment)
         episode = Episode(
-            world,  # type: ignore[arg-type]
+            environment,  # type: ignore[arg-type]
             attempt.seed,
             codec,
             config,
@@ -100,12 +100,12 @@ def rollout(
             model=name,
             failures=attempt.failures,
         )
-        if isinstance(world, BaseException):
-            episode.take_question()
-            episode.hear(world)
+        if isinstance(environment, BaseException):
+            episode.take_call()
+            episode.receive(environment)
         return episode
 
-    return _play(waiting, start, engine, config)
+    return _run(attempts, start, engine, config)
 
 
 def check_positions(model: PreTrainedModel, config: RolloutConfig) -> None:
@@ -131,85 +131,86 @@ def _checked_seed(name: str, seed: object) -> int:
     return index
 
 
-def _play(
-    waiting: deque[_Attempt], start: Callable[[_Attempt], Episode], engine: Engine, config: RolloutConfig
+def _run(
+    attempts: deque[_Attempt], start: Callable[[_Attempt], Episode], engine: Engine, config: RolloutConfig
 ) -> Iterator[Trajectory]:
     with engine.session():
-        active: list[Episode] = []
-        calls: Calls[Episode, Reply] = Calls(config.env_timeout)
-        while waiting or active:
-            # Free slots get new episodes. Slot number and place in `active` are the same thing.
-            while waiting and len(active) < min(config.num_slots, engine.num_slots):
-                active.append(start(waiting.popleft()))
-            _ask(active, calls, config)
-            _advance(active, engine, config)
-            for played in _leave(active, engine):
+        active: list[Episode] = []  # slot number and place in this list are the same thing
+        calls: CallPool[Episode, Reply] = CallPool(config.env_timeout)
+        while attempts or active:
+            # 1. Free slots get new episodes.
+            while attempts and len(active) < min(config.num_slots, engine.num_slots):
+                active.append(start(attempts.popleft()))
+            # 2. Actions go to the environments, replies come back.
+            _poll_environments(active, calls, config)
+            # 3. One forward over what is pending, the prunes that are due, one token more.
+            _step(active, engine, config)
+            # 4. Finished episodes leave; one that its environment has failed is played again later.
+            for played in _pop_finished(active, engine):
                 failed = played.finish_reason == FinishReason.ENVIRONMENT_ERROR
                 if failed and len(played.failures) < config.episode_retries:
                     failure = Failure(played.error_kind, played.turns, played.tokens.numel())
-                    waiting.append(_Attempt(played.seed, (*played.failures, failure)))
+                    attempts.append(_Attempt(played.seed, (*played.failures, failure)))
                 else:
                     yield played
 
 
-def _ask(active: list[Episode], calls: Calls[Episode, Reply], config: RolloutConfig) -> None:
-    """Ask the environments and hear those that have answered; wait for one if nobody can go on, for all if
-    that is the rule.
+def _poll_environments(active: list[Episode], calls: CallPool[Episode, Reply], config: RolloutConfig) -> None:
+    """Submit what the environments are to be asked and receive their replies; wait for one if no episode can
+    go on, for all with `synchronous`.
     """
     for episode in active:
-        question = episode.take_question()
-        if question is not None:
-            calls.ask(episode, question, run_inline=episode.run_inline)
-    stuck = not any(episode.unread or episode.finish_reason for episode in active)
-    for episode, reply in calls.outcomes(at_least=calls.open if config.synchronous else int(stuck)):
-        episode.hear(reply)
+        call = episode.take_call()
+        if call is not None:
+            calls.submit(episode, call, run_inline=episode.run_inline)
+    stuck = not any(episode.pending or episode.finish_reason for episode in active)
+    for episode, reply in calls.collect(at_least=calls.num_pending if config.synchronous else int(stuck)):
+        episode.receive(reply)
 
 
-def _advance(active: list[Episode], engine: Engine, config: RolloutConfig) -> None:
-    """Feed what is unread, prune where a prune is due, and let those write a token that have read all there
-    is.
-    """
-    rows = [row for row, episode in enumerate(active) if episode.unread]
+def _step(active: list[Episode], engine: Engine, config: RolloutConfig) -> None:
+    """Feed what is pending, prune where a prune is due, and sample a token for those with nothing pending."""
+    rows = [row for row, episode in enumerate(active) if episode.pending]
     if engine.captures:  # one token for each row costs little: who has more waits until many have
-        short = [row for row in rows if len(active[row].unread) == 1]
+        short = [row for row in rows if len(active[row].pending) == 1]
         if len(rows) - len(short) < _MANY * len(rows):
             rows = short
     if not rows:
         return
     batch = [active[row] for row in rows]
-    tokens = [[episode.tokens[j] for j in episode.unread] for episode in batch]
+    tokens = [[episode.tokens[j] for j in episode.pending] for episode in batch]
     hidden = engine.feed(rows, tokens, [episode.positions() for episode in batch])
-    keeps = {row: episode.read() for row, episode in zip(rows, batch, strict=True)}
-    engine.prune({row: keep for row, keep in keeps.items() if keep is not None})
+    keeps = {row: episode.commit_fed() for row, episode in zip(rows, batch, strict=True)}
+    engine.cache.prune({row: keep for row, keep in keeps.items() if keep is not None})
 
-    ready = [i for i, episode in enumerate(batch) if not episode.unread and not episode.waiting]
+    ready = [i for i, episode in enumerate(batch) if not episode.pending and not episode.awaiting_reply]
     if not ready:
         return
     uniform = torch.tensor([batch[i].uniform() for i in ready])
     forced = torch.tensor([batch[i].forced() for i in ready])
     logits = engine.logits(hidden if len(ready) == len(rows) else hidden[ready])
-    chosen = sample(logits, uniform, forced, config)
-    drawn = [None] * len(ready) if chosen.rollout_logprobs is None else chosen.rollout_logprobs.tolist()
-    columns = ready, chosen.tokens.tolist(), chosen.logprobs.tolist(), drawn
+    sampled = sample(logits, uniform, forced, config)
+    rollout = [None] * len(ready) if sampled.rollout_logprobs is None else sampled.rollout_logprobs.tolist()
+    columns = ready, sampled.tokens.tolist(), sampled.logprobs.tolist(), rollout
     for i, token, logprob, rollout_logprob in zip(*columns, strict=True):
-        held = len(batch[i].cached)
+        cached = len(batch[i].cached)
         batch[i].write(token, logprob, rollout_logprob)
-        if len(batch[i].cached) < held:  # to encode anew, behind the prompt
-            engine.truncate(rows[i], len(batch[i].cached))
+        if len(batch[i].cached) < cached:  # what is still seen of this turn is encoded again
+            engine.cache.truncate(rows[i], len(batch[i].cached))
 
 
-def _leave(active: list[Episode], engine: Engine) -> Iterator[Trajectory]:
+def _pop_finished(active: list[Episode], engine: Engine) -> Iterator[Trajectory]:
     """Finished episodes leave; the last row takes the free slot."""
     for row in reversed(range(len(active))):
         if active[row].finish_reason:
             if active[row].finish_reason == FinishReason.POLICY_ERROR:
-                engine.clear(row)
+                engine.cache.clear(row)
             yield active[row].trajectory()
             last = active.pop()
             if row < len(active):
-                engine.move(len(active), row)
+                engine.cache.move(len(active), row)
                 active[row] = last
-            engine.truncate(len(active), 0)
+            engine.cache.truncate(len(active), 0)
 
 
 def play_expert(
@@ -225,11 +226,11 @@ def play_expert(
     for seed in seeds:
         episode = Episode(make_environment(), seed, codec, config, expert=True)
         while not episode.finish_reason:
-            question = episode.take_question()
-            if question is not None:
-                episode.hear(outcome(question, inf))
+            call = episode.take_call()
+            if call is not None:
+                episode.receive(try_call(call, inf))
                 continue
-            while episode.unread:
-                episode.read()
+            while episode.pending:
+                episode.commit_fed()
             episode.write(episode.forced(), 0.0)
         yield episode.trajectory()

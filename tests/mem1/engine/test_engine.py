@@ -51,7 +51,7 @@ def test_pruning_is_masking_by_evict(make_model):
     engine = Engine(model, num_slots=2)
     engine.feed([1], [tokens[:12]], [list(range(12))])
     keep = torch.tensor([j % 3 != 1 for j in range(12)])
-    engine.prune({1: keep})
+    engine.cache.prune({1: keep})
     assert engine.cache.lengths == [0, 8]
     hidden = engine.feed([1], [tokens[12:]], [list(range(12, 20))])[0]
     evict = [20 if k else 12 for k in keep.tolist()] + [20] * 8
@@ -65,8 +65,8 @@ def test_move_and_truncate(make_model):
     tokens = torch.randint(11, 200, (9,), generator=torch.Generator().manual_seed(3)).tolist()
     engine = Engine(model, num_slots=3)
     engine.feed([0, 2], [tokens[:4], tokens[:8]], [list(range(4)), list(range(8))])
-    engine.move(2, 0)
-    engine.truncate(0, 6)
+    engine.cache.move(2, 0)
+    engine.cache.truncate(0, 6)
     assert engine.cache.lengths == [6, 0, 8]
     hidden = engine.feed([0], [tokens[6:]], [[6, 7, 8]])[0]
     torch.testing.assert_close(
@@ -78,7 +78,7 @@ def test_prune_names_a_wrong_shape(make_model):
     engine = Engine(make_model(), num_slots=1)
     engine.feed([0], [[11, 12, 13]], [[0, 1, 2]])
     with pytest.raises(ValueError, match=r"keep: expected shape \[3\], the length of slot 0, got \[4\]"):
-        engine.prune({0: torch.ones(4, dtype=torch.bool)})
+        engine.cache.prune({0: torch.ones(4, dtype=torch.bool)})
 
 
 def test_sliding_windows_are_refused(make_model):
@@ -175,7 +175,7 @@ def test_what_lies_behind_a_length_is_not_read(make_model):
         hidden = engine.feed([0], [tokens[n : n + 1]], [[n]])[0]
     expected = whole_forward(model, tokens, list(range(4)), [4] * 4)[-1]
     torch.testing.assert_close(hidden, expected, atol=2e-4, rtol=1e-4)
-    engine.clear(0)
+    engine.cache.clear(0)
     assert engine.cache.kv.isfinite().all() and engine.cache.lengths == [0]
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from mem1.config import RolloutConfig
-from mem1.engine import slots
 from mem1.engine.cuda_graphs import Graphs
 from mem1.engine.engine import Engine
 from mem1.envs.toy.multihop import MultiHopEnv
@@ -47,11 +46,11 @@ def test_a_captured_step_is_the_eager_one(make_model, monkeypatch):
         if step % 20 == 10:
             keep = torch.arange(eager.cache.lengths[2]) % 7 > 0
             for engine in (graphed, eager):
-                engine.prune({2: keep})
+                engine.cache.prune({2: keep})
         if step == 50:
             for engine in (graphed, eager):
-                engine.move(5, 4)
-                engine.truncate(5, 100)
+                engine.cache.move(5, 4)
+                engine.cache.truncate(5, 100)
     assert len(captured) >= 4
     assert graphed.cache.lengths == eager.cache.lengths
 
@@ -64,7 +63,7 @@ def test_parity(make_model, tokenizer, monkeypatch, attention, dtype, regime, ba
     if attention == "flash" and dtype == torch.float32:
         pytest.skip("flash-attn takes bfloat16 and float16")
     if attention == "sdpa":
-        monkeypatch.setattr(slots, "flash_attention", lambda kv: None)
+        monkeypatch.setattr("mem1.engine.engine.find_flash_attention", lambda kv: None)
     model = make_model(dtype).cuda()
     config = RolloutConfig(num_slots=batch, regime=regime, max_turns=12)
     seeds = range(4 if batch == 1 else 64)

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mem1.engine import slots
-from mem1.engine.slots import Rows, Slots, Step
+from mem1.engine import attention, slots
+from mem1.engine.attention import AttentionMetadata, Step, find_flash_attention
+from mem1.engine.slots import Slots
 
 
 def filled(lengths: list[int], capacity: int = 24) -> Slots:
@@ -94,17 +95,17 @@ def transposed_sdpa(query, key, value, **settings):
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def attend_like_a_gpu(monkeypatch, parts: list[Rows], flash: bool) -> None:
-    """Let `Rows.attend` go the way it goes on a GPU, on the CPU."""
-    monkeypatch.setattr(slots, "scaled_dot_product_attention", transposed_sdpa)
+def attend_like_a_gpu(monkeypatch, parts: list[AttentionMetadata], flash: bool) -> None:
+    """Let `AttentionMetadata.attend` go the way it goes on a GPU, on the CPU."""
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", transposed_sdpa)
 
-    def attention(query, k_cache, v_cache, cache_seqlens, *, cache_batch_idx, query_lens, scale):
-        (part,) = (part for part in parts if part.slots is cache_batch_idx)
+    def cached(query, k_cache, v_cache, cache_seqlens, *, cache_batch_idx, query_lens, scale):
+        (part,) = (part for part in parts if part.cache_batch_idx is cache_batch_idx)
         if flash:
             return part._flash(documented_flash, query, k_cache, v_cache, scale)
         return part._sdpa(query, k_cache, v_cache, scale)
 
-    monkeypatch.setattr(slots, "cached_attention", attention)
+    monkeypatch.setattr(attention, "cached_attention", cached)
 
 
 @pytest.mark.parametrize("backend", ["op", "sdpa", "flash"])
@@ -120,7 +121,7 @@ def test_a_step_stores_and_attends(monkeypatch, backend, rows, counts):
     ends = [cache.lengths[row] + count for row, count in zip(rows, counts, strict=True)]
     ones = counts.count(1)
     parts = [
-        Rows.of(rows[part], counts[part], ends[part], torch.device("cpu"))
+        AttentionMetadata.build(rows[part], counts[part], ends[part], torch.device("cpu"))
         for part in (slice(0, ones), slice(ones, None))
         if rows[part]
     ]
@@ -135,15 +136,15 @@ def test_a_step_stores_and_attends(monkeypatch, backend, rows, counts):
     assert torch.equal(cache.kv[0, :, where, columns], torch.stack([key, value]))
 
 
-def test_neighbours_are_named_by_a_slice():
+def test_slots_that_follow_one_another_are_named_by_a_slice():
     for rows, expected in (([1, 2], slice(1, 3)), ([4], slice(4, 5)), ([0, 2], None), ([2, 1], None)):
         ones = [1] * len(rows)
-        assert Rows.of(rows, ones, ones, torch.device("cpu")).neighbours == expected
+        assert AttentionMetadata.build(rows, ones, ones, torch.device("cpu")).contiguous == expected
 
 
 def test_flash_attention_is_for_half_precision_on_a_gpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_with_kvcache=documented_flash))
-    monkeypatch.setattr(slots.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
     for device, dtype, dim, taken in [
         ("cuda", torch.bfloat16, 128, True),
         ("cuda", torch.float16, 256, True),
@@ -152,7 +153,7 @@ def test_flash_attention_is_for_half_precision_on_a_gpu(monkeypatch):
         ("cpu", torch.bfloat16, 128, False),
     ]:
         kv = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(2, 2, 4, 8, 2, dim))
-        assert (slots.flash_attention(kv) is documented_flash) == taken
+        assert (find_flash_attention(kv) is documented_flash) == taken
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(cute=None))  # the fourth generation alone
     kv = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(2, 2, 4, 8, 2, 128))
-    assert slots.flash_attention(kv) is None
+    assert find_flash_attention(kv) is None

@@ -15,7 +15,7 @@ from mem1.engine.engine import Engine
 from mem1.envs.base import Action, Observation
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.parsing.codec import Codec
-from mem1.rollout.call_pool import Calls
+from mem1.rollout.call_pool import CallPool
 from mem1.rollout.rollout_loop import rollout
 
 CONFIG = RolloutConfig(
@@ -115,7 +115,7 @@ def sound(make_model, tokenizer):
         (Hangs, "TimeoutError: no answer within 0.3 s"),
         (Surrogate, "UnicodeEncodeError: "),
         (Leaves, "SystemExit: 3"),
-        (Speechless, "Unspeakable: (it cannot be told)"),
+        (Speechless, "Unspeakable: (no message: its __str__ raised)"),
         (Verbose, "ValueError: far too much far"),
     ],
 )
@@ -359,9 +359,11 @@ def test_what_is_no_environment_is_an_error_of_its_episode(make_model, tokenizer
         assert torch.equal(played[seed].tokens, sound[seed].tokens)
 
 
-def test_no_call_is_left_without_an_outcome(make_model, tokenizer, monkeypatch):
-    seen: list[Calls] = []
-    init = Calls.__init__
-    monkeypatch.setattr(Calls, "__init__", lambda self, timeout: (seen.append(self), init(self, timeout))[1])
+def test_no_call_is_left_without_a_result(make_model, tokenizer, monkeypatch):
+    seen: list[CallPool] = []
+    init = CallPool.__init__
+    monkeypatch.setattr(
+        CallPool, "__init__", lambda self, timeout: (seen.append(self), init(self, timeout))[1]
+    )
     play(make_model, tokenizer, Raises, expert=False)
     assert len(seen) == 1 and not seen[0]._pending

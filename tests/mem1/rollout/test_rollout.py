@@ -18,7 +18,7 @@ from mem1.engine.engine import Engine
 from mem1.envs.base import Action, Observation
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.parsing.codec import Codec
-from mem1.rollout.call_pool import outcome
+from mem1.rollout.call_pool import try_call
 from mem1.rollout.episode import Episode
 from mem1.rollout.rollout_loop import check_positions, play_expert, rollout
 from mem1.trajectory import Trajectory
@@ -29,9 +29,9 @@ CONFIG = RolloutConfig(num_slots=4, max_action_tokens=24, max_turns=6, env_retri
 
 def settle(episode: Episode) -> Episode:
     """Ask the environment what is open."""
-    question = episode.take_question()
-    if question is not None:
-        episode.hear(outcome(question, inf))
+    call = episode.take_call()
+    if call is not None:
+        episode.receive(try_call(call, inf))
     return episode
 
 
@@ -119,8 +119,8 @@ def test_the_cache_holds_what_the_table_says(tokenizer, regime, prune):
     episode = Episode(MultiHopEnv(4), 3, Codec(tokenizer), config, expert=True)
     held: list[list[int]] = []
     while not settle(episode).finish_reason:
-        while episode.unread:
-            episode.read()
+        while episode.pending:
+            episode.commit_fed()
         held.append(sorted(episode.cached))
         episode.write(episode.forced(), 0.0)
     trajectory = episode.trajectory()
