@@ -61,7 +61,7 @@ spread() { pytest_ tests -n 8 --dist worksteal --max-worker-restart 40 -m "$1"; 
 bench() { python3 -m pytest "bench/bench_$1.py" -p no:cacheprovider --benchmark -k gpu --benchmark-out="$out/bench.json"; }
 
 build() {
-  local capability arch built=(mem1_core/_C.*.so mem1_core/lib mem1_core/include)
+  local capability arch
   command -v nvcc >/dev/null || { echo "build: expected nvcc on PATH or in /usr/local/cuda/bin, found none"; return 1; }
   capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
   if [ "$capability" = 90 ]; then arch=90a; else arch=$capability; fi  # wgmma is in 90a alone
@@ -77,7 +77,7 @@ built = mem1_core.cuda_architectures()
 assert built == sys.argv[1], f"built for {built!r}, expected {sys.argv[1]!r}"
 print("built for", built)
 PYTHON
-  tar czf "$out/built.tgz" "${built[@]}"
+  tar czf "$out/built.tgz" mem1_core/_C.*.so mem1_core/lib mem1_core/include
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
   python3 bench/ledger.py
 }

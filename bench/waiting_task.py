@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from mem1.config import ModelConfig, PPOConfig, RolloutConfig, WarmStartConfig
+from mem1.envs.toy.curriculum import Curriculum
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.envs.toy.tokenizer import build_tokenizer
 from mem1.evaluation.evaluation_loop import evaluate
@@ -42,20 +43,21 @@ def measured(steps: int, episodes: int) -> dict[str, float]:
     """Seconds of each kind of work."""
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, ModelConfig())
-    warm = warm_start(model, tokenizer, WarmStartConfig(steps=steps + 2))
+    draw = Curriculum(tokenizer.get_vocab(), {"objectives": (1, 4)})
+    warm = warm_start(model, WarmStartConfig(steps=steps + 2), draw)
     list(islice(warm, 2))
     found = {"warm start": seconds(lambda: list(warm)) / steps}
 
     ppo = PPO(model, build_critic(model), None, PPOConfig(kl_coef=0.0, critic_only_updates=0), "carry")
-    world = partial(MultiHopEnv, (1, 4))
+    make = partial(MultiHopEnv, (1, 4))
 
     def update() -> None:
-        played = list(rollout(model.eval(), tokenizer, world, range(episodes), LIMITS))
+        played = list(rollout(model.eval(), tokenizer, make, range(episodes), LIMITS))
         ppo.update(played, torch.Generator().manual_seed(0))
 
     found["PPO update"] = seconds(update)
     found["evaluation"] = seconds(
-        lambda: evaluate(model, tokenizer, LIMITS, agent="", objectives=(2,), episodes=episodes)
+        lambda: evaluate(model, tokenizer, LIMITS, MultiHopEnv, agent="", objectives=2, episodes=episodes)
     )
     return found
 

@@ -84,7 +84,7 @@ def pytest_configure(config):
 """
 # What the tool chain would do, and what it says.
 TOOLS = {
-    "cmake": "echo cmake $*",
+    "cmake": "echo cmake $*; touch mem1_core/_C.fake.so",
     "nvcc": "",
     "nvidia-smi": 'case $1 in *compute_cap*) echo 9.0;; *) echo "NVIDIA Fake, 1.0, 80 GiB";; esac',
     "compute-sanitizer": 'while [ "$1" != python3 ]; do shift; done; "$@"',
@@ -122,7 +122,6 @@ def faked(tmp_path: Path) -> Path:
         "tests/test_smoke_gpu.py": TESTS,
         "pytest.ini": "[pytest]\nmarkers =\n  gpu\n  smoke\n  memory\n",
         "mem1_core/__init__.py": PACKAGE,
-        "mem1_core/_C.fake.so": "",
     }
     files |= {f"bin/{name}": f"#!/bin/sh\n{command}\n" for name, command in TOOLS.items()}
     for name, text in files.items():

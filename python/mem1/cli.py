@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,7 +29,9 @@ from mem1.config import (
     WarmStartConfig,
 )
 from mem1.demo import demo
+from mem1.engine.engine import Engine
 from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.envs.toy.training import toy_training
 from mem1.evaluation.evaluation_loop import OBJECTIVES, Result, evaluate, table
 from mem1.io import perhaps_unread, whole_file
 from mem1.rollout.rollout_loop import check_positions, rollout
@@ -74,9 +77,7 @@ def _train(options: argparse.Namespace, progress: Progress) -> None:
     config = TrainConfig(
         max_updates=options.max_updates,
         batch_size=options.batch_size,
-        objectives=options.objectives,
-        hops=options.hops,
-        passage_tokens=options.passage_tokens,
+        environment=_environment(options),
         save_every=options.save_every,
         keep=options.keep,
         device=options.device,
@@ -92,6 +93,7 @@ def _train(options: argparse.Namespace, progress: Progress) -> None:
         train(
             config,
             options.out,
+            **toy_training(config),
             init=options.init,
             resume=options.resume,
             overwrite=options.overwrite,
@@ -104,11 +106,7 @@ def _train(options: argparse.Namespace, progress: Progress) -> None:
 
 
 def _eval(options: argparse.Namespace, progress: Progress) -> None:
-    def make_environment(n: int) -> MultiHopEnv:
-        return MultiHopEnv(n, options.hops, options.passage_tokens)
-
-    for n in options.objectives:
-        make_environment(n)  # one that is out of range fails before any work
+    makers = {n: _maker(options, n) for n in options.objectives}
     configs = {n: _rollout_config(options, n) for n in options.objectives}
     prunes: list[tuple[str, EvictionPolicy]] = [("MEM1", options.prune), ("full context", "never")]
     if options.truncate is not None:
@@ -116,22 +114,25 @@ def _eval(options: argparse.Namespace, progress: Progress) -> None:
     model, tokenizer = _load(options, progress)
     for config in configs.values():
         check_positions(model, replace(config, prune="never"))  # of all rows before the first one
+    slots = min(options.num_slots, options.episodes)
+    engine = Engine(model, slots, RolloutConfig.max_num_batched_tokens)
     results: list[Result] = []
     for agent, prune in prunes:
         trajectories: list[Trajectory] = []
         for n, config in configs.items():
-            rows, played = evaluate(
+            row, played = evaluate(
                 model,
                 tokenizer,
                 replace(config, prune=prune),
+                makers[n],
                 agent=agent,
-                objectives=(n,),
+                objectives=n,
                 episodes=options.episodes,
                 seed=options.seed,
-                make_environment=make_environment,
+                engine=engine,
                 progress=progress,
             )
-            results += rows
+            results.append(row)
             trajectories += played
         progress.log(f"{agent}: sampled and recomputed log-probs")
         progress.log(table([parity(model, trajectories, options.regime, options.temperature)]))
@@ -140,10 +141,7 @@ def _eval(options: argparse.Namespace, progress: Progress) -> None:
 
 
 def _rollout(options: argparse.Namespace, progress: Progress) -> None:
-    def make_environment() -> MultiHopEnv:
-        return MultiHopEnv(options.objectives, options.hops, options.passage_tokens)
-
-    make_environment()  # one that is out of range fails before any work
+    make_environment = _maker(options, options.objectives)
     config = _rollout_config(options, options.objectives[1])
     seeds = range(options.seed, options.seed + options.episodes)
     require(seeds[-1] < LARGEST, "seed", "one whose last episode is below 2**53", options.seed)
@@ -226,10 +224,25 @@ def _check_writable(folder: Path) -> None:
         ) from None
 
 
+def _environment(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "objectives": options.objectives,
+        "hops": options.hops,
+        "passage_tokens": options.passage_tokens,
+    }
+
+
+def _maker(options: argparse.Namespace, objectives: int | tuple[int, int]) -> Callable[[], MultiHopEnv]:
+    """Makes the environment of the options; InputError, before any work, if one is out of its range."""
+    make = partial(MultiHopEnv, **_environment(options) | {"objectives": objectives})
+    make()
+    return make
+
+
 def _rollout_config(options: argparse.Namespace, objectives: int) -> RolloutConfig:
     """The settings of the sampler for episodes of at most that many objectives.
 
-    Limits that were not given leave room for the world: a whole passage, and twice the turns of the expert.
+    Limits that were not given leave room: for a whole passage, and for twice the turns of the expert.
     They leave no more than that: a model has to have a position for every token that they allow.
     """
     default = RolloutConfig()
@@ -265,7 +278,7 @@ def _parser() -> argparse.ArgumentParser:
             name,
             help=text,
             description=text,
-            parents=[] if run is _demo else [_world(), _sampling()],
+            parents=[] if run is _demo else [_environment_options(), _sampling_options()],
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         new.set_defaults(run=run)
@@ -280,7 +293,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--init", type=Path, help="checkpoint to start PPO from, without a warm start")
     add("--resume", action="store_true", help="go on in --out, with the options of that run")
     add("--overwrite", action="store_true", help="begin anew in an --out that has a run")
-    add("--objectives", type=_interval, default=config.objectives, help="questions per episode: 2 or 1-4")
+    add("--objectives", type=_interval, default=(1, 4), help="questions per episode: 2 or 1-4")
     add("--max-updates", type=int, default=config.max_updates, help="PPO updates")
     add("--batch-size", type=_positive, default=config.batch_size, help="episodes per update")
     add("--warmstart-steps", type=int, help=f"supervised steps; None: {config.warmstart.steps}")
@@ -322,15 +335,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _world() -> argparse.ArgumentParser:
+def _environment_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
-    add = parser.add_argument_group("world").add_argument
+    add = parser.add_argument_group("environment").add_argument
     add("--hops", type=_positive, default=2, help="relations to follow per question")
     add("--passage-tokens", type=int, default=0, help="length of an answer to a query; 0: bare answer")
     return parser
 
 
-def _sampling() -> argparse.ArgumentParser:
+def _sampling_options() -> argparse.ArgumentParser:
     default = RolloutConfig()
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument_group("sampling").add_argument

@@ -30,11 +30,6 @@ def _check_prune(prune: EvictionPolicy) -> None:
         raise InputError(str(error)) from None
 
 
-def _check_objectives(value: Any) -> None:
-    pair = isinstance(value, tuple) and len(value) == 2 and all(type(n) is int for n in value)
-    require(pair and 1 <= value[0] <= value[1], "objectives", "1 <= least <= most", value)
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     """A small decoder of the Qwen2 architecture with random weights."""
@@ -129,11 +124,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class WarmStartConfig:
-    """Supervised steps on expert trajectories before PPO.
-
-    In a training run the world and the layout are those of the run: `train` sets objectives, hops,
-    passage_tokens, regime and prune.
-    """
+    """Supervised steps on expert trajectories before PPO."""
 
     steps: int = 2000
     batch_tokens: int = 1536
@@ -141,24 +132,16 @@ class WarmStartConfig:
     warmup_steps: int = 50
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    auxiliary_fraction: float = 0.4  # share of copy and dictionary look-up sequences, at the start
+    auxiliary_fraction: float = 0.4  # share of copy and look-up exercises, at the start
     save_every: int = 500  # steps
-    objectives: tuple[int, int] = (1, 4)  # least and most questions of one episode
-    hops: int = 2
-    passage_tokens: int = 0
-    regime: Regime = "carry"  # the layout that is trained on: that of the rollouts to come
-    prune: EvictionPolicy = "action"
 
     def __post_init__(self) -> None:
-        require_integers(self, "steps warmup_steps passage_tokens", 0)
-        require_integers(self, "batch_tokens hops save_every", 1)
+        require_integers(self, "steps warmup_steps", 0)
+        require_integers(self, "batch_tokens save_every", 1)
         require_numbers(self, "max_grad_norm", above=True)
         require_numbers(self, "learning_rate", 0.0, 1.0, above=True)
         require_numbers(self, "weight_decay")
         require_numbers(self, "auxiliary_fraction", 0.0, 1.0)
-        require_choice(self, "regime", get_args(Regime))
-        _check_prune(self.prune)
-        _check_objectives(self.objectives)
 
 
 @dataclass(frozen=True)
@@ -210,9 +193,7 @@ class TrainConfig:
 
     max_updates: int = 100  # PPO updates
     batch_size: int = 64  # trajectories of one update
-    objectives: tuple[int, int] = (1, 4)  # least and most questions of one episode
-    hops: int = 2
-    passage_tokens: int = 0
+    environment: dict[str, Any] = field(default_factory=dict)  # what it is made with, kept with the run
     save_every: int = 20  # updates
     keep: int = 2  # checkpoints: the newest ones, and the best
     max_failed: float = 0.5  # share of a batch's episodes that may fail for good before the run stops
@@ -225,16 +206,12 @@ class TrainConfig:
     ppo: PPOConfig = field(default_factory=PPOConfig)
 
     def __post_init__(self) -> None:
-        require_integers(self, "batch_size hops save_every keep", 1)
-        require_integers(self, "max_updates passage_tokens", 0)
+        require_integers(self, "batch_size save_every keep", 1)
+        require_integers(self, "max_updates", 0)
         require_integers(self, "seed", 0, LARGEST - 1)
         require_numbers(self, "max_failed", 0.0, 1.0)
         require(isinstance(self.device, str), "device", "'auto' or the name of a torch device", self.device)
         if self.threads is not None:
             require_integers(self, "threads", 1, 4096)
+        require(isinstance(self.environment, dict), "environment", "a dict of arguments", self.environment)
         require(not self.rollout.greedy, "greedy", "False in training, which learns from samples", True)
-        _check_objectives(self.objectives)
-
-    def environment(self) -> dict[str, Any]:
-        """Keyword arguments of the training environment."""
-        return {"objectives": self.objectives, "hops": self.hops, "passage_tokens": self.passage_tokens}

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from mem1.checks import InputError
 from mem1.config import EvictionPolicy, Regime, RolloutConfig, TrainConfig, WarmStartConfig
 from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.envs.toy.training import toy_training
 from mem1.evaluation.evaluation_loop import (
     OBJECTIVES,
     Result,
@@ -70,7 +72,9 @@ def demo(
     say(f"{config.warmstart.steps} steps and {config.max_updates} updates, however fast this machine is")
     if not quick:
         say("two idle cores of a server take about five minutes for all four parts")
-    model, tokenizer, _ = train(config, out / "train", overwrite=overwrite, progress=progress)
+    model, tokenizer, _ = train(
+        config, out / "train", **toy_training(config), overwrite=overwrite, progress=progress
+    )
 
     title("2/4 the trained policy, greedy: MEM1 against the same weights with everything kept in context,")
     say("which in training they never saw; trained on 1 to 8 objectives")
@@ -84,17 +88,18 @@ def demo(
             limits = replace(
                 config.rollout, prune=prune, greedy=True, max_turns=2 * n + 4, max_action_tokens=8 * n + 24
             )
-            rows, trajectories = evaluate(
+            row, trajectories = evaluate(
                 model,
                 tokenizer,
                 limits,
+                partial(MultiHopEnv, n),
                 agent=agent,
-                objectives=(n,),
+                objectives=n,
                 episodes=4 if quick else 16,
                 seed=seed,
                 progress=progress,
             )
-            results += rows
+            results.append(row)
             lines += [json.dumps({"agent": agent, **trajectory.to_dict()}) for trajectory in trajectories]
     with whole_file(out / "trajectories.jsonl") as file:
         file.write("\n".join(lines) + "\n")
@@ -118,7 +123,9 @@ def demo(
     plot_peaks(expert, out / "peak_tokens.png")
     plot_peaks(results, out / "peak_tokens_trained.png")
     plot_learning(out / "train" / METRICS, out / "learning_curve.png")
-    _, shown = evaluate_expert(tokenizer, config.rollout, agent="MEM1", objectives=(4,), episodes=1)
+    _, shown = evaluate_expert(
+        tokenizer, config.rollout, partial(MultiHopEnv, 4), agent="MEM1", objectives=4, episodes=1
+    )
     plot_trajectory(shown[0], out / "trajectory_mask.png")
     title(f"done. Plots, tables and trajectories are in {out.resolve()}")
 
@@ -128,7 +135,7 @@ def demo_config(quick: bool, seed: int) -> TrainConfig:
     return TrainConfig(
         max_updates=2 if quick else 12,
         batch_size=8 if quick else 64,
-        objectives=(1, 8),
+        environment={"objectives": (1, 8)},
         seed=seed,
         rollout=RolloutConfig(num_slots=64, max_action_tokens=96, max_turns=20),
         warmstart=WarmStartConfig(steps=30 if quick else 1000),
@@ -143,10 +150,11 @@ def expert_results(tokenizer: PreTrainedTokenizerBase, config: RolloutConfig) ->
     for passage in (0, PASSAGE):
         for agent, prune in AGENTS:
             name = f"{agent}, expert" + (f", {PASSAGE}-token passages" if passage else "")
-            rows, _ = evaluate_expert(
-                tokenizer, replace(config, prune=prune), agent=name, passage_tokens=passage, episodes=2
-            )
-            results += rows
+            rules = replace(config, prune=prune)
+            for n in OBJECTIVES:
+                make = partial(MultiHopEnv, n, passage_tokens=passage)
+                row, _ = evaluate_expert(tokenizer, rules, make, agent=name, objectives=n, episodes=2)
+                results.append(row)
     return results
 
 

@@ -67,9 +67,7 @@ def test_the_settings_of_a_training_run(trained, tmp_path):
     assert config == TrainConfig(
         max_updates=7,
         batch_size=5,
-        objectives=(2, 6),
-        hops=1,
-        passage_tokens=600,
+        environment={"objectives": (2, 6), "hops": 1, "passage_tokens": 600},
         save_every=3,
         keep=4,
         device="cpu",
@@ -81,7 +79,8 @@ def test_the_settings_of_a_training_run(trained, tmp_path):
         ppo=PPOConfig(actor_lr=1e-5, critic_lr=1e-4, kl_coef=0.0),
     )
     assert where == out and not out.exists()
-    rest.pop("progress")
+    given = {name: rest.pop(name) for name in ("make_environment", "tokenizer", "draw_example", "progress")}
+    assert given["make_environment"]().passage_tokens == 600 and given["draw_example"].prune == "state"
     assert rest == {"init": None, "resume": False, "overwrite": False}
     assert main(["train", "--out", str(out), "--resume"]) == 0
     assert main(["train", "--out", str(out), "--overwrite", "--init", "there"]) == 0
@@ -94,7 +93,9 @@ def test_the_settings_of_a_training_run(trained, tmp_path):
 def test_the_defaults_are_those_of_the_config(trained):
     assert main(["train"]) == 0
     ((config, out, _),) = trained
-    assert config == TrainConfig(rollout=RolloutConfig(max_info_tokens=64)) and out == Path("runs/train")
+    environment = {"objectives": (1, 4), "hops": 2, "passage_tokens": 0}
+    rollout = RolloutConfig(max_info_tokens=64)
+    assert config == TrainConfig(environment=environment, rollout=rollout) and out == Path("runs/train")
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_the_defaults_are_those_of_the_config(trained):
         (["--prune", "-5"], "tokens >= 1, got '-5'"),
         (["--prune", "0.5"], "tokens >= 1, got '0.5'"),
         (["--prune", "sometimes"], "tokens >= 1, got 'sometimes'"),
-        (["--objectives", "3-2"], "objectives: expected 1 <= least <= most, got (3, 2)"),
+        (["--objectives", "3-2"], "objectives: expected a number or an interval within 1..16, got (3, 2)"),
     ],
 )
 def test_a_setting_out_of_range_is_one_line(capsys, tmp_path, trained, arguments, message):

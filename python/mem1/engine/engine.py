@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mem1.checks import InputError
-from mem1.engine.attention import AttentionMetadata, Step, find_flash_attention
 from mem1.engine.cuda_graphs import Graphs
+from mem1.engine.slot_attention import AttentionMetadata, Step, find_flash_attention
 from mem1.engine.slots import Slots
 from mem1_core.integrations.transformers import cache_shape, check_cache, check_model
 

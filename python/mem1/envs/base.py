@@ -1,4 +1,4 @@
-"""What the loop asks of a world: text in, text out, a reward at the end.
+"""What the loop asks of an environment: text in, text out, a reward at the end.
 
 An environment never sees tokens. The engine cuts the policy's tokens into actions, so a tag that occurs
 *inside* a text, on either side, is only a word: boundaries come from who wrote a token, never from matching
@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 from mem1.parsing.action import Action
+from mem1_core.eviction import EvictionPolicy
+from mem1_core.segments import Segment
 
 
 class Observation(NamedTuple):
@@ -27,6 +29,16 @@ class ExpertAction(NamedTuple):
 
     state: str
     action: Action
+
+
+class Example(NamedTuple):
+    """A sequence for a warm start to learn from: its token ids, who writes which of them, and by which rule
+    it is pruned. The lengths of the segments sum to the number of ids.
+    """
+
+    tokens: list[int]
+    segments: list[Segment]
+    prune: EvictionPolicy
 
 
 class Environment(Protocol):

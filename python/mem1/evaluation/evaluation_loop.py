@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -17,14 +16,14 @@ from transformers import PreTrainedTokenizerBase
 
 from mem1.config import RolloutConfig
 from mem1.engine.engine import Engine
-from mem1.envs.base import Environment
-from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.envs.base import Environment, ExpertEnvironment
 from mem1.rollout.rollout_loop import play_expert, rollout
 from mem1.runtime.progress import Progress
 from mem1.seeds import derive_seed
 from mem1.trajectory import FinishReason, Trajectory
 
 OBJECTIVES = (1, 2, 4, 8, 16)
+_NO_LIMIT = 2**20  # tokens, or turns
 
 
 @dataclass(frozen=True)
@@ -97,71 +96,49 @@ def evaluate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     config: RolloutConfig,
+    make_environment: Callable[[], Environment],
     *,
     agent: str,
-    objectives: Sequence[int] = OBJECTIVES,
+    objectives: int,
     episodes: int = 16,
     seed: int = 0,
-    make_environment: Callable[[int], Environment] = MultiHopEnv,
+    engine: Engine | None = None,
     progress: Progress | None = None,
-) -> tuple[list[Result], list[Trajectory]]:
-    """Let the policy play `episodes` episodes at each number of objectives.
+) -> tuple[Result, list[Trajectory]]:
+    """Let the policy play `episodes` episodes: a row of the table, named by `agent` and `objectives`.
 
-    `make_environment(n)` builds the world with n objectives. The episodes follow from `seed`: every agent
-    gets the same, and training never saw them. A row is a phase of `progress`; None says nothing.
+    The episodes follow from `seed`: every agent gets the same, and training never saw them. engine: one of
+    this model, kept from row to row, as for `rollout`. A row is a phase of `progress`; None says nothing.
     """
-    results, trajectories = [], []
     progress = progress or Progress(log=lambda line: None)
-    seeds = evaluation_seeds(seed, episodes)
-    engine = Engine(model, max(1, min(config.num_slots, episodes)), config.max_num_batched_tokens)
-    for n in objectives:
-        start = time.perf_counter()
-        world, played = partial(make_environment, n), []
-        with progress.phase(f"{agent}, {n} objective" + "s" * (n > 1), total=episodes) as phase:
-            for trajectory in rollout(model, tokenizer, world, seeds, config, engine=engine):
-                played.append(trajectory)
-                phase.advance()
-        results.append(summarize(agent, n, played, time.perf_counter() - start))
-        trajectories += played
-    return results, trajectories
+    start, played = time.perf_counter(), []
+    with progress.phase(f"{agent}, {objectives} objective" + "s" * (objectives > 1), total=episodes) as phase:
+        seeds = evaluation_seeds(seed, episodes)
+        for trajectory in rollout(model, tokenizer, make_environment, seeds, config, engine=engine):
+            played.append(trajectory)
+            phase.advance()
+    return summarize(agent, objectives, played, time.perf_counter() - start), played
 
 
 def evaluate_expert(
     tokenizer: PreTrainedTokenizerBase,
     config: RolloutConfig,
+    make_environment: Callable[[], ExpertEnvironment],
     *,
     agent: str,
-    objectives: Sequence[int] = OBJECTIVES,
+    objectives: int,
     episodes: int = 4,
-    passage_tokens: int = 0,
-    hops: int = 2,
     seed: int = 0,
-) -> tuple[list[Result], list[Trajectory]]:
+) -> tuple[Result, list[Trajectory]]:
     """The environment's expert in the place of the policy, without a model: what memory a finished job takes.
 
-    No token is computed, so the rows' seconds say nothing about speed.
+    No token is computed, so the row's seconds say nothing about speed. The limits of `config` do not hold:
+    the expert's notes and turns grow with the task, and only what is asked of it may end an episode.
     """
-    results, trajectories = [], []
-    for n in objectives:
-        start = time.perf_counter()
-        played = list(
-            play_expert(
-                tokenizer,
-                partial(MultiHopEnv, n, hops, passage_tokens),
-                evaluation_seeds(seed, episodes),
-                # The expert's notes and turns grow with the task; only what is asked of it may end an
-                # episode.
-                replace(
-                    config,
-                    max_turns=4 * n * hops + 4,
-                    max_action_tokens=4096,
-                    max_info_tokens=max(passage_tokens, 512),
-                ),
-            )
-        )
-        results.append(summarize(agent, n, played, time.perf_counter() - start))
-        trajectories += played
-    return results, trajectories
+    free = replace(config, max_turns=_NO_LIMIT, max_action_tokens=_NO_LIMIT, max_info_tokens=_NO_LIMIT)
+    start = time.perf_counter()
+    played = list(play_expert(tokenizer, make_environment, evaluation_seeds(seed, episodes), free))
+    return summarize(agent, objectives, played, time.perf_counter() - start), played
 
 
 def table(rows: Sequence[Any], columns: Sequence[str] | None = None) -> str:

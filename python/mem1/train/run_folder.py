@@ -34,10 +34,6 @@ FREE = frozenset(
 )
 
 
-# What the warm start has from the rest of the settings.
-_COPIES = frozenset(f"warmstart.{name}" for name in "objectives hops passage_tokens regime prune".split())
-
-
 class Resumed(NamedTuple):
     """Where a run goes on."""
 
@@ -98,7 +94,7 @@ class RunFolder:
         self.settings = settings | {"init": before["init"]}
         # Compared as JSON has them, where a tuple is a list.
         old, now = (flat(json.loads(json.dumps(each))) for each in (before, self.settings))
-        names = sorted(name for name in old | now if old.get(name) != now.get(name) and name not in _COPIES)
+        names = sorted(name for name in old | now if old.get(name) != now.get(name))
         changed = {name: f"{name} {old.get(name)} -> {now.get(name)}" for name in names}
         free = ", ".join(changed[name] for name in names if name in FREE)
         if not FREE.issuperset(names):

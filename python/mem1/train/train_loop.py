@@ -1,4 +1,4 @@
-"""One training run, top to bottom: a model with random weights, a supervised warm start, then PPO."""
+"""One training run, top to bottom: a model, a supervised warm start, then PPO."""
 
 from __future__ import annotations
 
@@ -7,20 +7,18 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError, require
 from mem1.config import TrainConfig
 from mem1.engine.engine import Engine
 from mem1.envs.base import Environment
-from mem1.envs.toy.multihop import MultiHopEnv
-from mem1.envs.toy.tokenizer import build_tokenizer
 from mem1.evaluation.evaluation_loop import error_counts
 from mem1.io import append_json, without_nan
 from mem1.models.build import build_critic, build_model, dropouts
@@ -34,7 +32,7 @@ from mem1.train import checkpoint
 from mem1.train.checkpoint import Place
 from mem1.train.ppo import PPO
 from mem1.train.run_folder import Resumed, RunFolder
-from mem1.train.warmstart import optimizer_for, warm_start
+from mem1.train.warmstart import DrawExample, expert_examples, optimizer_for, warm_start
 from mem1.trajectory import FinishReason, Trajectory
 
 
@@ -45,8 +43,10 @@ class EpisodesFailed(RuntimeError):
 def train(
     config: TrainConfig,
     out: Path,
+    make_environment: Callable[[], Environment],
     *,
-    make_environment: Callable[[], Environment] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    draw_example: DrawExample | None = None,
     init: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -56,8 +56,11 @@ def train(
 
     `out` gets what `RunFolder` says: settings, metrics.jsonl (one line per step, its "phase" is warmstart or
     ppo) and checkpoints. `init` is a checkpoint to start from, in place of random weights and a warm start.
-    `make_environment` makes the world of PPO, by default the `MultiHopEnv` of `config`, in which the warm
-    start is in any case, laid out as the rollouts to come.
+
+    make_environment: makes an environment for each episode of PPO (`config.environment` only keeps on record
+    what it was made with). tokenizer: that of a model with random weights. draw_example: what the warm start
+    learns from, laid out as the rollouts to come, see `warm_start`; by default the episodes of the
+    environment's expert.
 
     All random numbers follow from `config.seed`, and nothing from time: `resume` goes on from the newest
     checkpoint in `out` to where the unbroken run would have come. Ctrl-C and SIGTERM save the last complete
@@ -69,16 +72,9 @@ def train(
     `config.max_failed` of a batch have failed, Diverged when gradients or weights are not finite any more.
     """
     progress = progress or Progress()
-    make_world = make_environment or partial(MultiHopEnv, **config.environment())
-    if make_environment is None or not (init or resume):
-        MultiHopEnv(**config.environment())  # an argument that is out of range fails before any work
     if resume and (init is not None or overwrite):
         other = f"init, got {str(init)!r}" if init is not None else "overwrite, got True"
         raise InputError(f"resume: expected it without {other}")
-    lessons = replace(
-        config.warmstart, regime=config.rollout.regime, prune=config.rollout.prune, **config.environment()
-    )
-    config = replace(config, warmstart=lessons)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     settings = asdict(config) | {"init": init and str(init)}
@@ -96,7 +92,8 @@ def train(
         elif init is not None:
             actor, tokenizer, _ = checkpoint.load(init)
         else:
-            tokenizer = build_tokenizer()
+            if tokenizer is None:
+                raise InputError("tokenizer: expected one for a model with random weights, got none")
             actor = build_model(tokenizer, config.model, derive_seed(config.seed, "weights"))
         actor.to(device)
         progress.log(whereabouts(actor))
@@ -110,7 +107,8 @@ def train(
 
         # 2. The warm start.
         if init is None and (state is None or "ppo" not in state):
-            _warm_start(actor, tokenizer, config, run, state or {}, interrupts, progress)
+            examples = draw_example or expert_examples(tokenizer, make_environment, config.rollout)
+            _warm_start(actor, tokenizer, examples, config, run, state or {}, interrupts, progress)
             state = None
 
         # 3. PPO.
@@ -124,12 +122,13 @@ def train(
             ppo.load_state_dict(state["ppo"])
         if dropped := dropouts(actor):
             progress.log(f"dropout is off during PPO ({', '.join(dropped)})")
-        return _ppo(ppo, engine, tokenizer, make_world, config, run, state or {}, interrupts, progress)
+        return _ppo(ppo, engine, tokenizer, make_environment, config, run, state or {}, interrupts, progress)
 
 
 def _warm_start(
     actor: Any,
     tokenizer: Any,
+    draw_example: DrawExample,
     config: TrainConfig,
     run: RunFolder,
     state: dict[str, Any],
@@ -150,7 +149,10 @@ def _warm_start(
             trainer = {"optimizer": optimizer.state_dict(), "skipped_steps": skipped}
             run.save(Place(0, done), actor, tokenizer, trainer)
 
-    steps = warm_start(actor, tokenizer, config.warmstart, seed=config.seed, optimizer=optimizer, done=done)
+    regime, lessons = config.rollout.regime, config.warmstart
+    steps = warm_start(
+        actor, lessons, draw_example, regime=regime, seed=config.seed, optimizer=optimizer, done=done
+    )
     complete = False  # the weights are those after `done` steps, and these are on record
     try:
         with progress.phase("warm start", total, done) as phase:
@@ -176,7 +178,7 @@ def _ppo(
     ppo: PPO,
     engine: Engine,
     tokenizer: Any,
-    make_world: Callable[[], Environment],
+    make_environment: Callable[[], Environment],
     config: TrainConfig,
     run: RunFolder,
     state: dict[str, Any],
@@ -216,7 +218,7 @@ def _ppo(
                 actor.eval()
                 trajectories = []
                 with progress.phase(f"update {update + 1}: rollout", config.batch_size) as phase:
-                    played = rollout(actor, tokenizer, make_world, seeds, config.rollout, engine=engine)
+                    played = rollout(actor, tokenizer, make_environment, seeds, config.rollout, engine=engine)
                     for trajectory in played:
                         trajectories.append(trajectory)
                         phase.advance(note=trajectory.error_kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mem1.config import WarmStartConfig
-from mem1.envs.toy.auxiliary import copy_example, lookup_example
-from mem1.envs.toy.examples import Example
-from mem1.envs.toy.expert import expert_example
-from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.config import RolloutConfig, WarmStartConfig
+from mem1.envs.base import Example, ExpertEnvironment
+from mem1.rollout.rollout_loop import play_expert
 from mem1.seeds import derive_seed
 from mem1.train.batches import PackedBatch, label_hidden
 from mem1.train.optim import AdamW
 from mem1_core.layout import Regime, TrajectoryLayout
+
+DrawExample = Callable[[random.Random, float], Example]
 
 
 def optimizer_for(actor: Any, config: WarmStartConfig) -> AdamW:
@@ -36,9 +36,10 @@ def optimizer_for(actor: Any, config: WarmStartConfig) -> AdamW:
 
 def warm_start(
     actor: Any,
-    tokenizer: PreTrainedTokenizerBase,
     config: WarmStartConfig,
+    draw_example: DrawExample,
     *,
+    regime: Regime = "carry",
     seed: int = 0,
     optimizer: AdamW | None = None,
     done: int = 0,
@@ -46,19 +47,19 @@ def warm_start(
     """Train `actor` in place, a step for each record that is taken: `step`, `loss`, `token_accuracy`,
     `grad_norm`, `learning_rate`.
 
-    Each step is one stream of freshly drawn examples, which follow from `seed` and the step. A run that was
-    stopped after `done` steps goes on with its `optimizer` (`optimizer_for`) as it was then. Raises Diverged
-    when the gradients stay without a finite norm.
+    Each step is one stream of freshly drawn examples, laid out in `regime`, which follow from `seed` and the
+    step: `draw_example(rng, progress)` gets a generator of random numbers and how far the warm start is, 0 to
+    1. A run that was stopped after `done` steps goes on with its `optimizer` (`optimizer_for`) as it was
+    then. Raises Diverged when the gradients stay without a finite norm.
     """
-    ids = tokenizer.get_vocab()
     device = next(actor.parameters()).device
     optimizer = optimizer or optimizer_for(actor, config)
     for step in range(done, config.steps):
         actor.train()
         progress = step / config.steps
-        draw = random.Random(derive_seed(seed, "warm start", step))
-        batch = list(examples(ids, draw, config, progress))
-        logits, labels = label_logits(actor, batch, config.regime, device)
+        rng = random.Random(derive_seed(seed, "warm start", step))
+        batch = draw_batch(draw_example, rng, progress, config.batch_tokens)
+        logits, labels = label_logits(actor, batch, regime, device)
         loss = F.cross_entropy(logits.float(), labels)
         loss.backward()
         rate = config.learning_rate * rate_factor(step, progress, config)
@@ -80,27 +81,33 @@ def rate_factor(step: int, done: float, config: WarmStartConfig) -> float:
     return 0.02 + 0.98 * 0.5 * (1.0 + math.cos(math.pi * min(max(2.0 * done - 1.0, 0.0), 1.0)))
 
 
-def examples(
-    ids: Mapping[str, int], draw: random.Random, config: WarmStartConfig, done: float
-) -> Iterator[Example]:
-    """Examples until `batch_tokens` are reached.
+def draw_batch(
+    draw_example: DrawExample, rng: random.Random, progress: float, batch_tokens: int
+) -> list[Example]:
+    """Examples until `batch_tokens` are reached."""
+    batch: list[Example] = []
+    while sum(len(example.tokens) for example in batch) < batch_tokens:
+        batch.append(draw_example(rng, progress))
+    return batch
 
-    The curriculum: the share of auxiliary tasks falls linearly from `config.auxiliary_fraction` to a quarter
-    of it, and the most questions of an episode grow from the least, plus 1, to `config.objectives[1]` over
-    the first half.
-    """
-    least, most = config.objectives
-    reach = min(most, least + 1 + int((most - least) * min(1.0, 2.0 * done)))
-    auxiliary = config.auxiliary_fraction * (1.0 - 0.75 * done)
-    tokens = 0
-    while tokens < config.batch_tokens:
-        if draw.random() < auxiliary:
-            example = draw.choice((copy_example, lookup_example))(ids, draw)
-        else:
-            environment = MultiHopEnv((least, reach), config.hops, config.passage_tokens)
-            example = expert_example(environment, draw.getrandbits(53), ids, config.prune)
-        tokens += len(example.tokens)
-        yield example
+
+def expert_examples(
+    tokenizer: PreTrainedTokenizerBase,
+    make_environment: Callable[[], ExpertEnvironment],
+    config: RolloutConfig,
+) -> DrawExample:
+    """Episodes of the environment's own expert, as a warm start draws them."""
+
+    def draw(rng: random.Random, progress: float) -> Example:
+        seed = rng.getrandbits(53)
+        (played,) = play_expert(tokenizer, make_environment, [seed], config)
+        if played.error_kind:
+            raise RuntimeError(
+                f"expert: expected an episode without a fault at seed {seed}, got {played.error}"
+            )
+        return Example(played.tokens.tolist(), played.segments, played.prune)
+
+    return draw
 
 
 def label_logits(

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mem1.engine import attention, slots
-from mem1.engine.attention import AttentionMetadata, Step, find_flash_attention
+from mem1.engine import slot_attention, slots
+from mem1.engine.slot_attention import AttentionMetadata, Step, find_flash_attention
 from mem1.engine.slots import Slots
 
 
@@ -97,7 +97,7 @@ def transposed_sdpa(query, key, value, **settings):
 
 def attend_like_a_gpu(monkeypatch, parts: list[AttentionMetadata], flash: bool) -> None:
     """Let `AttentionMetadata.attend` go the way it goes on a GPU, on the CPU."""
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", transposed_sdpa)
+    monkeypatch.setattr(slot_attention, "scaled_dot_product_attention", transposed_sdpa)
 
     def cached(query, k_cache, v_cache, cache_seqlens, *, cache_batch_idx, query_lens, scale):
         (part,) = (part for part in parts if part.cache_batch_idx is cache_batch_idx)
@@ -105,7 +105,7 @@ def attend_like_a_gpu(monkeypatch, parts: list[AttentionMetadata], flash: bool) 
             return part._flash(documented_flash, query, k_cache, v_cache, scale)
         return part._sdpa(query, k_cache, v_cache, scale)
 
-    monkeypatch.setattr(attention, "cached_attention", cached)
+    monkeypatch.setattr(slot_attention, "cached_attention", cached)
 
 
 @pytest.mark.parametrize("backend", ["op", "sdpa", "flash"])
@@ -144,7 +144,7 @@ def test_slots_that_follow_one_another_are_named_by_a_slice():
 
 def test_flash_attention_is_for_half_precision_on_a_gpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_with_kvcache=documented_flash))
-    monkeypatch.setattr(attention.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(slot_attention.importlib.util, "find_spec", lambda name: object())
     for device, dtype, dim, taken in [
         ("cuda", torch.bfloat16, 128, True),
         ("cuda", torch.float16, 256, True),

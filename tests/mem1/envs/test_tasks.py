@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from mem1.config import RolloutConfig
+from mem1.envs.base import Example
 from mem1.envs.toy.auxiliary import copy_example, lookup_example
-from mem1.envs.toy.examples import Example
 from mem1.envs.toy.expert import expert_example
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.rollout.rollout_loop import play_expert

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
 from mem1.config import RolloutConfig
 from mem1.demo import demo_config, expert_results, growth
+from mem1.engine.engine import Engine
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.evaluation.evaluation_loop import (
+    OBJECTIVES,
     Result,
     error_counts,
     evaluate,
@@ -125,14 +129,7 @@ def test_a_broken_retriever_gets_no_better_number(make_model, tokenizer):
     )
 
     def play(world: type[MultiHopEnv]) -> tuple[Result, list[Trajectory]]:
-        (row,), played = evaluate(
-            *(model, tokenizer, config),
-            agent="MEM1",
-            objectives=(2,),
-            episodes=8,
-            make_environment=world,
-        )
-        return row, played
+        return evaluate(model, tokenizer, config, world, agent="MEM1", objectives=2, episodes=8)
 
     (good, played), (bad, _) = play(MultiHopEnv), play(Broken)
     lost = sum(seed % 2 == 0 for seed in evaluation_seeds(0, 8))
@@ -164,13 +161,10 @@ def test_a_row_is_a_phase(make_model, tokenizer):
 
     lines: list[str] = []
     config = RolloutConfig(num_slots=2, max_action_tokens=8, max_turns=2)
-    evaluate(
-        *(make_model(), tokenizer, config),
-        agent="MEM1",
-        objectives=(1, 3),
-        episodes=6,
-        progress=Progress(lines.append, Clock()),
-    )
+    model, progress = make_model(), Progress(lines.append, Clock())
+    for n in (1, 3):
+        make = partial(MultiHopEnv, n)
+        evaluate(model, tokenizer, config, make, agent="MEM1", objectives=n, episodes=6, progress=progress)
     assert [line.split(",")[:2] for line in lines if "6/6" in line] == [
         ["MEM1", " 1 objective 6/6"],
         ["MEM1", " 3 objectives 6/6"],
@@ -210,9 +204,15 @@ def test_every_agent_gets_the_same_episodes(make_model, tokenizer):
             RolloutConfig(num_slots=4, max_action_tokens=12, max_turns=3, prune=prune),
             f"agent {prune}",
         )
-        results, played = evaluate(
-            make_model(), tokenizer, config, agent=agent, objectives=(1, 3), episodes=2
-        )
+        model, results, played = make_model(), [], []
+        engine = Engine(model, 4)
+        for n in (1, 3):
+            make = partial(MultiHopEnv, n)
+            row, trajectories = evaluate(
+                model, tokenizer, config, make, agent=agent, objectives=n, episodes=2, engine=engine
+            )
+            results.append(row)
+            played += trajectories
         assert [(r.agent, r.objectives, r.episodes) for r in results] == [(agent, 1, 2), (agent, 3, 2)]
         assert [t.objectives for t in played] == [1, 1, 3, 3]
         assert all(r.peak_tokens >= r.peak_tokens_without_prompt > 0 and r.seconds > 0 for r in results)
@@ -221,10 +221,21 @@ def test_every_agent_gets_the_same_episodes(make_model, tokenizer):
     assert prompts[0] == prompts[1] == prompts[2]
 
 
-def test_the_script_answers_everything_at_every_size(tokenizer):
-    results, played = evaluate_expert(
-        tokenizer, RolloutConfig(max_action_tokens=8, max_turns=2), agent="MEM1", episodes=1
-    )
+def expert_rows(
+    tokenizer: Any, config: RolloutConfig, objectives: tuple[int, ...]
+) -> tuple[list[Result], list[Trajectory]]:
+    """An episode of the expert at each number of objectives."""
+    results, played = [], []
+    for n in objectives:
+        make = partial(MultiHopEnv, n)
+        row, trajectories = evaluate_expert(tokenizer, config, make, agent="MEM1", objectives=n, episodes=1)
+        results.append(row)
+        played += trajectories
+    return results, played
+
+
+def test_the_expert_answers_everything_at_every_size(tokenizer):
+    results, played = expert_rows(tokenizer, RolloutConfig(max_action_tokens=8, max_turns=2), OBJECTIVES)
     assert [r.objectives for r in results] == [1, 2, 4, 8, 16]
     assert all(r.reward == 1.0 and r.answered == 1.0 for r in results)
     assert [r.exact_match for r in results] == [1, 2, 4, 8, 16]
@@ -246,9 +257,7 @@ def test_memory_of_the_default_world_grows_far_slower_than_with_the_full_context
 
 
 def test_the_truncating_agent_holds_its_window_and_a_turn(tokenizer):
-    (row,), (played,) = evaluate_expert(
-        tokenizer, RolloutConfig(prune=300), agent="truncated", objectives=(16,), episodes=1
-    )
+    (row,), (played,) = expert_rows(tokenizer, RolloutConfig(prune=300), (16,))
     sizes: dict[int, int] = {}
     for segment in played.segments[1:]:
         sizes[segment.turn] = sizes.get(segment.turn, 0) + segment.length
@@ -282,7 +291,7 @@ def test_growth_compares_16_with_2():
 
 def test_pictures(tokenizer, tmp_path):
     pytest.importorskip("matplotlib")
-    results, played = evaluate_expert(tokenizer, RolloutConfig(), agent="MEM1", objectives=(1, 2), episodes=1)
+    results, played = expert_rows(tokenizer, RolloutConfig(), (1, 2))
     records = [{"phase": "warmstart", "step": i, "loss": 3 / i} for i in (1, 2, 3)]
     records += [{"phase": "ppo", "step": i, "reward": 0.1 * i, "answered": 0.5} for i in (1, 2)]
     # Gaps: no number, one that is none, and an update of which nothing is said.

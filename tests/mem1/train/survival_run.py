@@ -17,6 +17,7 @@ from mem1.config import ModelConfig, PPOConfig, RolloutConfig, TrainConfig, Warm
 from mem1.engine.engine import Engine
 from mem1.envs.base import Action, Observation
 from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.envs.toy.training import toy_training
 from mem1.runtime.interrupts import Interrupted
 from mem1.seeds import derive_seed
 from mem1.train import train_loop as train
@@ -27,7 +28,7 @@ NAN_GRADIENT, NAN_LOGITS = 9, 21  # updates
 
 CONFIG = TrainConfig(
     batch_size=6,
-    objectives=(1, 2),
+    environment={"objectives": (1, 2)},
     save_every=3,
     threads=1,
     max_failed=0.9,
@@ -97,7 +98,8 @@ def main(out: Path, updates: int) -> int:
     config = CONFIG.__class__(**{**vars(CONFIG), "max_updates": updates})
     resume = any(out.glob("checkpoints/*-*"))
     try:
-        train.train(config, out, make_environment=lambda: Faulty((1, 2)), resume=resume, overwrite=not resume)
+        given = toy_training(config) | {"make_environment": lambda: Faulty((1, 2))}
+        train.train(config, out, **given, resume=resume, overwrite=not resume)
     except Interrupted as error:
         return 128 + error.signum
     return 0

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 
 from mem1.config import PPOConfig, TrainConfig, WarmStartConfig
+from mem1.envs.toy.training import toy_training
 from mem1.runtime.progress import Progress
 from mem1.train import batches, ppo
 from mem1.train import train_loop as train
@@ -16,7 +17,7 @@ from mem1.train import train_loop as train
 SETTINGS = TrainConfig(
     max_updates=5,
     batch_size=8,
-    objectives=(1, 1),
+    environment={"objectives": (1, 1)},
     warmstart=WarmStartConfig(steps=150),
     ppo=PPOConfig(
         mini_batch_size=4,
@@ -34,13 +35,14 @@ SETTINGS = TrainConfig(
 def test_the_curve_is_that_of_the_reference_loss(tmp_path, monkeypatch):
     config = replace(SETTINGS, rollout=replace(SETTINGS.rollout, max_turns=4, max_action_tokens=24))
     quiet = Progress(log=lambda line: None)
-    train.train(replace(config, max_updates=0), tmp_path / "start", progress=quiet)
+    given = toy_training(config) | {"progress": quiet}
+    train.train(replace(config, max_updates=0), tmp_path / "start", **given)
     curves = []
     for backend in ("auto", "reference"):
         with monkeypatch.context() as patch:
             for module, name in ((ppo, "fused_linear_ppo_loss"), (batches, "linear_logprob"), (ppo, "gae")):
                 patch.setattr(module, name, partial(getattr(module, name), backend=backend))
-            train.train(config, tmp_path / backend, init=tmp_path / "start", progress=quiet)
+            train.train(config, tmp_path / backend, **given, init=tmp_path / "start")
         lines = (tmp_path / backend / "metrics.jsonl").read_text().splitlines()
         curves.append([r for r in map(json.loads, lines) if r["phase"] == "ppo"])
     ours, reference = curves

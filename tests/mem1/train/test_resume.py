@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mem1.checks import InputError
 from mem1.config import ModelConfig, PPOConfig, RolloutConfig, TrainConfig, WarmStartConfig
-from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.envs.toy.training import toy_training
 from mem1.runtime.interrupts import Interrupted
 from mem1.runtime.progress import Progress
 from mem1.train import checkpoint, run_folder
@@ -29,7 +29,7 @@ from mem1.train.run_folder import METRICS
 CONFIG = TrainConfig(
     max_updates=4,
     batch_size=4,
-    objectives=(1, 2),
+    environment={"objectives": (1, 2)},
     model=ModelConfig(
         num_hidden_layers=1,
         hidden_size=32,
@@ -54,7 +54,7 @@ CONFIG = TrainConfig(
 
 
 def run(config: TrainConfig, out: Path, **how: Any) -> None:
-    train.train(config, out, progress=Progress(log=lambda line: None), **how)
+    train.train(config, out, **toy_training(config) | {"progress": Progress(log=lambda line: None)} | how)
 
 
 def state(out: Path) -> dict[str, Any]:
@@ -286,7 +286,8 @@ def test_a_run_that_cannot_be_deletes_nothing(tmp_path, unbroken, make_model):
     before = state(tmp_path)
     other = checkpoint.save(tmp_path / "untagged", make_model(), untagged_tokenizer())
     for config, how, message in (
-        (replace(CONFIG, hops=9), {"make_environment": MultiHopEnv}, "hops: expected"),
+        (replace(CONFIG, environment={"hops": 9}), {}, "hops: expected"),
+        (CONFIG, {"tokenizer": None}, "tokenizer: expected one for a model with random weights, got none"),
         (CONFIG, {"init": other}, "tokenizer: expected one token for the tag"),
         (CONFIG, {"init": tmp_path / "nothing"}, "path: expected a model folder"),
     ):
@@ -349,7 +350,7 @@ def test_settings_that_make_another_run_are_refused(tmp_path, unbroken):
     for other, told in (
         (replace(CONFIG, batch_size=8), "batch_size 4 -> 8"),
         (replace(CONFIG, seed=7), "seed 0 -> 7"),
-        (replace(CONFIG, objectives=(4, 4)), "objectives [1, 2] -> [4, 4]"),
+        (replace(CONFIG, environment={"objectives": (4, 4)}), "environment.objectives [1, 2] -> [4, 4]"),
         (replace(CONFIG, rollout=replace(CONFIG.rollout, temperature=0.5)), "rollout.temperature 1.0 -> 0.5"),
         (replace(CONFIG, rollout=replace(CONFIG.rollout, regime="reencode")), "rollout.regime carry -> reen"),
         (replace(CONFIG, ppo=replace(CONFIG.ppo, kl_coef=0.0)), "ppo.kl_coef 0.5 -> 0.0"),
@@ -368,7 +369,7 @@ def test_settings_that_change_nothing_learned_are_told(tmp_path):
     run(replace(CONFIG, max_updates=1), tmp_path)
     said = []
     more = replace(CONFIG, max_updates=2, keep=5, rollout=replace(CONFIG.rollout, num_slots=2))
-    train.train(more, tmp_path, resume=True, progress=Progress(log=said.append))
+    run(more, tmp_path, resume=True, progress=Progress(log=said.append))
     assert "resumed with other settings: keep 2 -> 5, max_updates 1 -> 2, rollout.num_slots 4 -> 2" in said
     assert json.loads((tmp_path / "train.json").read_text())["keep"] == 5
     assert [record["step"] for record in records(tmp_path) if record["phase"] == "ppo"] == [1, 2]

@@ -2,40 +2,57 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from mem1.config import ModelConfig, WarmStartConfig
+from mem1.config import ModelConfig, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.envs.toy.curriculum import Curriculum
+from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.envs.toy.training import toy_training
 from mem1.models.build import build_critic, build_model
-from mem1.train.warmstart import examples, label_logits, optimizer_for, rate_factor, warm_start
+from mem1.rollout.rollout_loop import play_expert
+from mem1.train.warmstart import (
+    draw_batch,
+    expert_examples,
+    label_logits,
+    optimizer_for,
+    rate_factor,
+    warm_start,
+)
 from mem1_core.mask import TrajectoryMask
 
 SMALL = ModelConfig(
     num_hidden_layers=2, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64
 )
-SHORT = WarmStartConfig(steps=12, batch_tokens=256, warmup_steps=2, objectives=(1, 2))
+SHORT = WarmStartConfig(steps=12, batch_tokens=256, warmup_steps=2)
 
 
-def test_loss_falls(tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.fixture
+def draw(tokenizer: PreTrainedTokenizerFast) -> Curriculum:
+    return Curriculum(tokenizer.get_vocab(), {"objectives": (1, 2)})
+
+
+def test_loss_falls(tokenizer: PreTrainedTokenizerFast, draw: Curriculum) -> None:
     model = build_model(tokenizer, SMALL)
-    records = list(warm_start(model, tokenizer, replace(SHORT, steps=50)))
+    records = list(warm_start(model, replace(SHORT, steps=50), draw))
     losses = [record["loss"] for record in records]
     assert [record["step"] for record in records] == list(range(1, 51))
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert not model.training
-    assert list(warm_start(model, tokenizer, replace(SHORT, steps=0))) == []
+    assert list(warm_start(model, replace(SHORT, steps=0), draw)) == []
 
 
-def test_the_seed_and_the_step_decide(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_seed_and_the_step_decide(tokenizer: PreTrainedTokenizerFast, draw: Curriculum) -> None:
     def losses(seed: int, stop: int = SHORT.steps) -> list[float]:
         """Of a run that is stopped after `stop` steps and goes on."""
         model = build_model(tokenizer, SMALL)
         optimizer = optimizer_for(model, SHORT)
-        first = list(islice(warm_start(model, tokenizer, SHORT, seed=seed, optimizer=optimizer), stop))
-        rest = warm_start(model, tokenizer, SHORT, seed=seed, optimizer=optimizer, done=stop)
+        first = list(islice(warm_start(model, SHORT, draw, seed=seed, optimizer=optimizer), stop))
+        rest = warm_start(model, SHORT, draw, seed=seed, optimizer=optimizer, done=stop)
         return [record["loss"] for record in (*first, *rest)]
 
     assert losses(3) == losses(3) == losses(3, stop=5)
@@ -51,29 +68,52 @@ def test_schedule() -> None:
 
 
 def test_curriculum(tokenizer: PreTrainedTokenizerFast) -> None:
-    config = WarmStartConfig(objectives=(1, 4), auxiliary_fraction=0.4, batch_tokens=40_000)
-    for done, most, share in ((0.0, 2, 0.4), (0.5, 4, 0.25), (1.0, 4, 0.1)):
-        batch = list(examples(tokenizer.get_vocab(), random.Random(0), config, done))
+    draw = Curriculum(tokenizer.get_vocab(), {"objectives": (1, 4), "hops": 2}, "action", 0.4)
+    for progress, most, share in ((0.0, 2, 0.4), (0.5, 4, 0.25), (1.0, 4, 0.1)):
+        batch = draw_batch(draw, random.Random(0), progress, 40_000)
         expert = [e for e in batch if e.prune == "action"]
         assert 1 - len(expert) / len(batch) == pytest.approx(share, abs=0.06)
         turns = {e.segments[-1].turn for e in expert}
-        assert turns == {1 + config.hops * k for k in range(1, most + 1)}
+        assert turns == {1 + 2 * k for k in range(1, most + 1)}
 
 
-def test_examples_come_from_the_world_of_the_config(tokenizer: PreTrainedTokenizerFast) -> None:
-    config = replace(
-        SHORT, hops=3, objectives=(2, 2), passage_tokens=50, prune="state", auxiliary_fraction=0.0
+def test_examples_come_from_the_environment_that_is_trained_in(tokenizer: PreTrainedTokenizerFast) -> None:
+    environment = {"objectives": (2, 2), "hops": 3, "passage_tokens": 50}
+    config = TrainConfig(
+        environment=environment,
+        rollout=RolloutConfig(prune="state"),
+        warmstart=WarmStartConfig(auxiliary_fraction=0.0),
     )
-    for example in examples(tokenizer.get_vocab(), random.Random(0), config, 0.0):
+    given = toy_training(config)
+    for example in draw_batch(given["draw_example"], random.Random(0), 0.0, 256):
         assert example.prune == "state"
         assert example.segments[-1].turn == 2 * 3 + 1
         assert {s.length for s in example.segments if s.kind == "info"} == {50 + 2}
+    assert given["make_environment"]().passage_tokens == 50
+
+
+def test_any_environment_with_an_expert_can_be_learned_from(tokenizer: PreTrainedTokenizerFast) -> None:
+    config = RolloutConfig(prune="state")
+    draw = expert_examples(tokenizer, partial(MultiHopEnv, 2), config)
+    seed = random.Random(5).getrandbits(53)
+    (played,) = play_expert(tokenizer, partial(MultiHopEnv, 2), [seed], config)
+    example = draw(random.Random(5), 0.0)
+    assert example == (played.tokens.tolist(), played.segments, "state")
+
+    class Down(MultiHopEnv):
+        def step(self, action):  # type: ignore[no-untyped-def]
+            raise LookupError("no such page")
+
+    with pytest.raises(RuntimeError, match="expert: expected .* got LookupError: no such page"):
+        expert_examples(tokenizer, partial(Down, 2), config)(random.Random(5), 0.0)
 
 
 @pytest.mark.parametrize("regime", ["carry", "reencode"])
-def test_labels_are_the_tokens_of_the_policy(tokenizer: PreTrainedTokenizerFast, regime: str) -> None:
+def test_labels_are_the_tokens_of_the_policy(
+    tokenizer: PreTrainedTokenizerFast, draw: Curriculum, regime: str
+) -> None:
     model = build_model(tokenizer, SMALL)
-    batch = list(examples(tokenizer.get_vocab(), random.Random(0), SHORT, 0.0))
+    batch = draw_batch(draw, random.Random(0), 0.0, SHORT.batch_tokens)
     logits, labels = label_logits(model, batch, regime, torch.device("cpu"))  # type: ignore[arg-type]
     expected: list[int] = []
     for example in batch:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
-from mem1.envs.toy.examples import Example
+from mem1.envs.base import Example
 from mem1.envs.toy.words import NAMES
 from mem1_core.segments import Segment
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mem1.envs.base import ExpertEnvironment
-from mem1.envs.toy.examples import Example
+from mem1.envs.base import Example, ExpertEnvironment
 from mem1_core.eviction import EvictionPolicy
 from mem1_core.segments import Kind, Segment
 
