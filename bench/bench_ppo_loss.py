@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from measure import Contender, Result, speedup
+from measure import Candidate, Result, speedup
 from ppo_loss_task import BARE, BOTH, EAGER, FORWARD, OURS, PPO, RECOMPUTED, Shape, Task
 from torch import Tensor
 
@@ -45,7 +45,7 @@ def measure(bench: Any, work: str, place: str, device: str) -> tuple[Task, dict[
     task = Task(work, (FULL if bench.measuring else QUICK)[place], device, bench.measuring)
     results = bench.compare(
         task.title(),
-        task.contenders(),
+        task.candidates(),
         flops=task.flops,
         dtype=task.shape.dtype,
         device=device,
@@ -68,9 +68,9 @@ def beyond(task: Task, result: Result | None) -> int | None:
     return result.peak_bytes - task.gradient_bytes
 
 
-def goal_at_most(bench: Any, text: str, ours: float | None, theirs: float | None, wanted: float) -> None:
+def goal_at_most(bench: Any, text: str, ours: float | None, theirs: float | None, target: float) -> None:
     ratio = ours / theirs if ours is not None and theirs else None
-    bench.goal(text, ratio, wanted, at_most=True)
+    bench.goal(text, ratio, target, at_most=True)
 
 
 def test_ppo_loss(bench: Any) -> None:
@@ -136,14 +136,14 @@ def measure_gae(bench: Any, device: str) -> dict[str, Result]:
         for name, got, eager, wanted in zip(("advantage", "returns"), results, plain, exact, strict=True):
             assert_accurate(got, eager, wanted, name=name)
 
-    contenders = [
-        Contender("gae", partial(gae, *given), check),
-        Contender("a loop in PyTorch", partial(reference.gae, *given), check),
+    candidates = [
+        Candidate("gae", partial(gae, *given), check),
+        Candidate("a loop in PyTorch", partial(reference.gae, *given), check),
     ]
     where = "" if device == "cpu" else f" on {device}"
     title = f"gae{where}, float32, B {batch}, T {tokens:,}, {mask.float().mean():.0%} of them the policy's"
     moved = sum(x.numel() * x.element_size() for x in (reward, value, mask, *plain))
-    return bench.compare(title, contenders, moved_bytes=moved, device=device, budget_s=GPU_BUDGET_S)
+    return bench.compare(title, candidates, moved_bytes=moved, device=device, budget_s=GPU_BUDGET_S)
 
 
 def test_gae(bench: Any) -> None:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from measure import (
     COPY,
+    Candidate,
     Clock,
-    Contender,
     DeviceClock,
     HostClock,
     Result,
@@ -48,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Bench:
-    """Runs the contenders of one task, prints their table and saves it."""
+    """Runs the candidates of one task, prints their table and saves it."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.measuring: bool = config.getoption("--benchmark")
@@ -73,7 +73,7 @@ class Bench:
     def compare(
         self,
         title: str,
-        contenders: Sequence[Contender],
+        candidates: Sequence[Candidate],
         *,
         flops: float | None = None,
         dtype: Any = None,
@@ -83,21 +83,21 @@ class Bench:
         budget_s: float = 10.0,
         min_rounds: int = 3,
     ) -> dict[str, Result]:
-        """Check and, when measuring, time the contenders (ours first); returns the results by name.
+        """Check and, when measuring, time the candidates (ours first); returns the results by name.
 
         flops with dtype adds TFLOP/s and the ratio to the best matrix product of that dtype, timed in the
         same rounds; moved_bytes (read and written) adds GB/s and a copy of as many bytes as the last row.
         idle: see `DeviceClock`.
         """
         if moved_bytes:
-            contenders = [*contenders, plain_copy(moved_bytes, device)]
+            candidates = [*candidates, plain_copy(moved_bytes, device)]
         products = {}
         if flops is not None:
             products = matmuls(dtype, ROOFLINE_SIZES[device] if self.measuring else (64,), device)
-        every = [*contenders, *(product for product, _ in products.values())]
+        every = [*candidates, *(product for product, _ in products.values())]
         clock = self._clock(device, idle) if self.measuring else None
         measured = compare(every, budget_s if self.measuring else 0, min_rounds, clock)
-        results, timed = measured[: len(contenders)], measured[len(contenders) :]
+        results, timed = measured[: len(candidates)], measured[len(candidates) :]
         if self.measuring:
             peak = None
             if flops is not None:
@@ -105,11 +105,15 @@ class Bench:
                 best = max(rates, key=rates.__getitem__)
                 peak = rates[best]
                 title += f"; roofline {peak / 1e12:.3f} TFLOP/s ({best})"
-            text, rows = table(title, results, flops=flops, peak=peak, moved_bytes=moved_bytes)
-            self.tables.append({"title": title, "roofline TFLOP/s": peak and peak / 1e12, "rows": rows})
-            self.print("\n" + text)
-            self.save()  # a run that is cut short keeps what it has
+            self.table(title, results, flops=flops, peak=peak, moved_bytes=moved_bytes)
         return {result.name: result for result in results}
+
+    def table(self, title: str, results: Sequence[Result], *, peak: float | None = None, **work: Any) -> None:
+        """Print and save what was measured; `work` as `measure.table` takes it."""
+        text, rows = table(title, results, peak=peak, **work)
+        self.tables.append({"title": title, "roofline TFLOP/s": peak and peak / 1e12, "rows": rows})
+        self.print("\n" + text)
+        self.save()  # a run that is cut short keeps what it has
 
     def _clock(self, device: str, idle: bool) -> Clock:
         if (device, idle) not in self._clocks:
@@ -117,25 +121,25 @@ class Bench:
         return self._clocks[device, idle]
 
     def goal(
-        self, text: str, measured: float | None, wanted: float, *, at_most: bool = False, unit: str = "x"
+        self, text: str, measured: float | None, target: float, *, at_most: bool = False, unit: str = "x"
     ) -> None:
         """Record a goal as met or not met; None is not met. Never fails the run: a busy machine is no bug."""
-        met = measured is not None and (measured <= wanted if at_most else measured >= wanted)
+        met = measured is not None and (measured <= target if at_most else measured >= target)
         where = self.tables[-1]["title"]
-        goal = {"goal": text, "table": where, "wanted": wanted, "measured": measured, "met": met}
+        goal = {"goal": text, "table": where, "target": target, "measured": measured, "met": met}
         self.goals.append(goal)
         sign = "<=" if at_most else ">="
         figure = "no figure" if measured is None else f"{measured:.2f}{unit}"
-        self.print(f"  goal: {text} {sign} {wanted:g}{unit}: {figure}, {'met' if met else 'NOT MET'}")
+        self.print(f"  goal: {text} {sign} {target:g}{unit}: {figure}, {'met' if met else 'NOT MET'}")
 
-    def goal_speedup(self, results: dict[str, Result], ours: str, peer: str, wanted: float) -> None:
+    def goal_speedup(self, results: dict[str, Result], ours: str, peer: str, target: float) -> None:
         if self.measuring:
-            self.goal(f"{ours} against {peer}", speedup(results[ours], results[peer]), wanted)
+            self.goal(f"{ours} against {peer}", speedup(results[ours], results[peer]), target)
 
-    def goal_of_copy(self, results: dict[str, Result], ours: str, wanted: float) -> None:
+    def goal_of_copy(self, results: dict[str, Result], ours: str, target: float) -> None:
         if self.measuring:
             share = speedup(results[ours], results[COPY])
-            self.goal(f"{ours}, of a copy's speed", share and 100 * share, wanted, unit=" %")
+            self.goal(f"{ours}, of a copy's speed", share and 100 * share, target, unit=" %")
 
     def fact(self, text: str, value: float, unit: str = "") -> None:
         """One more figure of the last table."""
