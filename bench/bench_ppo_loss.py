@@ -54,18 +54,16 @@ def measure(bench: Any, work: str, place: str, device: str) -> tuple[Task, dict[
         min_rounds=3 if work == PPO else 2,
     )
     if bench.measuring and work != FORWARD:
-        for row in bench.tables[-1]["rows"]:
-            over = beyond(task, results.get(row["name"]))
+        for name, result in results.items():
+            over = beyond(task, result)
             if over is not None:
-                row[BEYOND] = over / MIB
-                bench.print(f"  {row['name']}: {over / MIB:,.1f} MiB beyond the gradients")
+                bench.columns(name)[BEYOND] = over / MIB
+                bench.print(f"  {name}: {over / MIB:,.1f} MiB beyond the gradients")
     return task, results
 
 
-def beyond(task: Task, result: Result | None) -> int | None:
-    if result is None or result.peak_bytes is None:
-        return None
-    return result.peak_bytes - task.gradient_bytes
+def beyond(task: Task, result: Result) -> int | None:
+    return None if result.peak_bytes is None else result.peak_bytes - task.gradient_bytes
 
 
 def goal_at_most(bench: Any, text: str, ours: float | None, theirs: float | None, target: float) -> None:
@@ -114,7 +112,7 @@ def test_gpu_ppo_loss(bench: Any, device: str) -> None:
 def test_gpu_logprob(bench: Any, device: str, work: str) -> None:
     measure(bench, work, "gpu", device)
     if bench.measuring and work == FORWARD:
-        share = bench.tables[-1]["rows"][0]["of peak"]  # of the best matrix product in the same rounds
+        share = bench.columns(OURS[work]).get("of peak")  # of the best matrix product in the same rounds
         bench.goal(
             "linear_logprob forward, of the matrix product's speed", share and 100 * share, 75, unit=" %"
         )

@@ -101,11 +101,11 @@ def compare(
     results = bench.compare(title, candidates, device=device, idle=True, budget_s=10, min_rounds=3)
     if bench.measuring:
         work = {"policy tokens/s": workload.policy_tokens(), "trajectories/s": workload.episodes}
-        for row in bench.tables[-1]["rows"]:
-            if row["ms"]:
-                row |= {name: amount / row["ms"] * 1e3 for name, amount in work.items()}
-                rates = ", ".join(f"{row[name]:,.2f} {name}" for name in work)
-                bench.print(f"  {row['name']}: {rates}")
+        for name, result in results.items():
+            if result.seconds:
+                rates = {unit: amount / result.median for unit, amount in work.items()}
+                bench.columns(name).update(rates)
+                bench.print(f"  {name}: " + ", ".join(f"{rate:,.2f} {unit}" for unit, rate in rates.items()))
     return results
 
 
@@ -197,5 +197,4 @@ def test_memory(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             values = [getattr(sizes[prune][turn - 1], what) / MIB for turn in shown]
             lines.append(f"  {agent}, {what}".ljust(40) + "".join(f"{value:8.1f}" for value in values))
     bench.print("\n" + "\n".join(lines))
-    rows = [{"name": prune, "bytes": [m._asdict() for m in sizes[prune]]} for prune in sizes]
-    bench.tables.append({"title": lines[0], "rows": rows})
+    bench.run.add_table(lines[0], {prune: [m._asdict() for m in sizes[prune]] for prune in sizes})

@@ -48,6 +48,7 @@ class Candidate:
 class Result:
     name: str
     seconds: list[float] = field(default_factory=list)  # one per round, first round first; none: see note
+    calls: int = 1  # timed as one
     host_seconds: list[float] = field(default_factory=list)  # of issuing a call, where that is another time
     peak_bytes: int | None = None
     note: str = ""
@@ -185,6 +186,7 @@ def compare(
         if calls[-1] > 1:  # a lone call is no measure of many
             start = time.perf_counter()
             timing = clock.time(run, calls[-1])
+        result.calls = calls[-1]
         costs.append(time.perf_counter() - start)  # with what the clock does before
         _add(result, timing)
     quick = sum(s for s in costs if s <= SLOW_CALL_S)
@@ -307,14 +309,13 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def table(
-    title: str,
     results: Sequence[Result],
     *,
     flops: float | None = None,
     peak: float | None = None,
     moved_bytes: int = 0,
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Lay out one table, our row first; also its rows as dictionaries for JSON.
+    """Lay out the rows of a table, ours first; also the columns beside their times, for the run's file.
 
     flops: the work that the task needs (visible pairs only), the same for every row, whatever a row really
     computes. peak: FLOP/s of the roofline. moved_bytes: what the task has to read and write, likewise; the
@@ -355,11 +356,12 @@ def table(
     for line in cells:
         name, *numbers, note = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         lines.append(f"  {name.strip().ljust(widths[0])}  {'  '.join(numbers)}  {note.strip()}".rstrip())
-    saved = [
-        row | {"seconds": r.seconds, "host_seconds": r.host_seconds}
-        for row, r in zip(rows, results, strict=True)
-    ]
-    return "\n".join([title, *lines]), saved
+    columns = []
+    for row, result in zip(rows, results, strict=True):
+        own = row | {"host seconds": result.host_seconds or None}
+        times = "name", "ms", "rounds"
+        columns.append({key: x for key, x in own.items() if key not in times and x not in (None, "")})
+    return "\n".join(lines), columns
 
 
 def _status_bytes(key: str) -> int:

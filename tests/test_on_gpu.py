@@ -63,7 +63,7 @@ def test_without_arguments_it_lists_stages_and_what_is_missing() -> None:
 @pytest.fixture
 def faked(tmp_path: Path) -> Path:
     """The script with tests that end in every way, and tools that do nothing."""
-    for name in ("on_gpu.sh", "on_gpu_report.py", "ledger.py"):
+    for name in ("on_gpu.sh", "on_gpu_report.py", "ledger.py", "runs.py"):
         (tmp_path / "bench").mkdir(exist_ok=True)
         shutil.copy(ROOT / "bench" / name, tmp_path / "bench" / name)
     script = tmp_path / "bench" / "on_gpu.sh"
