@@ -2,8 +2,8 @@
 
 RUN.json is what `pytest bench/ --benchmark` wrote, or what pytest-benchmark saved. A picture of each table
 shows the time of every candidate; `roofline` shows for all tables how near they come to the best matrix
-product and to a copy, measured in the same rounds. Each as PNG and as SVG, by default in a folder beside
-RUN.json that has its name. Needs matplotlib.
+product and to a copy, measured in the same rounds. Each as PNG and as SVG, by default in the folder
+RUN-figures beside it. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WIDTH = 10.0  # inches
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw the tables of a bench run, as PNG and SVG.")
     parser.add_argument("run", type=Path, metavar="RUN.json")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: beside RUN.json, with its name")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN-figures, beside it")
     given = parser.parse_args(arguments)
     try:
         measured = [table for table in tables(given.run) if any(row.stats for row in table.rows)]
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(str(error))
     if not measured:
         sys.exit(f"{given.run}: expected rows with times, got none")
-    out = given.out or given.run.with_suffix("")
+    out = given.out or given.run.with_name(f"{given.run.stem}-figures")
     pictures = {f"{n:02} {table.title}": peers(table) for n, table in enumerate(measured, start=1)}
     if any(key in row.columns for key, _ in SHARES for table in measured for row in table.rows):
         pictures["roofline"] = roofline(measured)
