@@ -122,9 +122,10 @@ setup(
             at_least("matplotlib"),
             TRITON,
             "accelerate>=1.1",
-            "pytest>=8",
-            "pytest-xdist>=3.6.1",
+            "pytest>=8.1",
+            "pytest-benchmark>=5.3.1",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6.1",
         ],
         "lint": ["ruff>=0.17,<0.18", "mypy>=2.4", "clang-format>=23,<24", "pre-commit>=4"],
         "peers": ["flash-attn>=2.7"],  # a peer in the benches; a long build, never required

@@ -1,11 +1,11 @@
-"""What an attention bench runs: inputs for a mask, contenders on them, and the check of their results."""
+"""What an attention bench runs: inputs for a mask, candidates on them, and the check of their results."""
 
 from __future__ import annotations
 
 from functools import cached_property, partial
 
 import torch
-from measure import Contender
+from measure import Candidate
 from peers import Attention, block_mask, flex
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
@@ -94,15 +94,15 @@ class Task:
     def dense(self) -> Tensor:
         return self.mask.dense()[:, None]
 
-    def ours(self, direction: str) -> Contender:
+    def ours(self, direction: str) -> Candidate:
         run = self._pass(partial(trajectory_attention, mask=self.mask), self.tensors, direction)
-        return Contender(OURS, run, partial(self._check_ours, direction), held_bytes(self.mask))
+        return Candidate(OURS, run, partial(self._check_ours, direction), held_bytes(self.mask))
 
-    def eager_dense(self, direction: str) -> Contender:
+    def eager_dense(self, direction: str) -> Candidate:
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return eager_attention(q, k, v, self.mask.dense())
 
-        return Contender(EAGER, self._pass(attention, self.tensors, direction))
+        return Candidate(EAGER, self._pass(attention, self.tensors, direction))
 
     def peer(
         self,
@@ -113,12 +113,12 @@ class Task:
         heads_first: bool = True,
         same_function: bool = True,
         held_bytes: int = 0,
-    ) -> Contender:
+    ) -> Candidate:
         run = self._pass(attention, self.heads_first if heads_first else self.tensors, direction)
         check = partial(self._check_peer, heads_first) if same_function else None
-        return Contender(name, run, check, held_bytes, "" if same_function else SCALE, peer=True)
+        return Candidate(name, run, check, held_bytes, "" if same_function else SCALE, peer=True)
 
-    def flex(self, direction: str, compiled: bool) -> Contender:
+    def flex(self, direction: str, compiled: bool) -> Candidate:
         held = held_bytes(self.blocks) + self.mask.evict_at.nbytes
         return self.peer(FLEX, flex(self.blocks, compiled), direction, held_bytes=held)
 

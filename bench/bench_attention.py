@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from attention_task import CAUSAL, DENSE, FLEX, FLOPS, OURS, Task, held_bytes
-from measure import Contender
+from measure import Candidate
 from peers import (
     FLASH_ATTENTION,
     FLEX_BLOCK,
@@ -93,22 +93,22 @@ def test_attention(bench: Any, tokens: int, dtype: torch.dtype, direction: str) 
     backward = direction != "forward"
     task = Task(TrajectoryLayout.from_segments(segments).mask, heads, dtype)
 
-    contenders = [task.ours(direction)]
+    candidates = [task.ours(direction)]
     # Dense forward+backward at N 11,852 takes most of a minute and many GiB.
     affordable = task.mask.evict_at.shape[1] < 4_000
     if affordable or not backward:
         dense: Attention = partial(scaled_dot_product_attention, attn_mask=task.dense, enable_gqa=True)
         causal: Attention = partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True)
-        contenders += [
+        candidates += [
             task.peer(DENSE, dense, direction, held_bytes=task.dense.nbytes),
             task.peer(CAUSAL, causal, direction, same_function=False),
         ]
     if not backward:  # FlexAttention has no backward on CPU
-        contenders.append(task.flex(direction, compiled=bench.measuring))
+        candidates.append(task.flex(direction, compiled=bench.measuring))
     if affordable and dtype == torch.float32:
-        contenders.append(task.eager_dense(direction))
+        candidates.append(task.eager_dense(direction))
 
-    results = bench.compare(task.title(direction), contenders, flops=task.flops(direction), dtype=dtype)
+    results = bench.compare(task.title(direction), candidates, flops=task.flops(direction), dtype=dtype)
     bf16 = dtype == torch.bfloat16
     if tokens == 11_852 and not backward:
         bench.goal_speedup(results, OURS, DENSE, 4 if bf16 else 6)
@@ -137,11 +137,11 @@ def test_mask_construction(bench: Any, table: str) -> None:
         assert mask.evict_at.shape == evict.shape
         assert mask.plan.live_tiles > 0
 
-    contenders = [Contender("TrajectoryMask.from_evict", lambda: TrajectoryMask.from_evict(evict), check)]
-    results = bench.compare(mask_title(built, table), contenders, budget_s=1)
+    candidates = [Candidate("TrajectoryMask.from_evict", lambda: TrajectoryMask.from_evict(evict), check)]
+    results = bench.compare(mask_title(built, table), candidates, budget_s=1)
     if bench.measuring:
         bench.goal(
-            f"mask and plan, {table}", results[contenders[0].name].median * 1e3, 20, at_most=True, unit=" ms"
+            f"mask and plan, {table}", results[candidates[0].name].median * 1e3, 20, at_most=True, unit=" ms"
         )
 
 
@@ -157,14 +157,14 @@ def test_gpu_mask_construction(bench: Any, device: str, table: str) -> None:
         assert torch.equal(plan.key_ranges.cpu(), expected.key_ranges)
         assert plan.live_tiles == expected.live_tiles
 
-    contenders = [
-        Contender("TrajectoryMask(evict)", lambda: TrajectoryMask(evict), check),
-        Contender("TrajectoryMask.from_evict", lambda: TrajectoryMask.from_evict(evict), check),
+    candidates = [
+        Candidate("TrajectoryMask(evict)", lambda: TrajectoryMask(evict), check),
+        Candidate("TrajectoryMask.from_evict", lambda: TrajectoryMask.from_evict(evict), check),
     ]
     title = f"on {device}: {mask_title(TrajectoryMask(evict), table)}"
-    results = bench.compare(title, contenders, device=device, idle=True, budget_s=1)
+    results = bench.compare(title, candidates, device=device, idle=True, budget_s=1)
     if bench.measuring:
-        seconds = results[contenders[0].name].median
+        seconds = results[candidates[0].name].median
         bench.goal(f"mask and plan on the GPU, {table}", seconds * 1e3, 1, at_most=True, unit=" ms")
 
 
@@ -191,19 +191,19 @@ def live_rates() -> dict[str, float]:
     return {}
 
 
-def gpu_contenders(task: Task, direction: str, measuring: bool) -> list[Contender]:
+def gpu_candidates(task: Task, direction: str, measuring: bool) -> list[Candidate]:
     n = task.mask.evict_at.shape[1]
     causal = task.pairs == n * (n + 1) // 2
-    contenders = [task.ours(direction)]
+    candidates = [task.ours(direction)]
     for backend, label in ((SDPBackend.FLASH_ATTENTION, "flash"), (SDPBackend.CUDNN_ATTENTION, "cuDNN")):
         name, attention = f"{CAUSAL}, {label}", sdpa(backend, is_causal=True)
         if n <= LONGEST_CAUSAL:
-            contenders.append(task.peer(name, attention, direction, same_function=causal))
+            candidates.append(task.peer(name, attention, direction, same_function=causal))
         else:
-            contenders.append(Contender(name, None, note=f"not run: {n * n / 2 / task.pairs:.0f}x the pairs"))
+            candidates.append(Candidate(name, None, note=f"not run: {n * n / 2 / task.pairs:.0f}x the pairs"))
     if causal:
         for name, module in FLASH_ATTENTION.items():
-            contenders.append(task.peer(name, flash_attention(module), direction, heads_first=False))
+            candidates.append(task.peer(name, flash_attention(module), direction, heads_first=False))
     else:
         for make, backend, label in (
             (sdpa, SDPBackend.CUDNN_ATTENTION, "cuDNN"),
@@ -212,16 +212,16 @@ def gpu_contenders(task: Task, direction: str, measuring: bool) -> list[Contende
             name = f"{DENSE}, {label}"
             if n <= LONGEST_DENSE:
                 attention, held = make(backend, attn_mask=task.dense), task.dense.nbytes
-                contenders.append(task.peer(name, attention, direction, held_bytes=held))
+                candidates.append(task.peer(name, attention, direction, held_bytes=held))
             else:
                 note = f"not run: its mask alone takes {n * n / 2**30:.0f} GiB"
-                contenders.append(Contender(name, None, note=note))
+                candidates.append(Candidate(name, None, note=note))
     if direction == "forward" or task.mask.device.type == "cuda":
-        contenders.append(task.flex(direction, compiled=measuring))
+        candidates.append(task.flex(direction, compiled=measuring))
     else:
-        contenders.append(Contender(FLEX, None, note="no backward on CPU"))
-    contenders.append(task.peer("FlashMask", flashmask(task.mask), direction, heads_first=False))
-    return contenders
+        candidates.append(Candidate(FLEX, None, note="no backward on CPU"))
+    candidates.append(task.peer("FlashMask", flashmask(task.mask), direction, heads_first=False))
+    return candidates
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # small shapes only
@@ -232,7 +232,7 @@ def test_gpu_attention(
     task = gpu_task
     results = bench.compare(
         task.title(direction),
-        gpu_contenders(task, direction, bench.measuring),
+        gpu_candidates(task, direction, bench.measuring),
         flops=task.flops(direction),
         dtype=task.dtype,
         device=device,
@@ -248,9 +248,9 @@ def test_gpu_attention(
     live_rate = visible_rate / visible
     if task.name == "causal 16k":
         live_rates[direction] = live_rate
-        wanted = {"forward": 400, "backward": 280}.get(direction)
-        if wanted:
-            bench.goal(f"causal 16k, {direction}", visible_rate / 1e12, wanted, unit=" TFLOP/s")
+        target = {"forward": 400, "backward": 280}.get(direction)
+        if target:
+            bench.goal(f"causal 16k, {direction}", visible_rate / 1e12, target, unit=" TFLOP/s")
         return
     # Against what we reach on the tiles of causal 16k, nearly all of which are full.
     share = 100 * live_rate / live_rates[direction] if direction in live_rates else None
@@ -282,13 +282,13 @@ def test_mask_construction_against_flex(bench: Any) -> None:
     tiles = -(-n // FLEX_BLOCK)
     padded = torch.nn.functional.pad(mask.dense(), (0, tiles * FLEX_BLOCK - n) * 2)
     live_tiles = padded.view(1, 1, tiles, FLEX_BLOCK, tiles, FLEX_BLOCK).any(dim=5).any(dim=3).int()
-    contenders = [
-        Contender("TrajectoryLayout.from_segments", lambda: TrajectoryLayout.from_segments(segments).mask),
-        Contender(
+    candidates = [
+        Candidate("TrajectoryLayout.from_segments", lambda: TrajectoryLayout.from_segments(segments).mask),
+        Candidate(
             "BlockMask from our plan",
             lambda: block_mask(TrajectoryLayout.from_segments(segments).mask),
             check_flex,
         ),
-        Contender("create_block_mask", visit_every_pair, check_flex),
+        Candidate("create_block_mask", visit_every_pair, check_flex),
     ]
-    bench.compare(f"mask for one call, N {n:,}", contenders, budget_s=1, min_rounds=1)
+    bench.compare(f"mask for one call, N {n:,}", candidates, budget_s=1, min_rounds=1)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from attention_task import FLOPS
-from measure import Contender
+from measure import Candidate
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -84,14 +84,14 @@ class Task:
         k, v = (x.repeat_interleave(group, 1) for x in self.heads_first())
         return scaled_dot_product_attention(self.q.transpose(1, 2), k, v, attn_mask=self.mask).transpose(1, 2)
 
-    def contenders(self) -> list[Contender]:
+    def candidates(self) -> list[Candidate]:
         def check(factor: float, out: Tensor) -> None:
             assert_accurate(out, self.eager, self.exact, factor)
 
         peers: dict[str, Callable[[], Tensor]]
         peers = {ROWS: self.query_rows, GROUPED: self.grouped, REPEATED: self.repeated}
-        ours = Contender(OURS, self.ours, partial(check, 2))
-        return [ours, *(Contender(name, run, partial(check, 4), peer=True) for name, run in peers.items())]
+        ours = Candidate(OURS, self.ours, partial(check, 2))
+        return [ours, *(Candidate(name, run, partial(check, 4), peer=True) for name, run in peers.items())]
 
 
 @both_dtypes
@@ -101,7 +101,7 @@ def test_decode(bench: Any, shape: Shape, dtype: torch.dtype) -> None:
     task, (rows, length, _, _, kv_heads, dim) = Task(shape, dtype), shape
     read = 2 * rows * length * kv_heads * dim * dtype.itemsize
     title = f"decode, {str(dtype).removeprefix('torch.')}, {shape}"
-    bench.compare(title, task.contenders(), moved_bytes=read, budget_s=3.0)
+    bench.compare(title, task.candidates(), moved_bytes=read, budget_s=3.0)
 
 
 @both_dtypes
@@ -109,4 +109,4 @@ def test_prefill(bench: Any, dtype: torch.dtype) -> None:
     shape = PREFILL if bench.measuring else PREFILL._replace(rows=2, length=130, queries=40)
     task, title = Task(shape, dtype), f"prefill, {str(dtype).removeprefix('torch.')}, {shape}"
     flops = float(FLOPS["forward"] * shape.rows * int(task.visible.sum()) * shape.heads * shape.dim)
-    bench.compare(title, task.contenders(), flops=flops, dtype=dtype, budget_s=5.0)
+    bench.compare(title, task.candidates(), flops=flops, dtype=dtype, budget_s=5.0)

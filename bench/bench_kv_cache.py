@@ -51,10 +51,10 @@ def make_task(bench: Any, name: str, model: Model, turns: list[Turn], device: st
 
 
 def measure(bench: Any, task: Task, device: str, idle: bool = False) -> dict[str, Result]:
-    contenders = [*task.ours(), *([task.replayed()] if idle else []), *task.peers()]
+    candidates = [*task.ours(), *([task.replayed()] if idle else []), *task.peers()]
     return bench.compare(
         task.title(),
-        contenders,
+        candidates,
         moved_bytes=task.moved_bytes,
         device=device,
         idle=idle,

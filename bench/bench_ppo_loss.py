@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from measure import Contender, Result, speedup
+from measure import Candidate, Result, speedup
 from ppo_loss_task import BARE, BOTH, EAGER, FORWARD, OURS, PPO, RECOMPUTED, Shape, Task
 from torch import Tensor
 
@@ -45,7 +45,7 @@ def measure(bench: Any, work: str, place: str, device: str) -> tuple[Task, dict[
     task = Task(work, (FULL if bench.measuring else QUICK)[place], device, bench.measuring)
     results = bench.compare(
         task.title(),
-        task.contenders(),
+        task.candidates(),
         flops=task.flops,
         dtype=task.shape.dtype,
         device=device,
@@ -54,23 +54,21 @@ def measure(bench: Any, work: str, place: str, device: str) -> tuple[Task, dict[
         min_rounds=3 if work == PPO else 2,
     )
     if bench.measuring and work != FORWARD:
-        for row in bench.tables[-1]["rows"]:
-            over = beyond(task, results.get(row["name"]))
+        for name, result in results.items():
+            over = beyond(task, result)
             if over is not None:
-                row[BEYOND] = over / MIB
-                bench.print(f"  {row['name']}: {over / MIB:,.1f} MiB beyond the gradients")
+                bench.columns(name)[BEYOND] = over / MIB
+                bench.print(f"  {name}: {over / MIB:,.1f} MiB beyond the gradients")
     return task, results
 
 
-def beyond(task: Task, result: Result | None) -> int | None:
-    if result is None or result.peak_bytes is None:
-        return None
-    return result.peak_bytes - task.gradient_bytes
+def beyond(task: Task, result: Result) -> int | None:
+    return None if result.peak_bytes is None else result.peak_bytes - task.gradient_bytes
 
 
-def goal_at_most(bench: Any, text: str, ours: float | None, theirs: float | None, wanted: float) -> None:
+def goal_at_most(bench: Any, text: str, ours: float | None, theirs: float | None, target: float) -> None:
     ratio = ours / theirs if ours is not None and theirs else None
-    bench.goal(text, ratio, wanted, at_most=True)
+    bench.goal(text, ratio, target, at_most=True)
 
 
 def test_ppo_loss(bench: Any) -> None:
@@ -114,7 +112,7 @@ def test_gpu_ppo_loss(bench: Any, device: str) -> None:
 def test_gpu_logprob(bench: Any, device: str, work: str) -> None:
     measure(bench, work, "gpu", device)
     if bench.measuring and work == FORWARD:
-        share = bench.tables[-1]["rows"][0]["of peak"]  # of the best matrix product in the same rounds
+        share = bench.columns(OURS[work]).get("of peak")  # of the best matrix product in the same rounds
         bench.goal(
             "linear_logprob forward, of the matrix product's speed", share and 100 * share, 75, unit=" %"
         )
@@ -136,14 +134,14 @@ def measure_gae(bench: Any, device: str) -> dict[str, Result]:
         for name, got, eager, wanted in zip(("advantage", "returns"), results, plain, exact, strict=True):
             assert_accurate(got, eager, wanted, name=name)
 
-    contenders = [
-        Contender("gae", partial(gae, *given), check),
-        Contender("a loop in PyTorch", partial(reference.gae, *given), check),
+    candidates = [
+        Candidate("gae", partial(gae, *given), check),
+        Candidate("a loop in PyTorch", partial(reference.gae, *given), check),
     ]
     where = "" if device == "cpu" else f" on {device}"
     title = f"gae{where}, float32, B {batch}, T {tokens:,}, {mask.float().mean():.0%} of them the policy's"
     moved = sum(x.numel() * x.element_size() for x in (reward, value, mask, *plain))
-    return bench.compare(title, contenders, moved_bytes=moved, device=device, budget_s=GPU_BUDGET_S)
+    return bench.compare(title, candidates, moved_bytes=moved, device=device, budget_s=GPU_BUDGET_S)
 
 
 def test_gae(bench: Any) -> None:

@@ -1,7 +1,7 @@
 """Rollout throughput: `mem1.rollout` against Hugging Face `generate`, which encodes the pruned context anew
 each turn; and what a rollout of 64 turns holds in memory.
 
-One model object with random weights serves all contenders; the peer runs it with "sdpa" and transformers' own
+One model object with random weights serves all candidates; the peer runs it with "sdpa" and transformers' own
 growing cache. All play episodes of the same lengths, and environments answer at once: that a lock-step batch
 also waits for its slowest environment is not counted. See `rollout_task.py`.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from measure import Contender, Result
+from measure import Candidate, Result
 from rollout_task import RandomWords, Workload, check_generated, check_ours, generate, play
 
 from mem1.config import EvictionPolicy, ModelConfig, Regime
@@ -82,8 +82,8 @@ def compare(
 ) -> dict[str, Result]:
     """One table, with the throughput of each row."""
     engine = Engine(model, slots)  # kept from call to call, as a trainer does
-    contenders = [
-        Contender(
+    candidates = [
+        Candidate(
             name,
             partial(play, engine, workload, regime),
             partial(check_ours, model, workload, regime),
@@ -91,21 +91,21 @@ def compare(
         for name, regime in regimes.items()
     ]
     peer = partial(generate, model, workload, slots), partial(check_generated, workload, slots)
-    contenders.append(Contender(ONE_BY_ONE if slots == 1 else LOCK_STEP, *peer, peer=True))
+    candidates.append(Candidate(ONE_BY_ONE if slots == 1 else LOCK_STEP, *peer, peer=True))
     config = model.config
     title = (
         f"rollout on {device}, {config.num_hidden_layers} layers x {config.hidden_size}, vocabulary "
         f"{config.vocab_size:,}, {str(model.dtype).removeprefix('torch.')}, {slots} side by side, {workload}"
     )
     # A call takes seconds: three rounds, or two where it takes many.
-    results = bench.compare(title, contenders, device=device, idle=True, budget_s=10, min_rounds=3)
+    results = bench.compare(title, candidates, device=device, idle=True, budget_s=10, min_rounds=3)
     if bench.measuring:
         work = {"policy tokens/s": workload.policy_tokens(), "trajectories/s": workload.episodes}
-        for row in bench.tables[-1]["rows"]:
-            if row["ms"]:
-                row |= {name: amount / row["ms"] * 1e3 for name, amount in work.items()}
-                rates = ", ".join(f"{row[name]:,.2f} {name}" for name in work)
-                bench.print(f"  {row['name']}: {rates}")
+        for name, result in results.items():
+            if result.seconds:
+                rates = {unit: amount / result.median for unit, amount in work.items()}
+                bench.columns(name).update(rates)
+                bench.print(f"  {name}: " + ", ".join(f"{rate:,.2f} {unit}" for unit, rate in rates.items()))
     return results
 
 
@@ -115,7 +115,7 @@ def test_rollout(bench: Any, small_model: Any, slots: int) -> None:
         slots //= 8
     workload = sized(bench, episodes=2 * slots, turns=6)
     results = compare(bench, small_model, workload, slots, BOTH)
-    if slots != 16:  # a step of so few rows is half Python in either contender
+    if slots != 16:  # a step of so few rows is half Python in either candidate
         bench.goal_speedup(results, OURS, LOCK_STEP, 3)
 
 
@@ -197,5 +197,4 @@ def test_memory(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             values = [getattr(sizes[prune][turn - 1], what) / MIB for turn in shown]
             lines.append(f"  {agent}, {what}".ljust(40) + "".join(f"{value:8.1f}" for value in values))
     bench.print("\n" + "\n".join(lines))
-    rows = [{"name": prune, "bytes": [m._asdict() for m in sizes[prune]]} for prune in sizes]
-    bench.tables.append({"title": lines[0], "rows": rows})
+    bench.run.add_table(lines[0], {prune: [m._asdict() for m in sizes[prune]] for prune in sizes})

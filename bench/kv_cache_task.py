@@ -1,4 +1,4 @@
-"""What a pruning bench runs: a cache with a turn of MEM1 to forget, contenders on it, and the check of their
+"""What a pruning bench runs: a cache with a turn of MEM1 to forget, candidates on it, and the check of their
 results.
 
 All but kvpress's way work on one tensor in place. A call that is repeated moves the same entries again,
@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
-from measure import Contender
+from measure import Candidate
 from torch import Tensor
 
 from mem1_core.ops import prune_kv_cache_, prune_paged_kv_cache_
@@ -113,18 +113,18 @@ class Task:
 
     def _in_place(
         self, name: str, run: Callable[[], Any], check: Callable[[Any], None], peer: bool = False
-    ) -> Contender:
+    ) -> Candidate:
         """`check`, and then the cache is as it was."""
 
         def check_and_restore(result: Any) -> None:
             check(result)
             self._restore()
 
-        return Contender(name, run, check_and_restore, peer=peer)
+        return Candidate(name, run, check_and_restore, peer=peer)
 
     # --- ours -----------------------------------------------------------------------------------------------
 
-    def ours(self) -> list[Contender]:
+    def ours(self) -> list[Candidate]:
         if self.paged:
             return [self._in_place(PAGED, self._prune_paged, self._check_paged)]
         if not self.compact:
@@ -136,7 +136,7 @@ class Task:
             self._in_place(FROM_BASE, base, self._check_from_base),
         ]
 
-    def replayed(self) -> Contender:
+    def replayed(self) -> Candidate:
         """Ours as part of a captured decode loop; capture fails if anything waits for the device."""
         if not self.kv.is_cuda:
             return self._in_place(REPLAYED, self._prune, self._check_ours)
@@ -161,13 +161,13 @@ class Task:
 
     # --- peers ----------------------------------------------------------------------------------------------
 
-    def peers(self) -> list[Contender]:
-        contenders = [self._in_place(GATHER, self._gather, self._check_targets, peer=True)]
+    def peers(self) -> list[Candidate]:
+        candidates = [self._in_place(GATHER, self._gather, self._check_targets, peer=True)]
         if not self.paged:
             if not self.compact:
-                contenders.append(self._in_place(CLONE, self._clone, self._check_targets, peer=True))
-            contenders.append(Contender(KVPRESS, self._kvpress, self._check_kvpress, peer=True))
-        return contenders
+                candidates.append(self._in_place(CLONE, self._clone, self._check_targets, peer=True))
+            candidates.append(Candidate(KVPRESS, self._kvpress, self._check_kvpress, peer=True))
+        return candidates
 
     def _gather(self) -> None:
         """The entries that move, and no others, of all layers and sequences at once."""

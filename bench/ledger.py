@@ -18,6 +18,8 @@ from datetime import date
 from importlib import metadata
 from pathlib import Path
 
+import runs
+
 ROOT = Path(__file__).resolve().parent.parent
 GPU_SOURCES = (
     "csrc/attention/*.h", "csrc/kv_cache/*.h", "csrc/ppo_loss/*.h", "csrc/gae/*.h",
@@ -137,11 +139,12 @@ def stages(out: Path) -> Iterator[str]:
 
 
 def figures(out: Path) -> Iterator[str]:
-    """The best of each bench row, in words that fit the last column."""
+    """The time of each bench row, in words that fit the last column."""
     for path in sorted(out.glob("*/bench.json")):
-        for table in json.loads(path.read_text()).get("tables", []):
-            yield table["title"]
-            yield from (f"  {row['name']}: {row['ms']:.3f} ms" for row in table["rows"] if row.get("ms"))
+        for table in runs.tables(path):
+            yield table.title
+            measured = ((row.name, row.stats["median"]) for row in table.rows if row.stats)
+            yield from (f"  {name}: {seconds * 1e3:.3f} ms" for name, seconds in measured)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""How a bench measures: every contender in turn, round after round, so that drift of the machine hits all.
+"""How a bench measures: every candidate in turn, round after round, so that drift of the machine hits all.
 
     round 1: A B C    round 2: A B C    ...
 
-A figure is the median of its rounds; a ratio is the median of the ratios within a round. A contender is
+A figure is the median of its rounds; a ratio is the median of the ratios within a round. A candidate is
 checked on its warm-up call, before anything is timed. A clock says what a time is and what peak memory is:
 `HostClock` on the CPU, `DeviceClock` on a CUDA device.
 """
@@ -29,7 +29,7 @@ COPY = "copy between two buffers"
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """Something that is timed.
 
     `peer`: its failure is not ours. When measuring, a row says how it failed; in a quick test only a package
@@ -48,6 +48,7 @@ class Contender:
 class Result:
     name: str
     seconds: list[float] = field(default_factory=list)  # one per round, first round first; none: see note
+    calls: int = 1  # timed as one
     host_seconds: list[float] = field(default_factory=list)  # of issuing a call, where that is another time
     peak_bytes: int | None = None
     note: str = ""
@@ -77,7 +78,7 @@ class HostClock:
     """Wall time; peak memory is the growth of the resident set (Linux).
 
     Short calls are timed as many after one another as fill some milliseconds: one call alone would be judged
-    by what the contender before it left in the caches.
+    by what the candidate before it left in the caches.
     """
 
     def time(self, run: Callable[[], Any], calls: int = 1) -> Timing:
@@ -148,70 +149,71 @@ def _calls_filling_window(seconds: float) -> int:
 
 
 def compare(
-    contenders: Sequence[Contender],
+    candidates: Sequence[Candidate],
     budget_s: float,
     min_rounds: int = 3,
     clock: Clock | None = None,
 ) -> list[Result]:
-    """Check each contender once, then time all of them in turn for about `budget_s` seconds.
+    """Check each candidate once, then time all of them in turn for about `budget_s` seconds.
 
-    budget_s 0 only checks. A contender whose call takes over `SLOW_CALL_S` runs `min_rounds` times, over
+    budget_s 0 only checks. A candidate whose call takes over `SLOW_CALL_S` runs `min_rounds` times, over
     twice that one time less, over ten times that once; the others share what the budget allows. One whose
     first call, the check included, takes over twenty times that is not called again. The clock is `HostClock`
     by default.
     """
     clock = clock or HostClock()
-    results = [Result(c.name, note=c.note) for c in contenders]
-    running: list[tuple[Contender, Callable[[], Any], Result]] = []
-    for contender, result in zip(contenders, results, strict=True):
+    results = [Result(c.name, note=c.note) for c in candidates]
+    running: list[tuple[Candidate, Callable[[], Any], Result]] = []
+    for candidate, result in zip(candidates, results, strict=True):
         began = time.perf_counter()
-        if contender.run is None or not _warm_up(contender, contender.run, result, measuring=budget_s > 0):
+        if candidate.run is None or not _warm_up(candidate, candidate.run, result, measuring=budget_s > 0):
             continue
         first_s = time.perf_counter() - began
         if budget_s > 0 and first_s > 20 * SLOW_CALL_S:
             _add(result, Timing(first_s))
             result.note = "; ".join(filter(None, [result.note, "its first call, with the check"]))
         else:
-            running.append((contender, contender.run, result))
+            running.append((candidate, candidate.run, result))
     if budget_s == 0:
         return results
     calls, costs = [], []
-    for contender, run, result in running:
+    for candidate, run, result in running:
         start = time.perf_counter()
         timing, peak = clock.time_and_peak(run)
         if peak is not None:
-            result.peak_bytes = peak + contender.held_bytes
+            result.peak_bytes = peak + candidate.held_bytes
         calls.append(clock.calls(timing.seconds))
         if calls[-1] > 1:  # a lone call is no measure of many
             start = time.perf_counter()
             timing = clock.time(run, calls[-1])
+        result.calls = calls[-1]
         costs.append(time.perf_counter() - start)  # with what the clock does before
         _add(result, timing)
     quick = sum(s for s in costs if s <= SLOW_CALL_S)
-    many = max(min_rounds, min(MAX_ROUNDS, int(budget_s / max(quick, 1e-9))))
+    affordable = max(min_rounds, min(MAX_ROUNDS, int(budget_s / max(quick, 1e-9))))
     rounds = [
-        many if s <= SLOW_CALL_S else 1 if s > 10 * SLOW_CALL_S else min_rounds - (s > 2 * SLOW_CALL_S)
+        affordable if s <= SLOW_CALL_S else 1 if s > 10 * SLOW_CALL_S else min_rounds - (s > 2 * SLOW_CALL_S)
         for s in costs
     ]
-    for turn in range(1, max(rounds, default=0)):
-        for (_, run, result), wanted, together in zip(running, rounds, calls, strict=True):
-            if turn < wanted:
-                _add(result, clock.time(run, together))
+    for done in range(1, max(rounds, default=0)):
+        for (_, run, result), planned, count in zip(running, rounds, calls, strict=True):
+            if done < planned:
+                _add(result, clock.time(run, count))
     return results
 
 
-def _warm_up(contender: Contender, run: Callable[[], Any], result: Result, measuring: bool) -> bool:
+def _warm_up(candidate: Candidate, run: Callable[[], Any], result: Result, measuring: bool) -> bool:
     """Run and check it once; False if it is a peer that cannot take part, with the reason as its note."""
     try:
         output = run()
-        if contender.check is not None:
-            contender.check(output)
+        if candidate.check is not None:
+            candidate.check(output)
     except ImportError as error:
-        if not contender.peer:
+        if not candidate.peer:
             raise
         result.note = f"not installed: {_one_line(error)}"
     except Exception as error:  # whatever a peer does must not end the run: its row says so
-        if not (contender.peer and measuring):
+        if not (candidate.peer and measuring):
             raise
         result.note = f"{type(error).__name__}: {_one_line(error)}"
     else:
@@ -240,14 +242,14 @@ def speedup(ours: Result, peer: Result) -> float | None:
 
 def matmuls(
     dtype: torch.dtype, sizes: Sequence[int], device: str = "cpu"
-) -> dict[str, tuple[Contender, float]]:
+) -> dict[str, tuple[Candidate, float]]:
     """Square matrix products and their FLOPs: the best of them is the roofline, timed in the same rounds.
 
     Which of torch's libraries is fastest on a CPU depends on the processor (MKL's fp32 product runs at a
     third of oneDNN's on some), so each is asked. Where it has no product of bf16 theirs take a minute, and
     one of fp32 is the most that it can do.
     """
-    products: dict[str, tuple[Contender, float]] = {}
+    products: dict[str, tuple[Candidate, float]] = {}
     onednn = device == "cpu" and torch.backends.mkldnn.is_available()
     widened = onednn and not _onednn_multiplies(dtype)
     kind = " of fp32" if widened else ""
@@ -259,7 +261,7 @@ def matmuls(
         if onednn:
             ways[f"oneDNN{kind}"] = partial(torch.nn.functional.linear, a.to_mkldnn(), b.to_mkldnn())
         for way, run in ways.items():
-            products[f"{way} {size}^3"] = Contender(f"{way} {size}^3", run), 2.0 * size**3
+            products[f"{way} {size}^3"] = Candidate(f"{way} {size}^3", run), 2.0 * size**3
     return products
 
 
@@ -272,7 +274,7 @@ def _onednn_multiplies(dtype: torch.dtype) -> bool:
     return True
 
 
-def plain_copy(moved_bytes: int, device: str = "cpu") -> Contender:
+def plain_copy(moved_bytes: int, device: str = "cpu") -> Candidate:
     """From one buffer to another, so that as many bytes are read and written: the ceiling of what moves data.
 
     On the CPU memmove on as many threads as torch has, each with a MiB or more; on a CUDA device `copy_`.
@@ -284,7 +286,7 @@ def plain_copy(moved_bytes: int, device: str = "cpu") -> Contender:
         assert torch.equal(source, target)
 
     if device != "cpu":
-        return Contender(COPY, partial(target.copy_, source), check, note="copy_")
+        return Candidate(COPY, partial(target.copy_, source), check, note="copy_")
     threads = max(1, min(torch.get_num_threads(), size // 2**20))
     ends = [size * n // threads for n in range(threads + 1)]
 
@@ -298,7 +300,7 @@ def plain_copy(moved_bytes: int, device: str = "cpu") -> Contender:
         for other in others:
             other.result()
 
-    return Contender(COPY, run, check, note=f"memmove, {threads} thread{'s' * (threads > 1)}")
+    return Candidate(COPY, run, check, note=f"memmove, {threads} thread{'s' * (threads > 1)}")
 
 
 @cache
@@ -307,14 +309,13 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def table(
-    title: str,
     results: Sequence[Result],
     *,
     flops: float | None = None,
     peak: float | None = None,
     moved_bytes: int = 0,
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Lay out one table, our row first; also its rows as dictionaries for JSON.
+    """Lay out the rows of a table, ours first; also the columns beside their times, for the run's file.
 
     flops: the work that the task needs (visible pairs only), the same for every row, whatever a row really
     computes. peak: FLOP/s of the roofline. moved_bytes: what the task has to read and write, likewise; the
@@ -323,22 +324,22 @@ def table(
     rows: list[dict[str, Any]] = []
     on_device = any(result.host_seconds for result in results)
     for result in results:
-        took = result.median if result.seconds else None
-        issued = median(result.host_seconds) if result.host_seconds else None
-        row: dict[str, Any] = {"name": result.name, "ms": took and took * 1e3}
+        seconds = result.median if result.seconds else None
+        host = median(result.host_seconds) if result.host_seconds else None
+        row: dict[str, Any] = {"name": result.name, "ms": seconds and seconds * 1e3}
         if on_device:
-            row["host ms"] = issued and issued * 1e3
+            row["host ms"] = host and host * 1e3
         row["rounds"] = len(result.seconds)
         row["x ours"] = speedup(results[0], result)
         if flops and peak:
-            row["TFLOP/s"] = took and flops / took / 1e12
-            row["of peak"] = took and flops / took / peak
+            row["TFLOP/s"] = seconds and flops / seconds / 1e12
+            row["of peak"] = seconds and flops / seconds / peak
         if moved_bytes:
-            row["GB/s"] = took and moved_bytes / took / 1e9
+            row["GB/s"] = seconds and moved_bytes / seconds / 1e9
             row["of copy"] = speedup(result, results[-1])
         row["peak MiB"] = None if result.peak_bytes is None else result.peak_bytes / 2**20
         notes = [result.note]
-        if issued and took and issued > 0.9 * (took + DeviceClock.LEAD_S):
+        if host and seconds and host > 0.9 * (seconds + DeviceClock.LEAD_S):
             notes.append("at the host's pace")  # the lead was not enough
         row["note"] = "; ".join(filter(None, notes))
         rows.append(row)
@@ -355,11 +356,12 @@ def table(
     for line in cells:
         name, *numbers, note = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         lines.append(f"  {name.strip().ljust(widths[0])}  {'  '.join(numbers)}  {note.strip()}".rstrip())
-    saved = [
-        row | {"seconds": r.seconds, "host_seconds": r.host_seconds}
-        for row, r in zip(rows, results, strict=True)
-    ]
-    return "\n".join([title, *lines]), saved
+    columns = []
+    for row, result in zip(rows, results, strict=True):
+        own = row | {"host seconds": result.host_seconds or None}
+        times = "name", "ms", "rounds"
+        columns.append({key: x for key, x in own.items() if key not in times and x not in (None, "")})
+    return "\n".join(lines), columns
 
 
 def _status_bytes(key: str) -> int:

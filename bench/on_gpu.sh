@@ -58,7 +58,8 @@ pytest_() {
   python3 -m pytest -p no:cacheprovider -p bench.on_gpu_report --on-gpu-report "$out" "${each[@]}" "$@"
 }
 spread() { pytest_ tests -n 8 --dist worksteal --max-worker-restart 40 -m "$1"; }
-bench() { python3 -m pytest "bench/bench_$1.py" -p no:cacheprovider --benchmark -k gpu --benchmark-out="$out/bench.json"; }
+# Without pytest-benchmark, of whatever version: the run file is the same.
+bench() { python3 -m pytest "bench/bench_$1.py" -p no:cacheprovider -p no:benchmark --benchmark -k gpu --benchmark-out="$out/bench.json"; }
 
 build() {
   local capability arch

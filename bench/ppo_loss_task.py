@@ -1,4 +1,4 @@
-"""What a bench of the losses over the vocabulary runs: inputs, contenders on them, and the check of their
+"""What a bench of the losses over the vocabulary runs: inputs, candidates on them, and the check of their
 results.
 
 A head is a function (hidden, weight, target) -> logprob and entropy, both [T], or None where it has no
@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
-from measure import Contender
+from measure import Candidate
 from torch import Tensor
 
 from mem1_core import reference
@@ -127,30 +127,30 @@ class Task:
             f"V {vocabulary:,}"
         )
 
-    # --- contenders -----------------------------------------------------------------------------------------
+    # --- candidates -----------------------------------------------------------------------------------------
 
-    def contenders(self) -> list[Contender]:
+    def candidates(self) -> list[Candidate]:
         """Ours first."""
-        contenders = [Contender(OURS[self.work], self._ours, self._check)]
+        candidates = [Candidate(OURS[self.work], self._ours, self._check)]
         if self.work == PPO:
-            contenders.append(self._with(RECOMPUTED, linear_logprob))
-        contenders.append(self._with(EAGER, eager, peer=True))
+            candidates.append(self._with(RECOMPUTED, linear_logprob))
+        candidates.append(self._with(EAGER, eager, peer=True))
         if self.measuring:  # these two compile for many seconds
-            contenders.append(Contender(COMPILED, self._compiled(), self._check, peer=True))
+            candidates.append(Candidate(COMPILED, self._compiled(), self._check, peer=True))
             note = "without the entropy" + (
                 ", its implementation for the CPU" if self.device == "cpu" else ""
             )
-            contenders.append(self._with(CCE, cce, note, peer=True))
+            candidates.append(self._with(CCE, cce, note, peer=True))
         return [
-            *contenders,
+            *candidates,
             self._with(TRL, trl, peer=True),
             self._with(LIGER, liger, peer=True),
-            Contender(BARE, self._products, note="another function: a floor only"),
+            Candidate(BARE, self._products, note="another function: a floor only"),
         ]
 
-    def _with(self, name: str, head: Head, note: str = "", peer: bool = False) -> Contender:
+    def _with(self, name: str, head: Head, note: str = "", peer: bool = False) -> Candidate:
         check = partial(self._check, entropy=head is not cce, factor=PEER_FACTOR if peer else 2)
-        return Contender(name, partial(self._run, head), check, note=note, peer=peer)
+        return Candidate(name, partial(self._run, head), check, note=note, peer=peer)
 
     def _run(self, head: Head) -> list[Tensor]:
         logprob, entropy = head(*self.inputs)

@@ -30,7 +30,10 @@ from mem1.train.ppo import PPO
 from mem1.train.warmstart import warm_start
 
 LIMITS = RolloutConfig(max_turns=6, max_action_tokens=32)
-POLICIES: dict[str, Callable[[], Any]] = {"mem1": share_cpus, "as OpenMP comes": nullcontext}
+WORK = WARM_START, UPDATE, EVALUATION = "warm start", "PPO update", "evaluation"
+OURS, PLAIN = "mem1", "as OpenMP comes"
+POLICIES: dict[str, Callable[[], Any]] = {OURS: share_cpus, PLAIN: nullcontext}
+IDLE, BUSY = "idle", "beside a busy process"
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -46,7 +49,7 @@ def measured(steps: int, episodes: int) -> dict[str, float]:
     draw = Curriculum(tokenizer.get_vocab(), {"objectives": (1, 4)})
     warm = warm_start(model, WarmStartConfig(steps=steps + 2), draw)
     list(islice(warm, 2))
-    found = {"warm start": seconds(lambda: list(warm)) / steps}
+    found = {WARM_START: seconds(lambda: list(warm)) / steps}
 
     ppo = PPO(model, build_critic(model), None, PPOConfig(kl_coef=0.0, critic_only_updates=0), "carry")
     make = partial(MultiHopEnv, (1, 4))
@@ -55,8 +58,8 @@ def measured(steps: int, episodes: int) -> dict[str, float]:
         played = list(rollout(model.eval(), tokenizer, make, range(episodes), LIMITS))
         ppo.update(played, torch.Generator().manual_seed(0))
 
-    found["PPO update"] = seconds(update)
-    found["evaluation"] = seconds(
+    found[UPDATE] = seconds(update)
+    found[EVALUATION] = seconds(
         lambda: evaluate(model, tokenizer, LIMITS, MultiHopEnv, agent="", objectives=2, episodes=episodes)
     )
     return found
@@ -72,7 +75,11 @@ def beside_a_busy_process() -> Iterator[None]:
         other.wait()
 
 
-COMPANY: dict[str, Callable[[], Any]] = {"idle": nullcontext, "beside a busy process": beside_a_busy_process}
+COMPANY: dict[str, Callable[[], Any]] = {IDLE: nullcontext, BUSY: beside_a_busy_process}
+
+
+def row(policy: str, company: str) -> str:
+    return f"{policy}, {company}"
 
 
 def main(rounds: int, steps: int, episodes: int) -> None:
@@ -82,7 +89,7 @@ def main(rounds: int, steps: int, episodes: int) -> None:
             for policy, waiting in POLICIES.items():
                 with beside(), waiting():
                     for work, took in measured(steps, episodes).items():
-                        rows.setdefault(work, {}).setdefault(f"{policy}, {company}", []).append(took)
+                        rows.setdefault(work, {}).setdefault(row(policy, company), []).append(took)
     print(json.dumps(rows))
 
 
