@@ -27,7 +27,7 @@ class Pass:
     """One direction of an attention over given inputs. A call returns [out], or [out, dq, dk, dv].
 
     The first call is not the one that is timed. It brings the gradient into the memory layout of the output,
-    as the layers behind an attention do, and backward alone runs its forward there, once.
+    as the layers after an attention do, and backward alone runs its forward there, once.
     """
 
     def __init__(self, attention: Attention, inputs: list[Tensor], grad: Tensor, direction: str) -> None:

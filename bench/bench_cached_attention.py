@@ -26,7 +26,7 @@ from mem1_core.testing import assert_accurate, eager_attention
 OURS, ROWS, GROUPED, REPEATED = (
     "cached_attention", "SDPA, heads as query rows", "SDPA enable_gqa", "SDPA, K and V repeated",
 )  # fmt: skip
-SPARE = 64  # entries of the cache behind every row
+SPARE = 64  # entries of the cache after every row
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 

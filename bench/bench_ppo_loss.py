@@ -1,7 +1,7 @@
 """fused_linear_ppo_loss, linear_logprob and gae: time and memory.
 
 Peers over the vocabulary: eager PyTorch and torch.compile of it; TRL's log-probs in chunks, Liger's scaled
-cross-entropy and cut cross-entropy, each with the same loss behind it in plain PyTorch; and the matrix
+cross-entropy and cut cross-entropy, each followed by the same loss in plain PyTorch; and the matrix
 products alone, below which nothing gets that forms logits. FLOPs are those of these products, 2 T H V forward
 and 6 T H V with gradients, whatever a row really computes. Whoever takes gradients returns d_hidden and
 d_weight: memory beyond these is a figure of its own.

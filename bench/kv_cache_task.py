@@ -211,13 +211,13 @@ class Task:
         return self._survivors[:, None, :, None].expand(batch, heads, -1, dim)
 
     def _turned(self, keys: Tensor, by: Tensor, maths: torch.dtype = torch.float32) -> Tensor:
-        """Keys [.., D] turned on by `by` [..] positions, the angles in fp32 (fp64), all else in `maths`."""
+        """Keys [.., D] rotated on by `by` [..] positions, the angles in fp32 (fp64), all else in `maths`."""
         assert self.inv_freq is not None
         angle = by[..., None] * self.inv_freq.to(torch.promote_types(maths, torch.float32))
         cosine, sine = angle.cos().to(maths), angle.sin().to(maths)
         first, second = keys.to(maths).chunk(2, dim=-1)
-        turned = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
-        return turned.to(keys.dtype) if maths != torch.float64 else turned
+        rotated = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+        return rotated.to(keys.dtype) if maths != torch.float64 else rotated
 
     # --- checks ---------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 results.
 
 A head is a function (hidden, weight, target) -> logprob and entropy, both [T], or None where it has no
-entropy. All but ours take one, and write the loss of `Task.objective` behind it.
+entropy. All but ours take one, and add the loss of `Task.objective` to it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 PPO, FORWARD, BOTH = "PPO loss, forward+backward", "log-probs, forward", "log-probs, forward+backward"
 OURS = {PPO: "fused_linear_ppo_loss", FORWARD: "linear_logprob", BOTH: "linear_logprob"}
-RECOMPUTED = "linear_logprob, loss behind it"
+RECOMPUTED = "linear_logprob, then the loss"
 EAGER, COMPILED = "eager", "torch.compile"
 TRL, LIGER, CCE = "TRL chunked log-probs", "Liger scaled cross-entropy", "cut cross-entropy"
 BARE = "the matrix products alone"

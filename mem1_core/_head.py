@@ -1,4 +1,4 @@
-"""The output layer in chunks: logits of some rows at a time, in fp32 (fp64), and the gradients behind them.
+"""The output layer in chunks: logits of some rows at a time, in fp32 (fp64), and their gradients.
 
 Matrix products are the vendor's. On the CPU they are oneDNN's block products (csrc/torch/linear_cpu.cpp),
 which widen half precision as they read it, or MKL's where those are clearly faster (`_products`); on CUDA
@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from mem1_core._products import by_blocks
-from mem1_core.backend import told
+from mem1_core.backend import describe
 
 _ALIGNED = 16  # rows of a chunk, and bytes of a row of logits: what vector loads and matrix products like
 RowKind = Literal["a bool", "an integer", "a floating point"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class Head:
+class ChunkedLMHead:
     """logits = hidden @ weight.T + bias for chosen rows of hidden.
 
     hidden [T, H], weight [V, H] and bias [V] of one dtype; rows int64 [n]: those to compute, None for all
@@ -170,7 +170,7 @@ def check_head(
             continue
         if not isinstance(x, Tensor) or x.dim() != len(dims.split(", ")) or x.dtype not in _DTYPES:
             raise TypeError(
-                f"{name}: expected a float32, bfloat16, float16 or float64 tensor [{dims}], got {told(x)}"
+                f"{name}: expected a float32, bfloat16, float16 or float64 tensor [{dims}], got {describe(x)}"
             )
         if x.dtype != hidden.dtype or x.device != hidden.device:
             raise ValueError(
@@ -208,7 +208,7 @@ def check_rows(name: str, x: Tensor, hidden: Tensor, kind: RowKind = "a floating
         }[kind]
     )
     if not fits:
-        raise TypeError(f"{name}: expected {kind} tensor [{len(hidden)}], got {told(x)}")
+        raise TypeError(f"{name}: expected {kind} tensor [{len(hidden)}], got {describe(x)}")
     if x.shape != hidden.shape[:1]:
         raise ValueError(f"{name}: expected [{len(hidden)}], one for each row of hidden, got {list(x.shape)}")
     if x.device != hidden.device:
@@ -234,7 +234,7 @@ def check_normalizer(normalizer: float | Tensor | None, device: torch.device) ->
     if isinstance(normalizer, Tensor):
         if normalizer.dim() or normalizer.device != device:
             raise ValueError(
-                f"normalizer: expected a number or a tensor [] on {device}, got {told(normalizer)} on "
+                f"normalizer: expected a number or a tensor [] on {device}, got {describe(normalizer)} on "
                 f"{normalizer.device}"
             )
     elif normalizer is not None and not (isinstance(normalizer, (int, float)) and normalizer > 0):

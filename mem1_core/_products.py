@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 PIECE = 16_384  # rows of the weight that are measured: fewer, and what a call costs by itself would show
-LEAST_WORK = 2**33  # multiplications of one product: below, measuring would cost more than it could bring
+MIN_WORK = 2**33  # multiplications of one product: below, measuring would cost more than it could bring
 BLOCKS = 2  # raised when the block products of linear_cpu.cpp change, which voids answers about them
 CLEARLY = 0.9  # of the time of block products: what torch.mm has to stay below to replace them
 REPEATS = 2
@@ -36,7 +36,7 @@ def by_blocks(hidden: Tensor, weight: Tensor, rows: int) -> bool:
     on the CPU.
     """
     vocabulary, width = weight.shape
-    if rows * vocabulary * width < LEAST_WORK or vocabulary < 2 * PIECE:
+    if rows * vocabulary * width < MIN_WORK or vocabulary < 2 * PIECE:
         return True
     key = json.dumps(_kind(rows, width, vocabulary), sort_keys=True)
     if key not in _decided:

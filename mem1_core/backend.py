@@ -63,7 +63,7 @@ def check_whole(**arguments: object) -> None:
 def _check_whole(name: str, x: Tensor) -> None:
     if type(x) is not Tensor and type(x) is not Parameter and hasattr(x, "full_tensor"):
         remedy = _REMEDY.format(name)
-        raise TypeError(f"{name}: expected a whole tensor, got a DTensor of {told(x)} in all{remedy}")
+        raise TypeError(f"{name}: expected a whole tensor, got a DTensor of {describe(x)} in all{remedy}")
     try:
         freed = x.untyped_storage().size() == 0 and x.numel() > 0
     except NotImplementedError:  # a wrapper, of torch.func say: the tensor in it has the storage
@@ -71,10 +71,10 @@ def _check_whole(name: str, x: Tensor) -> None:
     if freed:
         remedy = _REMEDY.format(name)
         raise ValueError(
-            f"{name}: expected a tensor in memory, got {told(x)} whose storage was freed{remedy}"
+            f"{name}: expected a tensor in memory, got {describe(x)} whose storage was freed{remedy}"
         )
 
 
-def told(value: object) -> str:
+def describe(value: object) -> str:
     """What an op's error says of an argument that came."""
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -33,7 +33,7 @@ def evict_from_segments(segments: Iterable[Segment], prune: EvictionPolicy = "ac
     segments = check_segments(segments)
     check_prune(prune)
     window = prune if isinstance(prune, int) else 0
-    turns: dict[int, tuple[int, int]] = {}  # turn -> its first token, and the one behind its last
+    turns: dict[int, tuple[int, int]] = {}  # turn -> its first token, and the one after its last
     events: dict[int, int] = {}  # turn -> the index from which on older turns may not be seen any more
     total = 0
     for kind, turn, length in segments:
@@ -43,7 +43,7 @@ def evict_from_segments(segments: Iterable[Segment], prune: EvictionPolicy = "ac
         if kind in POLICY_KINDS and length and prune != "never":
             if prune != "state" or turn not in events:
                 events[turn] = total
-    # A turn leaves at the first event behind its end, a later turn's, that finds more than `window` tokens
+    # A turn leaves at the first event after its end, a later turn's, that finds more than `window` tokens
     # from its begin on: what stays is always a run of the newest turns.
     ascending, lifetimes = list(events.values()), []
     for turn, (begin, end) in turns.items():

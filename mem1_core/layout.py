@@ -78,7 +78,7 @@ class TrajectoryLayout:
 
     @classmethod
     def pack(cls, layouts: Sequence[TrajectoryLayout]) -> TrajectoryLayout:
-        """Many layouts behind one another in one stream; their trajectories concatenate in the same order."""
+        """Many layouts one after another in one stream; their trajectories concatenate in the same order."""
         mask = TrajectoryMask.pack([layout.mask for layout in layouts])
         none = torch.empty(0, dtype=torch.int64, device=mask.device)
         source, positions, rows, targets = [none], [none], [none], [none]

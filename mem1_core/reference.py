@@ -169,9 +169,9 @@ def linear_logprob(
     hidden [T, H], weight [V, H], bias [V], target int [T], temperature a number or [T] -> logprob and entropy
     [T], fp32 (fp64). A row of nothing but -inf has logprob -inf and entropy 0.
     """
-    heat = _wide(temperature).reshape(-1, 1) if isinstance(temperature, Tensor) else temperature
+    temperatures = _wide(temperature).reshape(-1, 1) if isinstance(temperature, Tensor) else temperature
     logits = _wide(hidden) @ _wide(weight).T
-    logits = (logits if bias is None else logits + _wide(bias)) / heat
+    logits = (logits if bias is None else logits + _wide(bias)) / temperatures
     dead = (logits == -torch.inf).all(-1)
     every = logits.masked_fill(dead[:, None], 0.0).log_softmax(-1)
     prob = every.exp()
@@ -342,8 +342,8 @@ def _rotate(key: Tensor, delta: Tensor, inv_freq: Tensor | None) -> Tensor:
         raise ValueError("inv_freq: expected RoPE's frequencies [D / 2] for positions='compact', got None")
     angle = delta[..., None, None] * inv_freq.to(_wide(key).dtype)
     first, second = _wide(key).chunk(2, dim=-1)
-    turned = (first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin())
-    return torch.cat(turned, dim=-1).to(key.dtype)
+    rotated = (first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin())
+    return torch.cat(rotated, dim=-1).to(key.dtype)
 
 
 def _divisor(

@@ -280,7 +280,7 @@ KEEP_PATTERNS = ("random", "none", "all", "prefix", "suffix", "alternating", "me
 
 
 def keep_mask(pattern: str, lengths: Sequence[int], slots: int, seed: int = 0) -> Tensor:
-    """bool [B, slots]: what stays of the first lengths[b] entries of each sequence; chance behind them.
+    """bool [B, slots]: what stays of the first lengths[b] entries of each sequence; chance past them.
 
     "mem1" is what a turn of MEM1 leaves of the prompt, the previous turn and the action just written.
     """

@@ -67,7 +67,7 @@ def copied(value: Any, device: str | None = None, copies: dict[int, Tensor] | No
 
 
 def memory(value: Any) -> list[Tensor]:
-    """All bytes behind the tensors in `value`, copied."""
+    """All bytes of the tensors in `value`, copied."""
     return [
         torch.empty(0, dtype=torch.uint8, device=t.device).set_(t.untyped_storage()).clone()
         for t in tensors_of(value)
@@ -80,7 +80,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def padded(ranges: list[list[tuple[int, int]]], front: bool = False) -> Tensor:
-    """[B, R, 2] with empty ranges behind (or before) the real ones."""
+    """[B, R, 2] with empty ranges after (or before) the real ones."""
     count = max(map(len, ranges), default=0)
     rows = []
     for row in ranges:

@@ -1,6 +1,6 @@
 """cached_attention: one body of tests for the CPU kernels and the reference, against a plain loop in fp64.
 
-Whatever a call must not read, behind the lengths, in unused slots and around a view, is NaN in every test.
+Whatever a call must not read, past the lengths, in unused slots and around a view, is NaN in every test.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def additive(mask: TrajectoryMask) -> Tensor:
 
 
 def mask_error(model: PreTrainedModel, eager: PreTrainedModel, full: Tensor) -> float:
-    """Against eager attention with the dense mask: alone, and packed behind another trajectory."""
+    """Against eager attention with the dense mask: alone, and packed after another trajectory."""
     settings = {"position_ids": POSITIONS, "use_cache": False}
     dense = eager(IDS, attention_mask=additive(MASK), **settings)[0]
     layout = TrajectoryLayout.pack([TrajectoryLayout.from_segments(s) for s in (SEGMENTS[:6], SEGMENTS)])

@@ -40,7 +40,7 @@ def gather(kv: Any, alive: list[list[int]]) -> None:
 
 
 def forget(kv: Any, alive: list[list[int]]) -> None:
-    """Zeros where anything may stand: behind the survivors."""
+    """Zeros where anything may stand: past the survivors."""
     for layer in layers_of(kv):
         for x in layer:
             for b, slots in enumerate(alive):
@@ -112,7 +112,7 @@ def test_types_of_one_byte(backend: str, device: str, dtype: torch.dtype) -> Non
 
 
 @every_backend
-@pytest.mark.parametrize("form", ["tensors of layers", "stacked behind the batch", "parts of a larger cache"])
+@pytest.mark.parametrize("form", ["tensors of layers", "stacked after the batch", "parts of a larger cache"])
 def test_forms_of_a_cache(backend: str, device: str, form: str) -> None:
     lengths = [30, 17]
     keep = keep_mask("random", lengths, 30)
@@ -120,7 +120,7 @@ def test_forms_of_a_cache(backend: str, device: str, form: str) -> None:
     if form == "tensors of layers":
         kv = list(kv_cache(3, 2, 30, 2, 16, device=device).unbind())
         check([layer.clone() for layer in kv], *arguments)
-    elif form == "stacked behind the batch":
+    elif form == "stacked after the batch":
         kv = kv_cache(3, 2, 30, 2, 16, device=device).transpose(1, 2).contiguous()  # [L, B, 2, ...]
         check(kv, *arguments, view=lambda kv: tuple((layer[:, 0], layer[:, 1]) for layer in kv))
         check(kv, *arguments, view=lambda kv: kv.transpose(1, 2))
@@ -165,9 +165,9 @@ def test_views_of_keep_and_lengths(backend: str, device: str) -> None:
 def test_what_the_mask_says_behind_the_length_does_not_count(backend: str, device: str) -> None:
     lengths, caches = [9, 0, 26], []
     keep = keep_mask("random", lengths, 40)
-    for behind in (False, True):
+    for beyond in (False, True):
         for row, n in zip(keep, lengths, strict=True):
-            row[n:] = behind
+            row[n:] = beyond
         kv = kv_cache(1, 3, 40, 1, 16, device=device)
         check_mask(kv, keep, lengths, backend, device)
         caches.append(kv)
@@ -253,7 +253,7 @@ def rope_config(kind: str, dim: int) -> Qwen2Config:
     )
 
 
-def turned(keys: Tensor, delta: Tensor, inv_freq: Tensor) -> Tensor:
+def rotated(keys: Tensor, delta: Tensor, inv_freq: Tensor) -> Tensor:
     """RoPE, rotate-half, in the dtype of the frequencies: keys [L, n, H, D] by delta [n] more positions."""
     angle = delta.to(inv_freq)[:, None, None] * inv_freq
     first, second = keys.to(inv_freq.dtype).chunk(2, -1)
@@ -262,10 +262,10 @@ def turned(keys: Tensor, delta: Tensor, inv_freq: Tensor) -> Tensor:
 
 
 def assert_turned(got: Tensor, keys: Tensor, delta: Tensor, inv_freq: Tensor) -> None:
-    """`got` are `keys` turned by `delta`, as well as it can be done in float32 (float64 for float64)."""
+    """`got` are `keys` rotated by `delta`, as well as it can be done in float32 (float64 for float64)."""
     wide = torch.promote_types(keys.dtype, torch.float32)
-    eager = turned(keys, delta, inv_freq.to(wide)).to(keys.dtype)
-    exact = turned(keys, delta, inv_freq.double())
+    eager = rotated(keys, delta, inv_freq.to(wide)).to(keys.dtype)
+    exact = rotated(keys, delta, inv_freq.double())
     # Of values that could be rounded either way, or where eager code happens to be exact.
     atol = 16 * torch.finfo(wide).eps * exact.abs().max().item() if exact.numel() else 0.0
     assert_accurate(got, eager, exact, atol=atol, name="keys")
@@ -274,7 +274,7 @@ def assert_turned(got: Tensor, keys: Tensor, delta: Tensor, inv_freq: Tensor) ->
 def check_compact(
     kv: Any, keep: Any, lengths: Tensor, alive: list[list[int]], backend: str, **options: Any
 ) -> None:
-    """Values move bit for bit; keys are turned and where they do not move, left alone."""
+    """Values move bit for bit; keys are rotated and where they do not move, left alone."""
     before = copied(kv)
     inv_freq = options["inv_freq"]
     new_lengths = prune_kv_cache_(kv, keep, lengths, positions="compact", backend=backend, **options)
@@ -336,8 +336,8 @@ def test_a_turned_key_is_the_key_of_its_new_position(backend: str, device: str, 
     kept = torch.cat([torch.arange(300), torch.arange(1_500, length)])
     slots, new = torch.arange(length), torch.arange(len(kept))
     key = encoded(raw, slots)
-    eager = turned(key[:, kept], (new - kept).to(device), rotary.inv_freq)
-    exact = turned(raw[:, kept], new.to(device), rotary.inv_freq.double()) * rotary.attention_scaling
+    eager = rotated(key[:, kept], (new - kept).to(device), rotary.inv_freq)
+    exact = rotated(raw[:, kept], new.to(device), rotary.inv_freq.double()) * rotary.attention_scaling
     n = torch.tensor([length], device=device)
     ranges = [[(0, 300), (1_500, length)]]
     prune_kv_cache_(
@@ -400,7 +400,7 @@ def fifty_prunes(backend: str, device: str, with_base: bool) -> list[float]:
         for b, (alive, count) in enumerate(zip(survivors(keep, [slots] * 2), new.tolist(), strict=True)):
             truth[:, b, :count], encoded[b, :count] = truth[:, b, alive], encoded[b, alive]
             delta = torch.arange(count, device=device) - encoded[b, :count]
-            exact = turned(truth[:, b, :count], delta, inv_freq.double())
+            exact = rotated(truth[:, b, :count], delta, inv_freq.double())
             errors_of_all.append(error := kv[:, 0, b, :count] - exact)
             if with_base:
                 limit = exact.abs() * 2.0**-8 + 1e-4  # half a unit in the last place, and float32's angles

@@ -185,7 +185,7 @@ WRONG_RANGES: dict[str, list[tuple[int, int]]] = {
     "both negative": [(-5, -3)],
     "beyond the length": [(3, 10)],
     "beyond the slots": [(3, SLOTS + 1)],
-    "empty behind the length": [(0, 3), (10, 10)],
+    "empty past the length": [(0, 3), (10, 10)],
     "wrong after empty ones": [(0, 0), (4, 4), (3, 5)],
     "end of 2^32 + 3": [(2, 2**32 + 3)],
     "begin of 3 - 2^32": [(3 - 2**32, 4)],

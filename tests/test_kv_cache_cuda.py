@@ -62,7 +62,7 @@ def assert_as_on_the_host(
 @pytest.mark.parametrize("good", GOOD)
 @pytest.mark.parametrize("keep", ["mask", "ranges", "lists"])
 def test_the_host_does_not_wait(good: Callable[[], dict[str, Any]], keep: str) -> None:
-    """On a stream of its own, behind work that is still to be done there."""
+    """On a stream of its own, after work that is still to be done there."""
     arguments = good()
     if keep != "mask":
         lists = ranges_of(arguments["keep"], arguments["lengths"].tolist())
@@ -105,7 +105,7 @@ BAD_RANGES = {
     "negative": [(-1, 3)],
     "beyond the length": [(3, 10)],
     "beyond the slots": [(3, 2**31 - 1)],
-    "empty behind the length": [(0, 3), (10, 10)],
+    "empty past the length": [(0, 3), (10, 10)],
     "end of 2^32 + 3": [(2, 2**32 + 3)],
 }
 BAD_LENGTHS = [-1, SLOTS + 1, 2**31 - 1, -(2**31), 2**32 + 3]

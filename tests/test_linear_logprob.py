@@ -128,11 +128,11 @@ def test_integers_of_any_size(backend: str, device: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_gradcheck(backend: str, device: str, workspace_bytes: int | None, bias: bool) -> None:
     given = inputs(5, 4, 13, dtype=torch.float64, device=device, bias=bias)
-    target, heat = given.pop("target"), (draw(5, seed=7).abs() + 0.3).to(device)
+    target, temperatures = given.pop("target"), (draw(5, seed=7).abs() + 0.3).to(device)
 
     def function(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         options: dict[str, Any] = {"workspace_bytes": workspace_bytes, "backend": backend}
-        return linear_logprob(hidden, weight, target, heat, bias=bias, **options)
+        return linear_logprob(hidden, weight, target, temperatures, bias=bias, **options)
 
     assert torch.autograd.gradcheck(function, tuple(x.requires_grad_() for x in given.values()))
 

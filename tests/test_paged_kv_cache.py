@@ -28,7 +28,7 @@ page_sizes = pytest.mark.parametrize("page", [1, 5, 16, 256])
 def tables(
     lengths: list[int], page: int, *, spare_columns: int = 0, spare_pages: int = 3
 ) -> tuple[Tensor, int]:
-    """int32 [B, P] with the pages of each sequence in any order, -1 behind; and the pages of the cache."""
+    """int32 [B, P] with the pages of each sequence in any order, then -1; and the pages of the cache."""
     used = [-(-n // page) for n in lengths]
     pages = sum(used) + spare_pages
     order = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).int()
@@ -221,11 +221,11 @@ def test_ranges(backend: str, device: str, gaps: str) -> None:
 
 @every_backend
 @both_gaps
-@pytest.mark.parametrize("behind", [-1, 10**6, -(10**6), 0])
-def test_the_table_behind_a_length_is_not_read(backend: str, device: str, gaps: str, behind: int) -> None:
+@pytest.mark.parametrize("beyond", [-1, 10**6, -(10**6), 0])
+def test_the_table_past_a_length_is_not_read(backend: str, device: str, gaps: str, beyond: int) -> None:
     lengths = [17, 0, 40]
     table, pages = tables(lengths, 8, spare_columns=2)
-    table[table < 0] = behind
+    table[table < 0] = beyond
     keep = keep_mask("random", lengths, table.shape[1] * 8)
     kv = kv_cache(1, pages, 8, 1, 16, device=device)
     check(kv, keep.to(device), table, lengths, survivors(keep, lengths), 8, backend, device, gaps)
@@ -384,7 +384,7 @@ def test_a_shared_page_that_would_change_is_refused(
 
 
 def test_a_shared_page_keeps_its_positions() -> None:
-    """Compact positions behind a shared prompt are fine."""
+    """Compact positions after a shared prompt are fine."""
     kv, table = kv_cache(1, 8, 4, 1, 8), torch.tensor(SHARING, dtype=torch.int32)
     before, rows = kv.clone(), [[(0, 8), (9, 11)], [(0, 8), (10, 12)]]
     n = torch.tensor([11, 12])

@@ -151,15 +151,17 @@ def test_the_alignment_of_a_row_does_not_show(vocabulary: int, gradient: torch.d
     tokens = 7
     logits, bias = 3 * draw(tokens, vocabulary, seed=0), draw(vocabulary, seed=1)
     target = torch.arange(tokens, device=DEVICE) % vocabulary
-    heat, a, b = (0.5 + draw(tokens, seed=seed).abs() for seed in (2, 3, 4))
+    temperatures, a, b = (0.5 + draw(tokens, seed=seed).abs() for seed in (2, 3, 4))
     made = []
     for columns in (-(-vocabulary // 4) * 4, (vocabulary + 2) // 4 * 4 + 1):
         space = torch.full((tokens, columns), 77.0, device=DEVICE)
         rows = space[:, :vocabulary]
         rows.copy_(logits)
-        stats = _library.on_current_stream(_library.ops._rows_logprob, rows.device, rows, bias, target, heat)
+        stats = _library.on_current_stream(
+            _library.ops._rows_logprob, rows.device, rows, bias, target, temperatures
+        )
         assert torch.equal(rows, logits)
-        given = rows, bias, target, heat, stats[2], stats[3], stats[1], a, b, gradient
+        given = rows, bias, target, temperatures, stats[2], stats[3], stats[1], a, b, gradient
         _library.on_current_stream(_library.ops._rows_backward_, rows.device, *given)
         made.append([*stats, rows.view(gradient)[:, :vocabulary]])
         assert (space[:, vocabulary:] == 77).all()
@@ -233,7 +235,7 @@ def waits(call: Callable[[], Any]) -> int:
 
 
 def test_linear_logprob_does_not_wait() -> None:
-    """Neither forward nor backward, on a stream of its own, behind work that is still to be done there."""
+    """Neither forward nor backward, on a stream of its own, after work that is still to be done there."""
     given = layer(300, 50_257, torch.bfloat16)
     wanted = forward_and_backward(linear_logprob, given)  # loads the kernels
     late, inputs = leaves(given | {"hidden": torch.zeros_like(given["hidden"])})

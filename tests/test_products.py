@@ -24,7 +24,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     folder = tmp_path / "mem1_core" / "products"
     monkeypatch.setattr(_products, "_cache_folder", lambda: folder)
     monkeypatch.setattr(_products, "_decided", {})
-    monkeypatch.setattr(_products, "LEAST_WORK", 0)
+    monkeypatch.setattr(_products, "MIN_WORK", 0)
     monkeypatch.setattr(_products, "PIECE", 16)
     return folder
 
@@ -114,7 +114,7 @@ def test_without_a_cache_the_process_decides(cache: Path, took: Took) -> None:
 def test_small_products_are_never_measured(cache: Path, took: Took, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = took(1.0, 0.5)
     assert ask(vocabulary=31)
-    monkeypatch.setattr(_products, "LEAST_WORK", 2**33)
+    monkeypatch.setattr(_products, "MIN_WORK", 2**33)
     assert ask() and not calls and not cache.exists()
 
 
@@ -136,7 +136,7 @@ def test_both_ways_are_right(monkeypatch: pytest.MonkeyPatch, blocks: bool, rows
 
 def test_a_real_measurement_in_two_processes(tmp_path: Path) -> None:
     code = (
-        "import torch; from mem1_core import _products, ops; _products.LEAST_WORK = 0; torch.manual_seed(0)\n"
+        "import torch; from mem1_core import _products, ops; _products.MIN_WORK = 0; torch.manual_seed(0)\n"
         "h, w = torch.randn(64, 64), torch.randn(2 * _products.PIECE, 64)\n"
         "print(ops.linear_logprob(h, w, torch.arange(64))[0].double().sum().item())"
     )

@@ -15,8 +15,11 @@ from mem1_core import reference
 
 def test_linear_logprob() -> None:
     hidden, weight = draw(5, 4), draw(7, 4, seed=1)
-    target, heat = torch.tensor([0, 6, 3, 3, 1]), torch.tensor([1.0, 0.5, 2.0, 1.0, 0.7], dtype=torch.float64)
-    for temperature in (heat, 0.7, torch.tensor(0.7)):
+    target, temperatures = (
+        torch.tensor([0, 6, 3, 3, 1]),
+        torch.tensor([1.0, 0.5, 2.0, 1.0, 0.7], dtype=torch.float64),
+    )
+    for temperature in (temperatures, 0.7, torch.tensor(0.7)):
         logprob, entropy = reference.linear_logprob(hidden, weight, target, temperature)
         each = temperature[:, None] if torch.is_tensor(temperature) and temperature.dim() else temperature
         expected = torch.distributions.Categorical(logits=hidden @ weight.T / each)
@@ -32,9 +35,9 @@ def by_hand(given: dict[str, Any], options: dict[str, Any]) -> tuple[float, dict
     losses: dict[int, float] = {}
     clipped, kls, entropies, ratios = [], [], [], []
     for t in given["loss_mask"].nonzero()[:, 0].tolist():
-        heat = options.get("temperature", 1.0)
-        heat = float(heat[t]) if torch.is_tensor(heat) else heat
-        logits = given["weight"] @ given["hidden"][t] / heat
+        temperatures = options.get("temperature", 1.0)
+        temperatures = float(temperatures[t]) if torch.is_tensor(temperatures) else temperatures
+        logits = given["weight"] @ given["hidden"][t] / temperatures
         logprobs = (logits - logits.exp().sum().log()).tolist()
         logprob, old, a = (
             logprobs[given["target"][t]],
@@ -85,8 +88,8 @@ def test_ppo_loss_token_by_token(case: str) -> None:
         expected_metrics, rel=1e-9
     )
     assert not any(value.requires_grad for value in metrics.values())
-    heat = options.get("temperature", 1.0)
-    every, _ = reference.linear_logprob(given["hidden"], given["weight"], given["target"], heat)
+    temperatures = options.get("temperature", 1.0)
+    every, _ = reference.linear_logprob(given["hidden"], given["weight"], given["target"], temperatures)
     torch.testing.assert_close(logprob, torch.where(given["loss_mask"], every, 0.0))
 
     def of(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def test_prune_kv_cache(device: str) -> None:
 
     def call(kv: Tensor, keep: Tensor, lengths: Tensor, backend: str) -> Tensor:
         made = prune_kv_cache_(kv, keep, lengths, backend=backend)
-        kv[:, :, :, 43:] = 0  # behind the new length anything may stand
+        kv[:, :, :, 43:] = 0  # past the new length anything may stand
         return made
 
     of_each_backend(make, call, "kv")

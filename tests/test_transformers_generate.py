@@ -69,7 +69,7 @@ def generate(
 
 
 def recomputed(model: PreTrainedModel, tokens: list[int], mask: TrajectoryMask) -> Tensor:
-    """[N, V], the log-probs behind each token, by one forward."""
+    """[N, V], the log-probs after each token, by one forward."""
     with torch.no_grad():
         ids, mask = torch.tensor([tokens], device=model.device), mask.to(model.device)
         logits = twin(model, "mem1")(ids, mem1_mask=mask, use_cache=False).logits

@@ -13,10 +13,10 @@ mem1_status validate(const mem1_tile_plan_params* p, bool lists, mem1_error* err
   MEM1_CHECK(p->block_q >= 1 && p->block_q <= (1 << 20), error, "block_q: expected 1 to 2^20, got %d", p->block_q);
   MEM1_CHECK(p->block_k >= 1 && p->block_k <= (1 << 20), error, "block_k: expected 1 to 2^20, got %d", p->block_k);
   // Rows of the lists and warps of the CUDA kernels are counted in 32 bits.
-  const int64_t most_tiles = int64_t{p->batch} * tiles(p->length, p->block_q < p->block_k ? p->block_q : p->block_k);
-  MEM1_CHECK(most_tiles <= INT32_MAX, error,
+  const int64_t max_tiles = int64_t{p->batch} * tiles(p->length, p->block_q < p->block_k ? p->block_q : p->block_k);
+  MEM1_CHECK(max_tiles <= INT32_MAX, error,
              "block_q, block_k: expected at most 2^31 - 1 query tiles and key tiles, got %lld: take larger blocks",
-             static_cast<long long>(most_tiles));
+             static_cast<long long>(max_tiles));
   MEM1_CHECK(p->full_offsets != nullptr, error, "full_offsets: expected a pointer, got NULL");
   MEM1_CHECK(p->partial_offsets != nullptr, error, "partial_offsets: expected a pointer, got NULL");
   if (p->batch > 0 && p->length > 0) {

@@ -84,8 +84,8 @@ mem1_status ranges_cpu(const mem1_tile_plan_params& p, mem1_error* error) {
     }
   }
   const int64_t full = offsets(p, true, p.full_offsets), partial = offsets(p, false, p.partial_offsets);
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  MEM1_CHECK(full <= kMost && partial <= kMost, error,
+  constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
+  MEM1_CHECK(full <= kMax && partial <= kMax, error,
              "block_q, block_k: expected at most 2^31 - 1 live tiles, got %lld: take larger blocks",
              static_cast<long long>(std::max(full, partial)));
   return MEM1_OK;

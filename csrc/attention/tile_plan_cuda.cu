@@ -3,7 +3,7 @@
 // between.
 #include "attention/tile_plan.h"
 
-#include "common/launched.h"
+#include "common/check_launch.h"
 
 #include <cuda_runtime.h>
 
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const mem1_tile_plan_par
   }
 }
 
-// One block: counts to exclusive offsets in place, the total behind the last.
+// One block: counts to exclusive offsets in place, the total after the last.
 __global__ void __launch_bounds__(kThreads) scan_kernel(int32_t* full, int32_t* partial, int64_t rows) {
   __shared__ int32_t warp_sums[kWarpsPerBlock];
   int32_t* data = blockIdx.x == 0 ? full : partial;
@@ -115,13 +115,13 @@ mem1_status ranges_cuda(const mem1_tile_plan_params& p, void* stream, mem1_error
     rows_kernel<false><<<blocks_for(rows), kThreads, 0, cuda_stream>>>(p);
   }
   scan_kernel<<<2, kThreads, 0, cuda_stream>>>(p.full_offsets, p.partial_offsets, rows);
-  return launched("tile plan", error);
+  return check_launch("tile plan", error);
 }
 
 mem1_status lists_cuda(const mem1_tile_plan_params& p, void* stream, mem1_error* error) {
   const int64_t rows = static_cast<int64_t>(p.batch) * tiles(p.length, p.block_q);
   if (rows > 0) rows_kernel<true><<<blocks_for(rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  return launched("tile plan", error);
+  return check_launch("tile plan", error);
 }
 
 }  // namespace mem1::tile_plan

@@ -3,7 +3,7 @@
 // threads, in fp64, whose cost does not show beside the memory.
 #include "gae/gae.h"
 
-#include "common/launched.h"
+#include "common/check_launch.h"
 
 #include <cuda_runtime.h>
 
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) gae_kernel(const mem1_gae_params p) 
   Real *advantage = static_cast<Real*>(p.advantage) + first, *returns = static_cast<Real*>(p.returns) + first;
   const uint8_t* mask = p.mask + first;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  State behind;  // of the tile
+  State after;  // of the tile
   for (int64_t end = p.length; end > 0; end -= kTile) {
     Map tokens[kTokens], own = Map::identity();
 #pragma unroll
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) gae_kernel(const mem1_gae_params p) 
     for (int other = 0; other < warp; ++other) before = before.then(of_warp[other]);
     const Map in_warp = upto.from_lane(1);
     if (lane > 0) before = before.then(in_warp);
-    State state = before(behind);
+    State state = before(after);
 #pragma unroll
     for (int n = 0; n < kTokens; ++n) {
       const int64_t t = end - 1 - (static_cast<int64_t>(threadIdx.x) * kTokens + n);
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads) gae_kernel(const mem1_gae_params p) 
         returns[t] = static_cast<Real>(tokens[n].steps ? state.advantage + state.value : 0);
       }
     }
-    for (int other = 0; other < kWarps; ++other) behind = of_warp[other](behind);
+    for (int other = 0; other < kWarps; ++other) after = of_warp[other](after);
     __syncthreads();  // before the next tile's maps
   }
 }
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) gae_kernel(const mem1_gae_params p) 
 mem1_status gae_cuda(const mem1_gae_params& p, void* stream, mem1_error* error) {
   const auto kernel = p.dtype == MEM1_FLOAT64 ? gae_kernel<double> : gae_kernel<float>;
   kernel<<<static_cast<unsigned>(p.batch), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p);
-  return launched("gae", error);
+  return check_launch("gae", error);
 }
 
 }  // namespace mem1::gae

@@ -47,15 +47,15 @@ mem1_status validate(const mem1_prune_kv_cache_params* p, mem1_error* error) {
   MEM1_CHECK(element_size(p->dtype) != 0, error, "dtype: expected a mem1_dtype, got %d", static_cast<int>(p->dtype));
   MEM1_CHECK(p->layers >= 0 && p->heads >= 0 && p->head_dim >= 0, error,
              "layers, heads, head_dim: expected >= 0, got %d, %d, %d", p->layers, p->heads, p->head_dim);
-  MEM1_CHECK(p->device == MEM1_CPU || p->layers <= kMostLayersCuda, error,
-             "layers: expected at most %d on CUDA, got %d: prune the rest in another call", kMostLayersCuda, p->layers);
+  MEM1_CHECK(p->device == MEM1_CPU || p->layers <= kMaxLayersCuda, error,
+             "layers: expected at most %d on CUDA, got %d: prune the rest in another call", kMaxLayersCuda, p->layers);
   MEM1_CHECK(p->within_rows == 0 || p->within_rows == 1, error, "within_rows: expected 0 or 1, got %d", p->within_rows);
   MEM1_CHECK(p->within_rows == 0 || p->inv_freq == nullptr, error,
              "inv_freq: expected NULL with within_rows, where no key gets a new position");
-  MEM1_CHECK(p->inv_freq == nullptr || (p->head_dim % 2 == 0 && p->head_dim <= kMostTurnedDim), error,
-             "head_dim: expected an even one of at most %d to turn keys, got %d", kMostTurnedDim, p->head_dim);
+  MEM1_CHECK(p->inv_freq == nullptr || (p->head_dim % 2 == 0 && p->head_dim <= kMaxRotatedDim), error,
+             "head_dim: expected an even one of at most %d to rotate keys, got %d", kMaxRotatedDim, p->head_dim);
   MEM1_CHECK(p->inv_freq == nullptr || p->dtype != MEM1_BITS8, error,
-             "dtype: expected a floating point type to turn keys, got MEM1_BITS8");
+             "dtype: expected a floating point type to rotate keys, got MEM1_BITS8");
   MEM1_CHECK(p->base_keys == nullptr || p->inv_freq != nullptr, error, "inv_freq: expected a pointer with base_keys");
   MEM1_CHECK(p->base_keys == nullptr || p->base_positions != nullptr || p->batch == 0, error,
              "base_positions: expected a pointer with base_keys, got NULL");

@@ -6,8 +6,8 @@
 
 namespace mem1::kv_cache {
 
-constexpr int32_t kMostLayersCuda = 128;  // their addresses are arguments of one launch
-constexpr int32_t kMostTurnedDim = 1024;
+constexpr int32_t kMaxLayersCuda = 128;  // their addresses are arguments of one launch
+constexpr int32_t kMaxRotatedDim = 1024;
 
 // Bytes, 0 for what is no mem1_dtype.
 inline int32_t element_size(mem1_dtype dtype) {
@@ -33,7 +33,7 @@ struct Keep {
 
   MEM1_HOST_DEVICE bool operator()(int32_t slot) const {
     if (mask != nullptr) return mask[slot] != 0;
-    int32_t low = 0, high = range_count;  // the first range that ends behind the slot
+    int32_t low = 0, high = range_count;  // the first range that ends after the slot
     while (low < high) {
       const int32_t middle = (low + high) / 2;
       if (ranges[2 * middle + 1] > slot) {

@@ -86,8 +86,8 @@ struct Bfloat16 {
 };
 
 template <typename Wide>
-struct Turn {
-  Wide cosine[kMostTurnedDim / 2], sine[kMostTurnedDim / 2];
+struct Rotation {
+  Wide cosine[kMaxRotatedDim / 2], sine[kMaxRotatedDim / 2];
   int32_t delta = 0;
   bool known = false;
 
@@ -105,7 +105,7 @@ struct Turn {
 
 // One key of one head. `from` and `to` are the same key or do not overlap.
 template <typename T, typename Wide>
-MEM1_CLONES void turn_key(const T* from, T* to, const Wide* cosine, const Wide* sine, int32_t half) {
+MEM1_CLONES void rotate_key(const T* from, T* to, const Wide* cosine, const Wide* sine, int32_t half) {
 #pragma omp simd
   for (int32_t i = 0; i < half; ++i) {
     const Wide first = from[i], second = from[i + half];
@@ -156,7 +156,7 @@ void move_values(const mem1_prune_kv_cache_params& p, void* const* arrays, const
 }
 
 template <typename T, typename Wide>
-void turn_keys(const mem1_prune_kv_cache_params& p, int64_t b, const Piece& piece, Turn<Wide>& turn) {
+void rotate_keys(const mem1_prune_kv_cache_params& p, int64_t b, const Piece& piece, Rotation<Wide>& rotation) {
   const Strides key{p.stride_row, p.stride_slot, p.stride_head};
   const Strides base{p.base_stride_row, p.base_stride_slot, p.base_stride_head};
   const Strides& read = p.base_keys == nullptr ? key : base;
@@ -169,14 +169,14 @@ void turn_keys(const mem1_prune_kv_cache_params& p, int64_t b, const Piece& piec
   const int32_t half = p.head_dim / 2;
   for (int32_t begin = 0, end = 1; begin < piece.slots; begin = end, ++end) {
     while (end < piece.slots && delta(end) == delta(begin)) ++end;
-    turn.set(delta(begin), p.inv_freq, half);
+    rotation.set(delta(begin), p.inv_freq, half);
     for (int32_t layer = 0; layer < p.layers; ++layer) {
       const T* from = static_cast<const T*>(sources[layer]) + piece.from.row * read.row + piece.from.slot * read.slot;
       T* to = static_cast<T*>(p.keys[layer]) + piece.to.row * key.row + piece.to.slot * key.slot;
       for (int32_t i = begin; i < end; ++i) {
         for (int32_t h = 0; h < p.heads; ++h) {
-          turn_key(from + i * read.slot + h * read.head, to + i * key.slot + h * key.head, turn.cosine, turn.sine,
-                   half);
+          rotate_key(from + i * read.slot + h * read.head, to + i * key.slot + h * key.head, rotation.cosine,
+                     rotation.sine, half);
         }
       }
     }
@@ -190,12 +190,12 @@ void turn_keys(const mem1_prune_kv_cache_params& p, int64_t b, const Piece& piec
 
 template <typename T, typename Wide>
 void prune_turning(const mem1_prune_kv_cache_params& p) {
-  Turn<Wide> turn;
+  Rotation<Wide> rotation;
   for (int64_t b = 0; b < p.batch; ++b) {
     for_each_piece(p, b, [&](const Piece& piece) {
       move_values(p, p.values, piece);
       if (p.base_keys == nullptr && piece.source == piece.target) return;
-      turn_keys<T>(p, b, piece, turn);
+      rotate_keys<T>(p, b, piece, rotation);
     });
   }
 }

@@ -37,7 +37,7 @@ struct Strides {  // in bytes
 struct Launch {
   mem1_prune_kv_cache_params p;
   Divisor row_slots;
-  char* arrays[3 * kMostLayersCuda];  // keys of all layers, values of all layers, base keys of all layers
+  char* arrays[3 * kMaxLayersCuda];  // keys of all layers, values of all layers, base keys of all layers
   Strides stride, base_stride;
   int32_t segments, segment_rows;  // parts of a sequence that are pruned by themselves; rows of one
   int32_t columns, strips;         // columns: heads, or 1 where strips run across heads; strips of a column
@@ -46,12 +46,12 @@ struct Launch {
 static_assert(sizeof(Launch) <= 4096, "kernel parameters");
 
 // The survivors of a chunk of slots. One that is left as it is and where it is has no place: its rows are -1.
-template <bool kTurns>
+template <bool kRotates>
 struct Survivors {
-  int2 sources[Slots::kMost];
-  int2 targets[Slots::kMost];
-  int32_t deltas[kTurns ? Slots::kMost : 1];  // positions by which the key is turned
-  int32_t first_touched[kWarps];              // the first one with a place, found by each warp
+  int2 sources[Slots::kMax];
+  int2 targets[Slots::kMax];
+  int32_t deltas[kRotates ? Slots::kMax : 1];  // positions by which the key is rotated
+  int32_t first_touched[kWarps];               // the first one with a place, found by each warp
 };
 
 // What a block prunes.
@@ -59,13 +59,13 @@ struct Segment {
   int64_t b;
   int32_t index, first, stop;  // slots of the sequence
   bool reports;                // writes what is told once per segment, not per array
-  bool turns;                  // the array's entries are turned
+  bool rotates;                // the array's entries are rotated
 };
 
 // Lists what the scan of the slots [first, first + count) has found. ranked: survivors of the segment before `first`.
-template <bool kTurns>
+template <bool kRotates>
 __device__ void list_survivors(const Launch& a, const Segment& segment, const Slots& slots, int32_t first,
-                               int32_t count, int32_t ranked, Survivors<kTurns>* list) {
+                               int32_t count, int32_t ranked, Survivors<kRotates>* list) {
   constexpr int kTogether = 4;
   const mem1_prune_kv_cache_params& p = a.p;
   const int64_t b = segment.b, sequence = b * p.sequence_rows * p.row_slots;
@@ -74,7 +74,7 @@ __device__ void list_survivors(const Launch& a, const Segment& segment, const Sl
   const auto place = [&](const int32_t* rows, int32_t row, int32_t slot) {
     return make_int2(rows == nullptr ? static_cast<int32_t>(b) : rows[row], slot - row * p.row_slots);
   };
-  int32_t first_touched = Slots::kMost;
+  int32_t first_touched = Slots::kMax;
 #pragma unroll 1
   for (int32_t at = threadIdx.x; at < count; at += kTogether * kThreads) {
     // Tables first, without a branch, so that these reads are on their way at once; a slot that does not stay acts as
@@ -92,21 +92,21 @@ __device__ void list_survivors(const Launch& a, const Segment& segment, const Sl
       index[n] = stays ? rank : -1;
       from[n] = place(source_rows, row, slot);
       to[n] = place(target_rows, a.row_slots(target), target);
-      delta[n] = kTurns ? target - (p.base_keys == nullptr ? slot : p.base_positions[sequence + slot]) : 0;
+      delta[n] = kRotates ? target - (p.base_keys == nullptr ? slot : p.base_positions[sequence + slot]) : 0;
     }
 #pragma unroll
     for (int n = 0; n < kTogether; ++n) {
       if (index[n] < 0) continue;
-      // A key in its place may still have to be turned: pages before its own have left, or it is made from its base.
-      const bool turns = segment.turns && (p.base_keys != nullptr || delta[n] != 0);
-      if (from[n].x == to[n].x && from[n].y == to[n].y && !turns) {
+      // A key in its place may still have to be rotated: pages before its own have left, or it is made from its base.
+      const bool rotates = segment.rotates && (p.base_keys != nullptr || delta[n] != 0);
+      if (from[n].x == to[n].x && from[n].y == to[n].y && !rotates) {
         from[n].x = to[n].x = -1;
       } else {
         first_touched = min(first_touched, index[n]);
       }
       list->sources[index[n]] = from[n];
       list->targets[index[n]] = to[n];
-      if (kTurns) list->deltas[index[n]] = delta[n];
+      if (kRotates) list->deltas[index[n]] = delta[n];
     }
   }
   first_touched = __reduce_min_sync(kAllLanes, first_touched);
@@ -136,14 +136,14 @@ __device__ void report(const Launch& a, const Segment& segment, Length length_of
   for (int32_t row = threadIdx.x; row < rows; row += kThreads) out[row] = length_of(row);
 }
 
-template <bool kTurns, typename Worker>
+template <bool kRotates, typename Worker>
 __device__ void prune(const Launch& a, const Segment& segment, Worker worker, Lane lane, Slots* slots,
-                      Survivors<kTurns>* list) {
+                      Survivors<kRotates>* list) {
   const Keep keep = keep_of(a.p, segment.b);
   const bool small_rows = a.p.within_rows && a.segment_rows > 1;  // the segment is one chunk then
   int32_t survivors = 0;
-  for (int32_t first = segment.first; first < segment.stop; first += Slots::kMost) {
-    const int32_t count = min(segment.stop - first, Slots::kMost);
+  for (int32_t first = segment.first; first < segment.stop; first += Slots::kMax) {
+    const int32_t count = min(segment.stop - first, Slots::kMax);
     const int32_t found = slots->run(kept<kThreads>(keep, first, count));
     list_survivors(a, segment, *slots, first, count, survivors, list);
     write_positions(a.p, segment, *slots, first, count, survivors);
@@ -164,39 +164,39 @@ __device__ void prune(const Launch& a, const Segment& segment, Worker worker, La
   if (!small_rows || segment.first >= segment.stop) report(a, segment, [&](int32_t) { return survivors; });
 }
 
-// T: what keys are turned as, or void.
+// T: what keys are rotated as, or void.
 template <typename Unit, typename T>
 __global__ void __launch_bounds__(kThreads, std::is_void<T>::value ? 3 : 2)
     prune_kernel(const __grid_constant__ Launch a) {
-  constexpr bool kTurns = !std::is_void<T>::value;
+  constexpr bool kRotates = !std::is_void<T>::value;
   __shared__ Slots slots;
-  __shared__ Survivors<kTurns> list;
+  __shared__ Survivors<kRotates> list;
   const mem1_prune_kv_cache_params& p = a.p;
   const int32_t strip = blockIdx.x % a.strips, at = blockIdx.x / a.strips;
   const int32_t column = at % a.columns, index = at / a.columns % a.segments;
   const int32_t sequence = at / a.columns / a.segments, b = sequence % p.batch, plane = sequence / p.batch;
 
   const int32_t length = p.lengths[b], segment_slots = a.segment_rows * p.row_slots;
-  const bool turns = kTurns && plane < p.layers;
-  Segment segment{b, index, index * segment_slots, 0, plane == 0 && column == 0 && strip == 0, turns};
+  const bool rotates = kRotates && plane < p.layers;
+  Segment segment{b, index, index * segment_slots, 0, plane == 0 && column == 0 && strip == 0, rotates};
   if (!sequence_is_valid<kThreads>(keep_of(p, b), length, static_cast<int64_t>(p.sequence_rows) * p.row_slots)) {
     return report(a, segment, [](int32_t) { return -1; });
   }
   segment.stop = segment.first + min(length - segment.first, segment_slots);
 
-  const int32_t halves = turns ? 2 : 1;  // a thread that turns has a unit of each
+  const int32_t halves = rotates ? 2 : 1;  // a thread that rotates has a unit of each
   const int32_t units = min(a.strip_units, a.column_units - strip * a.strip_units) / halves;
   const int32_t threads_per_row = max(units, 1), head_units = a.head_units / halves;
   Lane lane{static_cast<int32_t>(threadIdx.x) / threads_per_row, units == 0 ? 0 : kThreads / threads_per_row};
-  if (lane.row >= lane.rows) lane.row = Slots::kMost;  // would have an incomplete row: idle
+  if (lane.row >= lane.rows) lane.row = Slots::kMax;  // would have an incomplete row: idle
   const int32_t unit = strip * a.strip_units / halves + static_cast<int32_t>(threadIdx.x) % threads_per_row;
   const int64_t head = column + unit / head_units, offset = unit % head_units * static_cast<int64_t>(sizeof(Unit));
   const auto column_of = [&](int32_t array, const Strides& stride) {
     return Column{a.arrays[array] + head * stride.head + offset, stride.row, stride.slot};
   };
   const Column own = column_of(plane, a.stride);
-  if constexpr (kTurns) {
-    if (turns) {
+  if constexpr (kRotates) {
+    if (rotates) {
       const bool has_base = p.base_keys != nullptr;
       const Column base = column_of(has_base ? 2 * p.layers + plane : plane, has_base ? a.base_stride : a.stride);
       const Turner<Unit, T> turner(own, base, has_base, head_units * static_cast<int64_t>(sizeof(Unit)),
@@ -243,7 +243,7 @@ Access access_for(const mem1_prune_kv_cache_params& p, uint64_t alignment) {
 
 // The arrays, and how their columns are cut: into `blocks` blocks a strip.
 Access lay_out(const mem1_prune_kv_cache_params& p, int64_t blocks, Launch* a) {
-  const bool turns = p.inv_freq != nullptr, has_base = p.base_keys != nullptr;
+  const bool rotates = p.inv_freq != nullptr, has_base = p.base_keys != nullptr;
   const int64_t element = element_size(p.dtype);
   a->stride = {p.stride_row * element, p.stride_slot * element, p.stride_head * element};
   uint64_t bits = a->stride.row | a->stride.slot;
@@ -260,10 +260,10 @@ Access lay_out(const mem1_prune_kv_cache_params& p, int64_t blocks, Launch* a) {
   }
   const bool across_heads = p.heads == 1 || p.stride_head == p.head_dim;
   const int64_t column = p.head_dim * element * (across_heads ? p.heads : 1);
-  // What is only moved is one stretch, whatever the head dim; the halves of heads are turned each in its place.
-  const int64_t head = turns ? p.head_dim * element : column;
-  bits |= turns ? head / 2 : head;
-  if (p.heads > 1 && (turns || !across_heads)) bits |= a->stride.head | a->base_stride.head;
+  // What is only moved is one stretch, whatever the head dim; the halves of heads are rotated each in its place.
+  const int64_t head = rotates ? p.head_dim * element : column;
+  bits |= rotates ? head / 2 : head;
+  if (p.heads > 1 && (rotates || !across_heads)) bits |= a->stride.head | a->base_stride.head;
   const Access access = access_for(p, bits & (~bits + 1));
   a->columns = across_heads ? 1 : p.heads;
   a->head_units = static_cast<int32_t>(head / access.unit);
@@ -284,7 +284,7 @@ mem1_status prune_kv_cache_cuda(const mem1_prune_kv_cache_params& p, void* strea
   const bool empty = p.layers == 0 || p.heads == 0 || p.head_dim == 0;
   if (p.batch == 0) return MEM1_OK;
   Launch a{p, Divisor(std::max(1, p.row_slots))};
-  a.segment_rows = p.within_rows ? std::max(1, Slots::kMost / std::max(1, p.row_slots)) : p.sequence_rows;
+  a.segment_rows = p.within_rows ? std::max(1, Slots::kMax / std::max(1, p.row_slots)) : p.sequence_rows;
   a.segments = p.within_rows ? static_cast<int32_t>(ceil_div(p.sequence_rows, a.segment_rows)) : 1;
   a.columns = a.strips = 1;
   a.head_units = 2;  // without data nothing is done with it, but divide by it
@@ -297,7 +297,7 @@ mem1_status prune_kv_cache_cuda(const mem1_prune_kv_cache_params& p, void* strea
              static_cast<long long>(blocks));
   if (blocks == 0) return MEM1_OK;
   access.kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a);
-  return launched("prune_kv_cache", error);
+  return check_launch("prune_kv_cache", error);
 }
 
 }  // namespace mem1::kv_cache

@@ -3,7 +3,7 @@
 
 #include "kv_cache/prune.h"
 
-#include "common/launched.h"
+#include "common/check_launch.h"
 
 #include <cuda_runtime.h>
 
@@ -12,12 +12,12 @@ namespace mem1::kv_cache {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// Ranks among the flagged of up to kMost consecutive items. Lives in shared memory.
+// Ranks among the flagged of up to kMax consecutive items. Lives in shared memory.
 template <int kThreads>
 struct Scan {
   static constexpr int kItems = 8;  // of a thread
-  static constexpr int kMost = kThreads * kItems;
-  static constexpr int kWords = kMost / 32;
+  static constexpr int kMax = kThreads * kItems;
+  static constexpr int kWords = kMax / 32;
 
   uint32_t words[kWords + 1];  // a bit an item
   int32_t before[kWords + 1];  // flagged items before the word
@@ -28,7 +28,7 @@ struct Scan {
 
   __device__ bool flagged(int32_t item) const { return (words[item / 32] >> item % 32 & 1) != 0; }
 
-  // Flagged items before this one, 0 <= item <= kMost.
+  // Flagged items before this one, 0 <= item <= kMax.
   __device__ int32_t rank(int32_t item) const {
     return before[item / 32] + __popc(words[item / 32] & ((1u << item % 32) - 1));
   }

@@ -1,4 +1,4 @@
-// How a block moves the survivors that it has listed: as they are, or turned (RoPE).
+// How a block moves the survivors that it has listed: as they are, or rotated (RoPE).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -99,10 +99,10 @@ struct Turner {
       narrow(x * cosine[e] - y * sine[e], &first[e]);
       narrow(y * cosine[e] + x * sine[e], &second[e]);
     }
-    Piece turned;
-    memcpy(&turned.first, first, sizeof(Unit));
-    memcpy(&turned.second, second, sizeof(Unit));
-    put(keys, target, turned);
+    Piece rotated;
+    memcpy(&rotated.first, first, sizeof(Unit));
+    memcpy(&rotated.second, second, sizeof(Unit));
+    put(keys, target, rotated);
     if (has_base && (list.sources[i].x != target.x || list.sources[i].y != target.y)) put(base, target, piece);
   }
 
@@ -119,7 +119,7 @@ struct Lane {
 };
 
 // Moves the survivors [begin, count) of the list. In place this needs no scratch: targets ascend with their sources and
-// never lie behind them, so that what a tile stores lies before the sources of all later tiles, which may be loaded
+// never lie after them, so that what a tile stores lies before the sources of all later tiles, which may be loaded
 // already. Only within a tile must the loads come before the stores: one barrier when two tiles have been loaded.
 template <typename Worker, typename List>
 __device__ void stream(Worker& worker, const List& list, int32_t begin, int32_t count, Lane lane) {

@@ -12,7 +12,7 @@ struct Page {
   int32_t page;       // in the cache
   int32_t survivors;  // of this sequence
   bool unmoved;       // nothing before the last survivor is dead
-  bool last;          // nothing survives behind this page
+  bool last;          // nothing survives after this page
 };
 
 // Calls visit(Page) for the pages in use of sequence b, in order.

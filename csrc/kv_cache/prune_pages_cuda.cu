@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(kThreads) pages_kernel(const mem1_prune_pages_
   for (int32_t base = 0; base < used; base += group) {
     const int32_t first = base * p.page_size, stop = min(length - first, group * p.page_size) + first;
     int32_t of_group = 0;
-    for (int32_t chunk = first; chunk < stop; chunk += Items::kMost) {
-      of_group += slots.run(kept<kThreads>(keep, chunk, min(stop - chunk, Items::kMost)));
+    for (int32_t chunk = first; chunk < stop; chunk += Items::kMax) {
+      of_group += slots.run(kept<kThreads>(keep, chunk, min(stop - chunk, Items::kMax)));
     }
     const auto count = [&](int32_t i) {
       if (group == 1) return of_group;
@@ -85,9 +85,9 @@ __global__ void __launch_bounds__(kThreads) pages_kernel(const mem1_prune_pages_
 
 mem1_status prune_pages_cuda(const mem1_prune_pages_params& p, void* stream, mem1_error* error) {
   if (p.batch == 0) return MEM1_OK;
-  const int32_t group = std::max(1, std::min(Scan<kThreads>::kMost / p.page_size, p.sequence_pages));
+  const int32_t group = std::max(1, std::min(Scan<kThreads>::kMax / p.page_size, p.sequence_pages));
   pages_kernel<<<static_cast<unsigned>(p.batch), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(p, group);
-  return launched("prune_pages", error);
+  return check_launch("prune_pages", error);
 }
 
 }  // namespace mem1::kv_cache

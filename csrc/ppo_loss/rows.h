@@ -31,13 +31,13 @@ struct LogRatio {
 
 // Factors of a row's gradient: of its log-prob and of its entropy.
 template <typename Real>
-struct Slopes {
+struct Grads {
   Real logprob, entropy;
 };
 
 // Writes what PPO says of row i, given its log-prob and entropy.
 template <typename Real>
-MEM1_HOST_DEVICE Slopes<Real> ppo_row(const mem1_logit_rows_params& p, int64_t i, Real logprob, Real entropy) {
+MEM1_HOST_DEVICE Grads<Real> ppo_row(const mem1_logit_rows_params& p, int64_t i, Real logprob, Real entropy) {
   const auto in = [i](const void* array) { return static_cast<const Real*>(array)[i]; };
   const auto out = [i](void* array, Real value) { static_cast<Real*>(array)[i] = value; };
   const LogRatio<Real> step(logprob - in(p.old_logprob));
@@ -55,16 +55,16 @@ MEM1_HOST_DEVICE Slopes<Real> ppo_row(const mem1_logit_rows_params& p, int64_t i
     }
   }
   if (p.rollout_logprob != nullptr) {
-    const Real stale = exp(LogRatio<Real>(in(p.old_logprob) - in(p.rollout_logprob)).value);
-    const Real cap = static_cast<Real>(p.rollout_is_cap), weight = stale > cap ? cap : stale;
+    const Real importance_weight = exp(LogRatio<Real>(in(p.old_logprob) - in(p.rollout_logprob)).value);
+    const Real cap = static_cast<Real>(p.rollout_is_cap), weight = importance_weight > cap ? cap : importance_weight;
     policy *= weight;
     slope *= weight;
   }
   const Real kl_coef = static_cast<Real>(p.kl_coef), entropy_coef = static_cast<Real>(p.entropy_coef);
   Real loss = policy - entropy_coef * entropy;
   if (p.ref_logprob != nullptr) {
-    const LogRatio<Real> away(logprob - in(p.ref_logprob));
-    const Real d = away.value;
+    const LogRatio<Real> kl_log_ratio(logprob - in(p.ref_logprob));
+    const Real d = kl_log_ratio.value;
     Real kl = d, kl_slope = 1;
     if (p.kl_estimator == MEM1_KL_K2) {
       kl = d * d / 2;
@@ -75,7 +75,7 @@ MEM1_HOST_DEVICE Slopes<Real> ppo_row(const mem1_logit_rows_params& p, int64_t i
     }
     out(p.kl, kl);
     loss += kl_coef * kl;
-    if (away.inside) slope += kl_coef * kl_slope;
+    if (kl_log_ratio.inside) slope += kl_coef * kl_slope;
   }
   if (loss != loss) slope = loss;  // NaN in any argument: where a ratio was cut off, only the loss shows it
   out(p.ratio, ratio);

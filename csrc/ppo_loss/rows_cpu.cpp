@@ -18,7 +18,7 @@ using cpu::exp2_of;
 
 constexpr int64_t kBlock = 1024;  // sums of a block are kept in Real, sums of blocks in double
 
-// z = logits + bias; `bias` may be null. Exponents x = (z - shift) * heat are in base 2.
+// z = logits + bias; `bias` may be null. Exponents x = (z - shift) * scale are in base 2.
 template <typename Real>
 MEM1_INLINE Real highest_of(const Real* logits, const Real* bias, int64_t count) {
   constexpr int kLanes = 64;
@@ -41,14 +41,14 @@ struct Sums {
 };
 
 template <typename Real>
-MEM1_INLINE Sums sums_of(const Real* logits, const Real* bias, int64_t count, Real shift, Real heat) {
+MEM1_INLINE Sums sums_of(const Real* logits, const Real* bias, int64_t count, Real shift, Real scale) {
   Sums total{0, 0};
   for (int64_t v = 0; v < count; v += kBlock) {
     const int64_t end = std::min(v + kBlock, count);
     Real mass = 0, moment = 0;
 #pragma omp simd reduction(+ : mass, moment)
     for (int64_t u = v; u < end; ++u) {
-      Real x = (logits[u] + (bias == nullptr ? Real(0) : bias[u]) - shift) * heat;
+      Real x = (logits[u] + (bias == nullptr ? Real(0) : bias[u]) - shift) * scale;
       x = x < Real(kSmall) ? Real(kSmall) : x;
       const Real power = exp2_of(x);
       mass += power;
@@ -60,15 +60,15 @@ MEM1_INLINE Sums sums_of(const Real* logits, const Real* bias, int64_t count, Re
   return total;
 }
 
-// logits[v] becomes 2^x (level + slope x).
+// logits[v] becomes 2^x (offset + slope x).
 template <typename Real>
-MEM1_INLINE void gradient_of(Real* logits, const Real* bias, int64_t count, Real shift, Real heat, Real level,
+MEM1_INLINE void gradient_of(Real* logits, const Real* bias, int64_t count, Real shift, Real scale, Real offset,
                              Real slope) {
 #pragma omp simd
   for (int64_t v = 0; v < count; ++v) {
-    Real x = (logits[v] + (bias == nullptr ? Real(0) : bias[v]) - shift) * heat;
+    Real x = (logits[v] + (bias == nullptr ? Real(0) : bias[v]) - shift) * scale;
     x = x < Real(kSmall) ? Real(kSmall) : x;
-    logits[v] = exp2_of(x) * (level + slope * x);
+    logits[v] = exp2_of(x) * (offset + slope * x);
   }
 }
 
@@ -89,18 +89,18 @@ MEM1_CLONES void narrow(float* row, int64_t count) {
 }
 void narrow(double*, int64_t) {}  // never asked for
 
-#define MEM1_PASSES(Real)                                                                                     \
-  MEM1_CLONES Real highest(const Real* logits, const Real* bias, int64_t count) {                             \
-    return bias == nullptr ? highest_of<Real>(logits, nullptr, count) : highest_of(logits, bias, count);      \
-  }                                                                                                           \
-  MEM1_CLONES Sums sums(const Real* logits, const Real* bias, int64_t count, Real shift, Real heat) {         \
-    return bias == nullptr ? sums_of<Real>(logits, nullptr, count, shift, heat)                               \
-                           : sums_of(logits, bias, count, shift, heat);                                       \
-  }                                                                                                           \
-  MEM1_CLONES void gradient(Real* logits, const Real* bias, int64_t count, Real shift, Real heat, Real level, \
-                            Real slope) {                                                                     \
-    return bias == nullptr ? gradient_of<Real>(logits, nullptr, count, shift, heat, level, slope)             \
-                           : gradient_of(logits, bias, count, shift, heat, level, slope);                     \
+#define MEM1_PASSES(Real)                                                                                       \
+  MEM1_CLONES Real highest(const Real* logits, const Real* bias, int64_t count) {                               \
+    return bias == nullptr ? highest_of<Real>(logits, nullptr, count) : highest_of(logits, bias, count);        \
+  }                                                                                                             \
+  MEM1_CLONES Sums sums(const Real* logits, const Real* bias, int64_t count, Real shift, Real scale) {          \
+    return bias == nullptr ? sums_of<Real>(logits, nullptr, count, shift, scale)                                \
+                           : sums_of(logits, bias, count, shift, scale);                                        \
+  }                                                                                                             \
+  MEM1_CLONES void gradient(Real* logits, const Real* bias, int64_t count, Real shift, Real scale, Real offset, \
+                            Real slope) {                                                                       \
+    return bias == nullptr ? gradient_of<Real>(logits, nullptr, count, shift, scale, offset, slope)             \
+                           : gradient_of(logits, bias, count, shift, scale, offset, slope);                     \
   }
 MEM1_PASSES(float)
 MEM1_PASSES(double)
@@ -122,21 +122,21 @@ void row(const mem1_logit_rows_params& p, int64_t i) {
   const Real* bias = static_cast<const Real*>(p.bias);
   const int64_t target = p.target[i];
   const double temperature = in(p.temperature);
-  const Real heat = static_cast<Real>(kLog2E / temperature);
+  const Real scale = static_cast<Real>(kLog2E / temperature);
   constexpr Real kNone = -std::numeric_limits<Real>::infinity();
   Real max_logit;
   double log_sum_exp = 0, entropy = 0;
-  Slopes<Real> slopes;
+  Grads<Real> grads;
   if (p.task == MEM1_ROWS_BACKWARD) {
     max_logit = static_cast<const Real*>(p.max_logit)[i];
     log_sum_exp = in(p.log_sum_exp);
     entropy = in(p.entropy);
-    slopes = {static_cast<const Real*>(p.d_logprob)[i], static_cast<const Real*>(p.d_entropy)[i]};
+    grads = {static_cast<const Real*>(p.d_logprob)[i], static_cast<const Real*>(p.d_entropy)[i]};
   } else {
     max_logit = highest(logits, bias, p.vocabulary);
     double logprob = kNone;
     if (max_logit != kNone) {
-      const Sums total = sums(logits, bias, p.vocabulary, max_logit, heat);
+      const Sums total = sums(logits, bias, p.vocabulary, max_logit, scale);
       const Real chosen = logits[target] + (bias == nullptr ? Real(0) : bias[target]);
       log_sum_exp = std::log(total.mass);
       logprob = (static_cast<double>(chosen) - static_cast<double>(max_logit)) / temperature - log_sum_exp;
@@ -151,7 +151,7 @@ void row(const mem1_logit_rows_params& p, int64_t i) {
       out(p.log_sum_exp, log_sum_exp);
       return;
     }
-    slopes = ppo_row<Real>(p, i, static_cast<Real>(logprob), static_cast<Real>(entropy));
+    grads = ppo_row<Real>(p, i, static_cast<Real>(logprob), static_cast<Real>(entropy));
     if (p.with_gradient == 0) return;
   }
   const auto done = [&] {
@@ -161,11 +161,11 @@ void row(const mem1_logit_rows_params& p, int64_t i) {
     std::fill(logits, logits + p.vocabulary, static_cast<Real>(0 * entropy));
     return done();
   }
-  const double share = std::exp(-log_sum_exp), d_logprob = slopes.logprob / temperature;
-  const double d_entropy = slopes.entropy / temperature;
-  gradient(logits, bias, p.vocabulary, max_logit, heat,
-           static_cast<Real>(share * (-d_logprob - d_entropy * (entropy - log_sum_exp))),
-           static_cast<Real>(-share * d_entropy * kLn2));
+  const double inv_sum_exp = std::exp(-log_sum_exp), d_logprob = grads.logprob / temperature;
+  const double d_entropy = grads.entropy / temperature;
+  gradient(logits, bias, p.vocabulary, max_logit, scale,
+           static_cast<Real>(inv_sum_exp * (-d_logprob - d_entropy * (entropy - log_sum_exp))),
+           static_cast<Real>(-inv_sum_exp * d_entropy * kLn2));
   logits[target] += static_cast<Real>(d_logprob);
   done();
 }

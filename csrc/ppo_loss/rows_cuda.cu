@@ -3,7 +3,7 @@
 // threads have read before.
 #include "ppo_loss/rows.h"
 
-#include "common/launched.h"
+#include "common/check_launch.h"
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -32,29 +32,29 @@ __device__ Real none() {
 __device__ float power_of_two(float x) { return exp2f(x); }
 __device__ double power_of_two(double x) { return exp2(x); }
 
-// Sums over some elements z, the largest of which is max_logit: of 2^x and of x 2^x with x = (z - max_logit) heat.
+// Sums over some elements z, the largest of which is max_logit: of 2^x and of x 2^x with x = (z - max_logit) scale.
 template <typename Real>
 struct Sums {
   Real max_logit, mass, moment;
 
   // The same sums for a maximum that is no lower.
-  __device__ void raise(Real higher, Real heat) {
+  __device__ void raise(Real higher, Real scale) {
     if (max_logit == none<Real>() || higher == max_logit) {
       max_logit = higher;
       return;
     }
-    Real x = (max_logit - higher) * heat;
+    Real x = (max_logit - higher) * scale;
     x = x < static_cast<Real>(kSmall) ? static_cast<Real>(kSmall) : x;
     const Real factor = power_of_two(x);
     moment = factor * (moment + x * mass);
     mass *= factor;
     max_logit = higher;
   }
-  __device__ void add(Sums other, Real heat) {
+  __device__ void add(Sums other, Real scale) {
     const Real higher = other.max_logit > max_logit ? other.max_logit : max_logit;
     if (higher != none<Real>()) {
-      raise(higher, heat);
-      other.raise(higher, heat);
+      raise(higher, scale);
+      other.raise(higher, scale);
     }
     mass += other.mass;
     moment += other.moment;
@@ -62,23 +62,23 @@ struct Sums {
 };
 
 template <typename Real>
-__device__ Sums<Real> sum_over_block(Sums<Real> own, Real heat) {
+__device__ Sums<Real> sum_over_block(Sums<Real> own, Real scale) {
   __shared__ Sums<Real> of_warp[kWarps];
   for (int lanes = 16; lanes > 0; lanes /= 2) {
     Sums<Real> other;
     other.max_logit = __shfl_xor_sync(~0u, own.max_logit, lanes);
     other.mass = __shfl_xor_sync(~0u, own.mass, lanes);
     other.moment = __shfl_xor_sync(~0u, own.moment, lanes);
-    own.add(other, heat);
+    own.add(other, scale);
   }
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = own;
   __syncthreads();
   own = of_warp[0];
-  for (int warp = 1; warp < kWarps; ++warp) own.add(of_warp[warp], heat);  // all threads alike, in one order
+  for (int warp = 1; warp < kWarps; ++warp) own.add(of_warp[warp], scale);  // all threads alike, in one order
   return own;
 }
 
-// z = logit + bias of a tile of the row; -inf behind its end.
+// z = logit + bias of a tile of the row; -inf past its end.
 template <typename Real, bool kBias>
 struct Tile {
   alignas(16) Real z[kVectors * kVector<Real>];  // written 16 bytes at a time
@@ -118,19 +118,19 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const mem1_logit_rows
   Real* row = static_cast<Real*>(p.logits) + i * p.stride_row;
   const Real* bias = static_cast<const Real*>(p.bias);
   const bool aligned = reinterpret_cast<uintptr_t>(row) % 16 == 0;
-  const Real temperature = in(p.temperature), heat = static_cast<Real>(kLog2E) / temperature;
+  const Real temperature = in(p.temperature), scale = static_cast<Real>(kLog2E) / temperature;
   const Real ln2 = static_cast<Real>(kLn2), small = static_cast<Real>(kSmall);
   const int64_t target = p.target[i];
   const bool valid = target >= 0 && target < count;
 
   Real max_logit, log_sum_exp, entropy;
-  Slopes<Real> slopes;
+  Grads<Real> grads;
   bool nothing;  // not a single finite logit: the gradient is 0
   if (p.task == MEM1_ROWS_BACKWARD) {
     max_logit = in(p.max_logit);
     log_sum_exp = in(p.log_sum_exp);
     entropy = in(p.entropy);
-    slopes = {in(p.d_logprob), in(p.d_entropy)};
+    grads = {in(p.d_logprob), in(p.d_entropy)};
     nothing = max_logit == none<Real>() && log_sum_exp == 0;
   } else {
     Sums<Real> own{none<Real>(), 0, 0};
@@ -140,17 +140,17 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const mem1_logit_rows
 #pragma unroll
       for (int n = 0; n < kVectors * kVector<Real>; ++n) highest = tile.z[n] > highest ? tile.z[n] : highest;
       const Real base = highest == none<Real>() ? Real(0) : highest;
-      if (highest != none<Real>()) own.raise(highest, heat);
+      if (highest != none<Real>()) own.raise(highest, scale);
 #pragma unroll
       for (int n = 0; n < kVectors * kVector<Real>; ++n) {
-        Real x = (tile.z[n] - base) * heat;
+        Real x = (tile.z[n] - base) * scale;
         x = x < small ? small : x;
         const Real power = power_of_two(x);
         own.mass += power;
         own.moment += power * x;
       }
     }
-    const Sums<Real> all = sum_over_block(own, heat);
+    const Sums<Real> all = sum_over_block(own, scale);
     max_logit = all.max_logit;
     nothing = max_logit == none<Real>() && all.mass == 0;
     // NaN without a single finite logit leaves max_logit where it was, but shows in the mass.
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const mem1_logit_rows
       const Real z = row[target] + (kBias ? bias[target] : Real(0));
       logprob = nothing ? none<Real>() : (z - max_logit) / temperature - log_sum_exp;
     }
-    __shared__ Slopes<Real> shared;
+    __shared__ Grads<Real> shared;
     if (threadIdx.x == 0) {
       out(p.logprob, logprob);
       out(p.entropy, entropy);
@@ -174,12 +174,13 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const mem1_logit_rows
     }
     if (p.with_gradient == 0 || p.task == MEM1_ROWS_LOGPROB) return;
     __syncthreads();
-    slopes = shared;
+    grads = shared;
   }
-  // With x = (z - max_logit) heat, df/dz is 2^x (level + slope x), and at the target d_logprob more.
-  const Real share = exp(-log_sum_exp), d_logprob = slopes.logprob / temperature;
-  const Real d_entropy = slopes.entropy / temperature;
-  const Real level = share * (-d_logprob - d_entropy * (entropy - log_sum_exp)), slope = -share * d_entropy * ln2;
+  // With x = (z - max_logit) scale, df/dz is 2^x (offset + slope x), and at the target d_logprob more.
+  const Real inv_sum_exp = exp(-log_sum_exp), d_logprob = grads.logprob / temperature;
+  const Real d_entropy = grads.entropy / temperature;
+  const Real offset = inv_sum_exp * (-d_logprob - d_entropy * (entropy - log_sum_exp)),
+             slope = -inv_sum_exp * d_entropy * ln2;
 
   Gradient* gradient = reinterpret_cast<Gradient*>(row);
   for (int64_t first = 0; first < count; first += kTile<Real>) {
@@ -191,9 +192,9 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const mem1_logit_rows
       const int64_t at = tile.index(first, n);
 #pragma unroll
       for (int m = 0; m < kVector<Real>; ++m) {
-        Real x = (tile.z[n + m] - max_logit) * heat;
+        Real x = (tile.z[n + m] - max_logit) * scale;
         x = x < small ? small : x;
-        Real value = nothing ? Real(0) : power_of_two(x) * (level + slope * x);
+        Real value = nothing ? Real(0) : power_of_two(x) * (offset + slope * x);
         if (at + m == target && !nothing) value += d_logprob;
         store(made + m, valid ? value : static_cast<Real>(NAN));
       }
@@ -233,7 +234,7 @@ mem1_status logit_rows_cuda(const mem1_logit_rows_params& p, void* stream, mem1_
     default:
       launch<float, float>(p, on);
   }
-  return launched("logit rows", error);
+  return check_launch("logit rows", error);
 }
 
 }  // namespace mem1::ppo_loss

@@ -1,5 +1,5 @@
 // Attention over a KV cache on the CPU. A decode step (one query per row) reads every key and value once and is bound
-// by that: a kernel of its own keeps the query heads of a KV head together and never looks behind a row's length.
+// by that: a kernel of its own keeps the query heads of a KV head together and never looks past a row's length.
 // Longer pieces are the last queries of a causal stream, which the tiles of trajectory attention do.
 #include "common/exp2_cpu.h"
 #include "torch/attention_cpu.h"

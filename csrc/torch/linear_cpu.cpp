@@ -121,28 +121,28 @@ void logits_of(const at::Tensor& hidden, const at::Tensor& weight, const at::Ten
 template <typename T, typename In>
 void hidden_gradient(const at::Tensor& d_logits, const at::Tensor& weight, const at::Tensor& d_hidden) {
   const int64_t rows = d_hidden.size(0), width = d_hidden.size(1), vocabulary = weight.size(0), ld = d_logits.stride(0);
-  const T* slopes = d_logits.const_data_ptr<T>();
+  const T* grads = d_logits.const_data_ptr<T>();
   const In* weights = weight.const_data_ptr<In>();
   In* out = d_hidden.data_ptr<In>();
-  const int64_t blocks = (vocabulary + kBlock<T> - 1) / kBlock<T>, shares = std::min(kShares, blocks);
+  const int64_t blocks = (vocabulary + kBlock<T> - 1) / kBlock<T>, parts = std::min(kShares, blocks);
   const int64_t ld_own = odd_lines<T>(kBlock<T>), ld_block = odd_lines<float>(kColumns);
   const int64_t size = whole(rows) * width;
-  std::vector<float> sums(shares * size);
-  at::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
+  std::vector<float> sums(parts * size);
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     std::vector<T> block, own(whole(rows) * ld_own);
-    for (int64_t share = begin; share < end; ++share) {
-      float* sum = sums.data() + share * size;
-      for (int64_t b = share * blocks / shares; b < (share + 1) * blocks / shares; ++b) {
+    for (int64_t part = begin; part < end; ++part) {
+      float* sum = sums.data() + part * size;
+      for (int64_t b = part * blocks / parts; b < (part + 1) * blocks / parts; ++b) {
         const int64_t first = b * kBlock<T>, count = std::min(kBlock<T>, vocabulary - first);
         for (int64_t r = 0; r < rows; ++r) {
-          std::fill(std::copy_n(slopes + r * ld + first, count, own.data() + r * ld_own), own.data() + (r + 1) * ld_own,
+          std::fill(std::copy_n(grads + r * ld + first, count, own.data() + r * ld_own), own.data() + (r + 1) * ld_own,
                     T(0));
         }
         for (int64_t column = 0; column < width; column += kColumns) {
           const int64_t columns = std::min(kColumns, width - column);
           pack_right(weights + first * width + column, count, columns, width, block, ld_block);
           gemm(whole(rows), columns, whole(count), own.data(), ld_own, block.data(), ld_block, sum + column, width,
-               b > share * blocks / shares);
+               b > part * blocks / parts);
         }
       }
     }
@@ -151,7 +151,7 @@ void hidden_gradient(const at::Tensor& d_logits, const at::Tensor& weight, const
   at::parallel_for(0, rows * width, 1 << 14, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       float sum = 0;
-      for (int64_t share = 0; share < shares; ++share) sum += sums[share * size + n];
+      for (int64_t part = 0; part < parts; ++part) sum += sums[part * size + n];
       out[n] = static_cast<In>(sum);
     }
   });
@@ -162,7 +162,7 @@ void weight_gradient(const at::Tensor& d_logits, const at::Tensor& hidden, const
                      bool accumulate) {
   const int64_t rows = hidden.size(0), width = hidden.size(1), ld = d_logits.stride(0);
   const int64_t padded = whole(rows), ld_tile = odd_lines<T>(padded), ld_states = odd_lines<float>(width);
-  const T* slopes = d_logits.const_data_ptr<T>();
+  const T* grads = d_logits.const_data_ptr<T>();
   const bool narrow = !std::is_same_v<In, float> && d_weight.scalar_type() != at::kFloat;
   void* out = d_weight.data_ptr();
   std::vector<T> states;
@@ -171,7 +171,7 @@ void weight_gradient(const at::Tensor& d_logits, const at::Tensor& hidden, const
     thread_local std::vector<T> tile;
     thread_local std::vector<float> sums;
     tile.resize(kBlock<T> * ld_tile);
-    transpose(slopes + first, rows, count, ld, tile.data(), ld_tile);
+    transpose(grads + first, rows, count, ld, tile.data(), ld_tile);
     for (int64_t v = 0; v < count; ++v) std::fill_n(tile.data() + v * ld_tile + rows, padded - rows, T(0));
     float* own = static_cast<float*>(out) + first * width;
     if (narrow) {

@@ -1,4 +1,4 @@
-// The functions behind the registered ops, one declaration per implementation.
+// The implementations of the registered ops, one declaration per implementation.
 #pragma once
 
 #include "mem1/mem1.h"

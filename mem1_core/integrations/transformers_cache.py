@@ -68,7 +68,7 @@ class SlotCache(Cache):
         dtype = dtype or (config.dtype if model is None else model.dtype) or torch.get_default_dtype()
         device = device or ("cpu" if model is None else model.device)
         shape = (layers, 2, batch, capacity, heads, dim)
-        # Zeros: what lies behind a length is masked, which helps only if it is finite.
+        # Zeros: what lies past a length is masked, which helps only if it is finite.
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
         self.batch, self.capacity = batch, capacity
         self.lengths = torch.zeros(batch, dtype=torch.int32, device="cpu")
@@ -105,7 +105,7 @@ class SlotCache(Cache):
         return int(self.lengths.max())
 
     def forward_kwargs(self, new_tokens: int | Sequence[int] | Tensor) -> dict[str, Any]:
-        """Announce the next forward: how many of each row's tokens are real, the rest being padding behind.
+        """Announce the next forward: how many of each row's tokens are real; the rest is padding.
 
         `new_tokens` int [B], or one number for all; the forward has `max(new_tokens)` columns. Padding is
         neither stored nor seen; a row with 0 stays as it is. Returns what the model wants beside its tokens:
@@ -140,7 +140,7 @@ class SlotCache(Cache):
 
         keep: bool [B, used], or ranges of slots as `prune_kv_cache_` takes them. `positions="keep"`:
         survivors stay as they were encoded, and so does the position of the next token. `"compact"`: they
-        are turned to positions 0, 1, ...; for a cache whose entries stand at their slots, so never together
+        are rotated to positions 0, 1, ...; for a cache whose entries stand at their slots, so never together
         with "keep". `inv_freq` [D / 2] is by default the model's.
 
         Raises ValueError and TypeError as `prune_kv_cache_` does, the cache being as it was. (On CUDA, ranges
@@ -274,13 +274,13 @@ class _SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store new keys and values [B, Hkv, T, D] behind each row's entries; return what is in use, as views
+        """Store new keys and values [B, Hkv, T, D] after each row's entries; return what is in use, as views
         [B, Hkv, used, D]. Raises ValueError, before the first entry is written, when they do not fit.
         """
         cache, width = self.cache, key_states.shape[-2]
         if self.layer == 0 and not cache._announced:
             cache._step = cache._plan(torch.full_like(cache.lengths, width))
-        step, cache._announced = cache._step, False  # a forward that fails leaves no announcement behind
+        step, cache._announced = cache._step, False  # a forward that fails leaves no announcement
         if step is None or step.width != width:
             announced = None if step is None else step.width
             raise ValueError(
@@ -345,7 +345,7 @@ def _window_problem(config: Any) -> str | None:
 
 
 def _frequencies(model: PreTrainedModel) -> Tensor | None:
-    """RoPE's angular frequencies; None where they change with the length, or where not halves are turned."""
+    """RoPE's angular frequencies; None where they change with the length, or where not halves are rotated."""
     decoder = model.get_decoder()
     rotary: Any = getattr(decoder, "rotary_emb", None)
     rotate = getattr(sys.modules[type(decoder).__module__], "rotate_half", None)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mem1_core import _library, reference
-from mem1_core.backend import check_whole, choose_backend, told
+from mem1_core.backend import check_whole, choose_backend, describe
 
 _AVAILABLE = ("cpu", "reference")
 
@@ -73,7 +73,9 @@ def cached_attention(
     )
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if not isinstance(tensor, Tensor) or tensor.dim() != 4 or not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating point tensor of 4 dimensions, got {told(tensor)}")
+            raise TypeError(
+                f"{name}: expected a floating point tensor of 4 dimensions, got {describe(tensor)}"
+            )
         if tensor.device != q.device:
             raise ValueError(f"{name}: expected the device of q, {q.device}, got {tensor.device}")
     if q.shape[3] == 0:
@@ -92,7 +94,7 @@ def cached_attention(
         ("query_lens", query_lens),
     ):
         if not isinstance(tensor, Tensor) or tensor.dtype != torch.int32 or tensor.shape != (batch,):
-            raise TypeError(f"{name}: expected int32 [{batch}], got {told(tensor)}")
+            raise TypeError(f"{name}: expected int32 [{batch}], got {describe(tensor)}")
         if tensor.device != q.device:
             raise ValueError(f"{name}: expected the device of q, {q.device}, got {tensor.device}")
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)

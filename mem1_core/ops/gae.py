@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed
 
 from mem1_core import _library, reference
-from mem1_core.backend import check_whole, choose_backend, told
+from mem1_core.backend import check_whole, choose_backend, describe
 from mem1_core.ops.logprob import AVAILABLE
 
 
@@ -57,7 +57,7 @@ def gae(
     check_whole(reward=reward, value=value, mask=mask)
     for name, x in (("reward", reward), ("value", value)):
         if not isinstance(x, Tensor) or x.dim() != 2 or not x.is_floating_point():
-            raise TypeError(f"{name}: expected a floating point tensor [B, T], got {told(x)}")
+            raise TypeError(f"{name}: expected a floating point tensor [B, T], got {describe(x)}")
         _check_like(name, x, reward)
     _check_mask(mask, reward)
     for name, number in (("gamma", gamma), ("lam", lam)):
@@ -104,7 +104,7 @@ def masked_whiten(
     """
     check_whole(values=values, mask=mask)
     if not isinstance(values, Tensor) or not values.is_floating_point():
-        raise TypeError(f"values: expected a floating point tensor, got {told(values)}")
+        raise TypeError(f"values: expected a floating point tensor, got {describe(values)}")
     _check_mask(mask, values)
     if not isinstance(eps, (int, float)) or not eps > 0:
         raise ValueError(f"eps: expected a number > 0, got {eps!r}")
@@ -135,7 +135,7 @@ def _check_like(name: str, x: Tensor, like: Tensor) -> None:
 
 def _check_mask(mask: Tensor, like: Tensor) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"mask: expected a bool tensor {list(like.shape)}, got {told(mask)}")
+        raise TypeError(f"mask: expected a bool tensor {list(like.shape)}, got {describe(mask)}")
     _check_like("mask", mask, like)
 
 

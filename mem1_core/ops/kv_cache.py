@@ -17,14 +17,14 @@ Keep = Tensor | Sequence[Sequence[tuple[int, int]]]
 Gaps = Literal["close", "leave"]
 
 _AVAILABLE = ("cpu", *(["cuda"] if _library.cuda_architectures() else []), "reference")
-_MOST = 2**31 - 1
+_MAX = 2**31 - 1
 
 
 class PagedPrune(NamedTuple):
     """What `prune_paged_kv_cache_` leaves."""
 
     lengths: Tensor  # [B] as `lengths`: tokens of each sequence
-    page_lengths: Tensor  # int32 [B, P]: tokens in each page of the new block table, 0 behind its end
+    page_lengths: Tensor  # int32 [B, P]: tokens in each page of the new block table, 0 past its end
     freed: Tensor  # bool [pages]: pages that a sequence has dropped and none of these uses any more
 
 
@@ -50,7 +50,7 @@ def prune_kv_cache_(
             and no two entries at one address. Or a sequence of L pairs (key, value) of [B, S, Hkv, D], all of
             one shape, dtype and set of strides (a tensor [2, B, S, Hkv, D] is such a pair). float32,
             bfloat16, float16, float64; types of one byte with `positions="keep"`.
-        keep: which entries stay. bool [B, S], where what it says behind the length does not count; or ranges
+        keep: which entries stay. bool [B, S], where what it says past the length does not count; or ranges
             [begin, end) of slots, sorted and without overlap, end <= length: an integer tensor [B, R, 2] or a
             list of pairs for each sequence. Empty ranges are fine.
         lengths: integer [B], the entries in use; int32 needs no conversion.
@@ -59,14 +59,14 @@ def prune_kv_cache_(
         inv_freq: float32 [D / 2], RoPE's angular frequencies (rotate-half), for "compact": as
             `model.rotary_emb.inv_freq` has them, YaRN's too (its attention factor stays on the key).
         base_keys: [L, B, S, Hkv, D] or a sequence of L tensors: the keys as they were first encoded.
-        base_positions: int32 [B, S]: where that was. With both, each key is made anew from its base: one
-            rounding however often it moves. Without, the key in the cache is turned on from the position of
+        base_positions: int32 [B, S]: where that was. With both, each key is made from its base again: one
+            rounding however often it moves. Without, the key in the cache is rotated on from the position of
             its old slot, and rounding adds up (bfloat16: rms 2.7e-2 after 50 prunes). Both are pruned with
             the cache, in place.
         backend: see `mem1_core.backend`.
 
     Returns:
-        The new lengths [B], in the dtype of `lengths`. Entries behind them are undefined.
+        The new lengths [B], in the dtype of `lengths`. Entries past them are undefined.
 
     Raises:
         TypeError, ValueError: an argument that is not as above; the message names it, and nothing has been
@@ -143,11 +143,11 @@ def prune_paged_kv_cache_(
             as `prune_kv_cache_` takes it. vLLM's layer [2, pages, page, Hkv, D] is such a pair; FlashInfer's
             [pages, 2, page, Hkv, D] is `(t[:, 0], t[:, 1])`.
         keep: bool [B, P * page], or ranges as in `prune_kv_cache_`.
-        block_table: int32 [B, P], contiguous: the pages of each sequence in order. Entries behind its length
-            are not read. Changed in place: -1 stands behind the pages that are left.
+        block_table: int32 [B, P], contiguous: the pages of each sequence in order. Entries past its length
+            are not read. Changed in place: -1 stands after the pages that are left.
         lengths: integer [B].
         gaps: "close": survivors fill the pages that are left, in order, so that `(block_table, lengths)` is
-            what any paged attention reads; at most what stands behind the first gap moves. "leave": survivors
+            what any paged attention reads; at most what stands after the first gap moves. "leave": survivors
             move within their page at most, hardly a byte; the attention must then take a length for each
             page, `page_lengths`. With pages of one token the two are the same, and nothing moves.
         positions, inv_freq: as in `prune_kv_cache_`; "compact" goes with `gaps="close"`.
@@ -267,7 +267,7 @@ def _integers(name: str, values: Tensor, like: Tensor) -> Tensor:
         raise TypeError(f"{name}: expected an integer tensor, got {_told(values)}")
     if values.device != like.device:
         raise ValueError(f"{name}: expected the device of kv, {like.device}, got {values.device}")
-    return values if values.dtype == torch.int32 else values.long().clamp(-1, _MOST).int()
+    return values if values.dtype == torch.int32 else values.long().clamp(-1, _MAX).int()
 
 
 def _keep(keep: Keep, batch: int, slots: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -300,7 +300,7 @@ def _padded(keep: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
             raise TypeError(f"keep[{n}]: expected pairs (begin, end) of integers, got {row!r}")
         rows.append([tuple(pair) for pair in row])
     count = max([0, *map(len, rows)])
-    ends = [row[-1][1] if row else 0 for row in rows]  # padding is empty ranges behind the last
+    ends = [row[-1][1] if row else 0 for row in rows]  # padding is empty ranges after the last
     filled = [[*row, *[(end, end)] * (count - len(row))] for row, end in zip(rows, ends, strict=True)]
     return torch.tensor(filled, dtype=torch.int64, device="cpu").reshape(len(rows), count, 2)
 
@@ -344,7 +344,7 @@ def _frequencies(positions: str, inv_freq: Tensor | None, like: Tensor) -> Tenso
         raise ValueError("inv_freq: expected RoPE's frequencies [D / 2] for positions='compact', got None")
     if not like.is_floating_point() or like.element_size() == 1:
         raise TypeError(
-            f"kv: expected a floating point type of 2 bytes or more to turn keys, got {like.dtype}"
+            f"kv: expected a floating point type of 2 bytes or more to rotate keys, got {like.dtype}"
         )
     dim = like.shape[-1]
     if dim % 2 or inv_freq.shape != (dim // 2,) or inv_freq.device != like.device:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mem1_core import _library, reference
-from mem1_core._head import Head, check_head, check_targets, workspace_shape
+from mem1_core._head import ChunkedLMHead, check_head, check_targets, workspace_shape
 from mem1_core.backend import check_whole, choose_backend
 
 AVAILABLE = ("cpu", *(["cuda"] if _library.cuda_architectures() else []), "reference")
@@ -64,14 +64,14 @@ def linear_logprob(
         >>> entropy = -(logprobs.exp() * logprobs).sum(-1)
     """
     check_whole(hidden=hidden, weight=weight, bias=bias, target=target, temperature=temperature)
-    heat = check_head(hidden, weight, bias, target, temperature)
+    temperatures = check_head(hidden, weight, bias, target, temperature)
     chosen = choose_backend("linear_logprob", hidden, backend, AVAILABLE)
     if chosen == "reference":
-        return reference.linear_logprob(hidden, weight, target, heat, bias)
+        return reference.linear_logprob(hidden, weight, target, temperatures, bias)
     space = workspace(workspace_bytes, WORKSPACE_BYTES)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     logprob, entropy, *_ = _library.ops.linear_logprob(
-        hidden, weight, bias, target.long(), heat, space, keep, True
+        hidden, weight, bias, target.long(), temperatures, space, keep, True
     )
     return logprob, entropy
 
@@ -112,7 +112,7 @@ def _(
     overwrite: bool,
 ) -> tuple[Tensor, ...]:
     check_targets(target, weight.shape[0])
-    head = Head(hidden, weight, bias, None, space)
+    head = ChunkedLMHead(hidden, weight, bias, None, space)
     out = temperature.new_empty(4, head.count)
     for part in reversed(head.chunks()):  # the first, which is a whole one, stays in the workspace
         given = head.logits(part), head.bias, target[part].contiguous(), temperature[part].contiguous()
@@ -139,7 +139,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d_hidden, d_weight, d_bias. Of the logits in `kept` nothing is left."""
     given = needs_grad[0], needs_grad[1], needs_grad[2]
-    head = Head(hidden, weight, bias, None, space, given, kept if len(kept) else None)
+    head = ChunkedLMHead(hidden, weight, bias, None, space, given, kept if len(kept) else None)
     for part in head.chunks():
         of_rows = (
             x[part].contiguous()
@@ -161,11 +161,13 @@ def _(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("mem1_core::linear_logprob")
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, heat: Tensor, *rest: Any) -> Any:
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperatures: Tensor, *rest: Any
+) -> Any:
     space, keep, _ = rest
     rows, columns = workspace_shape(len(hidden), weight, space)
-    kept = heat.new_empty(rows if keep else 0, columns)
-    return *(heat.new_empty(len(hidden)) for _ in range(4)), kept
+    kept = temperatures.new_empty(rows if keep else 0, columns)
+    return *(temperatures.new_empty(len(hidden)) for _ in range(4)), kept
 
 
 def fake_gradients(inputs: tuple[Tensor | None, ...], needs_grad: list[bool]) -> tuple[Tensor, ...]:
@@ -193,7 +195,7 @@ def _backward(
     ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None, *unused: None
 ) -> tuple[Tensor | None, ...]:
     needs_grad = list(ctx.needs_input_grad[:3])
-    saved = ctx.saved_tensors  # once: where checkpoints or hooks stand behind them, each reading is paid for
+    saved = ctx.saved_tensors  # once: where they are checkpoints or hooks, each reading is paid for
     entropy = saved[-2]
     d_logprob, d_entropy = (torch.zeros_like(entropy) if d is None else d for d in (d_logprob, d_entropy))
     in_place = ctx.overwrite and last_backward(d_logprob) and not torch.is_grad_enabled()

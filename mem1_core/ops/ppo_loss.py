@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mem1_core import _library, reference
-from mem1_core._head import Head, check_head, check_normalizer, check_rows, check_targets
+from mem1_core._head import ChunkedLMHead, check_head, check_normalizer, check_rows, check_targets
 from mem1_core.backend import check_whole, choose_backend
 from mem1_core.ops.logprob import AVAILABLE, fake_gradients, last_backward, no_second_derivative, workspace
 from mem1_core.reference import Aggregation, KLEstimator
@@ -111,14 +112,15 @@ def fused_linear_ppo_loss(
         sequence_ids=sequence_ids,
         normalizer=normalizer,
     )
-    heat = check_head(hidden, weight, bias, target, temperature)
+    temperatures = check_head(hidden, weight, bias, target, temperature)
     check_rows("old_logprob", old_logprob, hidden)
     check_rows("advantage", advantage, hidden)
     check_rows("loss_mask", loss_mask, hidden, "a bool")
     for name, x in (("ref_logprob", ref_logprob), ("rollout_logprob", rollout_logprob)):
         if x is not None:
             check_rows(name, x, hidden)
-    _check_settings(clip_low, clip_high, dual_clip, rollout_is_cap, kl_coef, kl_estimator, entropy_coef)
+    settings = _Settings(clip_low, clip_high, dual_clip, rollout_is_cap, kl_coef, kl_estimator, entropy_coef)
+    settings.check()
     if kl_coef and ref_logprob is None:
         raise ValueError(f"ref_logprob: expected a tensor for kl_coef = {kl_coef}, got None")
     _check_aggregation(hidden, aggregation, sequence_ids, normalizer)
@@ -135,19 +137,13 @@ def fused_linear_ppo_loss(
             ref_logprob=ref_logprob,
             rollout_logprob=rollout_logprob,
             sequence_ids=sequence_ids,
-            temperature=heat,
-            clip_low=clip_low,
-            clip_high=clip_high,
-            dual_clip=dual_clip,
-            rollout_is_cap=rollout_is_cap,
-            kl_coef=kl_coef,
-            kl_estimator=kl_estimator,
-            entropy_coef=entropy_coef,
+            temperature=temperatures,
             aggregation=aggregation,
             normalizer=normalizer,
+            **settings._asdict(),
         )
     if normalizer is not None and not isinstance(normalizer, Tensor):
-        normalizer = heat.new_full((), normalizer)
+        normalizer = temperatures.new_full((), normalizer)
     with_grad = torch.is_grad_enabled()
     loss, means, logprob, *_ = _library.ops.fused_linear_ppo_loss(
         hidden,
@@ -160,15 +156,9 @@ def fused_linear_ppo_loss(
         ref_logprob,
         rollout_logprob,
         sequence_ids,
-        heat,
+        temperatures,
         normalizer,
-        clip_low,
-        clip_high,
-        dual_clip,
-        rollout_is_cap,
-        kl_coef,
-        kl_estimator,
-        entropy_coef,
+        *settings,
         aggregation,
         workspace(workspace_bytes, WORKSPACE_BYTES[hidden.device.type]),
         [x is not None and with_grad and x.requires_grad for x in (hidden, weight, bias)],
@@ -178,29 +168,34 @@ def fused_linear_ppo_loss(
     return loss, metrics if ref_logprob is None else metrics | {"kl": kl}
 
 
-def _check_settings(
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    rollout_is_cap: float,
-    kl_coef: float,
-    kl_estimator: str,
-    entropy_coef: float,
-) -> None:
-    for name, x, holds, wanted in (
-        ("clip_low", clip_low, lambda x: 0 <= x <= 1, "0 to 1"),
-        ("clip_high", clip_high, lambda x: x >= 0, "a number >= 0"),
-        ("dual_clip", dual_clip, lambda x: x > 1, "a number > 1 or None"),
-        ("rollout_is_cap", rollout_is_cap, lambda x: x > 0, "a number > 0"),
-        ("kl_coef", kl_coef, lambda x: -math.inf < x < math.inf, "a finite number"),
-        ("entropy_coef", entropy_coef, lambda x: -math.inf < x < math.inf, "a finite number"),
-    ):
-        if name == "dual_clip" and x is None:
-            continue
-        if not isinstance(x, (int, float)) or not holds(x):
-            raise ValueError(f"{name}: expected {wanted}, got {x!r}")
-    if kl_estimator not in ("k1", "k2", "k3"):
-        raise ValueError(f"kl_estimator: expected 'k1', 'k2' or 'k3', got {kl_estimator!r}")
+class _Settings(NamedTuple):
+    """The scalars of the loss, in the order in which the ops take them."""
+
+    clip_low: float
+    clip_high: float
+    dual_clip: float | None
+    rollout_is_cap: float
+    kl_coef: float
+    kl_estimator: str
+    entropy_coef: float
+
+    def check(self) -> None:
+        numbers: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+            ("clip_low", lambda x: 0 <= x <= 1, "0 to 1"),
+            ("clip_high", lambda x: x >= 0, "a number >= 0"),
+            ("dual_clip", lambda x: x > 1, "a number > 1 or None"),
+            ("rollout_is_cap", lambda x: x > 0, "a number > 0"),
+            ("kl_coef", math.isfinite, "a finite number"),
+            ("entropy_coef", math.isfinite, "a finite number"),
+        )
+        for name, holds, expected in numbers:
+            x = getattr(self, name)
+            if name == "dual_clip" and x is None:
+                continue
+            if not isinstance(x, (int, float)) or not holds(x):
+                raise ValueError(f"{name}: expected {expected}, got {x!r}")
+        if self.kl_estimator not in ("k1", "k2", "k3"):
+            raise ValueError(f"kl_estimator: expected 'k1', 'k2' or 'k3', got {self.kl_estimator!r}")
 
 
 def _check_aggregation(
@@ -240,46 +235,28 @@ def _(
     sequence_ids: Tensor | None,
     temperature: Tensor,
     normalizer: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    rollout_is_cap: float,
-    kl_coef: float,
-    kl_estimator: str,
-    entropy_coef: float,
-    aggregation: str,
-    space: int,
-    needs_grad: list[bool],
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
+    *settings, aggregation, space, needs_grad = rest
     rows = loss_mask.nonzero()[:, 0]  # where the host learns how many there are
     check_targets(target, weight.shape[0], rows)
     chosen = None if len(rows) == len(hidden) else rows
-    head = Head(hidden, weight, bias, chosen, space, (needs_grad[0], needs_grad[1], needs_grad[2]))
+    head = ChunkedLMHead(hidden, weight, bias, chosen, space, (needs_grad[0], needs_grad[1], needs_grad[2]))
     dtype = temperature.dtype
     scale = 1 / _divisor(sequence_ids, rows, aggregation, normalizer, dtype)
     of_rows = [
         None if x is None else x[rows].to(dtype)
         for x in (old_logprob, advantage, ref_logprob, rollout_logprob)
     ]
-    old, adv, ref, sampler = of_rows
+    old, adv, ref, rollout = of_rows
     target, temperature = target[rows], temperature[rows]
-    settings = (
-        clip_low,
-        clip_high,
-        dual_clip,
-        rollout_is_cap,
-        kl_coef,
-        kl_estimator,
-        entropy_coef,
-        any(needs_grad),
-    )
     stats = temperature.new_empty(6, head.count)
     for part in head.chunks():
         logits = head.logits(part)
         tensors = (
-            None if x is None else x[part] for x in (target, temperature, old, adv, scale, ref, sampler)
+            None if x is None else x[part] for x in (target, temperature, old, adv, scale, ref, rollout)
         )
-        given = logits, head.bias, *tensors, *settings, head.gradient_dtype
+        given = logits, head.bias, *tensors, *settings, any(needs_grad), head.gradient_dtype
         stats[:, part] = _library.on_current_stream(_library.ops._rows_ppo_, hidden.device, *given)
         if any(needs_grad):
             head.add_gradient(part, logits)

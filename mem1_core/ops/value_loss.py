@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mem1_core import reference
 from mem1_core._head import check_normalizer
-from mem1_core.backend import check_whole, told
+from mem1_core.backend import check_whole, describe
 
 
 def clipped_value_loss(
@@ -49,7 +49,7 @@ def clipped_value_loss(
             x.dtype == torch.bool if name == "mask" else x.is_floating_point()
         ):
             kind = "bool" if name == "mask" else "floating point"
-            raise TypeError(f"{name}: expected a {kind} tensor, got {told(x)}")
+            raise TypeError(f"{name}: expected a {kind} tensor, got {describe(x)}")
         if x.shape != value.shape or x.device != value.device:
             raise ValueError(
                 f"{name}: expected shape and device of value, {list(value.shape)} on {value.device}, got "

@@ -1,4 +1,4 @@
-"""A MEM1 agent as an object: load it, let it work in a world, or give it a question and a tool."""
+"""A MEM1 agent as an object: load it, let it work in an environment, or give it a question and a tool."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ class MemoryEfficientAgent:
         """Answer a question with a tool that takes the text of a query and returns the text the agent is
         shown.
         """
-        world = _ToolWorld(question, tool)
-        trajectory = self.run(world, seed)
-        return Reply(world.answer, trajectory)
+        environment = _ToolEnvironment(question, tool)
+        trajectory = self.run(environment, seed)
+        return Reply(environment.answer, trajectory)
 
 
-class _ToolWorld:
+class _ToolEnvironment:
     """A question and a tool as an environment; there is no grade, so the reward is 0."""
 
     objectives = 1

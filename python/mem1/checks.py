@@ -1,4 +1,4 @@
-"""What settings are checked with, and the error that a user's own mistakes are told by."""
+"""What settings are checked with, and the error for a user's own mistakes."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ def require(condition: bool, name: str, wanted: str, value: object) -> None:
         raise InputError(f"{name}: expected {wanted}, got {value!r}")
 
 
-def require_integers(settings: Any, names: str, least: int, most: float = math.inf) -> None:
-    """Every field of `settings` in `names` (separated by blanks) is an integer from `least` to `most`.
+def require_integers(settings: Any, names: str, low: int, high: float = math.inf) -> None:
+    """Every field of `settings` in `names` (separated by blanks) is an integer from `low` to `high`.
 
     Numpy's numbers become Python's, here as below: settings are saved.
     """
-    span = f">= {least}" if most == math.inf else f"from {least} to {most}"
+    span = f">= {low}" if high == math.inf else f"from {low} to {high}"
     for name in names.split():
         value = getattr(settings, name)
-        fits = isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
+        fits = isinstance(value, Integral) and not isinstance(value, bool) and low <= value <= high
         require(fits, name, f"an integer {span}", value)
         object.__setattr__(settings, name, int(value))
 
 
 def require_numbers(
-    settings: Any, names: str, least: float = 0.0, most: float = math.inf, *, above: bool = False
+    settings: Any, names: str, low: float = 0.0, high: float = math.inf, *, above: bool = False
 ) -> None:
-    """Every field in `names` is a finite number from `least` to `most`; greater than `least` with `above`."""
-    span = f"{'>' if above else '>='} {least:g}" + ("" if most == math.inf else f" and <= {most:g}")
+    """Every field in `names` is a finite number from `low` to `high`; greater than `low` with `above`."""
+    span = f"{'>' if above else '>='} {low:g}" + ("" if high == math.inf else f" and <= {high:g}")
     for name in names.split():
         value = getattr(settings, name)
         fits = isinstance(value, Real) and not isinstance(value, bool)
         # Compared first: an integer beyond float64 cannot be converted.
-        fits = fits and least <= value <= min(most, sys.float_info.max) and not (above and value == least)
+        fits = fits and low <= value <= min(high, sys.float_info.max) and not (above and value == low)
         require(fits, name, f"a finite number {span}", value)
         object.__setattr__(settings, name, float(value))
 

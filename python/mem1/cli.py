@@ -33,7 +33,7 @@ from mem1.engine.engine import Engine
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.envs.toy.training import toy_training
 from mem1.evaluation.evaluation_loop import OBJECTIVES, Result, evaluate, table
-from mem1.io import perhaps_unread, whole_file
+from mem1.io import atomic_write, ignore_closed_pipe
 from mem1.rollout.rollout_loop import check_positions, rollout
 from mem1.runtime.device import pick_device, whereabouts
 from mem1.runtime.interrupts import Interrupts
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(line: str) -> None:
-    with perhaps_unread(sys.stderr):  # Ctrl-C ends the `tee` behind `2>&1 |` as well
+    with ignore_closed_pipe(sys.stderr):  # Ctrl-C ends the `tee` after `2>&1 |` as well
         print(line, file=sys.stderr, flush=True)
 
 
@@ -158,7 +158,7 @@ def _rollout(options: argparse.Namespace, progress: Progress) -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
     start, tokens = time.perf_counter(), 0
     with (
-        whole_file(options.out) if options.out else nullcontext() as file,
+        atomic_write(options.out) if options.out else nullcontext() as file,
         progress.phase("episodes", total=options.episodes) as phase,
     ):
         for trajectory in rollout(model, tokenizer, make_environment, seeds, config, expert=options.expert):
@@ -292,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("runs/train"), help="folder of the run")
     add("--init", type=Path, help="checkpoint to start PPO from, without a warm start")
     add("--resume", action="store_true", help="go on in --out, with the options of that run")
-    add("--overwrite", action="store_true", help="begin anew in an --out that has a run")
+    add("--overwrite", action="store_true", help="start over in an --out that has a run")
     add("--objectives", type=_interval, default=(1, 4), help="questions per episode: 2 or 1-4")
     add("--max-updates", type=int, default=config.max_updates, help="PPO updates")
     add("--batch-size", type=_positive, default=config.batch_size, help="episodes per update")
@@ -329,7 +329,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo", _demo, "train, evaluate and plot in about five minutes on two idle cores"
     ).add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="folder for everything it makes")
-    add("--overwrite", action="store_true", help="begin anew in an --out that has a run")
+    add("--overwrite", action="store_true", help="start over in an --out that has a run")
     add("--quick", action="store_true", help="the same in well under a minute, without learning much")
     add("--seed", type=_seed, default=0, help="of the training and the evaluation")
     return parser

@@ -110,7 +110,7 @@ class RolloutConfig:
         """How many positions an episode can come to need: what a model's `max_position_embeddings` must
         allow.
 
-        In the regime `carry` positions run on through all turns; where the context is encoded anew they are
+        In the regime `carry` positions run on through all turns; where the context is encoded again they are
         those of the live tokens.
         """
         turn = self.max_action_tokens + self.max_info_tokens + 2  # with the tags of the info

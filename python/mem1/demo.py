@@ -27,7 +27,7 @@ from mem1.evaluation.evaluation_loop import (
     table,
 )
 from mem1.evaluation.plots import plot_learning, plot_peaks, plot_trajectory
-from mem1.io import whole_file, without_nan
+from mem1.io import atomic_write, without_nan
 from mem1.rollout.rollout_loop import rollout
 from mem1.runtime.progress import Progress
 from mem1.train.parity import Parity, parity
@@ -53,32 +53,32 @@ def demo(
 ) -> None:
     """Run the demo; everything it makes is in the folder `out`.
 
-    `quick` does the same in well under a minute with a smaller budget of each part. `overwrite` begins anew
+    `quick` does the same in well under a minute with a smaller budget of each part. `overwrite` starts over
     where `out` has a training run. Raises InputError at once if there is no matplotlib for the plots at the
     end.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("matplotlib: expected for the plots, got none: pip install 'mem1_core[plot]'")
     progress = progress or Progress()
-    say = progress.log
+    log = progress.log
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
 
     def title(text: str) -> None:
-        say(f"\n[{time.perf_counter() - began:4.0f} s] {text}")
+        log(f"\n[{time.perf_counter() - began:4.0f} s] {text}")
 
     config = demo_config(quick, seed)
     title("1/4 training: supervised warm start on expert trajectories, then PPO")
-    say(f"{config.warmstart.steps} steps and {config.max_updates} updates, however fast this machine is")
+    log(f"{config.warmstart.steps} steps and {config.max_updates} updates, however fast this machine is")
     if not quick:
-        say("two idle cores of a server take about five minutes for all four parts")
+        log("two idle cores of a server take about five minutes for all four parts")
     model, tokenizer, _ = train(
         config, out / "train", **toy_training(config), overwrite=overwrite, progress=progress
     )
 
     title("2/4 the trained policy, greedy: MEM1 against the same weights with everything kept in context,")
-    say("which in training they never saw; trained on 1 to 8 objectives")
-    say("means per episode; lengths in tokens, seconds of wall time per episode")
+    log("which in training they never saw; trained on 1 to 8 objectives")
+    log("means per episode; lengths in tokens, seconds of wall time per episode")
     results: list[Result] = []
     lines: list[str] = []
     for agent, prune in AGENTS:
@@ -101,24 +101,24 @@ def demo(
             )
             results.append(row)
             lines += [json.dumps({"agent": agent, **trajectory.to_dict()}) for trajectory in trajectories]
-    with whole_file(out / "trajectories.jsonl") as file:
+    with atomic_write(out / "trajectories.jsonl") as file:
         file.write("\n".join(lines) + "\n")
-    say(table(results, (*_SHOWN, "dependency_length", "seconds")))
+    log(table(results, (*_SHOWN, "dependency_length", "seconds")))
 
     title("3/4 the expert on the same job: what memory takes when every question gets answered")
     expert = expert_results(tokenizer, config.rollout)
-    say(table(expert, (*_SHOWN, "dependency_length")))
-    say(growth(expert))
+    log(table(expert, (*_SHOWN, "dependency_length")))
+    log(growth(expert))
 
     title("4/4 log-probs: sampled by the rollout against recomputed by the trainer")
     measured = parity_results(model, tokenizer, config.rollout, 4 if quick else 8, seed, progress)
-    say(table(measured))
+    log(table(measured))
 
     report = {
         name: [without_nan(asdict(row)) for row in rows]
         for name, rows in (("trained", results), ("expert", expert), ("parity", measured))
     }
-    with whole_file(out / "results.json") as file:
+    with atomic_write(out / "results.json") as file:
         json.dump(report, file, indent=2, allow_nan=False)
     plot_peaks(expert, out / "peak_tokens.png")
     plot_peaks(results, out / "peak_tokens_trained.png")

@@ -34,7 +34,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
+def atomic_write(path: Path) -> Iterator[TextIO]:
     """A text file to write to that takes the name `path` only once all of it is on disk.
 
     Raises InputError if there can be no such file.
@@ -75,7 +75,7 @@ def without_nan(record: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def perhaps_unread(stream: TextIO | None) -> Iterator[None]:
+def ignore_closed_pipe(stream: TextIO | None) -> Iterator[None]:
     """Writing to standard output or error, which may lead nowhere (a closed pipe, a full disk, a terminal
     that is gone): then that, and whatever follows, is lost, and the work goes on.
     """

@@ -33,7 +33,7 @@ class FinishReason(str, Enum):
 
 
 class Failure(NamedTuple):
-    """An attempt at an episode that the environment ended, before the one that is told of."""
+    """An attempt at an episode that the environment ended, before the one that counts."""
 
     error_kind: str  # the name of the exception's type
     turns: int

@@ -98,11 +98,11 @@ MEM1_API mem1_status mem1_tile_plan_lists(const mem1_tile_plan_params* params, v
  * (neither, with range_count 0: none stays).
  *
  * mem1_prune_kv_cache moves the survivors to the front in their order: the one of rank r goes to slot r of the rows
- * target_rows[b][..] (NULL: source_rows). A target never lies behind its source in the order of the sequence, so one
+ * target_rows[b][..] (NULL: source_rows). A target never lies after its source in the order of the sequence, so one
  * pass needs no scratch. With within_rows the survivors of a row move to the front of that row and not beyond it.
- * What lies behind the survivors is undefined afterwards. No two sequences may move entries of the same row.
+ * What lies past the survivors is undefined afterwards. No two sequences may move entries of the same row.
  *
- * With inv_freq the keys are turned as well (RoPE, rotate-half, in fp32; fp64 for fp64), by as many positions as lead
+ * With inv_freq the keys are rotated as well (RoPE, rotate-half, in fp32; fp64 for fp64), by as many positions as lead
  * from where they were encoded to their new slot. Without base_keys that is where they lay; turning rounded keys again
  * and again adds up. With base_keys (the keys as they were once encoded, at base_positions, arrays of the same shape),
  * each key is made from its base in one rounding, and the base moves along.
@@ -149,7 +149,7 @@ MEM1_API mem1_status mem1_prune_kv_cache(const mem1_prune_kv_cache_params* param
 /* The block tables of a paged cache after pruning; no key or value is read.
  *
  * Pages in which nothing survives leave the table; so do, unless within_pages, those left over when the survivors fill
- * the pages before them. The rest close up in their order, -1 behind them. To prune a paged cache, call this and
+ * the pages before them. The rest close up in their order, -1 after them. To prune a paged cache, call this and
  * then mem1_prune_kv_cache with row_slots = page_size, source_rows = block_table, and target_rows = new_block_table
  * (closing gaps across pages) or within_rows (each page by itself).
  */
@@ -169,7 +169,7 @@ typedef struct mem1_prune_pages_params {
   const int32_t* ranges; /* [batch, range_count, 2], or NULL */
   int32_t range_count;
   int32_t* new_block_table; /* [batch, sequence_pages], another array */
-  int32_t* page_lengths;    /* [batch, sequence_pages]: survivors in each page of the new table, 0 behind */
+  int32_t* page_lengths;    /* [batch, sequence_pages]: survivors in each page of the new table, 0 after */
   int32_t* new_lengths;     /* [batch]; -1 for a sequence that CUDA refused: its table is copied as it is */
   int32_t* page_uses; /* [pages], zeroed by the caller: bit 0 a sequence has dropped the page, bit 1 one uses it */
 } mem1_prune_pages_params;
@@ -250,7 +250,7 @@ MEM1_API mem1_status mem1_logit_rows(const mem1_logit_rows_params* params, void*
 
 /* Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438) over the tokens of a mask.
  *
- * Over the masked-in tokens t = 0, 1, ... of a row, with value 0 and advantage 0 behind the last one:
+ * Over the masked-in tokens t = 0, 1, ... of a row, with value 0 and advantage 0 after the last one:
  *   advantage_t = reward_t + gamma value_{t+1} - value_t + gamma lambda advantage_{t+1},  returns_t = advantage_t +
  *   value_t. At the others both are 0; their reward and value are not used.
  */

@@ -36,7 +36,7 @@ class Result:
     objectives: int
     episodes: int  # with those that went wrong
     errors: dict[str, int]  # episodes that went wrong, by kind: they are in none of the means
-    replays: int  # attempts that the environment ended, and that were begun anew
+    replays: int  # attempts that the environment ended, and that were played again
     reward: float  # share of objectives answered right
     exact_match: float  # objectives answered right, as the paper sums them
     f1: float

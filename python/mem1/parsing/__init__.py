@@ -1,1 +1,1 @@
-"""Text and tokens: what the policy wrote, and what it is told."""
+"""Text and tokens: what the policy writes and what it reads."""

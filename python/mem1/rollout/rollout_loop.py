@@ -110,15 +110,15 @@ def rollout(
 
 def check_positions(model: PreTrainedModel, config: RolloutConfig) -> None:
     """InputError where the limits of `config` allow more positions than the model has."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    available = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     needed = config.positions()
-    if most is None or needed <= most:
+    if available is None or needed <= available:
         return
     limits = ", ".join(f"{name}={getattr(config, name)!r}" for name in _LIMITS)
-    fits = replace(config, regime="reencode").positions() <= most
+    fits = replace(config, regime="reencode").positions() <= available
     raise InputError(
-        f"max_position_embeddings: expected at least {needed}, which {limits} add up to, got {most}; make "
-        f"the limits smaller{' or set regime=reencode' if fits else ''}"
+        f"max_position_embeddings: expected at least {needed}, which {limits} add up to, got {available}; "
+        f"make the limits smaller{' or set regime=reencode' if fits else ''}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Where a command computes: the device it was told, and the line that says so."""
+"""Where a command computes: the device it was given, and the line that says so."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ class Interrupts:
         if threading.current_thread() is threading.main_thread():
             # A signal that is ignored, as Ctrl-C is in a shell's background job, stays so.
             # (None: a handler that is not Python's, which could not be put back.)
-            heard = [signum for signum in SIGNALS if signal.getsignal(signum) not in (signal.SIG_IGN, None)]
-            self._before = {signum: signal.signal(signum, self._arrived) for signum in heard}
+            handled = [signum for signum in SIGNALS if signal.getsignal(signum) not in (signal.SIG_IGN, None)]
+            self._before = {signum: signal.signal(signum, self._arrived) for signum in handled}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
@@ -73,7 +73,7 @@ class Interrupts:
             self._pending = signum
             raise Interrupted(signum)
         self._pending = signum
-        told = f"{signal.Signals(signum).name}: finishing this step; again to stop without it\n"
+        notice = f"{signal.Signals(signum).name}: finishing this step; again to stop without it\n"
         # Not by print: the signal may have come in the middle of one. Whoever reads may be gone by it, too.
         with suppress(OSError):
-            os.write(2, told.encode())
+            os.write(2, notice.encode())

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bars
 
-from mem1.io import perhaps_unread
+from mem1.io import ignore_closed_pipe
 
 _LINE_EVERY_S = 10.0
 
@@ -91,7 +91,7 @@ class Progress:
         if self._log is not None:
             self._log(line)
             return
-        with perhaps_unread(sys.stdout):
+        with ignore_closed_pipe(sys.stdout):
             if self._bars is not None:
                 self._bars.console.print(line, soft_wrap=True)
             else:
@@ -132,14 +132,14 @@ class Progress:
         try:
             self._open += 1
             if self._open == 1:
-                with perhaps_unread(sys.stdout):
+                with ignore_closed_pipe(sys.stdout):
                     bars.start()
             yield show
         finally:  # an exception, too, gives the terminal back
             bars.remove_task(task)
             self._open -= 1
             if self._open == 0:
-                with perhaps_unread(sys.stdout):
+                with ignore_closed_pipe(sys.stdout):
                     bars.stop()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-MOST_SKIPPED = 3  # steps in a row
+MAX_SKIPPED = 3  # steps in a row
 
 
 class Diverged(RuntimeError):
@@ -95,9 +95,9 @@ class AdamW:
         else:
             self.skipped += 1
         self.zero_grad()
-        if self.skipped == MOST_SKIPPED:
+        if self.skipped == MAX_SKIPPED:
             raise Diverged(
-                f"gradients: expected finite ones, got a norm of {norm} {MOST_SKIPPED} steps in a row"
+                f"gradients: expected finite ones, got a norm of {norm} {MAX_SKIPPED} steps in a row"
             )
         return norm
 

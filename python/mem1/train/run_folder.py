@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mem1.checks import InputError
-from mem1.io import leftovers, link, sync, unfinished, whole_file
+from mem1.io import atomic_write, leftovers, link, sync, unfinished
 from mem1.train import checkpoint
 from mem1.train.checkpoint import CHECKPOINTS, PHASES, Checkpoint, Place, numbered, score_of
 
@@ -39,7 +39,7 @@ class Resumed(NamedTuple):
 
     checkpoint: Checkpoint | None  # None: it was stopped before its first one
     init: str | None  # the model that it began with
-    told: list[str]  # what to say: settings that are others than before, and what was damaged
+    notes: list[str]  # for the log: settings that are others than before, and what was damaged
 
 
 class RunFolder:
@@ -101,9 +101,9 @@ class RunFolder:
             others = ", ".join(changed[name] for name in names if name not in FREE)
             may = f" ({free} may change)" if free else ""
             raise InputError(f"resume: expected the settings of the run, got {others}{may}")
-        told = [f"resumed with other settings: {free}"] if free else []
+        notes = [f"resumed with other settings: {free}"] if free else []
         for path, error in damaged:
-            told.append(f"{path.name} is damaged and now {path.name}.damaged: {error}")
+            notes.append(f"{path.name} is damaged and now {path.name}.damaged: {error}")
             aside = path.with_name(f"{path.name}.damaged")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
@@ -111,11 +111,11 @@ class RunFolder:
         newest = self._link()
         dropped = self._keep_records((newest and Place.of(newest.name)) or Place(0, 0))
         if newest:
-            told.append(f"goes on from {newest.name}")
+            notes.append(f"goes on from {newest.name}")
         if dropped:
-            told.append(f"{METRICS}: left out {dropped} lines that are no records")
+            notes.append(f"{METRICS}: left out {dropped} lines that are no records")
         self._write(json.dumps(self.settings, indent=2))
-        return Resumed(loaded, before["init"], told)
+        return Resumed(loaded, before["init"], notes)
 
     def close(self) -> None:
         """Let others have the folder."""
@@ -140,7 +140,7 @@ class RunFolder:
 
     def _newest(self) -> tuple[Checkpoint | None, list[tuple[Path, InputError]]]:
         """The newest checkpoint that can be loaded, and the newer ones with their faults. Raises InputError
-        where all are damaged: that is no run to begin anew without being told to.
+        where all are damaged: that is no run to start over unasked.
         """
         damaged: list[tuple[Path, InputError]] = []
         for path in numbered(self.path):
@@ -193,7 +193,7 @@ class RunFolder:
             raise InputError(f"out: expected a folder that can have symbolic links, got {error}") from error
 
     def _write(self, settings: str) -> None:
-        with whole_file(self.path / CONFIG) as file:
+        with atomic_write(self.path / CONFIG) as file:
             file.write(settings)
 
     def _clean(self) -> None:
@@ -220,7 +220,7 @@ class RunFolder:
                 continue
             if here <= place:
                 kept.append(line + "\n")
-        with whole_file(self.metrics) as file:
+        with atomic_write(self.metrics) as file:
             file.writelines(kept)
         return dropped
 

@@ -84,7 +84,7 @@ def train(
         # 1. A model: of the run so far, of a checkpoint, or a new one.
         state: dict[str, Any] | None = None
         resumed = run.resume(settings) if resume else Resumed(None, init and str(init), [])
-        for line in resumed.told:
+        for line in resumed.notes:
             progress.log(line)
         init = resumed.init and Path(resumed.init)
         if resumed.checkpoint is not None:
@@ -213,7 +213,7 @@ def _ppo(
             update, began = ppo.updates, time.perf_counter()
             seeds = [derive_seed(config.seed, "training", update, i) for i in range(config.batch_size)]
             place = {seed: i for i, seed in enumerate(seeds)}
-            # Nothing is lost in these: the same update starts anew from its seeds.
+            # Nothing is lost in these: the same update starts over from its seeds.
             with interrupts.allowed():
                 actor.eval()
                 trajectories = []
@@ -247,9 +247,9 @@ def _ppo(
     return checkpoint.Checkpoint(actor.eval(), tokenizer, None)
 
 
-def _check_failures(trajectories: list[Trajectory], most: float) -> None:
+def _check_failures(trajectories: list[Trajectory], max_failed: float) -> None:
     failed = [t for t in trajectories if t.error_kind]
-    if len(failed) > most * len(trajectories) or len(failed) == len(trajectories):
+    if len(failed) > max_failed * len(trajectories) or len(failed) == len(trajectories):
         kinds = ", ".join(f"{kind} {count}" for kind, count in error_counts(failed).items())
         raise EpisodesFailed(
             f"{len(failed)} of {len(trajectories)} episodes failed ({kinds}), after "

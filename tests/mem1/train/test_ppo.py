@@ -109,7 +109,7 @@ def alone(module, trajectory: Trajectory) -> torch.Tensor:
 @pytest.mark.parametrize("kl_placement", ["reward", "loss"])
 def test_prepare_and_step_follow_the_formulas(make_model, tokenizer, kl_placement):
     """Every number is recomputed from single trajectories, with no setting at a value that hides it."""
-    gamma, lam, clip, value_clip, kl, entropy, heat = 0.9, 0.8, 0.15, 0.1, 0.3, 0.07, 0.7
+    gamma, lam, clip, value_clip, kl, entropy, temperatures = 0.9, 0.8, 0.15, 0.1, 0.3, 0.07, 0.7
     ppo = PPO(
         make_model(),
         build_critic(make_model()),
@@ -125,7 +125,7 @@ def test_prepare_and_step_follow_the_formulas(make_model, tokenizer, kl_placemen
             max_tokens_per_micro_batch=150,
         ),
         "carry",
-        temperature=heat,
+        temperature=temperatures,
     )
     torch.manual_seed(2)
     with torch.no_grad():
@@ -133,7 +133,9 @@ def test_prepare_and_step_follow_the_formulas(make_model, tokenizer, kl_placemen
         for parameter in ppo.actor.parameters():
             parameter.mul_(1.1)  # away from the reference
     environment = partial(MultiHopEnv, (1, 3))
-    played = list(rollout(ppo.actor, tokenizer, environment, range(6), replace(ROLLOUT, temperature=heat)))
+    played = list(
+        rollout(ppo.actor, tokenizer, environment, range(6), replace(ROLLOUT, temperature=temperatures))
+    )
     for trajectory in played:
         trajectory.score["reward"] = float(trajectory.seed % 2)
 
@@ -145,7 +147,7 @@ def test_prepare_and_step_follow_the_formulas(make_model, tokenizer, kl_placemen
         trajectory = experience.trajectory
         choice = trajectory.tokens[trajectory.policy_mask][:, None]
         logprob, reference = (
-            (alone(model, trajectory) / heat).log_softmax(-1).gather(1, choice)[:, 0]
+            (alone(model, trajectory) / temperatures).log_softmax(-1).gather(1, choice)[:, 0]
             for model in (ppo.actor, ppo.reference)
         )
         value = alone(ppo.critic, trajectory)
@@ -174,7 +176,7 @@ def test_prepare_and_step_follow_the_formulas(make_model, tokenizer, kl_placemen
         torch.cat([getattr(experience, name) for experience in batch])
         for name in ("old_logprob", "ref_logprob", "old_value", "advantage", "returns")
     )
-    table = torch.cat([alone(ppo.actor, t) / heat for t in played]).log_softmax(-1)
+    table = torch.cat([alone(ppo.actor, t) / temperatures for t in played]).log_softmax(-1)
     tokens = torch.cat([t.tokens[t.policy_mask] for t in played])
     logprob = table.gather(1, tokens[:, None])[:, 0]
     value = torch.cat([alone(ppo.critic, t) for t in played])

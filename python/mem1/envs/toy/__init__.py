@@ -1,1 +1,1 @@
-"""A synthetic world with its own words, tokenizer, questions and exercises."""
+"""A synthetic environment with its own words, tokenizer, questions and exercises."""

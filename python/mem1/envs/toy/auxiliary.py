@@ -15,26 +15,26 @@ from mem1.envs.base import Example
 from mem1.envs.toy.words import NAMES
 from mem1_core.segments import Segment
 
-MOST_WORDS = 12  # of a copy
-MOST_PAIRS = 8  # of a look-up
+MAX_WORDS = 12  # of a copy
+MAX_PAIRS = 8  # of a look-up
 
 
-def copy_example(ids: Mapping[str, int], draw: random.Random) -> Example:
-    """Repeat 2 to `MOST_WORDS` different names. `ids` maps every word and tag to its token id."""
-    words = draw.sample(NAMES, draw.randint(2, MOST_WORDS))
+def copy_example(ids: Mapping[str, int], rng: random.Random) -> Example:
+    """Repeat 2 to `MAX_WORDS` different names. `ids` maps every word and tag to its token id."""
+    words = rng.sample(NAMES, rng.randint(2, MAX_WORDS))
     prompt = ["copy", ":", *words, "."]
     answer = ["<answer>", *words, "</answer>"]
     segments = [Segment("prompt", 0, len(prompt)), Segment("answer", 1, len(answer))]
     return Example([ids[word] for word in prompt + answer], segments, "never")
 
 
-def lookup_example(ids: Mapping[str, int], draw: random.Random) -> Example:
-    """Say which name stands beside each of 2 to `MOST_PAIRS` names, asked for in a new order."""
-    count = draw.randint(2, MOST_PAIRS)
-    names = draw.sample(NAMES, 2 * count)
+def lookup_example(ids: Mapping[str, int], rng: random.Random) -> Example:
+    """Say which name stands beside each of 2 to `MAX_PAIRS` names, asked for in a new order."""
+    count = rng.randint(2, MAX_PAIRS)
+    names = rng.sample(NAMES, 2 * count)
     pairs = list(zip(names[:count], names[count:], strict=True))
     words = ["lookup", ":", *" ; ".join(f"{key} {value}" for key, value in pairs).split(), "."]
-    draw.shuffle(pairs)
+    rng.shuffle(pairs)
     segments = [Segment("prompt", 0, len(words) + 1)]
     for turn, (key, value) in enumerate(pairs, start=1):
         words += [key, value]

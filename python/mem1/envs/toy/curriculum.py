@@ -16,8 +16,8 @@ from mem1_core.eviction import EvictionPolicy
 class Curriculum:
     """Draws an example: an auxiliary exercise, or an episode of the expert.
 
-    The share of exercises falls linearly from `auxiliary_fraction` to a quarter of it, and the most questions
-    of an episode grow from the least, plus 1, to the most over the first half of the warm start.
+    The share of exercises falls linearly from `auxiliary_fraction` to a quarter of it, and the most
+    questions of an episode grow from the least, plus 1, to the most over the first half of the warm start.
 
     ids: every word and tag -> its token id. environment: keyword arguments of `MultiHopEnv`; `objectives` is
     a pair.
@@ -37,7 +37,7 @@ class Curriculum:
         """The next example `progress` (0 to 1) of the way through the warm start."""
         if rng.random() < self.auxiliary_fraction * (1.0 - 0.75 * progress):
             return rng.choice((copy_example, lookup_example))(self.ids, rng)
-        least, most = self.environment["objectives"]
-        reach = min(most, least + 1 + int((most - least) * min(1.0, 2.0 * progress)))
-        environment = MultiHopEnv(**self.environment | {"objectives": (least, reach)})
+        low, high = self.environment["objectives"]
+        reach = min(high, low + 1 + int((high - low) * min(1.0, 2.0 * progress)))
+        environment = MultiHopEnv(**self.environment | {"objectives": (low, reach)})
         return expert_example(environment, rng.getrandbits(53), self.ids, self.prune)

@@ -1,4 +1,4 @@
-"""The default world: many multi-hop questions at once, over facts that are drawn anew for every episode.
+"""The default environment: many multi-hop questions at once, over facts drawn for each episode.
 
     prompt   answer these questions in order , a name each : ada boss teacher ; bruno rival guest .
     turn 1   <IS> ada boss teacher </IS> <query> ada boss </query>                <info> found carla </info>
@@ -62,15 +62,15 @@ class MultiHopEnv:
         self._score = {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
 
     def reset(self, seed: int) -> str:
-        self._random = draw = random.Random(seed)
-        self.objectives = draw.randint(*self._objectives)
-        names = draw.sample(NAMES, len(NAMES))
+        self._rng = rng = random.Random(seed)
+        self.objectives = rng.randint(*self._objectives)
+        names = rng.sample(NAMES, len(NAMES))
         heads, rest = names[: self.objectives], names[self.objectives :]
         # The relations of each question, and who is met on the way. Chains share nobody; all other facts are
         # arbitrary.
-        self._questions = [(head, draw.choices(RELATIONS, k=draw.randint(*self._hops))) for head in heads]
+        self._questions = [(head, rng.choices(RELATIONS, k=rng.randint(*self._hops))) for head in heads]
         self._chains = [[head] + [rest.pop() for _ in relations] for head, relations in self._questions]
-        self._facts = {(name, relation): draw.choice(NAMES) for name in NAMES for relation in RELATIONS}
+        self._facts = {(name, relation): rng.choice(NAMES) for name in NAMES for relation in RELATIONS}
         for (_, relations), chain in zip(self._questions, self._chains, strict=True):
             self._facts.update(zip(zip(chain, relations, strict=False), chain[1:], strict=False))
         self._known = [0] * self.objectives  # hops of each question that the agent has asked for
@@ -123,9 +123,9 @@ class MultiHopEnv:
                 self._known[i] += 1
         text = f"{FOUND} {found}"
         if self.adversarial:
-            text += f" </info><answer> {self._random.choice(NAMES)} </answer>"
+            text += f" </info><answer> {self._rng.choice(NAMES)} </answer>"
         padding = max(0, self.passage_tokens - len(text.split()))
-        return " ".join([text, *self._random.choices(FILLER, k=padding)])
+        return " ".join([text, *self._rng.choices(FILLER, k=padding)])
 
     def _grade(self, answer: str) -> dict[str, float]:
         given = [part.split() for part in answer.split(";")][: self.objectives]
@@ -141,10 +141,8 @@ def _f1(given: list[str], right: list[str]) -> float:
     return 2.0 * common / (len(given) + len(right)) if common else 0.0
 
 
-def _interval(name: str, value: int | tuple[int, int], least: int, most: int) -> tuple[int, int]:
+def _interval(name: str, value: int | tuple[int, int], low: int, high: int) -> tuple[int, int]:
     ends = value if isinstance(value, tuple) else (value, value)
-    fits = (
-        len(ends) == 2 and all(isinstance(end, int) for end in ends) and least <= ends[0] <= ends[1] <= most
-    )
-    require(fits, name, f"a number or an interval within {least}..{most}", value)
+    fits = len(ends) == 2 and all(isinstance(end, int) for end in ends) and low <= ends[0] <= ends[1] <= high
+    require(fits, name, f"a number or an interval within {low}..{high}", value)
     return ends

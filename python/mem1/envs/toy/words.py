@@ -1,4 +1,4 @@
-"""The words of the worlds. One word is one token, so lengths in words are lengths in tokens."""
+"""The vocabulary. One word is one token, so lengths in words are lengths in tokens."""
 
 from __future__ import annotations
 
