@@ -109,7 +109,7 @@ def test_who_sums_over_query_heads(
     class Recorded:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             def launch(**arguments: Any) -> None:
-                shares.append(arguments["SHARE"])
+                shares.append(arguments["share"])
                 kernel[grid](**arguments)
 
             return launch

@@ -10,7 +10,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,38 +31,29 @@ pytestmark = [
 
 every_kernel = pytest.mark.parametrize("kernel", HOPPER_HALF)
 every_dim = pytest.mark.parametrize("dim", HEAD_DIMS)
-Rows = dict[tuple[str, int, str], dict[str, Any]]
+Rows = dict[tuple[str, int], dict[str, Any]]
 
 
 reports: list[str] = []  # that are still to be shown, by the summary at the end (conftest)
 
 
-def compiled(arch: str, dtypes: tuple[str, ...], folder: Path) -> Rows:
-    """Compiles the kernels for `arch` and returns the rows of the report."""
-    done = subprocess.run(
-        [sys.executable, "tests/triton_report.py", arch, "--dtypes", *dtypes, "--json", folder / "rows.json"],
-        cwd=ROOT,
-        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    reports.append(done.stdout)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((folder / "rows.json").read_text())
-    return {(row["kernel"], row["D"], row["dtype"]): row for row in rows}
-
-
-@pytest.fixture(scope="session")
-def hopper(tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    return compiled("sm_90a", ("bf16", "fp16", "fp32"), tmp_path_factory.mktemp("sm_90a"))
-
-
-@pytest.fixture(scope="session")
-def ampere(tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """Without float16, which runs the instructions of bfloat16."""
-    return compiled("sm_80", ("bf16", "fp32"), tmp_path_factory.mktemp("sm_80"))
+@cache
+def compiled(arch: str, dtype: str) -> Rows:
+    """The rows of the report, by kernel and head dim."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        done = subprocess.run(
+            [sys.executable, "tests/triton_report.py", arch, "--dtypes", dtype, "--json", file],
+            cwd=ROOT,
+            env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
+        )
+        reports.append(done.stdout)
+        assert done.returncode == 0, done.stderr
+        return {(row["kernel"], row["D"]): row for row in json.loads(file.read_text())}
 
 
 @pytest.fixture(autouse=True)
@@ -73,19 +66,22 @@ def shown(record_property: Callable[[str, object], None]) -> Iterator[None]:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @every_dim
 @every_kernel
-def test_hopper(hopper: Rows, kernel: str, dim: int, dtype: str) -> None:
-    row = hopper[kernel, dim, dtype]
+def test_hopper(kernel: str, dim: int, dtype: str) -> None:
+    row = compiled("sm_90a", dtype)[kernel, dim]
     assert row["wgmma"] > 0 and row["mma"] == 0, "every product on the tensor cores of a warpgroup"
     assert row["TMA"] > 0, "tiles come through the copy engine"
-    assert row["spilled"] <= 128, "bytes a thread"
+    assert row["spilled"] <= 136, "bytes a thread"
     assert row["shared"] <= 227 * 1024, "bytes a block"
+    assert row["scratch"] == 0, "bytes of global memory, which nobody allocates"
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @every_dim
 @every_kernel
-def test_other_gpus(ampere: Rows, kernel: str, dim: int, dtype: str) -> None:
-    row = ampere[kernel, dim, dtype]
+def test_other_gpus(kernel: str, dim: int, dtype: str) -> None:
+    """Without float16, which runs the instructions of bfloat16."""
+    row = compiled("sm_80", dtype)[kernel, dim]
     assert row["mma"] > 0, "products on tensor cores"
-    assert row["spilled"] <= 512, "bytes a thread"
+    assert row["spilled"] <= 576, "bytes a thread"
     assert row["shared"] <= 99 * 1024, "bytes a block: the least of these GPUs"
+    assert row["scratch"] == 0, "bytes of global memory, which nobody allocates"

@@ -3,8 +3,14 @@ them.
 
     python tests/triton_report.py [sm_80 | sm_90a] [kernel ...] [--dtypes bf16 ...] [--json FILE]
 
-Prints one table: registers and spilled bytes of a thread, shared memory of a block, pipeline stages,
-warpgroup matrix instructions (wgmma) and copy-engine loads (TMA). --json also writes the rows to a file.
+Prints one table: registers and spilled bytes of a thread, shared memory of a block, global scratch memory,
+pipeline stages, warpgroup matrix instructions (wgmma) and copy-engine loads (TMA). --json also writes the
+rows to a file.
+
+A row is one binary. The column `variant` says by what it differs from the plain one of its blocks: "d_lse"
+takes the gradient of a log-sum-exp, in "share" a program of dK/dV sums over several query heads. The launcher
+runs as on a GPU, up to each kernel's start, for all of PROBLEMS, none of which may need a binary of its own.
+The loops for keys that are not finite are part of each.
 """
 
 from __future__ import annotations
@@ -18,15 +24,15 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from mem1_core import TrajectoryMask
 from mem1_core.triton import attention_backward, attention_blocks, attention_forward, attention_launch
@@ -37,78 +43,132 @@ KERNELS = {  # name: (module, function)
     "backward_dk_dv": (attention_backward, attention_backward.backward_dk_dv),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-POINTERS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}
-TOKENS, HEADS, KV_HEADS = 400, 12, 2
+
+MOST = {"forward": "plain", "backward_dq": "d_lse", "backward_dk_dv": "share"}
+VARIANTS = {  # by dtype: the two halves run the same instructions, so that each takes a half of the variants
+    "bf16": dict.fromkeys(KERNELS, "plain"),
+    "fp16": MOST,
+    "fp32": MOST,
+}
 
 
-class Recorder:
-    """Stands in for a kernel: keeps the arguments of its launch."""
+class Case(NamedTuple):
+    """A binary, by what makes it one of its own."""
 
-    def __init__(self) -> None:
+    kernel: str
+    dim: int
+    dtype: str
+    variant: str
+
+
+class Problem(NamedTuple):
+    tokens: int
+    batch: int
+    masks: int
+    group: int  # query heads of a KV head
+    offset: int = 0  # in elements, of every tensor in its storage
+
+
+# One binary serves all of these, with each head dim that has its block shape.
+PROBLEMS = [
+    Problem(400, batch=1, masks=1, group=6),
+    Problem(400, batch=3, masks=3, group=2),
+    Problem(401, batch=2, masks=1, group=7),
+    Problem(257, batch=2, masks=2, group=16),
+    Problem(131, batch=1, masks=1, group=17, offset=1),
+    Problem(1, batch=1, masks=1, group=2),
+]
+MHA = Problem(128, batch=1, masks=1, group=1)
+DIMS = (1, 17, 40, 64, 65, 72, 80, 96, 100, 128, 129, 160, 192, 200, 256)
+
+
+class NoDevice:
+    """What Triton's launcher asks its driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+class Compiling:
+    """Stands in for a kernel: compiles what a launch needs, and keeps that and the launch's arguments."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.binaries: list[Any] = []
         self.arguments: dict[str, Any] = {}
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Recorder:
+    def __getitem__(self, grid: tuple[int, ...]) -> Compiling:
         return self
 
     def __call__(self, **arguments: Any) -> None:
         self.arguments = arguments
+        binary = self.function.warmup(grid=(1,), **arguments)
+        if binary not in self.binaries:
+            self.binaries.append(binary)
 
 
-def launched(kernel: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, Any]:
-    """The arguments that the launcher gives to `kernel`."""
-    mask = TrajectoryMask(torch.full((1, TOKENS), TOKENS, dtype=torch.int32))
+class Ignored:
+    """Stands in for the other kernels."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Ignored:
+        return self
+
+    def __call__(self, **arguments: Any) -> None:
+        pass
+
+
+def tensor(*shape: int, dtype: torch.dtype, offset: int) -> Tensor:
+    return torch.zeros(offset + torch.Size(shape).numel(), dtype=dtype)[offset:].view(shape)
+
+
+def launch(case: Case, dim: int, problem: Problem) -> None:
+    tokens, batch, masks, group, offset = problem
+    zeros = partial(tensor, dtype=DTYPES[case.dtype], offset=offset)
+    q, k = (zeros(batch, tokens, heads, dim) for heads in (2 * group, 2))
+    lse, d_lse = (tensor(batch, 2 * group, tokens, dtype=torch.float32, offset=offset) for _ in "ab")
+    mask = TrajectoryMask(tensor(masks, tokens, dtype=torch.int32, offset=offset).fill_(tokens))
     tiles = mask.tile_plan(128, 128)
     plan = attention_launch.Plan(mask.evict_at, *tiles[2:], tiles.block_q, tiles.block_k)
-    q = torch.zeros(1, TOKENS, HEADS, head_dim, dtype=dtype)
-    k = torch.zeros(1, TOKENS, KV_HEADS, head_dim, dtype=dtype)
-    recorders = {name: Recorder() for name in KERNELS}
+    if case.kernel == "forward":
+        attention_launch.forward(q, k, k, plan, 1.0)
+    else:
+        attention_launch.backward(q, d_lse if case.variant == "d_lse" else None, q, k, k, q, lse, plan, 1.0)
+
+
+def launched(case: Case, capability: int) -> Compiling:
+    """The kernel after all launches of the case."""
+    triton.runtime.driver.set_active(NoDevice(capability))
+    share = case.variant == "share"
+    found = Compiling(KERNELS[case.kernel][1])
+    patch = partial(mock.patch.object, attention_launch)
     with ExitStack() as stack:
         for name, (module, _) in KERNELS.items():
-            stack.enter_context(mock.patch.object(module, name, recorders[name]))
-        # The tensors are on the CPU, and nothing is computed with them.
-        stack.enter_context(mock.patch.object(attention_launch, "INTERPRETED", True))
-        stack.enter_context(mock.patch.object(attention_launch, "_readable", lambda x: x))
-        stack.enter_context(mock.patch.object(attention_launch, "_capability", lambda device: capability))
-        if kernel == "forward":
-            attention_launch.forward(q, k, k, plan, 1.0)
-        else:
-            attention_launch.backward(q, None, q, k, k, q, torch.zeros(1, HEADS, TOKENS), plan, 1.0)
-    return recorders[kernel].arguments
+            stand_in = found if name == case.kernel else Ignored()
+            stack.enter_context(mock.patch.object(module, name, stand_in))
+        stack.enter_context(patch("_check"))  # which refuses tensors on the CPU
+        stack.enter_context(patch("_capability", lambda device: divmod(capability, 10)))
+        stack.enter_context(patch("SHARING_PROGRAMS", 0 if share else 2**31))
+        dims = [dim for dim in DIMS if attention_blocks.padded_dim(dim) == case.dim]
+        for dim, problem in itertools.product(dims, PROBLEMS if share else [*PROBLEMS, MHA]):
+            launch(case, dim, problem)
+    return found
 
 
-def source(function: Any, arguments: dict[str, Any]) -> ASTSource:
-    """What Triton's launcher would compile: types of arguments, which divide by 16, which are constant."""
-    signature, constants, divisible = {}, {}, {}
-    for index, name in enumerate(function.arg_names):
-        value = arguments[name]
-        if isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{POINTERS[value.base.dtype]}{list(value.block_shape)}>"
-        elif isinstance(value, torch.Tensor):
-            signature[name] = "*" + POINTERS[value.dtype]
-            divisible[(index,)] = [["tt.divisibility", 16]]
-        elif function.params[index].do_not_specialize:
-            signature[name] = "i32"
-        elif name.isupper() or value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, int):
-            signature[name] = "i32"
-            if value % 16 == 0:
-                divisible[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32"
-    return ASTSource(function, signature, constants, divisible)
-
-
-def compiled(case: tuple[str, int, str, str]) -> dict[str, Any]:
+def compiled(case: Case, capability: int) -> dict[str, Any]:
     """One row of the report."""
-    kernel, head_dim, dtype, arch = case
-    function = KERNELS[kernel][1]
-    capability = int(re.sub(r"\D", "", arch))
-    arguments = launched(kernel, head_dim, DTYPES[dtype], divmod(capability, 10))
-    options = {name: arguments[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
-    binary = triton.compile(
-        source(function, arguments), target=GPUTarget("cuda", capability, 32), options=options
-    )
+    found = launched(case, capability)
+    count = len(found.binaries)
+    assert count == 1, f"{case}: expected one binary for all problems, got {count}"
+    binary, arguments = found.binaries[0], found.arguments
     ptx = binary.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(binary.asm["cubin"])
@@ -117,9 +177,10 @@ def compiled(case: tuple[str, int, str, str]) -> dict[str, Any]:
     (registers, stack), *others = re.findall(r"REG:(\d+) STACK:(\d+)", usage)
     assert not others, f"more than one function: {usage}"
     return {
-        "kernel": kernel,
-        "D": head_dim,
-        "dtype": dtype,
+        "kernel": case.kernel,
+        "D": case.dim,
+        "dtype": case.dtype,
+        "variant": case.variant,
         "block": f"{arguments['BLOCK_Q']}x{arguments['BLOCK_K']}",
         "chunk": arguments["CHUNK"],
         "warps": arguments["num_warps"],
@@ -127,6 +188,8 @@ def compiled(case: tuple[str, int, str, str]) -> dict[str, Any]:
         "registers": int(registers),
         "spilled": int(stack),  # all that these kernels keep on the stack is what was spilled
         "shared": binary.metadata.shared,
+        # Nobody gives these kernels an allocator for it.
+        "scratch": binary.metadata.global_scratch_size + binary.metadata.profile_scratch_size,
         "wgmma": len(re.findall(r"\bwgmma\.mma_async", ptx)),
         "mma": len(re.findall(r"\bmma\.sync", ptx)),
         "TMA": len(re.findall(r"\bcp\.async\.bulk\.tensor", ptx)),
@@ -134,9 +197,12 @@ def compiled(case: tuple[str, int, str, str]) -> dict[str, Any]:
 
 
 def report(arch: str, kernels: list[str], dtypes: list[str]) -> Iterator[dict[str, Any]]:
-    cases = itertools.product(kernels, attention_blocks.HEAD_DIMS, dtypes, [arch])
+    cases = [
+        Case(kernel, dim, dtype, VARIANTS[dtype][kernel])
+        for kernel, dim, dtype in itertools.product(kernels, attention_blocks.HEAD_DIMS, dtypes)
+    ]
     with ProcessPoolExecutor() as pool:
-        yield from pool.map(compiled, cases)
+        yield from pool.map(partial(compiled, capability=int(re.sub(r"\D", "", arch))), cases)
 
 
 def main() -> None:

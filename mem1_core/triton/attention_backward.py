@@ -76,11 +76,15 @@ def _attend_row_backward(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["copies", "tokens", "heads", "group"])
+# Rows of lse, d_lse and evict begin anywhere: to know their first addresses better brings nothing.
+@triton.jit(
+    do_not_specialize=["copies", "tokens", "heads", "group", "units"],
+    do_not_specialize_on_alignment=["lse", "d_lse"],
+)
 def backward_dq(
     q_desc, k_desc, v_desc, evict_desc, out_desc, d_out_desc, lse, d_lse, row_lse, row_delta, dq,
     full_offsets, full_tiles, partial_offsets, partial_tiles, order,
-    copies, tokens, heads, group, dim, scale, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr,
+    copies, tokens, heads, group, units, scale, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dq [B, N, heads, D]; leaves for backward_dk_dv, per row of q, row_lse (in log2) and row_delta, the sum
@@ -108,27 +112,27 @@ def backward_dq(
     if not_finite(acc, CHUNKS):
         acc = _attend_row_backward(rows, i, keys, lists, scale, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True)
     acc = scaled(acc, scale * LN2, CHUNKS)
-    store(dq, acc, batch, head, first, tokens, heads, dim, BLOCK_Q, CHUNK, CHUNKS)
+    store(dq, acc, batch, head, first, tokens, heads, units, BLOCK_Q, CHUNK, CHUNKS)
 
 
 @triton.jit
 def _gather(
-    dk, dv, k, v, j, evict, queries, begin, gap_begin, gap_end, end, scale,
-    SHARE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    dk, dv, k, v, j, evict, queries, begin, gap_begin, gap_end, end, scale, share,
+    SHARED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr, MASKED: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """dk (if DK) and dv (if DV) + what query tiles add to them: [begin, end) without [gap_begin, gap_end).
 
-    One loop over SHARE heads and their tiles, as the copies ahead of it start anew with each loop.
+    One loop over `share` heads and their tiles, as the copies ahead of it start anew with each loop.
     """
     q_desc, d_out_desc, row_lse_desc, row_delta_desc, batch, heads, writer = queries
     PARTS: tl.constexpr = TILE // BLOCK_Q
     before = (gap_begin - begin) * PARTS
     count = before + (end - gap_end) * PARTS
-    for n in range(0, SHARE * count):
-        nth = n // tl.maximum(count, 1) if SHARE > 1 else 0
-        head = writer * SHARE + nth
+    for n in range(0, share * count):
+        nth = n // tl.maximum(count, 1) if SHARED else 0
+        head = writer * share + nth
         row = batch * heads + head
         n -= nth * count
         first = (n + tl.where(n < before, begin * PARTS, gap_end * PARTS - before)) * BLOCK_Q
@@ -154,47 +158,54 @@ def _gather(
 
 @triton.jit
 def _gather_row(
-    k, v, j, evict, queries, begin, full_begin, full_end, end, scale,
-    SHARE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    k, v, j, evict, queries, begin, full_begin, full_end, end, scale, share,
+    SHARED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """(dk, dv) over all live query tiles: the full ones, then the partial ones on both sides of them."""
     dk = zeros(BLOCK_K, CHUNK, CHUNKS if DK else 0)
     dv = zeros(BLOCK_K, CHUNK, CHUNKS if DV else 0)
     dk, dv = _gather(
-        dk, dv, k, v, j, evict, queries, full_begin, full_end, full_end, full_end, scale,
-        SHARE, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, False, DK, DV,
+        dk, dv, k, v, j, evict, queries, full_begin, full_end, full_end, full_end, scale, share,
+        SHARED, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, False, DK, DV,
     )  # fmt: skip
     return _gather(
-        dk, dv, k, v, j, evict, queries, begin, full_begin, full_end, end, scale,
-        SHARE, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True, DK, DV,
+        dk, dv, k, v, j, evict, queries, begin, full_begin, full_end, end, scale, share,
+        SHARED, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True, DK, DV,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["copies", "tokens", "heads", "group"])
+@triton.jit(
+    do_not_specialize=["copies", "tokens", "heads", "group", "units", "share"],
+    do_not_specialize_on_alignment=["evict"],
+)
 def backward_dk_dv(
     q_desc, k_desc, v_desc, d_out_desc, row_lse_desc, row_delta_desc, evict, dk, dv, ranges, order,
-    copies, tokens, heads, group, dim, scale, SHARE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    LAZY: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    copies, tokens, heads, group, share, units, scale, SHARED: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr, LAZY: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv [B, N, heads / SHARE, D]: a program sums over SHARE query heads of one KV head."""
-    plan_row, batch, writer, first = program(order, copies, tokens, heads // SHARE, BLOCK_K)
+    """dk and dv [B, N, heads / share, D]: a program sums over `share` query heads of one KV head.
+
+    Compiled twice, for one head (not SHARED) and for any other number of them.
+    """
+    share = share if SHARED else 1
+    plan_row, batch, writer, first = program(order, copies, tokens, heads // share, BLOCK_K)
     begin, full_begin = tl.load(ranges + plan_row * 4), tl.load(ranges + plan_row * 4 + 1)
     full_end, end = tl.load(ranges + plan_row * 4 + 2), tl.load(ranges + plan_row * 4 + 3)
     j = first + tl.arange(0, BLOCK_K)
     lifetime = tl.load(evict + (batch // copies).to(tl.int64) * tokens + j, mask=j < tokens, other=0)
-    k = operand(k_desc, batch, writer * SHARE // group, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
-    v = operand(v_desc, batch, writer * SHARE // group, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
+    k = operand(k_desc, batch, writer * share // group, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
+    v = operand(v_desc, batch, writer * share // group, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
     queries = (q_desc, d_out_desc, row_lse_desc, row_delta_desc, batch, heads, writer)
     dk_acc, dv_acc = _gather_row(
-        k, v, j, lifetime, queries, begin, full_begin, full_end, end, scale,
-        SHARE, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, not LAZY, True,
+        k, v, j, lifetime, queries, begin, full_begin, full_end, end, scale, share,
+        SHARED, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, not LAZY, True,
     )  # fmt: skip
-    store(dv, dv_acc, batch, writer, first, tokens, heads // SHARE, dim, BLOCK_K, CHUNK, CHUNKS)
+    store(dv, dv_acc, batch, writer, first, tokens, heads // share, units, BLOCK_K, CHUNK, CHUNKS)
     if LAZY:  # both at once do not fit into the registers
         dk_acc, _ = _gather_row(
-            k, v, j, lifetime, queries, begin, full_begin, full_end, end, scale,
-            SHARE, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True, False,
+            k, v, j, lifetime, queries, begin, full_begin, full_end, end, scale, share,
+            SHARED, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True, False,
         )  # fmt: skip
     dk_acc = scaled(dk_acc, scale * LN2, CHUNKS)
-    store(dk, dk_acc, batch, writer, first, tokens, heads // SHARE, dim, BLOCK_K, CHUNK, CHUNKS)
+    store(dk, dk_acc, batch, writer, first, tokens, heads // share, units, BLOCK_K, CHUNK, CHUNKS)

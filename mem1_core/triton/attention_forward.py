@@ -91,11 +91,11 @@ def _attend_row(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["copies", "tokens", "heads", "group"])
+@triton.jit(do_not_specialize=["copies", "tokens", "heads", "group", "units"])
 def forward(
     q_desc, k_desc, v_desc, evict_desc, out, lse,
     full_offsets, full_tiles, partial_offsets, partial_tiles, order,
-    copies, tokens, heads, group, dim, scale, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr,
+    copies, tokens, heads, group, units, scale, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [B, N, heads, D] and lse [B, heads, N] (natural); scale is the softmax scale times log2(e)."""
@@ -110,4 +110,4 @@ def forward(
     at = (batch * heads + head).to(tl.int64) * tokens + i
     tl.store(lse + at, (top + tl.log2(total)) * LN2, mask=i < tokens)  # -inf for a row that sees nothing
     acc = scaled(acc, (1.0 / tl.where(total == 0.0, 1.0, total))[:, None], CHUNKS)
-    store(out, acc, batch, head, first, tokens, heads, dim, BLOCK_Q, CHUNK, CHUNKS)
+    store(out, acc, batch, head, first, tokens, heads, units, BLOCK_Q, CHUNK, CHUNKS)

@@ -60,12 +60,13 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[
     _check(q, k, v, plan, scale)
     dtype = q.dtype
     q, k, v = (_readable(x) for x in (q, k, v))
-    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+    batch, tokens, heads, dim = q.shape
+    out, lse = _writable(q, heads), q.new_empty(batch, heads, tokens, dtype=torch.float32)
     if out.numel():
         launch = _Launch("forward", dtype, q, k, plan, scale)
         launch(
             attention_forward.forward,
-            writers=q.shape[2],
+            writers=heads,
             **launch.query_descriptors(q=q),
             **launch.key_descriptors(k=k, v=v),
             evict_desc=launch.evict_descriptor(),
@@ -73,7 +74,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[
             lse=lse,
             **plan.lists(),
         )
-    return out.to(dtype), lse
+    return _trimmed(out, dim, dtype), lse
 
 
 def backward(
@@ -102,7 +103,7 @@ def backward(
     if q.numel() == 0:
         dq, dk, dv = (x.new_zeros(x.shape, dtype=dtype) for x in (q, k, v))
         return dq, dk, dv
-    dq = q.new_empty(q.shape)
+    dq = _writable(q, heads)
     row_lse, row_delta = q.new_empty(2, batch * heads, triton.cdiv(tokens, TILE) * TILE, dtype=torch.float32)
     launch = _Launch("backward_dq", dtype, q, k, plan, scale)
     launch(
@@ -124,7 +125,7 @@ def backward(
     share = max(
         s for s in range(1, group + 1) if s == 1 or group % s == 0 and programs >= SHARING_PROGRAMS * s
     )
-    dk, dv = (q.new_empty(batch, tokens, heads // share, dim) for _ in range(2))
+    dk, dv = (_writable(q, heads // share) for _ in range(2))
     launch(
         attention_backward.backward_dk_dv,
         writers=heads // share,
@@ -137,11 +138,13 @@ def backward(
         dv=dv,
         ranges=plan.key_ranges,
         order=plan.key_order,
-        SHARE=share,
+        share=share,
+        SHARED=share > 1,
     )
-    if dk.shape != k.shape:
+    if share < group:
         dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))
-    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+    dq, dk, dv = (_trimmed(x, dim, dtype) for x in (dq, dk, dv))
+    return dq, dk, dv
 
 
 class _Launch:
@@ -169,7 +172,7 @@ class _Launch:
                 order=order,
                 copies=self.copies,
                 tokens=self.tokens,
-                dim=self.dim,
+                units=triton.cdiv(self.dim, _step(self.q)),
                 scale=self.scale,
                 heads=self.heads,
                 group=self.group,
@@ -230,6 +233,17 @@ def _readable(x: Tensor) -> Tensor:
         padded[..., : x.shape[-1]] = x
         x = padded[..., : x.shape[-1]]
     return x
+
+
+def _writable(q: Tensor, heads: int) -> Tensor:
+    """[B, N, heads, D] for a kernel to write, D that of q rounded up to a multiple of 16 bytes."""
+    batch, tokens, _, dim = q.shape
+    return q.new_empty(batch, tokens, heads, triton.cdiv(dim, _step(q)) * _step(q))
+
+
+def _trimmed(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """The first `dim` channels of what a kernel wrote, contiguous."""
+    return x[..., :dim].to(dtype).contiguous()
 
 
 @cache

@@ -129,10 +129,12 @@ def not_finite(acc, CHUNKS: tl.constexpr):
 
 @triton.jit
 def store(
-    out, acc, batch, head, first, tokens, heads, dim,
+    out, acc, batch, head, first, tokens, heads, units,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Rows [first, first + ROWS) of one head of the contiguous [B, N, heads, D] tensor out."""
+    """Rows [first, first + ROWS) of one head of the contiguous [B, N, heads, D] tensor out, D being `units`
+    of 16 bytes: as the compiler knows that, it stores as many at once, for every D."""
+    dim = units * (128 // out.dtype.element_ty.primitive_bitwidth)
     rows = first + tl.arange(0, ROWS)
     at = out + ((batch.to(tl.int64) * tokens + rows) * heads + head)[:, None] * dim
     for c in tl.static_range(CHUNKS):
