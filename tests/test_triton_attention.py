@@ -109,12 +109,12 @@ def test_who_sums_over_query_heads(
     class Recorded:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             def launch(**arguments: Any) -> None:
-                shares.append(arguments["share"])
+                shares.append(arguments["heads_per_program"])
                 kernel[grid](**arguments)
 
             return launch
 
-    monkeypatch.setattr(f"{MODULE}.SHARING_PROGRAMS", programs)
+    monkeypatch.setattr(f"{MODULE}.MIN_PROGRAMS", programs)
     monkeypatch.setattr(f"{BACKWARD}.backward_dk_dv", Recorded())
     inputs = attention_inputs(2, 131, 4, 1, 32, dtype=dtype, device=device)
     check(inputs, tables("random", rows, 131), "triton")
@@ -325,7 +325,7 @@ def test_every_block_shape(dtype: torch.dtype, dim: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("programs", [0, 2**31], ids=["a program per KV head", "a program per query head"])
 def test_five_runs_are_one(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(f"{MODULE}.SHARING_PROGRAMS", programs)
+    monkeypatch.setattr(f"{MODULE}.MIN_PROGRAMS", programs)
     mask = mask_of(adversarial_evict(4_000).cuda())
     inputs = attention_inputs(4, 4_000, 4, 2, 128, dtype=torch.bfloat16, device="cuda")
     first = results(attend, *inputs, mask)

@@ -156,7 +156,7 @@ def launched(case: Case, capability: int) -> Compiling:
             stack.enter_context(mock.patch.object(module, name, stand_in))
         stack.enter_context(patch("_check"))  # which refuses tensors on the CPU
         stack.enter_context(patch("_capability", lambda device: divmod(capability, 10)))
-        stack.enter_context(patch("SHARING_PROGRAMS", 0 if share else 2**31))
+        stack.enter_context(patch("MIN_PROGRAMS", 0 if share else 2**31))
         dims = [dim for dim in DIMS if attention_blocks.padded_dim(dim) == case.dim]
         for dim, problem in itertools.product(dims, PROBLEMS if share else [*PROBLEMS, MHA]):
             launch(case, dim, problem)

@@ -180,13 +180,16 @@ class _Settings(NamedTuple):
     entropy_coef: float
 
     def check(self) -> None:
+        def finite(x: float) -> bool:  # math.isfinite breaks the graph of torch.compile
+            return -math.inf < x < math.inf
+
         numbers: tuple[tuple[str, Callable[[float], bool], str], ...] = (
             ("clip_low", lambda x: 0 <= x <= 1, "0 to 1"),
             ("clip_high", lambda x: x >= 0, "a number >= 0"),
             ("dual_clip", lambda x: x > 1, "a number > 1 or None"),
             ("rollout_is_cap", lambda x: x > 0, "a number > 0"),
-            ("kl_coef", math.isfinite, "a finite number"),
-            ("entropy_coef", math.isfinite, "a finite number"),
+            ("kl_coef", finite, "a finite number"),
+            ("entropy_coef", finite, "a finite number"),
         )
         for name, holds, expected in numbers:
             x = getattr(self, name)

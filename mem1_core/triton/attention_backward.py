@@ -2,7 +2,7 @@
 tiles of a key block. Each recomputes the weights from the log-sum-exp. No atomics: each output has one
 writer.
 
-As in the forward, loops have no branch and dQ has CAREFUL ones for keys that are not finite. dK and dV need
+As in the forward, loops have no branch and dQ has SANITIZE ones for keys that are not finite. dK and dV need
 none: a key touches only its own rows of them.
 """
 
@@ -37,7 +37,7 @@ from mem1_core.triton.attention_tiles import (
 def _attend_backward(
     dq, rows, i, keys, tiles, begin, end, scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    LAZY: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
+    LOAD_ON_USE: tl.constexpr, MASKED: tl.constexpr, SANITIZE: tl.constexpr,
 ):  # fmt: skip
     """dq + what the key tiles tiles[begin:end] add to it."""
     q, d_out, lse, delta = rows
@@ -47,14 +47,14 @@ def _attend_backward(
     for n in range(begin * PARTS, end * PARTS):
         first = first_token(tile, n, PARTS, BLOCK_K)
         tile = next_tile(tiles, n + 1, end * PARTS, PARTS)
-        k = operand(k_desc, batch, head, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
-        v = operand(v_desc, batch, head, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
-        score = products(q, k, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY)
-        d_weight = products(d_out, v, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY)
+        k = operand(k_desc, batch, head, first, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE)
+        v = operand(v_desc, batch, head, first, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE)
+        score = products(q, k, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE)
+        d_weight = products(d_out, v, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE)
         d_score = tl.exp2(score * scale - lse[:, None]) * (d_weight - delta[:, None])
         if MASKED:
             d_score = tl.where(visible_pairs(i, first, evict_desc, row, BLOCK_K), d_score, 0.0)
-        dq = add_rows(dq, d_score, k, BLOCK_K, CHUNK, CHUNKS, LAZY, CAREFUL)
+        dq = add_rows(dq, d_score, k, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE, SANITIZE)
     return dq
 
 
@@ -62,17 +62,17 @@ def _attend_backward(
 def _attend_row_backward(
     rows, i, keys, lists, scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    LAZY: tl.constexpr, CAREFUL: tl.constexpr,
+    LOAD_ON_USE: tl.constexpr, SANITIZE: tl.constexpr,
 ):  # fmt: skip
     full_tiles, full_begin, full_end, partial_tiles, partial_begin, partial_end = lists
     dq = zeros(BLOCK_Q, CHUNK, CHUNKS)
     dq = _attend_backward(
         dq, rows, i, keys, full_tiles, full_begin, full_end, scale,
-        BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, False, CAREFUL,
+        BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE, False, SANITIZE,
     )  # fmt: skip
     return _attend_backward(
         dq, rows, i, keys, partial_tiles, partial_begin, partial_end, scale,
-        BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True, CAREFUL,
+        BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE, True, SANITIZE,
     )  # fmt: skip
 
 
@@ -84,7 +84,8 @@ def _attend_row_backward(
 def backward_dq(
     q_desc, k_desc, v_desc, evict_desc, out_desc, d_out_desc, lse, d_lse, row_lse, row_delta, dq,
     full_offsets, full_tiles, partial_offsets, partial_tiles, order,
-    copies, tokens, heads, group, units, scale, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr,
+    copies, tokens, heads, group, units, scale,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LOAD_ON_USE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dq [B, N, heads, D]; leaves for backward_dk_dv, per row of q, row_lse (in log2) and row_delta, the sum
@@ -92,12 +93,12 @@ def backward_dq(
     row, batch, head, first = program(order, copies, tokens, heads, BLOCK_Q)
     lists = tile_lists(full_offsets, full_tiles, partial_offsets, partial_tiles, row)
     i = first + tl.arange(0, BLOCK_Q)
-    out = operand(out_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
-    d_out = operand(d_out_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
+    out = operand(out_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LOAD_ON_USE)
+    d_out = operand(d_out_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LOAD_ON_USE)
     delta = tl.zeros([BLOCK_Q], tl.float32)
     for c in tl.static_range(CHUNKS):
-        left = chunk(out, c, BLOCK_Q, CHUNK, LAZY).to(tl.float32)
-        delta += tl.sum(left * chunk(d_out, c, BLOCK_Q, CHUNK, LAZY).to(tl.float32), axis=1)
+        left = chunk(out, c, BLOCK_Q, CHUNK, LOAD_ON_USE).to(tl.float32)
+        delta += tl.sum(left * chunk(d_out, c, BLOCK_Q, CHUNK, LOAD_ON_USE).to(tl.float32), axis=1)
     at = (batch * heads + head).to(tl.int64) * tokens + i
     if d_lse is not None:
         delta -= tl.load(d_lse + at, mask=i < tokens, other=0.0)
@@ -105,107 +106,113 @@ def backward_dq(
     at = (batch * heads + head).to(tl.int64) * (tl.cdiv(tokens, TILE) * TILE) + i
     tl.store(row_lse + at, log_total)
     tl.store(row_delta + at, delta)
-    q = operand(q_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
+    q = operand(q_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LOAD_ON_USE)
     rows = (q, d_out, log_total, delta)
     keys = (k_desc, v_desc, evict_desc, batch, head // group, batch // copies)
-    acc = _attend_row_backward(rows, i, keys, lists, scale, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, False)
+    acc = _attend_row_backward(
+        rows, i, keys, lists, scale, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE, False,
+    )  # fmt: skip
     if not_finite(acc, CHUNKS):
-        acc = _attend_row_backward(rows, i, keys, lists, scale, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True)
+        acc = _attend_row_backward(
+            rows, i, keys, lists, scale, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE, True,
+        )  # fmt: skip
     acc = scaled(acc, scale * LN2, CHUNKS)
     store(dq, acc, batch, head, first, tokens, heads, units, BLOCK_Q, CHUNK, CHUNKS)
 
 
 @triton.jit
 def _gather(
-    dk, dv, k, v, j, evict, queries, begin, gap_begin, gap_end, end, scale, share,
-    SHARED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr, MASKED: tl.constexpr,
+    dk, dv, k, v, j, evict, queries, begin, gap_begin, gap_end, end, scale, heads_per_program,
+    SEVERAL_HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LOAD_ON_USE: tl.constexpr, MASKED: tl.constexpr,
     DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """dk (if DK) and dv (if DV) + what query tiles add to them: [begin, end) without [gap_begin, gap_end).
 
-    One loop over `share` heads and their tiles, as the copies ahead of it start anew with each loop.
+    One loop over all heads and their tiles, as the copies ahead of it start over with each loop.
     """
     q_desc, d_out_desc, row_lse_desc, row_delta_desc, batch, heads, writer = queries
     PARTS: tl.constexpr = TILE // BLOCK_Q
     before = (gap_begin - begin) * PARTS
     count = before + (end - gap_end) * PARTS
-    for n in range(0, share * count):
-        nth = n // tl.maximum(count, 1) if SHARED else 0
-        head = writer * share + nth
+    for n in range(0, heads_per_program * count):
+        nth = n // tl.maximum(count, 1) if SEVERAL_HEADS else 0
+        head = writer * heads_per_program + nth
         row = batch * heads + head
         n -= nth * count
         first = (n + tl.where(n < before, begin * PARTS, gap_end * PARTS - before)) * BLOCK_Q
-        q = operand(q_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
-        d_out = operand(d_out_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
+        q = operand(q_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LOAD_ON_USE)
+        d_out = operand(d_out_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LOAD_ON_USE)
         # dv before d_weight: the fewer values live at once, the fewer spill.
-        score = products(k, q, BLOCK_K, BLOCK_Q, CHUNK, CHUNKS, LAZY)
+        score = products(k, q, BLOCK_K, BLOCK_Q, CHUNK, CHUNKS, LOAD_ON_USE)
         weight = tl.exp2(score * scale - row_lse_desc.load([row, first]).reshape(BLOCK_Q)[None, :])
         if MASKED:
             i = first + tl.arange(0, BLOCK_Q)
             visible = (j[:, None] <= i[None, :]) & (i[None, :] < evict[:, None])
             weight = tl.where(visible, weight, 0.0)
         if DV:
-            dv = add_rows(dv, weight, d_out, BLOCK_Q, CHUNK, CHUNKS, LAZY, False)
+            dv = add_rows(dv, weight, d_out, BLOCK_Q, CHUNK, CHUNKS, LOAD_ON_USE, False)
         if DK:
-            d_weight = products(v, d_out, BLOCK_K, BLOCK_Q, CHUNK, CHUNKS, LAZY)
+            d_weight = products(v, d_out, BLOCK_K, BLOCK_Q, CHUNK, CHUNKS, LOAD_ON_USE)
             d_score = weight * (d_weight - row_delta_desc.load([row, first]).reshape(BLOCK_Q)[None, :])
             if MASKED:  # again, as 0 * NaN is NaN
                 d_score = tl.where(visible, d_score, 0.0)
-            dk = add_rows(dk, d_score, q, BLOCK_Q, CHUNK, CHUNKS, LAZY, False)
+            dk = add_rows(dk, d_score, q, BLOCK_Q, CHUNK, CHUNKS, LOAD_ON_USE, False)
     return dk, dv
 
 
 @triton.jit
 def _gather_row(
-    k, v, j, evict, queries, begin, full_begin, full_end, end, scale, share,
-    SHARED: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    k, v, j, evict, queries, begin, full_begin, full_end, end, scale, heads_per_program,
+    SEVERAL_HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LOAD_ON_USE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """(dk, dv) over all live query tiles: the full ones, then the partial ones on both sides of them."""
     dk = zeros(BLOCK_K, CHUNK, CHUNKS if DK else 0)
     dv = zeros(BLOCK_K, CHUNK, CHUNKS if DV else 0)
     dk, dv = _gather(
-        dk, dv, k, v, j, evict, queries, full_begin, full_end, full_end, full_end, scale, share,
-        SHARED, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, False, DK, DV,
+        dk, dv, k, v, j, evict, queries, full_begin, full_end, full_end, full_end, scale, heads_per_program,
+        SEVERAL_HEADS, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE, False, DK, DV,
     )  # fmt: skip
     return _gather(
-        dk, dv, k, v, j, evict, queries, begin, full_begin, full_end, end, scale, share,
-        SHARED, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True, DK, DV,
+        dk, dv, k, v, j, evict, queries, begin, full_begin, full_end, end, scale, heads_per_program,
+        SEVERAL_HEADS, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE, True, DK, DV,
     )  # fmt: skip
 
 
 @triton.jit(
-    do_not_specialize=["copies", "tokens", "heads", "group", "units", "share"],
+    do_not_specialize=["copies", "tokens", "heads", "group", "units", "heads_per_program"],
     do_not_specialize_on_alignment=["evict"],
 )
 def backward_dk_dv(
     q_desc, k_desc, v_desc, d_out_desc, row_lse_desc, row_delta_desc, evict, dk, dv, ranges, order,
-    copies, tokens, heads, group, share, units, scale, SHARED: tl.constexpr, CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr, LAZY: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    copies, tokens, heads, group, heads_per_program, units, scale, SEVERAL_HEADS: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LOAD_ON_USE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv [B, N, heads / share, D]: a program sums over `share` query heads of one KV head.
+    """dk and dv [B, N, heads / heads_per_program, D]: a program sums over so many query heads of one KV head.
 
-    Compiled twice, for one head (not SHARED) and for any other number of them.
+    Compiled twice, for one head (not SEVERAL_HEADS) and for any other number of them.
     """
-    share = share if SHARED else 1
-    plan_row, batch, writer, first = program(order, copies, tokens, heads // share, BLOCK_K)
+    heads_per_program = heads_per_program if SEVERAL_HEADS else 1
+    plan_row, batch, writer, first = program(order, copies, tokens, heads // heads_per_program, BLOCK_K)
     begin, full_begin = tl.load(ranges + plan_row * 4), tl.load(ranges + plan_row * 4 + 1)
     full_end, end = tl.load(ranges + plan_row * 4 + 2), tl.load(ranges + plan_row * 4 + 3)
     j = first + tl.arange(0, BLOCK_K)
     lifetime = tl.load(evict + (batch // copies).to(tl.int64) * tokens + j, mask=j < tokens, other=0)
-    k = operand(k_desc, batch, writer * share // group, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
-    v = operand(v_desc, batch, writer * share // group, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
+    kv_head = writer * heads_per_program // group
+    k = operand(k_desc, batch, kv_head, first, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE)
+    v = operand(v_desc, batch, kv_head, first, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE)
     queries = (q_desc, d_out_desc, row_lse_desc, row_delta_desc, batch, heads, writer)
     dk_acc, dv_acc = _gather_row(
-        k, v, j, lifetime, queries, begin, full_begin, full_end, end, scale, share,
-        SHARED, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, not LAZY, True,
+        k, v, j, lifetime, queries, begin, full_begin, full_end, end, scale, heads_per_program,
+        SEVERAL_HEADS, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE, not LOAD_ON_USE, True,
     )  # fmt: skip
-    store(dv, dv_acc, batch, writer, first, tokens, heads // share, units, BLOCK_K, CHUNK, CHUNKS)
-    if LAZY:  # both at once do not fit into the registers
+    store(dv, dv_acc, batch, writer, first, tokens, heads // heads_per_program, units, BLOCK_K, CHUNK, CHUNKS)
+    if LOAD_ON_USE:  # both at once do not fit into the registers
         dk_acc, _ = _gather_row(
-            k, v, j, lifetime, queries, begin, full_begin, full_end, end, scale, share,
-            SHARED, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True, False,
+            k, v, j, lifetime, queries, begin, full_begin, full_end, end, scale, heads_per_program,
+            SEVERAL_HEADS, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE, True, False,
         )  # fmt: skip
     dk_acc = scaled(dk_acc, scale * LN2, CHUNKS)
-    store(dk, dk_acc, batch, writer, first, tokens, heads // share, units, BLOCK_K, CHUNK, CHUNKS)
+    store(dk, dk_acc, batch, writer, first, tokens, heads // heads_per_program, units, BLOCK_K, CHUNK, CHUNKS)

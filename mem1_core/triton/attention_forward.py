@@ -6,7 +6,7 @@ units of log2, as the hardware's exponential is 2^x.
 
 A value that is not finite must not touch the queries that do not see it, but there its weight is 0, and 0 *
 NaN is NaN. Cleaning every tile on its way to the tensor cores would cost each call; instead the loops run
-as if all were finite, and a program whose sum does not come out finite starts again with CAREFUL loops.
+as if all were finite, and a program whose sum does not come out finite starts again with SANITIZE loops.
 """
 
 # mypy: ignore-errors
@@ -39,7 +39,7 @@ from mem1_core.triton.attention_tiles import (
 def _attend(
     state, q, i, keys, tiles, begin, end, scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    LAZY: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
+    LOAD_ON_USE: tl.constexpr, MASKED: tl.constexpr, SANITIZE: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the key tiles tiles[begin:end]; state is (sum of rows, sum of weights, maximum)."""
     acc, total, top = state
@@ -49,12 +49,12 @@ def _attend(
     for n in range(begin * PARTS, end * PARTS):
         first = first_token(tile, n, PARTS, BLOCK_K)
         tile = next_tile(tiles, n + 1, end * PARTS, PARTS)
-        k = operand(k_desc, batch, head, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
-        v = operand(v_desc, batch, head, first, BLOCK_K, CHUNK, CHUNKS, LAZY)
-        score = products(q, k, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY)
-        if CAREFUL:
+        k = operand(k_desc, batch, head, first, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE)
+        v = operand(v_desc, batch, head, first, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE)
+        score = products(q, k, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE)
+        if SANITIZE:
             # A bad k has made bad scores: NaN, or -inf, which leaves the key out.
-            bad = bad_rows(v, BLOCK_K, CHUNK, CHUNKS, LAZY)
+            bad = bad_rows(v, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE)
             score += tl.where(bad, float("nan"), 0.0)[None, :]
         if MASKED:
             score = tl.where(visible_pairs(i, first, evict_desc, row, BLOCK_K), score, -INFINITY)
@@ -66,7 +66,7 @@ def _attend(
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(weight, axis=1)
         acc = scaled(acc, shrink[:, None], CHUNKS)
-        acc = add_rows(acc, weight, v, BLOCK_K, CHUNK, CHUNKS, LAZY, CAREFUL)
+        acc = add_rows(acc, weight, v, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE, SANITIZE)
         top = new_top
     return acc, total, top
 
@@ -75,7 +75,7 @@ def _attend(
 def _attend_row(
     q, i, keys, lists, scale,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-    LAZY: tl.constexpr, CAREFUL: tl.constexpr,
+    LOAD_ON_USE: tl.constexpr, SANITIZE: tl.constexpr,
 ):  # fmt: skip
     """All live key tiles of a query block: the full ones, then the partial ones."""
     full_tiles, full_begin, full_end, partial_tiles, partial_begin, partial_end = lists
@@ -83,11 +83,11 @@ def _attend_row(
     state = (zeros(BLOCK_Q, CHUNK, CHUNKS), tl.zeros([BLOCK_Q], tl.float32), empty)
     state = _attend(
         state, q, i, keys, full_tiles, full_begin, full_end, scale,
-        BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, False, CAREFUL,
+        BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE, False, SANITIZE,
     )  # fmt: skip
     return _attend(
         state, q, i, keys, partial_tiles, partial_begin, partial_end, scale,
-        BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True, CAREFUL,
+        BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE, True, SANITIZE,
     )  # fmt: skip
 
 
@@ -95,7 +95,8 @@ def _attend_row(
 def forward(
     q_desc, k_desc, v_desc, evict_desc, out, lse,
     full_offsets, full_tiles, partial_offsets, partial_tiles, order,
-    copies, tokens, heads, group, units, scale, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr,
+    copies, tokens, heads, group, units, scale,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LOAD_ON_USE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [B, N, heads, D] and lse [B, heads, N] (natural); scale is the softmax scale times log2(e)."""
@@ -103,10 +104,14 @@ def forward(
     lists = tile_lists(full_offsets, full_tiles, partial_offsets, partial_tiles, row)
     keys = (k_desc, v_desc, evict_desc, batch, head // group, batch // copies)
     i = first + tl.arange(0, BLOCK_Q)
-    q = operand(q_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LAZY)
-    acc, total, top = _attend_row(q, i, keys, lists, scale, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, False)
+    q = operand(q_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LOAD_ON_USE)
+    acc, total, top = _attend_row(
+        q, i, keys, lists, scale, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE, False,
+    )  # fmt: skip
     if not_finite(acc, CHUNKS):
-        acc, total, top = _attend_row(q, i, keys, lists, scale, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LAZY, True)
+        acc, total, top = _attend_row(
+            q, i, keys, lists, scale, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE, True,
+        )  # fmt: skip
     at = (batch * heads + head).to(tl.int64) * tokens + i
     tl.store(lse + at, (top + tl.log2(total)) * LN2, mask=i < tokens)  # -inf for a row that sees nothing
     acc = scaled(acc, (1.0 / tl.where(total == 0.0, 1.0, total))[:, None], CHUNKS)

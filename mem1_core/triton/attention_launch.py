@@ -27,7 +27,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # A program of backward_dk_dv sums over as many query heads of a KV head as leave this many programs, some 16
 # for each multiprocessor of an H100; torch adds up the rest. With fewer, the program of a key tile that all
 # later queries see (a prompt's) is the last to finish by far.
-SHARING_PROGRAMS = 2048
+MIN_PROGRAMS = 2048
 
 
 class Plan(NamedTuple):
@@ -122,13 +122,13 @@ def backward(
     launch = _Launch("backward_dk_dv", dtype, q, k, plan, scale)
     programs = plan.key_order.numel() * launch.copies * heads
     group = heads // kv_heads
-    share = max(
-        s for s in range(1, group + 1) if s == 1 or group % s == 0 and programs >= SHARING_PROGRAMS * s
+    heads_per_program = max(
+        s for s in range(1, group + 1) if s == 1 or group % s == 0 and programs >= MIN_PROGRAMS * s
     )
-    dk, dv = (_writable(q, heads // share) for _ in range(2))
+    dk, dv = (_writable(q, heads // heads_per_program) for _ in range(2))
     launch(
         attention_backward.backward_dk_dv,
-        writers=heads // share,
+        writers=heads // heads_per_program,
         **launch.query_descriptors(q=q, d_out=d_out),
         **launch.key_descriptors(k=k, v=v),
         row_lse_desc=TensorDescriptor.from_tensor(row_lse, [1, launch.blocks.q]),
@@ -138,10 +138,10 @@ def backward(
         dv=dv,
         ranges=plan.key_ranges,
         order=plan.key_order,
-        share=share,
-        SHARED=share > 1,
+        heads_per_program=heads_per_program,
+        SEVERAL_HEADS=heads_per_program > 1,
     )
-    if share < group:
+    if heads_per_program < group:
         dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))
     dq, dk, dv = (_trimmed(x, dim, dtype) for x in (dq, dk, dv))
     return dq, dk, dv
@@ -158,7 +158,7 @@ class _Launch:
         self.group = self.heads // k.shape[2]
         self.copies = self.batch // plan.evict.shape[0]  # batches that share a row of the plan
         self.blocks = blocks(kernel, self.dim, dtype, hopper=_capability(q.device)[0] == 9)
-        self.lazy = dtype == torch.float32
+        self.load_on_use = dtype == torch.float32
         self.scale = scale * math.log2(math.e)
         # Of the tokens that a program writes.
         self.block = self.blocks.k if kernel == "backward_dk_dv" else self.blocks.q
@@ -178,7 +178,7 @@ class _Launch:
                 group=self.group,
                 CHUNK=self.blocks.chunk,
                 CHUNKS=triton.cdiv(padded_dim(self.dim), self.blocks.chunk),
-                LAZY=self.lazy,
+                LOAD_ON_USE=self.load_on_use,
                 BLOCK_Q=self.blocks.q,
                 BLOCK_K=self.blocks.k,
                 num_warps=self.blocks.warps,

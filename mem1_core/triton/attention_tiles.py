@@ -2,8 +2,8 @@
 plan.
 
 A head dim is cut into CHUNKS of CHUNK channels, a power of two each, so that 96 or 192 channels are not
-padded. An operand is a tuple of its chunks. A LAZY one (float32, which needs twice the registers) is only
-the place in memory from which a chunk is read when it is used.
+padded. An operand is a tuple of its chunks. With LOAD_ON_USE (float32, which needs twice the registers) it is
+only the place in memory from which a chunk is read when it is used.
 
 Whatever a loop reads comes through a tensor descriptor: the copy engine fills in 0 past the end of the
 tensor, so that bounds cost nothing.
@@ -24,10 +24,10 @@ INFINITY = tl.constexpr(float("inf"))
 @triton.jit
 def operand(
     desc, batch, head, first,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LOAD_ON_USE: tl.constexpr,
 ):  # fmt: skip
     """Rows [first, first + ROWS) of one head of a [B, H, N, D] tensor."""
-    if LAZY:
+    if LOAD_ON_USE:
         return (desc, batch, head, first)
     else:
         chunks = ()
@@ -37,9 +37,9 @@ def operand(
 
 
 @triton.jit
-def chunk(operand, c, ROWS: tl.constexpr, CHUNK: tl.constexpr, LAZY: tl.constexpr):
+def chunk(operand, c, ROWS: tl.constexpr, CHUNK: tl.constexpr, LOAD_ON_USE: tl.constexpr):
     """[ROWS, CHUNK]: chunk c."""
-    if LAZY:
+    if LOAD_ON_USE:
         desc, batch, head, first = operand
         return desc.load([batch, head, first, c * CHUNK]).reshape(ROWS, CHUNK)
     else:
@@ -76,13 +76,13 @@ def products(
     B_ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNKS: tl.constexpr,
-    LAZY: tl.constexpr,
+    LOAD_ON_USE: tl.constexpr,
 ):
     """a @ b^T, [A_ROWS, B_ROWS]: every row of a with every row of b."""
     acc = tl.zeros([A_ROWS, B_ROWS], tl.float32)
-    if LAZY:
+    if LOAD_ON_USE:
         for c in range(CHUNKS):  # not unrolled: one chunk's addresses at a time
-            acc = dot(chunk(a, c, A_ROWS, CHUNK, LAZY), chunk(b, c, B_ROWS, CHUNK, LAZY).T, acc)
+            acc = dot(chunk(a, c, A_ROWS, CHUNK, LOAD_ON_USE), chunk(b, c, B_ROWS, CHUNK, LOAD_ON_USE).T, acc)
     else:
         for c in tl.static_range(CHUNKS):
             acc = dot(a[c], b[c].T, acc)
@@ -96,25 +96,27 @@ def finite(x):
 
 @triton.jit
 def add_rows(
-    acc, weight, b, B_ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr,
-    CAREFUL: tl.constexpr,
+    acc, weight, b, B_ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    LOAD_ON_USE: tl.constexpr, SANITIZE: tl.constexpr,
 ):  # fmt: skip
     """acc + weight @ b: sums of the rows of b."""
     chunks = ()
     for c in tl.static_range(CHUNKS):
-        rows = chunk(b, c, B_ROWS, CHUNK, LAZY)
-        if CAREFUL:
+        rows = chunk(b, c, B_ROWS, CHUNK, LOAD_ON_USE)
+        if SANITIZE:
             rows = tl.where(finite(rows), rows, 0.0)
         chunks = chunks + (dot(weight.to(rows.dtype), rows, acc[c]),)
     return chunks
 
 
 @triton.jit
-def bad_rows(operand, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LAZY: tl.constexpr):
+def bad_rows(
+    operand, ROWS: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, LOAD_ON_USE: tl.constexpr
+):
     """bool [ROWS]: which rows hold a NaN or an infinity."""
     count = tl.zeros([ROWS], tl.int32)
     for c in tl.static_range(CHUNKS):
-        count += tl.sum(1 - finite(chunk(operand, c, ROWS, CHUNK, LAZY)).to(tl.int32), axis=1)
+        count += tl.sum(1 - finite(chunk(operand, c, ROWS, CHUNK, LOAD_ON_USE)).to(tl.int32), axis=1)
     return count > 0
 
 
