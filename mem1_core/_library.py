@@ -89,6 +89,7 @@ def _(
     cache_seqlens: Tensor,
     query_lens: Tensor,
     scale: float,
+    lanes: int | None = None,
 ) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 

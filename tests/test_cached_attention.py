@@ -69,9 +69,16 @@ def looped(it: Case, dtype: torch.dtype, scale: float | None) -> Tensor:
     return out
 
 
-def check(it: Case, backend: str, scale: float | None = None) -> Tensor:
-    with poisoned_memory():
-        got = run(it, backend, scale=scale)
+def in_lanes(it: Case, lanes: int, scale: float) -> Tensor:
+    """The CPU's kernel for registers of so many floats, which need not be this machine's widest."""
+    names = ("q", "k_cache", "v_cache", "cache_batch_idx", "cache_seqlens", "query_lens")
+    return torch.ops.mem1_core.cached_attention(*(it[name] for name in names), scale, lanes)
+
+
+def check(it: Case, backend: str, scale: float | None = None, got: Tensor | None = None) -> Tensor:
+    if got is None:
+        with poisoned_memory():
+            got = run(it, backend, scale=scale)
     exact, plain = looped(it, torch.float64, scale), looped(it, it["q"].dtype, scale)
     assert_accurate(got, plain, exact, atol=1e-13 if plain.dtype == exact.dtype else None)
     for b, count in enumerate(it["query_lens"].tolist()):
@@ -86,6 +93,26 @@ def check(it: Case, backend: str, scale: float | None = None) -> Tensor:
 def test_heads(backend: str, dtype: torch.dtype, group: int, dim: int) -> None:
     for queries, scale in ((1, None), (1, 0.3), (3, 0.3)):
         check(case(dtype, queries, (70, 3, 65), heads=(2 * group, 2), dim=dim), backend, scale)
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_width_of_a_register(dtype: torch.dtype, lanes: int) -> None:
+    try:
+        in_lanes(case(dtype, 1), lanes, 0.3)
+    except ValueError as error:
+        assert "lanes: expected at most" in str(error)
+        pytest.skip(f"no registers of {lanes} floats on this machine")
+    for group in (1, 2, 7):
+        for dim in (1, 3, 8, 20, 64, 80):
+            it = case(dtype, 1, (*LENGTHS, 0), heads=(2 * group, 2), dim=dim)
+            check(it, "cpu", 0.3, got=in_lanes(it, lanes, 0.3))
+
+
+def test_no_other_width_of_a_register() -> None:
+    for lanes in (0, 5, 32):
+        with pytest.raises(ValueError, match=f"lanes: expected 4, 8 or 16, got {lanes}"):
+            in_lanes(case(torch.float32, 1), lanes, 0.3)
 
 
 @every_backend
@@ -142,7 +169,7 @@ def test_strides_of_the_rest_do_not_matter(backend: str, name: str) -> None:
 @every_backend
 @every_dtype
 @pytest.mark.parametrize("fill", [INF, -INF, 1e30], ids=str)  # NaN: everywhere else
-def test_nothing_behind_a_length_is_read(backend: str, dtype: torch.dtype, fill: float) -> None:
+def test_nothing_past_a_length_is_read(backend: str, dtype: torch.dtype, fill: float) -> None:
     for queries in (1, 5):
         want = run(case(dtype, queries), backend)
         assert want.isfinite().all() and torch.equal(run(case(dtype, queries, fill=fill), backend), want)
@@ -161,6 +188,27 @@ def test_nan_shows_where_it_is_seen_only(backend: str, dtype: torch.dtype, where
         hit[0, -3:, 2:] = True
         assert torch.equal(got.isnan(), hit), f"{queries} queries, NaN at {got.isnan().any(-1).nonzero()}"
         assert torch.equal(got[~hit], want[~hit])
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("where", ["k_cache", "v_cache"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_infinities_are_those_of_a_softmax(backend: str, dtype: torch.dtype, where: str, sign: int) -> None:
+    """Of entry 67 of row 0, KV head 1, one channel: a score of +inf makes NaN, one of -inf a weight of 0."""
+    for queries in (1, 5):
+        it = case(dtype, queries, (70, 68, 9))
+        it["q"][0, :, :, 3] = 1.0
+        it[where][it["cache_batch_idx"][0], 67, 1, 3] = sign * INF
+        got, exact = run(it, backend), looped(it, torch.float64, None)
+        assert torch.equal(got.isnan(), exact.isnan())
+        infinite = exact.isinf()
+        assert torch.equal(got[infinite], exact[infinite].to(dtype))
+        assert infinite.any() == (where == "v_cache") and exact.isnan().any() == (
+            where == "k_cache" and sign > 0
+        )
+        rest = exact.isfinite()
+        torch.testing.assert_close(got[rest].double(), exact[rest], rtol=0.02, atol=0.02)
 
 
 @every_backend

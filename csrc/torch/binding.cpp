@@ -1,6 +1,7 @@
 // The ops of torch.ops.mem1_core and the module mem1_core._C. Whatever a caller passes is checked here before it is
 // read.
 #include "torch/attention_cpu.h"
+#include "torch/lanes_cpu.h"
 #include "torch/ops.h"
 
 #include "mem1/mem1.h"
@@ -109,7 +110,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out, const
 }
 
 Tensor cached_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cache_batch_idx,
-                        const Tensor& cache_seqlens, const Tensor& query_lens, double scale) {
+                        const Tensor& cache_seqlens, const Tensor& query_lens, double scale,
+                        std::optional<int64_t> lanes) {
   check_input("q", q, q);
   for (const auto& [name, t] : {std::pair{"k_cache", &k_cache}, std::pair{"v_cache", &v_cache}}) {
     TORCH_CHECK_TYPE(t->scalar_type() == q.scalar_type(), name, ": expected the dtype of q, ", q.scalar_type(),
@@ -137,7 +139,11 @@ Tensor cached_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
     TORCH_CHECK_VALUE(count[b] >= 0 && count[b] <= q.size(1) && count[b] <= length[b], "query_lens[", b,
                       "]: expected at most ", q.size(1), " queries and the length ", length[b], ", got ", count[b]);
   }
-  return cpu::cached_attention(q, k_cache, v_cache, cache_batch_idx, cache_seqlens, query_lens, scale);
+  TORCH_CHECK_VALUE(!lanes.has_value() || *lanes == 4 || *lanes == 8 || *lanes == 16,
+                    "lanes: expected 4, 8 or 16, got ", *lanes);
+  TORCH_CHECK_VALUE(lanes.value_or(0) <= cpu::lanes_here(), "lanes: expected at most ", cpu::lanes_here(),
+                    ", floats in a register of this machine, got ", *lanes);
+  return cpu::cached_attention(q, k_cache, v_cache, cache_batch_idx, cache_seqlens, query_lens, scale, lanes);
 }
 
 Tensor prune_kv_cache_on_cpu(at::TensorList keys, at::TensorList values, const std::optional<Tensor>& mask,
@@ -178,8 +184,7 @@ TORCH_LIBRARY(mem1_core, m) {
   }
   m.def(
       "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_batch_idx, Tensor cache_seqlens, "
-      "Tensor query_lens, float scale) "
-      "-> Tensor");
+      "Tensor query_lens, float scale, int? lanes=None) -> Tensor");
   // The op itself, and what launches it on a CUDA stream: which one is current, only Python can tell here.
   const std::string kv_cache =
       "(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor? mask, Tensor? ranges, Tensor lengths, Tensor? inv_freq, "

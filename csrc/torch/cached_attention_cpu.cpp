@@ -42,7 +42,7 @@ MEM1_INLINE void prefetch(const In* from, int64_t count) {
   for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + i, 0, 2);
 }
 
-// Of kTile keys, for kHeads heads from `head` on. Behind the last key it is taken again.
+// Of kTile keys, for kHeads heads from `head` on. Past the last key it is taken again.
 template <int kLanes, int kHeads, typename In>
 MEM1_INLINE void score(const Block<In>& block, int64_t head, int first, float (*scores)[kKeys]) {
   using Vector = Lanes<kLanes>;
@@ -153,15 +153,13 @@ void attend_anywhere(const Block<In>& block) {
 // as these lie side by side in memory; with few rows a task takes fewer heads.
 template <typename In>
 void decode(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const int32_t* rows,
-            const int32_t* lengths, const int32_t* counts, double scale, at::Tensor& out) {
+            const int32_t* lengths, const int32_t* counts, double scale, int64_t lanes, at::Tensor& out) {
   const auto q_in = const_view_of<In>(q), k_in = const_view_of<In>(keys), v_in = const_view_of<In>(values);
   const auto out_view = view_of<In>(out);
   const int64_t batch = q.size(0), kv_heads = keys.size(2), group = q.size(2) / kv_heads, dim = q.size(3);
   const int64_t padded = round_up(dim, 16), threads = at::get_num_threads();
   const int64_t task_heads = batch >= 2 * threads || threads == 1 ? kv_heads : 1, splits = kv_heads / task_heads;
-  const auto attend_here = lanes_here() == 16  ? attend_avx512<In>
-                           : lanes_here() == 8 ? attend_avx2<In>
-                                               : attend_anywhere<In>;
+  const auto attend_here = lanes == 16 ? attend_avx512<In> : lanes == 8 ? attend_avx2<In> : attend_anywhere<In>;
   int64_t work = 1;
   for (int64_t b = 0; b < batch; ++b) work += lengths[b] * dim * kv_heads;
   constexpr int64_t kWorthAThread = 1 << 15;  // elements of keys
@@ -212,7 +210,8 @@ void prefill(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& valu
 }  // namespace
 
 at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values,
-                            const at::Tensor& rows, const at::Tensor& lengths, const at::Tensor& counts, double scale) {
+                            const at::Tensor& rows, const at::Tensor& lengths, const at::Tensor& counts, double scale,
+                            std::optional<int64_t> lanes) {
   const int64_t batch = q.size(0), pieces = q.size(1);
   at::Tensor out = at::zeros(q.sizes(), q.options());
   if (q.numel() == 0) return out;
@@ -220,11 +219,11 @@ at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& keys, const a
                 *count = counts.const_data_ptr<int32_t>();
   if (pieces == 1 && keys.stride(1) == values.stride(1)) {
     if (q.scalar_type() == at::kFloat) {
-      decode<float>(q, keys, values, row, length, count, scale, out);
+      decode<float>(q, keys, values, row, length, count, scale, lanes.value_or(lanes_here()), out);
       return out;
     }
     if (q.scalar_type() == at::kBFloat16) {
-      decode<at::BFloat16>(q, keys, values, row, length, count, scale, out);
+      decode<at::BFloat16>(q, keys, values, row, length, count, scale, lanes.value_or(lanes_here()), out);
       return out;
     }
   }

@@ -98,6 +98,6 @@ void linear_weight_gradient_(const at::Tensor& d_logits, const at::Tensor& hidde
                              bool accumulate);
 at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
                             const at::Tensor& cache_batch_idx, const at::Tensor& cache_seqlens,
-                            const at::Tensor& query_lens, double scale);
+                            const at::Tensor& query_lens, double scale, std::optional<int64_t> lanes);
 }  // namespace cpu
 }  // namespace mem1

@@ -27,7 +27,7 @@ def gae(
     .. math:: A_t = r_t + \gamma V_{t+1} - V_t + \gamma \lambda A_{t+1}, \quad R_t = A_t + V_t
 
     where t + 1 is the next token of the mask: value and advantage are carried across what the environment
-    wrote. Behind the last one both are 0. Without gradients.
+    wrote. After the last one both are 0. Without gradients.
 
     A reward on a token that the environment wrote (mask False) is not counted, and nothing says so: such a
     token is no step. Add what the environment pays there to the last of the policy's tokens before it,
