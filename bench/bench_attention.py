@@ -33,14 +33,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.mask import TrajectoryMask
-from mem1_core.segments import Segment
-from mem1_core.testing import (
+from mem1_core.sample_inputs import (
     MEM1_TRAJECTORIES,
     causal_evict,
     mem1_segments,
     prefix_tree_evict,
     random_evict,
 )
+from mem1_core.segments import Segment
 
 MIB = 2**20
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 import mem1_core
 from mem1_core.ops import prune_kv_cache_, prune_paged_kv_cache_
-from mem1_core.testing import keep_mask, kv_cache, kv_cache_backends
+from mem1_core.sample_inputs import keep_mask, kv_cache
+from mem1_core.testing import kv_cache_backends
 
 BACKENDS = [
     pytest.param(

@@ -13,19 +13,15 @@ from mem1_core import reference
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.mask import TrajectoryMask
 from mem1_core.ops import trajectory_attention
-from mem1_core.testing import (
+from mem1_core.sample_inputs import (
     EVICT_TABLES,
     LAYOUTS,
     adversarial_evict,
-    assert_accurate,
-    attention_backends,
     attention_inputs,
-    eager_attention,
-    gradients,
     mem1_segments,
-    poisoned_memory,
     random_evict,
 )
+from mem1_core.testing import assert_accurate, attention_backends, eager_attention, gradients, poisoned_memory
 
 BACKENDS = [
     pytest.param(*pair, id="-".join(pair), marks=[pytest.mark.gpu] if pair[1] == "cuda" else [])

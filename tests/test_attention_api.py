@@ -16,7 +16,8 @@ from torch import Tensor
 from mem1_core.backend import choose_backend
 from mem1_core.mask import TrajectoryMask
 from mem1_core.ops import trajectory_attention
-from mem1_core.testing import attention_backends, attention_inputs, causal_evict, gradients, random_evict
+from mem1_core.sample_inputs import attention_inputs, causal_evict, random_evict
+from mem1_core.testing import attention_backends, gradients
 
 mask_of = TrajectoryMask.from_evict
 
@@ -261,7 +262,7 @@ def test_memory_is_linear() -> None:
     code = """
 import torch
 from mem1_core.ops import trajectory_attention
-from mem1_core.testing import attention_inputs, mem1_segments
+from mem1_core.sample_inputs import attention_inputs, mem1_segments
 from mem1_core.layout import TrajectoryLayout
 
 def memory(key):

@@ -21,8 +21,8 @@ from mem1_core.integrations import transformers as integration
 from mem1_core.integrations.transformers_cache import SlotCache
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.mask import TrajectoryMask
+from mem1_core.sample_inputs import mem1_segments
 from mem1_core.segments import POLICY_KINDS
-from mem1_core.testing import mem1_segments
 
 SEGMENTS = mem1_segments(4, prompt=5, internal_state=4, query=2, info=5)
 MASK = TrajectoryLayout.from_segments(SEGMENTS).mask

@@ -16,8 +16,9 @@ from mem1_core.integrations import transformers as integration
 from mem1_core.integrations.transformers_cache import CACHE
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.mask import TrajectoryMask
+from mem1_core.sample_inputs import mem1_segments, random_evict
 from mem1_core.segments import Segment, policy_tokens
-from mem1_core.testing import assert_accurate, gradients, mem1_segments, random_evict
+from mem1_core.testing import assert_accurate, gradients
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 FAMILIES = ("Qwen2", "Qwen3", "Llama")

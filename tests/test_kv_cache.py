@@ -13,15 +13,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply_rotary_pos_emb
 
 from mem1_core.ops import prune_kv_cache_
-from mem1_core.testing import (
-    KEEP_PATTERNS,
-    KV_LAYOUTS,
-    assert_accurate,
-    keep_mask,
-    kv_cache,
-    poisoned_memory,
-    ranges_of,
-)
+from mem1_core.sample_inputs import KEEP_PATTERNS, KV_LAYOUTS, keep_mask, kv_cache, ranges_of
+from mem1_core.testing import assert_accurate, poisoned_memory
 
 every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -27,7 +27,7 @@ from kv_cache_cases import (
 from torch import Tensor
 
 from mem1_core import _library
-from mem1_core.testing import kv_cache, ranges_of
+from mem1_core.sample_inputs import kv_cache, ranges_of
 
 every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
 

@@ -23,7 +23,8 @@ from kv_cache_cases import (
 )
 
 import mem1_core
-from mem1_core.testing import keep_mask, no_wait, ranges_of
+from mem1_core.sample_inputs import keep_mask, ranges_of
+from mem1_core.testing import no_wait
 
 pytestmark = [
     pytest.mark.gpu,

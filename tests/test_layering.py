@@ -49,7 +49,8 @@ PYTHON = {
     "mem1_core.layout": May("torch mem1_core.eviction mem1_core.mask mem1_core.segments"),
     "mem1_core.plot": May("torch mem1_core.mask mem1_core.segments", call="matplotlib", types="matplotlib"),
     "mem1_core.reference": May("torch mem1_core.mask"),
-    "mem1_core.testing": May("torch mem1_core.segments mem1_core.reference", call="mem1_core.triton"),
+    "mem1_core.sample_inputs": May("torch mem1_core.segments"),
+    "mem1_core.testing": May("torch mem1_core.reference", call="mem1_core.triton"),
     "mem1_core.triton": May("triton mem1_core.versions"),
     "mem1_core.triton.*": May("torch triton mem1_core.triton"),
     "mem1_core.ops": May("mem1_core.ops"),
@@ -83,13 +84,15 @@ PYTHON = {
     "mem1.models.*": May("torch transformers mem1.checks mem1.config mem1_core.integrations mem1_core.mask"),
     "mem1.rollout.*": May(f"torch transformers mem1_core.eviction mem1_core.segments {LOOP}"),
     "mem1.evaluation.plots": May("mem1.evaluation mem1.trajectory mem1_core.plot", call="matplotlib"),
-    "mem1.evaluation.*": May(f"torch transformers mem1.runtime {LOOP}"),
+    "mem1.evaluation.results": May("mem1.trajectory"),
+    "mem1.evaluation.*": May(f"torch transformers mem1.evaluation.results mem1.runtime {LOOP}"),
     "mem1.train.*": May(
         f"torch transformers safetensors mem1_core mem1.io mem1.models mem1.runtime mem1.train "
         f"mem1.evaluation {LOOP}"
     ),
     "mem1.agent": May("transformers mem1"),
     "mem1.demo": May("torch transformers mem1"),
+    "mem1.options": May("mem1.config mem1.envs mem1.evaluation mem1.runtime mem1.seeds"),
     "mem1.cli": May("torch transformers mem1 mem1_core"),
     **dict.fromkeys(ROOMS, May("")),
 }

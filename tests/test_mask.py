@@ -12,8 +12,8 @@ from torch import Tensor
 from mem1_core.eviction import EvictionPolicy, dependency_length, evict_from_segments
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.mask import TrajectoryMask
+from mem1_core.sample_inputs import EVICT_TABLES
 from mem1_core.segments import POLICY_KINDS, Kind, Segment, policy_tokens
-from mem1_core.testing import EVICT_TABLES
 
 LENGTHS = (0, 1, 63, 64, 65, 127, 200)
 

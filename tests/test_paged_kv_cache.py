@@ -11,14 +11,8 @@ from torch import Tensor
 
 from mem1_core.ops import prune_kv_cache_, prune_paged_kv_cache_
 from mem1_core.ops.kv_cache import PagedPrune
-from mem1_core.testing import (
-    KEEP_PATTERNS,
-    KV_LAYOUTS,
-    keep_mask,
-    kv_cache,
-    poisoned_memory,
-    ranges_of,
-)
+from mem1_core.sample_inputs import KEEP_PATTERNS, KV_LAYOUTS, keep_mask, kv_cache, ranges_of
+from mem1_core.testing import poisoned_memory
 
 every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
 both_gaps = pytest.mark.parametrize("gaps", ["close", "leave"])

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from mem1_core import reference
 from mem1_core.mask import TrajectoryMask
-from mem1_core.testing import EVICT_TABLES
+from mem1_core.sample_inputs import EVICT_TABLES
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, grad: bool = False) -> Tensor:

@@ -20,7 +20,7 @@ from mem1_core.ops import (
     prune_paged_kv_cache_,
     trajectory_attention,
 )
-from mem1_core.testing import attention_inputs, mem1_segments
+from mem1_core.sample_inputs import attention_inputs, mem1_segments
 
 pytestmark = [
     pytest.mark.smoke,

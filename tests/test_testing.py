@@ -8,18 +8,14 @@ import torch
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.mask import TrajectoryMask
 from mem1_core.reference import trajectory_attention
-from mem1_core.testing import (
+from mem1_core.sample_inputs import (
     EVICT_TABLES,
     LAYOUTS,
     MEM1_TRAJECTORIES,
-    assert_accurate,
     attention_inputs,
-    eager_attention,
-    machine,
-    poisoned_memory,
     prefix_tree_evict,
-    visible_rows,
 )
+from mem1_core.testing import assert_accurate, eager_attention, machine, poisoned_memory, visible_rows
 
 
 def test_accuracy_rule() -> None:

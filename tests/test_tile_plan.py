@@ -13,14 +13,8 @@ from mem1_core import _library
 from mem1_core.eviction import evict_from_segments
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.mask import TilePlan, TrajectoryMask
-from mem1_core.testing import (
-    EVICT_TABLES,
-    adversarial_evict,
-    mem1_segments,
-    no_wait,
-    poisoned_memory,
-    random_evict,
-)
+from mem1_core.sample_inputs import EVICT_TABLES, adversarial_evict, mem1_segments, random_evict
+from mem1_core.testing import no_wait, poisoned_memory
 
 BLOCKS = [(128, 128), (64, 64), (16, 64), (64, 32), (7, 13)]
 LISTS = ("full", "partial")

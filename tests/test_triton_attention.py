@@ -20,17 +20,15 @@ from mem1_core import _library, reference
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.mask import TrajectoryMask
 from mem1_core.ops import trajectory_attention
-from mem1_core.testing import (
+from mem1_core.sample_inputs import (
     EVICT_TABLES,
     adversarial_evict,
-    assert_accurate,
     attention_inputs,
     causal_evict,
-    eager_attention,
-    gradients,
     mem1_segments,
     random_evict,
 )
+from mem1_core.testing import assert_accurate, eager_attention, gradients
 from mem1_core.triton.attention_blocks import HEAD_DIMS
 
 pytestmark = pytest.mark.skipif(

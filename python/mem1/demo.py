@@ -18,15 +18,9 @@ from mem1.checks import InputError
 from mem1.config import EvictionPolicy, Regime, RolloutConfig, TrainConfig, WarmStartConfig
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.envs.toy.training import toy_training
-from mem1.evaluation.evaluation_loop import (
-    OBJECTIVES,
-    Result,
-    evaluate,
-    evaluate_expert,
-    evaluation_seeds,
-    table,
-)
+from mem1.evaluation.evaluation_loop import OBJECTIVES, evaluate, evaluate_expert, evaluation_seeds
 from mem1.evaluation.plots import plot_learning, plot_peaks, plot_trajectory
+from mem1.evaluation.results import Result, table
 from mem1.io import atomic_write, without_nan
 from mem1.rollout.rollout_loop import rollout
 from mem1.runtime.progress import Progress

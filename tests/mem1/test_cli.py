@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from mem1.checks import InputError
-from mem1.cli import _parser, _rollout_config, main
+from mem1.cli import main
 from mem1.config import ModelConfig, PPOConfig, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.options import build_parser, rollout_config
 from mem1.runtime.device import whereabouts
 from mem1.seeds import LARGEST, derive_seed
 from mem1.train import checkpoint
@@ -259,7 +260,7 @@ def test_eval_with_a_world_that_is_down_shows_it(capsys, model, monkeypatch):
     def down(self, seed):
         raise ConnectionError("no answer")
 
-    monkeypatch.setattr("mem1.cli.MultiHopEnv.reset", down)
+    monkeypatch.setattr("mem1.options.MultiHopEnv.reset", down)
     assert main(["eval", model, "--objectives", "1", "--episodes", "2"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if "2: ConnectionError 2" in line]
     assert len(rows) == 2 and all(row.count(" - |") == 11 for row in rows)
@@ -306,8 +307,9 @@ def test_trajectories_are_written_whole_or_not_at_all(capsys, model, tmp_path, m
 
 
 def limits(*arguments: str) -> RolloutConfig:
-    options = _parser().parse_args(["rollout", "somewhere", *arguments])
-    return _rollout_config(options, options.objectives[1])
+    runs = dict.fromkeys(("train", "eval", "rollout", "demo"), lambda options, progress: None)
+    options = build_parser(runs).parse_args(["rollout", "somewhere", *arguments])
+    return rollout_config(options, options.objectives[1])
 
 
 def test_limits_follow_the_world_unless_given():

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mem1.evaluation.evaluation_loop import Result
+from mem1.evaluation.results import Result
 from mem1.trajectory import Trajectory
 from mem1_core.plot import plot_mask
 

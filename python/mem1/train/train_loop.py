@@ -19,7 +19,7 @@ from mem1.checks import InputError, require
 from mem1.config import TrainConfig
 from mem1.engine.engine import Engine
 from mem1.envs.base import Environment
-from mem1.evaluation.evaluation_loop import error_counts
+from mem1.evaluation.results import error_counts
 from mem1.io import append_json, without_nan
 from mem1.models.build import build_critic, build_model, dropouts
 from mem1.parsing.codec import Codec

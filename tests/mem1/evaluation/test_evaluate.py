@@ -15,17 +15,9 @@ from mem1.config import RolloutConfig
 from mem1.demo import demo_config, expert_results, growth
 from mem1.engine.engine import Engine
 from mem1.envs.toy.multihop import MultiHopEnv
-from mem1.evaluation.evaluation_loop import (
-    OBJECTIVES,
-    Result,
-    error_counts,
-    evaluate,
-    evaluate_expert,
-    evaluation_seeds,
-    summarize,
-    table,
-)
+from mem1.evaluation.evaluation_loop import OBJECTIVES, evaluate, evaluate_expert, evaluation_seeds
 from mem1.evaluation.plots import plot_learning, plot_peaks, plot_trajectory
+from mem1.evaluation.results import Result, error_counts, summarize, table
 from mem1.io import without_nan
 from mem1.runtime.progress import Progress
 from mem1.seeds import derive_seed
