@@ -13,7 +13,7 @@ if [ -d /usr/local/cuda/bin ]; then PATH=$PATH:/usr/local/cuda/bin; fi
 # stage, expected seconds, most seconds, what it does
 stages() {
   cat <<'TABLE'
-build      80 200 CUDA code for this chip alone, in place; what was built, packed for a second machine
+build      80 200 CUDA code for this chip alone, in place, and Triton's; packed for a second machine
 smoke      50 110 one case per kernel
 sanitize   60 110 the same under compute-sanitizer, where it is found
 tests     180 300 all other tests that need a GPU, in eight processes that are replaced when they die
@@ -78,7 +78,9 @@ built = mem1_core.cuda_architectures()
 assert built == sys.argv[1], f"built for {built!r}, expected {sys.argv[1]!r}"
 print("built for", built)
 PYTHON
-  tar czf "$out/built.tgz" mem1_core/_C.*.so mem1_core/lib mem1_core/include
+  # The Triton kernels, side by side, into the cache where the tests find most of them.
+  python3 tests/triton_report.py "sm_$arch" >"$out/triton" 2>&1 || echo "tests/triton_report.py: status $?, see $out/triton"
+  tar czf "$out/built.tgz" mem1_core/_C.*.so mem1_core/lib mem1_core/include build/triton
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
   python3 bench/ledger.py
 }
@@ -110,7 +112,8 @@ stage=$1
 limit=$(stages | awk -v name="$stage" '$1 == name { print $3 }')
 [ -n "$limit" ] || { echo "on_gpu.sh: stage: expected one of $(stages | awk '{ printf "%s ", $1 }'), got $stage" >&2; exit 2; }
 out=$(mkdir -p "$2/$stage" && cd "$2/$stage" && pwd)
-export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 TRITON_CACHE_DIR=$root/build/triton
+mkdir -p "$TRITON_CACHE_DIR"
 export PYTHONPATH="$root:$root/python${PYTHONPATH:+:$PYTHONPATH}"
 if [ "${3:-}" = within ]; then
   "$stage"

@@ -10,14 +10,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 from checkout import ROOT
+from filelock import FileLock  # which torch requires
 
 from mem1_core.triton.attention_blocks import HEAD_DIMS, HOPPER_HALF
 
@@ -37,23 +36,37 @@ Rows = dict[tuple[str, int], dict[str, Any]]
 reports: list[str] = []  # that are still to be shown, by the summary at the end (conftest)
 
 
-@cache
-def compiled(arch: str, dtype: str) -> Rows:
-    """The rows of the report, by kernel and head dim."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "rows.json"
-        done = subprocess.run(
-            [sys.executable, "tests/triton_report.py", arch, "--dtypes", dtype, "--json", file],
-            cwd=ROOT,
-            env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
-        reports.append(done.stdout)
-        assert done.returncode == 0, done.stderr
+Compiled = Callable[[str, str], Rows]
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
+    """The rows of the report for an architecture and a dtype, by kernel and head dim: compiled once, whichever
+    process of pytest-xdist needs them first.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    @cache
+    def rows(arch: str, dtype: str) -> Rows:
+        file = folder / f"{arch}-{dtype}.json"
+        with FileLock(f"{file}.lock"):
+            if not file.exists():
+                done = subprocess.run(
+                    [sys.executable, "tests/triton_report.py", arch, "--dtypes", dtype, "--json", file],
+                    cwd=ROOT,
+                    env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+                    capture_output=True,
+                    text=True,
+                    timeout=900,
+                    check=False,
+                )
+                reports.append(done.stdout)
+                assert done.returncode == 0, done.stderr
         return {(row["kernel"], row["D"]): row for row in json.loads(file.read_text())}
+
+    return rows
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +79,7 @@ def shown(record_property: Callable[[str, object], None]) -> Iterator[None]:
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @every_dim
 @every_kernel
-def test_hopper(kernel: str, dim: int, dtype: str) -> None:
+def test_hopper(compiled: Compiled, kernel: str, dim: int, dtype: str) -> None:
     row = compiled("sm_90a", dtype)[kernel, dim]
     assert row["wgmma"] > 0 and row["mma"] == 0, "every product on the tensor cores of a warpgroup"
     assert row["TMA"] > 0, "tiles come through the copy engine"
@@ -78,7 +91,7 @@ def test_hopper(kernel: str, dim: int, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @every_dim
 @every_kernel
-def test_other_gpus(kernel: str, dim: int, dtype: str) -> None:
+def test_other_gpus(compiled: Compiled, kernel: str, dim: int, dtype: str) -> None:
     """Without float16, which runs the instructions of bfloat16."""
     row = compiled("sm_80", dtype)[kernel, dim]
     assert row["mma"] > 0, "products on tensor cores"
