@@ -41,8 +41,8 @@ Compiled = Callable[[str, str], Rows]
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """The rows of the report for an architecture and a dtype, by kernel and head dim: compiled once, whichever
-    process of pytest-xdist needs them first.
+    """The rows of the report for an architecture and a dtype, by kernel and head dim: compiled once, by the
+    process of pytest-xdist that first needs them.
     """
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
