@@ -180,7 +180,7 @@ def engine_error(model: PreTrainedModel, full: Tensor) -> float | str:
     errors = []
     for begin, end, keep in rollout():
         if keep is not None:
-            engine.prune({0: keep})
+            engine.cache.prune({0: keep})
         hidden = engine.feed([0], [IDS[0, begin:end].tolist()], [list(range(begin, end))])
         errors.append(difference(engine.logits(hidden)[0], full[0, end - 1]))
     return checked(f"{model.config.model_type}, engine", max(errors))
