@@ -197,7 +197,7 @@ def test_nan_shows_where_it_is_seen_only(backend: str, dtype: torch.dtype, where
 def test_infinities_show_where_they_are_seen_only(
     backend: str, dtype: torch.dtype, where: str, sign: int
 ) -> None:
-    """One channel of entry 67 of row 0, KV head 1. A score of -inf leaves its key out, in a step of one token."""
+    """One channel of entry 67 of row 0, KV head 1. A score of -inf leaves its key out in a step."""
     for queries in (1, 5):
         it = case(dtype, queries, (70, 68, 9))
         it["q"][0, :, :, 3] = 1.0
@@ -213,7 +213,8 @@ def test_infinities_show_where_they_are_seen_only(
             assert got[hit].isnan().all()
         else:
             near = torch.isclose(got[hit].double(), exact[hit], rtol=0.02, atol=0.02)
-            assert near.all() or queries > 1 and got[hit].isnan().all()
+            own_kernel = queries == 1 and dtype != torch.float64
+            assert near.all() or not own_kernel and got[hit].isnan().all()
 
 
 @every_backend

@@ -47,8 +47,8 @@ def cached_attention(
 
     Returns:
         [B, T, Hq, D] in the dtype of q; 0 for padding. A NaN or an infinity in an entry shows in the queries
-        that see it and in no others; in which of their channels is not defined. (In a step of one token an
-        infinity that makes a score -inf has weight 0, as in the code below.)
+        that see it and in no others; in which of their channels is not defined. (In a step of one token, but
+        for float64, an infinity that makes a score -inf has weight 0, as in the code below.)
 
     Raises:
         TypeError, ValueError: an argument that is not as above; the message names it.
