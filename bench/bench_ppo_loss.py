@@ -131,8 +131,8 @@ def measure_gae(bench: Any, device: str) -> dict[str, Result]:
     exact = reference.gae(reward.double(), value.double(), *given[2:])
 
     def check(results: tuple[Tensor, Tensor]) -> None:
-        for name, got, eager, wanted in zip(("advantage", "returns"), results, plain, exact, strict=True):
-            assert_accurate(got, eager, wanted, name=name)
+        for name, got, eager, expected in zip(("advantage", "returns"), results, plain, exact, strict=True):
+            assert_accurate(got, eager, expected, name=name)
 
     candidates = [
         Candidate("gae", partial(gae, *given), check),

@@ -1,4 +1,4 @@
-"""Rollout throughput: `mem1.rollout` against Hugging Face `generate`, which encodes the pruned context anew
+"""Rollout throughput: `mem1.rollout` against Hugging Face `generate`, which encodes the pruned context again
 each turn; and what a rollout of 64 turns holds in memory.
 
 One model object with random weights serves all candidates; the peer runs it with "sdpa" and transformers' own

@@ -135,7 +135,7 @@ def generate_batch(model: Any, episodes: Sequence[Lengths]) -> Iterator[Turn]:
     prompts = [words(episode.prompt) for episode in episodes]
     contexts = prompts
     for turn in range(len(episodes[0].actions)):
-        wanted = [episode.actions[turn] for episode in episodes]
+        lengths = [episode.actions[turn] for episode in episodes]
         longest = max(map(len, contexts))
         ids = torch.zeros(len(episodes), longest, dtype=torch.int64)
         mask = torch.zeros_like(ids)
@@ -143,13 +143,13 @@ def generate_batch(model: Any, episodes: Sequence[Lengths]) -> Iterator[Turn]:
             ids[row, longest - len(context) :] = context
             mask[row, longest - len(context) :] = 1
         settings = GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max(wanted), pad_token_id=0
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max(lengths), pad_token_id=0
         )
         given = {"attention_mask": mask.to(device), "generation_config": settings}
         out = model.generate(ids.to(device), **given)[:, longest:].cpu()
         yield Turn(mask.sum(1), torch.full((len(episodes),), out.shape[1]))
         contexts = [
-            torch.cat([prompts[row], out[row, : wanted[row]], words(episodes[row].infos[turn])])
+            torch.cat([prompts[row], out[row, : lengths[row]], words(episodes[row].infos[turn])])
             for row in range(len(episodes))
         ]
 

@@ -1,5 +1,5 @@
 """The file of a run, in the format of pytest-benchmark, so that `pytest-benchmark compare` reads it, and what
-else reads that format. It is written without that package, anew after each table.
+else reads that format. It is written without that package, again after each table.
 
 A row with figures is a benchmark: its group is the title of its table, its stats are those of the rounds, in
 seconds per call, and the other columns are its `extra_info`. What the format has no place for stands under

@@ -107,8 +107,8 @@ class TrajectoryLayout:
     def split_by_trajectory(self, values: Tensor) -> list[Tensor]:
         """`values` [M] as one tensor [length] per trajectory, 0 where no policy token. Differentiable."""
         if values.shape != self.targets.shape:
-            wanted = f"one per policy token, shape {list(self.targets.shape)}"
-            raise ValueError(f"values: expected {wanted}, got {list(values.shape)}")
+            expected = f"one per policy token, shape {list(self.targets.shape)}"
+            raise ValueError(f"values: expected {expected}, got {list(values.shape)}")
         everything = values.new_zeros(sum(self.lengths)).index_copy(0, self.targets, values)
         return list(everything.split(self.lengths))
 

@@ -18,7 +18,7 @@ mem1_status validate_keep(const Params& p, int32_t rows, int32_t row_slots, mem1
   MEM1_CHECK(p.range_count >= 0, error, "range_count: expected >= 0, got %d", p.range_count);
   if (p.batch == 0) return MEM1_OK;
   MEM1_CHECK(p.lengths != nullptr, error, "lengths: expected a pointer, got NULL");
-  // Nothing to keep is told by ranges without a single one.
+  // Nothing to keep is said by ranges without a single one.
   MEM1_CHECK(p.mask == nullptr || p.ranges == nullptr, error, "mask, ranges: expected one of them, got both");
   MEM1_CHECK(p.mask != nullptr || p.ranges != nullptr || p.range_count == 0, error,
              "ranges: expected a pointer for %d ranges, got NULL", p.range_count);

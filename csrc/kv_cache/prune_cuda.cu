@@ -58,7 +58,7 @@ struct Survivors {
 struct Segment {
   int64_t b;
   int32_t index, first, stop;  // slots of the sequence
-  bool reports;                // writes what is told once per segment, not per array
+  bool reports;                // writes what is reported once per segment, not per array
   bool rotates;                // the array's entries are rotated
 };
 

@@ -89,9 +89,9 @@ mem1_status prune_pages_cpu(const mem1_prune_pages_params& p, mem1_error* error)
     std::fill(lengths, lengths + p.sequence_pages, 0);
     int32_t survivors = 0, left = 0;
     for_each_page(p, b, [&](const Page& page) { survivors += page.survivors; });
-    const int32_t wanted = p.within_pages ? p.sequence_pages : (survivors + p.page_size - 1) / p.page_size;
+    const int32_t needed = p.within_pages ? p.sequence_pages : (survivors + p.page_size - 1) / p.page_size;
     for_each_page(p, b, [&](const Page& page) {
-      const bool stays = page.survivors > 0 && left < wanted;
+      const bool stays = page.survivors > 0 && left < needed;
       p.page_uses[page.page] |= stays ? kUsed : kDropped;
       if (!stays) return;
       lengths[left] = p.within_pages ? page.survivors : std::min(p.page_size, survivors - left * p.page_size);

@@ -137,19 +137,19 @@ def check_cache(model: PreTrainedModel) -> None:
         )
     for layer, seen in enumerate(calls.seen):
         if seen != (layer, heads, dim):
-            wanted = f"expected (layer, KV heads, head dim) {(layer, heads, dim)}"
-            raise ValueError(f"mem1_cache in {name}: {wanted}, got {seen}")
+            expected = f"expected (layer, KV heads, head dim) {(layer, heads, dim)}"
+            raise ValueError(f"mem1_cache in {name}: {expected}, got {seen}")
 
 
 @contextmanager
-def _refusing(wanted: str) -> Iterator[None]:
+def _refusing(expected: str) -> Iterator[None]:
     """What a model's own code raises becomes a ValueError; one that is a ValueError has its reason."""
     try:
         yield
     except (ValueError, torch.OutOfMemoryError):
         raise
     except _OF_A_MODEL as error:
-        raise ValueError(f"{wanted}, got {type(error).__name__}: {error}") from error
+        raise ValueError(f"{expected}, got {type(error).__name__}: {error}") from error
 
 
 class _Calls:
@@ -307,7 +307,7 @@ class DeferredMask:
         return self._made[0]
 
     def __getattr__(self, name: str) -> Any:
-        wanted = "layers that hand attention_mask on to the attention as it is"
+        expected = "layers that hand attention_mask on to the attention as it is"
         raise AttributeError(
-            f"attn_implementation={NAME!r}: expected {wanted}, got one that reads its {name}"
+            f"attn_implementation={NAME!r}: expected {expected}, got one that reads its {name}"
         )

@@ -123,8 +123,8 @@ class SlotCache(Cache):
         if not step.alike:
             implementation = self._config._attn_implementation
             if implementation not in ("sdpa", "eager", NAME):
-                wanted = "attn_implementation 'sdpa', 'eager' or 'mem1' for rows that differ"
-                raise ValueError(f"SlotCache.forward_kwargs: expected {wanted}, got {implementation!r}")
+                expected = "attn_implementation 'sdpa', 'eager' or 'mem1' for rows that differ"
+                raise ValueError(f"SlotCache.forward_kwargs: expected {expected}, got {implementation!r}")
             last = (self.lengths[:, None] + column).to(device)  # the last entry that each token sees
             mask = (torch.arange(step.used, device=device) <= last[..., None])[:, None]
             if implementation == "eager":
@@ -152,8 +152,10 @@ class SlotCache(Cache):
                 raise ValueError("positions: expected 'keep', as entries are not at their slots' positions")
             inv_freq = self._inv_freq if inv_freq is None else inv_freq
             if inv_freq is None:
-                wanted = "RoPE's frequencies, or a cache made from a model that rotates halves by fixed ones"
-                raise ValueError(f"inv_freq: expected {wanted}, got None")
+                expected = (
+                    "RoPE's frequencies, or a cache made from a model that rotates halves by fixed ones"
+                )
+                raise ValueError(f"inv_freq: expected {expected}, got None")
             inv_freq = inv_freq.to(self.kv.device)
         mask = keep if isinstance(keep, Tensor) and keep.dtype == torch.bool else None
         lengths = prune_kv_cache_(
@@ -284,15 +286,15 @@ class _SlotLayer(CacheLayerMixin):
         if step is None or step.width != width:
             announced = None if step is None else step.width
             raise ValueError(
-                f"SlotCache: expected the {announced} columns that `step` announced, got {width}"
+                f"SlotCache: expected the {announced} columns that `forward_kwargs` announced, got {width}"
             )
         store = (self.keys, self.values)
         for new, old in zip((key_states, value_states), store, strict=True):
-            wanted = (*old.shape[:2], width, old.shape[3])
-            if new.shape != wanted or new.dtype != old.dtype or new.device != old.device:
+            expected = (*old.shape[:2], width, old.shape[3])
+            if new.shape != expected or new.dtype != old.dtype or new.device != old.device:
                 raise ValueError(
-                    f"SlotCache, layer {self.layer}: expected keys and values {list(wanted)}, {old.dtype} on "
-                    f"{old.device}, got {list(new.shape)}, {new.dtype} on {new.device}"
+                    f"SlotCache, layer {self.layer}: expected keys and values {list(expected)}, {old.dtype} "
+                    f"on {old.device}, got {list(new.shape)}, {new.dtype} on {new.device}"
                 )
         for new, old in zip((key_states.detach(), value_states.detach()), store, strict=True):
             if step.scatter is None:

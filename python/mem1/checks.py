@@ -13,10 +13,10 @@ class InputError(ValueError):
     """What the user gave cannot be used. The command line shows it as one line, all else with a traceback."""
 
 
-def require(condition: bool, name: str, wanted: str, value: object) -> None:
+def require(condition: bool, name: str, expected: str, value: object) -> None:
     """InputError "name: expected ..., got ..." unless `condition`."""
     if not condition:
-        raise InputError(f"{name}: expected {wanted}, got {value!r}")
+        raise InputError(f"{name}: expected {expected}, got {value!r}")
 
 
 def require_integers(settings: Any, names: str, low: int, high: float = math.inf) -> None:

@@ -92,7 +92,7 @@ MEM1_API mem1_status mem1_tile_plan_lists(const mem1_tile_plan_params* params, v
  * The cache of a layer is two arrays (keys and values) [rows, row_slots, heads, head_dim]. Sequence b has
  * sequence_rows * row_slots slots; slot s lies in row source_rows[b][s / row_slots] at s % row_slots. Without
  * source_rows sequence b is row b (the plain cache: sequence_rows = 1, row_slots = capacity); a block-table cache has
- * a page in each row. The first lengths[b] slots are in use. Which of them stay is told by ONE of
+ * a page in each row. The first lengths[b] slots are in use. Which of them stay is given by ONE of
  *   mask    a byte a slot, not zero: it stays; or
  *   ranges  [begin, end) pairs of slots, in order, not overlapping, end <= lengths[b]; empty ones are fine
  * (neither, with range_count 0: none stays).
