@@ -288,7 +288,7 @@ def test_refusals() -> None:
     refused("got 2 repeats", cache.batch_repeat_interleave, 2)
     refused("a selection of rows", cache.batch_select_indices, torch.tensor([0]))
     cache.forward_kwargs(3)
-    refused("the 3 columns that `step` announced, got 5", model, tokens[:, :5], **cache.kwargs)
+    refused("the 3 columns that `forward_kwargs` announced, got 5", model, tokens[:, :5], **cache.kwargs)
 
     cache.prune([[(0, 6)], [(2, 6)]])
     refused("expected the attention_mask of `SlotCache.forward_kwargs`", model, tokens[:, :1], **cache.kwargs)
