@@ -80,7 +80,8 @@ print("built for", built)
 PYTHON
   # The Triton kernels, side by side, into the cache where the tests find most of them.
   python3 tests/triton_report.py "sm_$arch" >"$out/triton" 2>&1 || echo "tests/triton_report.py: status $?, see $out/triton"
-  tar czf "$out/built.tgz" mem1_core/_C.*.so mem1_core/lib mem1_core/include build/triton
+  tar czf "$out/built.tgz" mem1_core/_C.*.so mem1_core/lib mem1_core/include
+  tar czf "$out/triton.tgz" build/triton
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
   python3 bench/ledger.py
 }
