@@ -49,6 +49,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
+    if not config.getoption("--benchmark"):
+        return
+    if hasattr(config, "workerinput") or config.getoption("numprocesses", None):
+        raise pytest.UsageError("--benchmark: expected one process, got several (-n), which slow each other")
+    out = config.getoption("--benchmark-out")
+    if out is not None:  # known now, not after the first table
+        try:
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+            Path(f"{out}.part").touch()
+        except OSError as error:
+            raise pytest.UsageError(
+                f"--benchmark-out: expected a file to write, got {out!r}: {error}"
+            ) from None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config) -> None:
+    """Everything here is a benchmark: --benchmark-only leaves nothing out."""
+    session = config.pluginmanager.get_plugin("pytest-benchmark")
+    if session is not None and config.getoption("--benchmark"):
+        session.only = False
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -143,7 +164,7 @@ class Bench:
     ) -> None:
         """Print and save what was measured; `work` as `measure.table` takes it."""
         facts = dict(facts or {})
-        own = self.run.add_table(title, facts)
+        own = self.run.add_table(title, facts, first=results[0].name)
         text, every_columns = table(results, **work)
         call = getattr(self.test, "callspec", None)
         for columns, result in zip(every_columns, results, strict=True):

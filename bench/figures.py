@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runs import Table, tables
+from runs import COPY, Table, tables
 
 try:
     from matplotlib.figure import Figure
@@ -43,19 +43,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"{given.run}: expected rows with times, got none")
     out = given.out or given.run.with_name(f"{given.run.stem}-figures")
     pictures = {f"{n:02} {table.title}": peers(table) for n, table in enumerate(measured, start=1)}
-    if any(key in row.columns for key, _ in SHARES for table in measured for row in table.rows):
+    if any(row.columns.get(key) is not None for key, _ in SHARES for table in measured for row in table.rows):
         pictures["roofline"] = roofline(measured)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, figure in pictures.items():
-        for suffix in ("png", "svg"):
-            figure.savefig(out / f"{_file_name(name)}.{suffix}", dpi=150)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, figure in pictures.items():
+            for suffix in ("png", "svg"):
+                figure.savefig(out / f"{_file_name(name)}.{suffix}", dpi=150)
+    except OSError as error:
+        sys.exit(f"--out: expected a folder to write to, got {str(out)!r}: {error.strerror}")
     print(f"{len(pictures)} figures in {out}, each as PNG and SVG")
 
 
 def peers(table: Table) -> Figure:
     """The time of every candidate, ours on top."""
     rows, times = table.rows, [row.stats for row in table.rows if row.stats]
-    scale, unit = next((pair for pair in UNITS if times[0]["median"] >= pair[0]), UNITS[-1])
+    longest = max(time["median"] for time in times)
+    scale, unit = next((pair for pair in UNITS if longest >= pair[0]), UNITS[-1])
     title = textwrap.fill(table.title, 95)
     figure = Figure(figsize=(WIDTH, 1.3 + 0.2 * title.count("\n") + 0.36 * len(rows)), layout="constrained")
     ax = figure.add_subplot()
@@ -67,13 +71,15 @@ def peers(table: Table) -> Figure:
         spread = [[median - low], [high - median]]
         ax.barh(n, median, 0.65, color=OTHER if n else OURS, xerr=spread, error_kw={"capsize": 3, "lw": 1})
         label = f"  {_digits(median)} {unit}"
-        if n and "x ours" in row.columns:
+        if n and row.columns.get("x ours") is not None:
             label += f", {_digits(row.columns['x ours'])}x ours"
         ax.text(max(median, high), n, label, va="center", weight="normal" if n else "bold")
     ax.set_yticks(range(len(rows)), [_short(row.name, 45) for row in rows])
     ax.get_yticklabels()[0].set_weight("bold")
     ax.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 1.4 * max(time["q3"] for time in times) / scale))
-    ax.set_xlabel(f"{unit} per call: median of the rounds, the line is their middle half; shorter is better")
+    ax.set_xlabel(
+        f"{unit} per call, median of the rounds; lines are their middle half, ratios medians within rounds"
+    )
     _plain(ax, title)
     return figure
 
@@ -86,7 +92,7 @@ def roofline(measured: Sequence[Table]) -> Figure:
     """How near each candidate of each table comes to what the machine can do: a panel for each ceiling."""
     panels = []
     for key, words in SHARES:
-        shown = [table for table in measured if any(key in row.columns for row in table.rows)]
+        shown = [table for table in measured if any(row.columns.get(key) is not None for row in table.rows)]
         if shown:
             panels.append((key, words, shown))
     heights = [0.3 + 0.5 * len(shown) for _, _, shown in panels]
@@ -95,16 +101,20 @@ def roofline(measured: Sequence[Table]) -> Figure:
     axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
     for ax, (key, words, shown) in zip(axes, panels, strict=True):
         for n, table in enumerate(shown):
-            first, *others = (100 * row.columns[key] for row in table.rows if key in row.columns)
-            if key == "of copy":
-                others.pop()  # the copy itself
+            found = [
+                (n == 0, 100 * row.columns[key])
+                for n, row in enumerate(table.rows)
+                if row.columns.get(key) is not None and row.name != COPY
+            ]
+            ours, others = ([share for own, share in found if own == wanted] for wanted in (True, False))
             for label, shares, style in (
-                ("ours", [first], {"marker": "o", "ms": 10, "color": OURS, "zorder": 3}),
+                ("ours", ours, {"marker": "o", "ms": 10, "color": OURS, "zorder": 3}),
                 ("others", others, {"marker": "D", "ms": 6, "mfc": "none", "mec": "0.35"}),
             ):
                 ax.plot(shares, [n] * len(shares), ls="none", clip_on=False, label=label, **style)
             text = {"textcoords": "offset points", "ha": "center", "color": OURS}
-            ax.annotate(f"{first:.0f} %", (first, n), (0, 8), **text)
+            for share in ours:
+                ax.annotate(f"{share:.0f} %", (share, n), (0, 8), **text)
         ax.axvline(100, color=CEILING, lw=1.5, zorder=1, label=words.removeprefix("of "))
         ax.set_yticks(range(len(shown)), [_label(table, key) for table in shown], fontsize=8)
         ax.set(ylim=(len(shown) - 0.4, -0.7), xlim=(0, max(110, ax.get_xlim()[1])))
@@ -134,7 +144,7 @@ def _short(text: str, length: int) -> str:
 
 
 def _file_name(title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:70].rstrip("-")
+    return re.sub(r"\W+", "-", title.lower()).strip("-")[:70].rstrip("-")
 
 
 if __name__ == "__main__":

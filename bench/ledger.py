@@ -98,50 +98,72 @@ def commit() -> str:
     return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
 
 
+SEVERITY = ("skipped", "passed", "failed", "died")
+
+
 def outcomes(out: Path) -> dict[str, str]:
-    """Test -> passed, failed, skipped, or "died" for one that took its process along or never ended."""
-    found: dict[str, str] = {}
+    """Test -> skipped, passed, failed, or "died" for one that took its process along or never ended: the
+    worst of all stages, and in each stage that of its last run.
+    """
+    worst: dict[str, str] = {}
     for path in sorted(out.glob("*/results.jsonl")):
-        for line in path.read_text().splitlines():
-            try:
-                result = json.loads(line)
-            except json.JSONDecodeError:  # the last line of a process that was killed
-                continue
-            test, outcome = result["test"], result["outcome"]
-            if "crashed while running" in result.get("text", ""):  # says pytest-xdist
-                outcome = "died"
-            if (
-                found.get(test) != "failed"
-            ):  # in another stage, in its set-up, or before its process was ended
-                found[test] = outcome
+        for test, outcome in _outcomes(path).items():
+            worst[test] = max(worst.get(test, outcome), outcome, key=SEVERITY.index)
+    return worst
+
+
+def _outcomes(path: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            result = json.loads(line)
+            test, outcome, text = str(result["test"]), str(result["outcome"]), str(result.get("text", ""))
+        except (ValueError, TypeError, KeyError):  # what a process that was killed has begun to write
+            continue
+        if outcome not in ("begun", *SEVERITY):
+            continue
+        # A failure has a text; that its process was ended after it says less.
+        if outcome == "failed" and "crashed while running" in text:  # pytest-xdist's words
+            outcome = "failed" if found.get(test) == "failed" else "died"
+        if outcome == "begun" or found.get(test) not in ("failed", "died"):  # in its set-up, say
+            found[test] = outcome
     return {test: "died" if outcome == "begun" else outcome for test, outcome in found.items()}
 
 
 def rows(out: Path) -> Iterator[str]:
     """A line of the first table of bench/LOG.md for each kernel, with what has become of its tests."""
     results, hashes = outcomes(out), {Path(path).name: digest for path, digest in sources().items()}
-    log = out / "build" / "log"
-    chip = re.search(r"^(NVIDIA[^,]*),", log.read_text() if log.exists() else "", re.MULTILINE)
+    chip = re.search(r"^(NVIDIA[^,\n]*),", _text(out / "build" / "log"), re.MULTILINE)
     where = chip[1] if chip else "chip unknown: no build log"
+    sanitizer = _text(out / "sanitize" / "status")
+    remark = "" if not sanitizer or " status 0 " in sanitizer else f"; {sanitizer.strip()}"
     for kernel, (files, begins) in KERNELS.items():
         names = {test: test.split("/")[-1].removeprefix("test_") for test in results}
         own = {test: results[test] for test, name in names.items() if name.startswith(begins)}
         counts = {name: list(own.values()).count(name) for name in ("passed", "failed", "died")}
         said = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none ran"
         digests = " ".join(f"`{name}` {hashes[name]}" for name in files)
-        yield f"| {kernel} | {digests} | {where} | {date.today().isoformat()} | {said} | |"
+        yield f"| {kernel} | {digests} | {where} | {date.today().isoformat()} | {said}{remark} | |"
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
 
 
 def stages(out: Path) -> Iterator[str]:
     for folder in sorted(path for path in out.iterdir() if path.is_dir()):
-        status = folder / "status"
-        yield status.read_text().strip() if status.exists() else f"{folder.name}: cut short, no status"
+        yield _text(folder / "status").strip() or f"{folder.name}: cut short, no status"
 
 
 def figures(out: Path) -> Iterator[str]:
     """The time of each bench row, in words that fit the last column."""
     for path in sorted(out.glob("*/bench.json")):
-        for table in runs.tables(path):
+        try:
+            tables = runs.tables(path)
+        except ValueError as error:
+            yield str(error)
+            continue
+        for table in tables:
             yield table.title
             measured = ((row.name, row.stats["median"]) for row in table.rows if row.stats)
             yield from (f"  {name}: {seconds * 1e3:.3f} ms" for name, seconds in measured)
@@ -149,8 +171,12 @@ def figures(out: Path) -> Iterator[str]:
 
 if __name__ == "__main__":
     if len(sys.argv) == 2:
+        folder = Path(sys.argv[1])
+        if not folder.is_dir():
+            sys.exit(f"OUT: expected the folder of bench/on_gpu.sh, got {folder}")
         for part in (stages, rows, figures):
-            print("\n".join(part(Path(sys.argv[1]))))
+            for line in part(folder):
+                print(line)
         sys.exit()
     for path, digest in sources().items():
         print(digest, path)

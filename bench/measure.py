@@ -21,11 +21,11 @@ from statistics import median
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from runs import COPY
 
 SLOW_CALL_S = 3.0
 MAX_ROUNDS = 50
 WINDOW_S = 4e-3  # of calls that are timed as one
-COPY = "copy between two buffers"
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
-# What a machine with a GPU is borrowed for, in stages: bench/on_gpu.sh STAGE OUT. Without arguments it lists the stages, with
-# the seconds that each is expected to take and may take at most, and says what this machine lacks.
+# What a machine with a GPU is borrowed for, in stages: bench/on_gpu.sh STAGE OUT [DEADLINE]. Without arguments it lists the
+# stages, with the seconds that each is expected to take and may take at most, and says what this machine lacks.
 #
-# A stage runs in processes of its own, which are interrupted at its limit and killed ten seconds later, and leaves what it found
-# in OUT/STAGE as it comes: a crash, a hang or a failure costs that stage alone. `python3 bench/ledger.py OUT` makes the entries
-# of bench/LOG.md out of what is there. Uses the python3 on PATH, with torch, pytest and what the build needs; downloads nothing.
+# A stage runs in processes of its own, which are interrupted at its limit, or at DEADLINE (seconds since 1970) if that comes
+# first, and killed ten seconds later. It leaves what it found in OUT/STAGE as it comes: a crash, a hang or a failure costs that
+# stage alone. `python3 bench/ledger.py OUT` makes the entries of bench/LOG.md out of what is there. Uses the python3 on PATH,
+# with torch, pytest and what the build needs; downloads nothing.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+self=$(realpath "$0")
+out=${2:+$(realpath -m "$2")}  # as it is from here
+cd "$(dirname "$self")/.."
 root=$PWD
 if [ -d /usr/local/cuda/bin ]; then PATH=$PATH:/usr/local/cuda/bin; fi
 
@@ -43,7 +46,7 @@ PYTHON
 }
 
 list() {
-  echo "usage: bench/on_gpu.sh STAGE OUT"
+  echo "usage: bench/on_gpu.sh STAGE OUT [DEADLINE]"
   printf '%-10s %8s %6s\n' stage expected limit
   stages | while read -r name expected limit what; do printf '%-10s %7ss %5ss  %s\n' "$name" "$expected" "$limit" "$what"; done
   echo "missing here:"
@@ -97,11 +100,12 @@ attention() { bench attention; }
 loss() { bench ppo_loss; }
 rollout() { bench rollout; }
 memory() {
-  local status=0 tests test
-  tests=$(python3 -m pytest tests -p no:cacheprovider -m "gpu and memory" --collect-only -q | grep ::)
+  local status=0 test
+  python3 -m pytest tests -p no:cacheprovider -m "gpu and memory" --continue-on-collection-errors --collect-only -q \
+    >"$out/collected" || { status=$?; cat "$out/collected"; }
   while read -r test; do
     pytest_ "$test" || status=$?
-  done <<<"$tests"
+  done < <(grep :: "$out/collected" | grep -v ^ERROR)
   return $status
 }
 
@@ -112,16 +116,39 @@ fi
 stage=$1
 limit=$(stages | awk -v name="$stage" '$1 == name { print $3 }')
 [ -n "$limit" ] || { echo "on_gpu.sh: stage: expected one of $(stages | awk '{ printf "%s ", $1 }'), got $stage" >&2; exit 2; }
-out=$(mkdir -p "$2/$stage" && cd "$2/$stage" && pwd)
+out=$out/$stage
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 TRITON_CACHE_DIR=$root/build/triton
-mkdir -p "$TRITON_CACHE_DIR"
 export PYTHONPATH="$root:$root/python${PYTHONPATH:+:$PYTHONPATH}"
 if [ "${3:-}" = within ]; then
   "$stage"
   exit
 fi
-status=0
+if [ -n "${3:-}" ]; then
+  left=$(($3 - $(date +%s) - 10))
+  if [ "$left" -lt "$limit" ]; then limit=$left; fi
+fi
+mkdir -p "$out" "$TRITON_CACHE_DIR"
+rm -f "$out"/*  # of an earlier run of this stage
+say() { echo "$stage: $1" | tee "$out/status"; }
+if [ "$limit" -le 0 ]; then
+  say "not run: the deadline is near"
+  exit 124
+fi
+
 SECONDS=0
-timeout --signal=INT --kill-after=10 "$limit" bash "$0" "$stage" "$2" within > >(tee "$out/log") 2>&1 || status=$?
-echo "$stage: status $status after $SECONDS s (limit $limit)" | tee "$out/status"
+set -m  # a group of its own, which an interrupt reaches
+timeout --signal=INT --kill-after=10 "$limit" bash "$self" "$stage" "$(dirname "$out")" within > >(tee "$out/log") 2>&1 &
+group=$!
+set +m
+stop() {
+  kill -INT -- "-$group" || true
+  for _ in $(seq 100); do kill -0 -- "-$group" 2>/dev/null || break; sleep 0.1; done
+  kill -KILL -- "-$group" 2>/dev/null || true
+  say "stopped after $SECONDS s"
+  exit 130
+}
+trap stop INT TERM HUP
+status=0
+wait "$group" || status=$?
+say "status $status after $SECONDS s (limit $limit)"
 exit "$status"

@@ -31,6 +31,9 @@ def pytest_configure(config: pytest.Config) -> None:
 class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.exists() and not path.read_bytes().endswith(b"\n"):  # a process before this one was killed
+            with path.open("a") as file:
+                file.write("\n")
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._write({"test": nodeid, "outcome": "begun"})

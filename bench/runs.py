@@ -10,6 +10,7 @@ without figures.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -23,6 +24,7 @@ from typing import Any
 
 FORMAT = "5.3.1"  # of the pytest-benchmark whose format it is
 OWN = "mem1_core"
+COPY = "copy between two buffers"  # the row that is the ceiling of what moves data
 
 
 class Run:
@@ -39,8 +41,9 @@ class Run:
         self._head = {"machine_info": machine, "commit_info": commit}
         self._time = datetime.now(timezone.utc).isoformat()
 
-    def add_table(self, title: str, facts: dict[str, Any]) -> dict[str, Any]:
-        self.tables.append({"title": title, "facts": facts, "without figures": []})
+    def add_table(self, title: str, facts: dict[str, Any], first: str) -> dict[str, Any]:
+        """first: the name of our row."""
+        self.tables.append({"title": title, "facts": facts, "first": first, "without figures": []})
         return self.tables[-1]
 
     def add(self, entry: dict[str, Any]) -> None:
@@ -181,7 +184,7 @@ class Row:
 @dataclass(frozen=True)
 class Table:
     title: str
-    rows: list[Row] = field(default_factory=list)  # ours first, those without figures last
+    rows: list[Row] = field(default_factory=list)  # ours first, others without figures last
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -194,10 +197,13 @@ def tables(path: str | os.PathLike[str]) -> list[Table]:
         for row in document["benchmarks"]:
             title = row["group"] or row["fullname"]
             table = found.setdefault(title, Table(title))
+            if not all(math.isfinite(row["stats"][key]) for key in ("median", "q1", "q3")):
+                raise ValueError(f"{row['name']}: times that are not finite")
             table.rows.append(Row(row["name"], row["stats"], row["extra_info"]))
         for table in own:
-            rows = [Row(row["name"], None, row) for row in table["without figures"]]
-            found[table["title"]].rows.extend(rows)
+            rows = found[table["title"]].rows
+            rows += [Row(row["name"], None, {"note": ""} | row) for row in table["without figures"]]
+            rows.sort(key=lambda row: row.name != table["first"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path}: expected a run in pytest-benchmark's format, got a file without it ({error!r})"

@@ -43,7 +43,7 @@ def choose_backend(op: str, tensor: Tensor, requested: str, available: Sequence[
         )
     # Triton's kernels take CPU tensors when they are interpreted, which they find out themselves.
     if requested in ("cpu", "cuda") and device != requested:
-        raise ValueError(f"backend: {requested!r} wants {requested} tensors, got one on {device}")
+        raise ValueError(f"backend: {requested!r}: expected {requested} tensors, got one on {device}")
     return requested
 
 

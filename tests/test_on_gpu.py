@@ -6,9 +6,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -200,7 +202,9 @@ def test_what_goes_wrong_leaves_the_rest(faked: Path) -> None:
         "| logit rows (CUDA)": "1 died",
         "| `forward` (Triton)": "none ran",
     }.items():
-        assert entries[kernel][0] == "NVIDIA Fake" and entries[kernel][2] == tests
+        assert entries[kernel][0] == "NVIDIA Fake" and entries[kernel][2].startswith(
+            f"{tests}; sanitize: status 134 "
+        )
 
 
 def test_the_ledger_knows_every_gpu_source_and_tests_of_each_kernel() -> None:
@@ -212,3 +216,75 @@ def test_the_ledger_knows_every_gpu_source_and_tests_of_each_kernel() -> None:
             found = [text for name, text in texts.items() if name.startswith(f"test_{file}")]
             assert any("mark.gpu" in text or "kv_cache_cases" in text for text in found), file
             assert any(f"def {test}" in text for text in found), (file, test)
+
+
+def results(folder: Path, stage: str, *lines: str) -> None:
+    (folder / stage).mkdir(parents=True)
+    (folder / stage / "results.jsonl").write_text("\n".join(lines))
+
+
+def line(outcome: str, text: str = "", test: str = "tests/test_gae.py::test_gae") -> str:
+    return json.dumps({"test": test, "outcome": outcome, "text": text})
+
+
+@pytest.mark.parametrize(
+    ("lines", "outcome"),
+    [
+        (("begun", "passed"), "passed"),
+        (("begun",), "died"),
+        (("begun", "passed", "failed"), "failed"),  # in its tear-down
+        (("begun", "failed", "begun", "passed"), "passed"),  # mended, and run again
+        (("begun", "passed", "begun"), "died"),
+    ],
+)
+def test_the_ledger_takes_the_last_run_of_a_stage(
+    tmp_path: Path, lines: tuple[str, ...], outcome: str
+) -> None:
+    results(tmp_path, "smoke", *map(line, lines))
+    assert list(ledger.outcomes(tmp_path).values()) == [outcome]
+
+
+def test_the_ledger_takes_the_worst_of_all_stages(tmp_path: Path) -> None:
+    results(tmp_path, "sanitize", line("begun"))
+    results(tmp_path, "smoke", line("begun"), line("passed"))
+    results(tmp_path, "tests", line("begun"), "12", "{", "null", '{"test": "x"}', line("skipped")[:-5])
+    (tmp_path / "attention").mkdir()
+    (tmp_path / "attention" / "bench.json").write_text("no run")
+    (tmp_path / "sanitize" / "status").write_text("sanitize: status 9 after 3 s")
+    command = [sys.executable, str(ROOT / "bench" / "ledger.py"), str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (row,) = (row for row in said.splitlines() if row.startswith("| `gae`"))
+    assert "| 1 died; sanitize: status 9 after 3 s |" in row
+    assert "attention: cut short, no status" in said and "bench.json: expected a run" in said
+    missing = subprocess.run([*command[:2], str(tmp_path / "nothing")], capture_output=True, text=True)
+    assert missing.returncode == 1 and "OUT: expected the folder of bench/on_gpu.sh, got " in missing.stderr
+
+
+def test_paths_are_those_of_the_caller(faked: Path) -> None:
+    path = os.pathsep.join([str(faked / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    for folder, script, out in (("bench", "on_gpu.sh", "../one"), ("tests", "../bench/on_gpu.sh", "../two")):
+        command = ["bash", script, "build", out]
+        environment = os.environ | {"PATH": path}
+        subprocess.run(command, cwd=faked / folder, env=environment, check=True, capture_output=True)
+    assert all((faked / out / "build" / "built.tgz").exists() for out in ("one", "two"))
+
+
+def test_a_deadline_is_kept(faked: Path) -> None:
+    out, soon = faked / "out", str(int(time.time()) + 15)
+    assert on_gpu(faked, "cache", str(out), soon).returncode == 124
+    assert re.search(r"limit [345]\)", (out / "cache" / "status").read_text())
+    said = on_gpu(faked, "tests", str(out), soon)
+    assert said.returncode == 124 and "tests: not run: the deadline is near" in said.stdout
+
+
+def test_an_interrupt_ends_the_stage(faked: Path) -> None:
+    path = os.pathsep.join([str(faked / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    command = ["bash", str(faked / "bench" / "on_gpu.sh"), "cache", str(faked / "out")]
+    stage = subprocess.Popen(command, env=os.environ | {"PATH": path}, stdout=subprocess.DEVNULL)
+    while not (faked / "out" / "cache" / "bench.json").exists():
+        time.sleep(0.1)
+    stage.terminate()
+    assert stage.wait(timeout=30) == 130
+    assert "stopped after" in (faked / "out" / "cache" / "status").read_text()
+    left = subprocess.run(["pgrep", "-f", str(faked / "out")], capture_output=True, text=True).stdout
+    assert left == ""

@@ -255,7 +255,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> None:
     """What a direct call of the op may get wrong, short of reading values, which would synchronise."""
     if not (q.is_cuda or INTERPRETED):
-        raise ValueError(f"backend: 'triton' wants cuda tensors, got one on {q.device.type}")
+        raise ValueError(f"backend: 'triton': expected cuda tensors, got one on {q.device.type}")
     major, minor = _capability(q.device)
     if major < 8:
         raise NotImplementedError(

@@ -5,6 +5,7 @@ All are checked when they are made: InputError names the field.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -28,6 +29,25 @@ def _check_prune(prune: EvictionPolicy) -> None:
         check_prune(prune)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def _recorded(name: str, value: Any) -> dict[str, Any]:
+    """A dict as it can be kept on record: numbers of numpy become Python's."""
+    require(isinstance(value, dict), name, "a dict of arguments", value)
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {key: plain(part) for key, part in x.items()}
+        if isinstance(x, (tuple, list)):
+            return type(x)(map(plain, x))
+        return x.item() if getattr(x, "ndim", None) == 0 else x
+
+    arguments: dict[str, Any] = plain(value)
+    try:
+        json.dumps(arguments, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: expected arguments that JSON has, got {value!r}: {error}") from None
+    return arguments
 
 
 @dataclass(frozen=True)
@@ -213,5 +233,5 @@ class TrainConfig:
         require(isinstance(self.device, str), "device", "'auto' or the name of a torch device", self.device)
         if self.threads is not None:
             require_integers(self, "threads", 1, 4096)
-        require(isinstance(self.environment, dict), "environment", "a dict of arguments", self.environment)
+        object.__setattr__(self, "environment", _recorded("environment", self.environment))
         require(not self.rollout.greedy, "greedy", "False in training, which learns from samples", True)

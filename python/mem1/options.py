@@ -36,7 +36,7 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
         )
         new.set_defaults(run=runs[name])
         group = new.add_argument_group(name)
-        group.add_argument("--threads", type=_positive, help="CPU threads; None leaves torch's choice")
+        group.add_argument("--threads", type=_threads, help="CPU threads; None leaves torch's choice")
         if name != "demo":
             group.add_argument("--device", default=config.device, help="auto, cpu, cuda or cuda:N")
         return group
@@ -123,17 +123,27 @@ def _sampling_options() -> argparse.ArgumentParser:
 
 def _prune(text: str) -> EvictionPolicy | str:
     """A number where it is one; RolloutConfig says what is wrong with the rest."""
-    return int(text) if text.isdecimal() else text
+    return int(text) if _number(text) else text
+
+
+def _number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
+def _threads(text: str) -> int:
+    if not _number(text) or not 1 <= int(text) <= 4096:
+        raise argparse.ArgumentTypeError(f"expected an integer from 1 to 4096, got {text}")
+    return int(text)
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not _number(text) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text}")
     return int(text)
 
 
 def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= LARGEST:
+    if not _number(text) or int(text) >= LARGEST:
         raise argparse.ArgumentTypeError(f"expected an integer in [0, 2**53), got {text}")
     return int(text)
 

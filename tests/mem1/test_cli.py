@@ -111,7 +111,10 @@ def test_the_defaults_are_those_of_the_config(trained):
         (["--prune", "-5"], "tokens >= 1, got '-5'"),
         (["--prune", "0.5"], "tokens >= 1, got '0.5'"),
         (["--prune", "sometimes"], "tokens >= 1, got 'sometimes'"),
-        (["--objectives", "3-2"], "objectives: expected a number or an interval within 1..16, got (3, 2)"),
+        (
+            ["--objectives", "3-2"],
+            "objectives: expected a number or a rising interval within 1..16, got (3, 2)",
+        ),
     ],
 )
 def test_a_setting_out_of_range_is_one_line(capsys, tmp_path, trained, arguments, message):
@@ -126,9 +129,9 @@ def test_a_setting_out_of_range_is_one_line(capsys, tmp_path, trained, arguments
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--objectives", "17"], "objectives: expected a number or an interval within 1..16"),
+        (["--objectives", "17"], "objectives: expected a number or a rising interval within 1..16"),
         (["--passage-tokens", "-1"], "passage_tokens: expected a number >= 0"),
-        (["--hops", "9"], "hops: expected a number or an interval within 1..4"),
+        (["--hops", "9"], "hops: expected a number or a rising interval within 1..4"),
         (["--device", "cuda:99"], "device: expected one of auto, cpu"),
     ],
 )

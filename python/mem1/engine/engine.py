@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mem1.checks import InputError
+from mem1.checks import InputError, require
 from mem1.engine.cuda_graphs import Graphs
 from mem1.engine.slot_attention import AttentionMetadata, Step, find_flash_attention
 from mem1.engine.slots import Slots
@@ -42,6 +42,7 @@ class Engine:
             check_cache(model)
         except ValueError as error:
             raise InputError(str(error)) from None
+        require(num_slots >= 1, "num_slots", "an integer >= 1", num_slots)
         self.model, self.trunk = model, cast(Any, model.get_decoder())
         self._busy = False
         self._refresh()

@@ -1,6 +1,4 @@
-"""Evaluation: an agent with constant memory beside one that keeps everything and one that truncates, and the
-parity of their log-probs.
-"""
+"""Evaluation: an agent with constant memory beside one that keeps everything and one that truncates."""
 
 from __future__ import annotations
 
@@ -11,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from mem1.checks import require
 from mem1.config import RolloutConfig
 from mem1.engine.engine import Engine
 from mem1.envs.base import Environment, ExpertEnvironment
@@ -47,6 +46,7 @@ def evaluate(
     The episodes follow from `seed`: every agent gets the same, and training never saw them. engine: one of
     this model, kept from row to row, as for `rollout`. A row is a phase of `progress`; None says nothing.
     """
+    require(episodes >= 1, "episodes", "an integer >= 1", episodes)
     progress = progress or Progress(log=lambda line: None)
     start, played = time.perf_counter(), []
     with progress.phase(f"{agent}, {objectives} objective" + "s" * (objectives > 1), total=episodes) as phase:
@@ -72,6 +72,7 @@ def evaluate_expert(
     No token is computed, so the row's seconds say nothing about speed. The limits of `config` do not hold:
     the expert's notes and turns grow with the task, and only what is asked of it may end an episode.
     """
+    require(episodes >= 1, "episodes", "an integer >= 1", episodes)
     free = replace(config, max_turns=_NO_LIMIT, max_action_tokens=_NO_LIMIT, max_info_tokens=_NO_LIMIT)
     start = time.perf_counter()
     played = list(play_expert(tokenizer, make_environment, evaluation_seeds(seed, episodes), free))

@@ -10,7 +10,7 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from mem1.checks import InputError, require
 from mem1.config import TrainConfig
 from mem1.engine.engine import Engine
-from mem1.envs.base import Environment
+from mem1.envs.base import Environment, ExpertEnvironment
 from mem1.evaluation.results import error_counts
 from mem1.io import append_json, without_nan
 from mem1.models.build import build_critic, build_model, dropouts
@@ -102,12 +102,17 @@ def train(
         Codec(tokenizer)  # which refuses one without the tags
         slots = min(config.rollout.num_slots, config.batch_size)
         engine = Engine(actor.eval(), slots, config.rollout.max_num_batched_tokens)
+        warm = init is None and (state is None or "ppo" not in state)
+        examples = draw_example
+        if warm and config.warmstart.steps and examples is None:
+            examples = expert_examples(
+                tokenizer, cast(Callable[[], ExpertEnvironment], make_environment), config.rollout
+            )
         if resumed.checkpoint is None:
             run.begin(settings | {"init": resumed.init}, overwrite=overwrite or resume)
 
         # 2. The warm start.
-        if init is None and (state is None or "ppo" not in state):
-            examples = draw_example or expert_examples(tokenizer, make_environment, config.rollout)
+        if warm:
             _warm_start(actor, tokenizer, examples, config, run, state or {}, interrupts, progress)
             state = None
 
@@ -128,7 +133,7 @@ def train(
 def _warm_start(
     actor: Any,
     tokenizer: Any,
-    draw_example: DrawExample,
+    draw_example: DrawExample | None,  # None: for a warm start of no steps
     config: TrainConfig,
     run: RunFolder,
     state: dict[str, Any],
@@ -151,7 +156,13 @@ def _warm_start(
 
     regime, lessons = config.rollout.regime, config.warmstart
     steps = warm_start(
-        actor, lessons, draw_example, regime=regime, seed=config.seed, optimizer=optimizer, done=done
+        actor,
+        lessons,
+        cast(DrawExample, draw_example),
+        regime=regime,
+        seed=config.seed,
+        optimizer=optimizer,
+        done=done,
     )
     complete = False  # the weights are those after `done` steps, and these are on record
     try:

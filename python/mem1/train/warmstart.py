@@ -12,13 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from mem1.checks import InputError
 from mem1.config import RolloutConfig, WarmStartConfig
 from mem1.envs.base import Example, ExpertEnvironment
 from mem1.rollout.rollout_loop import play_expert
 from mem1.seeds import derive_seed
 from mem1.train.batches import PackedBatch, label_hidden
 from mem1.train.optim import AdamW
+from mem1.trajectory import FinishReason
 from mem1_core.layout import Regime, TrajectoryLayout
+from mem1_core.segments import policy_tokens
 
 DrawExample = Callable[[random.Random, float], Example]
 
@@ -84,10 +87,16 @@ def rate_factor(step: int, done: float, config: WarmStartConfig) -> float:
 def draw_batch(
     draw_example: DrawExample, rng: random.Random, progress: float, batch_tokens: int
 ) -> list[Example]:
-    """Examples until `batch_tokens` are reached."""
+    """Examples until `batch_tokens` are reached. InputError for one that nothing can be learned from."""
     batch: list[Example] = []
     while sum(len(example.tokens) for example in batch) < batch_tokens:
-        batch.append(draw_example(rng, progress))
+        example = draw_example(rng, progress)
+        tokens, segments = len(example.tokens), sum(segment.length for segment in example.segments)
+        if tokens != segments:
+            raise InputError(f"draw_example: expected segments of {tokens} tokens in all, got {segments}")
+        if not policy_tokens(example.segments).any():
+            raise InputError(f"draw_example: expected tokens that the policy writes, got {example.segments}")
+        batch.append(example)
     return batch
 
 
@@ -96,15 +105,31 @@ def expert_examples(
     make_environment: Callable[[], ExpertEnvironment],
     config: RolloutConfig,
 ) -> DrawExample:
-    """Episodes of the environment's own expert, as a warm start draws them."""
+    """Episodes of the environment's own expert, as a warm start draws them.
+
+    InputError for an environment without an expert; where an episode of it does not come to its own end, by
+    an error or at a limit of `config`; and where it writes what the tokenizer does not know.
+    """
+    environment = make_environment()
+    if not hasattr(environment, "expert_action"):
+        raise InputError(
+            "make_environment: expected one with expert_action to learn from, got "
+            f"{type(environment).__name__} (or give draw_example, or WarmStartConfig(steps=0))"
+        )
 
     def draw(rng: random.Random, progress: float) -> Example:
         seed = rng.getrandbits(53)
         (played,) = play_expert(tokenizer, make_environment, [seed], config)
-        if played.error_kind:
-            raise RuntimeError(
-                f"expert: expected an episode without a fault at seed {seed}, got {played.error}"
+        written = played.tokens[played.policy_mask]
+        if played.finish_reason not in (FinishReason.ANSWERED, FinishReason.ENVIRONMENT):
+            what = played.error or (
+                f"{played.finish_reason} with max_turns={config.max_turns} and "
+                f"max_action_tokens={config.max_action_tokens}"
             )
+            raise InputError(f"expert: expected an episode that it ends, at seed {seed}, got {what}")
+        if (written == tokenizer.unk_token_id).any():
+            text = tokenizer.decode(written)
+            raise InputError(f"expert: expected words of the tokenizer, at seed {seed}, got {text!r}")
         return Example(played.tokens.tolist(), played.segments, played.prune)
 
     return draw

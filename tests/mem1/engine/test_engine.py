@@ -245,3 +245,8 @@ def test_a_model_that_cannot_be_used_is_the_users_error(make_model):
         Engine(make_model(attn_implementation="sdpa"), num_slots=1)
     with pytest.raises(InputError, match="expected plain logits, got logits_scaling=8.0"):
         Engine(make_model(logits_scaling=8.0), num_slots=1)
+
+
+def test_an_engine_has_a_slot(make_model):
+    with pytest.raises(InputError, match="num_slots: expected an integer >= 1, got 0"):
+        Engine(make_model(), 0)

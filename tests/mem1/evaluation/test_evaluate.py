@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from mem1.checks import InputError
 from mem1.config import RolloutConfig
 from mem1.demo import demo_config, expert_results, growth
 from mem1.engine.engine import Engine
@@ -211,6 +212,16 @@ def test_every_agent_gets_the_same_episodes(make_model, tokenizer):
         by_seed = sorted(played, key=lambda t: (t.objectives, t.seed))
         prompts.append([t.tokens[: t.segments[0].length].tolist() for t in by_seed])
     assert prompts[0] == prompts[1] == prompts[2]
+
+
+def test_a_row_has_an_episode(make_model, tokenizer):
+    what = {"agent": "MEM1", "objectives": 2, "episodes": 0}
+    for call in (
+        lambda: evaluate(make_model(), tokenizer, RolloutConfig(), MultiHopEnv, **what),
+        lambda: evaluate_expert(tokenizer, RolloutConfig(), MultiHopEnv, **what),
+    ):
+        with pytest.raises(InputError, match="episodes: expected an integer >= 1, got 0"):
+            call()
 
 
 def expert_rows(

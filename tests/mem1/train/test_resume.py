@@ -275,6 +275,7 @@ def test_numbers_of_numpy_become_python_s(tmp_path):
     config = replace(
         CONFIG, max_updates=1, seed=np.int64(3), ppo=replace(CONFIG.ppo, actor_lr=np.float64(1e-3))
     )
+    config = replace(config, environment={"objectives": (np.int64(1), 2)})
     config = replace(config, rollout=replace(config.rollout, regime=np.str_("carry")))
     run(config, tmp_path)
     run(replace(config, max_updates=2, seed=3), tmp_path, resume=True)
@@ -287,6 +288,11 @@ def test_a_run_that_cannot_be_deletes_nothing(tmp_path, unbroken, make_model):
     other = checkpoint.save(tmp_path / "untagged", make_model(), untagged_tokenizer())
     for config, how, message in (
         (replace(CONFIG, environment={"hops": 9}), {}, "hops: expected"),
+        (
+            CONFIG,
+            {"make_environment": dict, "draw_example": None},
+            "expected one with expert_action",
+        ),
         (CONFIG, {"tokenizer": None}, "tokenizer: expected one for a model with random weights, got none"),
         (CONFIG, {"init": other}, "tokenizer: expected one token for the tag"),
         (CONFIG, {"init": tmp_path / "nothing"}, "path: expected a model folder"),

@@ -344,3 +344,9 @@ def test_every_setting_is_checked_when_it_is_made(change, message):
         }
         replace(TINY, **settings)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("value", [{1}, float("nan"), Path("x"), len])
+def test_an_environment_can_be_kept_on_record(value):
+    with pytest.raises(InputError, match="environment: expected arguments that JSON has, got {'a': "):
+        replace(TINY, environment={"a": value})

@@ -4,12 +4,15 @@ import random
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from mem1.checks import InputError
 from mem1.config import ModelConfig, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.envs.base import Action, Example, ExpertAction
 from mem1.envs.toy.curriculum import Curriculum
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.envs.toy.training import toy_training
@@ -24,6 +27,7 @@ from mem1.train.warmstart import (
     warm_start,
 )
 from mem1_core.mask import TrajectoryMask
+from mem1_core.segments import Segment
 
 SMALL = ModelConfig(
     num_hidden_layers=2, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64
@@ -100,12 +104,54 @@ def test_any_environment_with_an_expert_can_be_learned_from(tokenizer: PreTraine
     example = draw(random.Random(5), 0.0)
     assert example == (played.tokens.tolist(), played.segments, "state")
 
+
+def test_an_expert_that_cannot_teach_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     class Down(MultiHopEnv):
-        def step(self, action):  # type: ignore[no-untyped-def]
+        def step(self, action: Any) -> Any:
             raise LookupError("no such page")
 
-    with pytest.raises(RuntimeError, match="expert: expected .* got LookupError: no such page"):
-        expert_examples(tokenizer, partial(Down, 2), config)(random.Random(5), 0.0)
+    class Unknown(MultiHopEnv):
+        def expert_action(self) -> ExpertAction:
+            return ExpertAction("xyzzy", Action("answer", "ada"))
+
+    class Mute:
+        pass
+
+    for make, config, message in (
+        (
+            Down,
+            RolloutConfig(),
+            "expected an episode that it ends, at seed .* LookupError: no such page",
+        ),
+        (
+            MultiHopEnv,
+            RolloutConfig(max_turns=1),
+            "got turn_limit with max_turns=1 and .*=192",
+        ),
+        (MultiHopEnv, RolloutConfig(max_action_tokens=8), "got turn_limit with .* max_action_tokens=8"),
+        (Unknown, RolloutConfig(), "expert: expected words of the tokenizer, .* got '<IS> <unk> </IS>"),
+        (Mute, RolloutConfig(), "make_environment: expected one with expert_action .* got Mute"),
+    ):
+        with pytest.raises(InputError, match=message):
+            expert_examples(tokenizer, make, config)(random.Random(5), 0.0)  # type: ignore[arg-type]
+
+
+def test_an_example_that_teaches_nothing_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    prompt, query = Segment("prompt", 0, 2), Segment("query", 1, 1)
+    for example, message in (
+        (Example([], [], "action"), "expected tokens that the policy writes, got \\[\\]"),
+        (Example([5, 6], [prompt], "action"), "expected tokens that the policy writes"),
+        (Example([5, 6, 7, 8], [prompt, query], "action"), "expected segments of 4 tokens in all, got 3"),
+    ):
+        with pytest.raises(InputError, match=f"draw_example: {message}"):
+            draw_batch(lambda rng, progress, example=example: example, random.Random(0), 0.0, 64)
+
+
+def test_the_toy_takes_its_environment_as_the_environment_does(tokenizer: PreTrainedTokenizerFast) -> None:
+    for environment in ({}, {"objectives": 2}, {"objectives": [2, 2]}):
+        draw = toy_training(TrainConfig(environment=environment))["draw_example"]
+        turns = {draw(random.Random(n), 1.0).segments[-1].turn for n in range(30)}
+        assert 1 + 2 * 2 in turns and tuple(draw.objectives) == (2, 2)
 
 
 @pytest.mark.parametrize("regime", ["carry", "reencode"])

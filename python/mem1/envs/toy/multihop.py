@@ -24,6 +24,7 @@ from mem1.envs.toy.words import FILLER, NAMES, RELATIONS
 
 INSTRUCTION = "answer these questions in order , a name each :"
 FOUND = "found"
+DEFAULT_OBJECTIVES = 2
 NOTHING_FOUND = "nothing found"
 # The agent reads this as `<info>`, in which tags are left out: it has to make do with words.
 MALFORMED = "malformed ; lookup a name and a relation , or answer these questions in order , a name each"
@@ -44,7 +45,7 @@ class MultiHopEnv:
 
     def __init__(
         self,
-        objectives: int | tuple[int, int] = 2,
+        objectives: int | tuple[int, int] = DEFAULT_OBJECTIVES,
         hops: int | tuple[int, int] = 2,
         passage_tokens: int = 0,
         adversarial: bool = False,
@@ -144,5 +145,5 @@ def _f1(given: list[str], right: list[str]) -> float:
 def _interval(name: str, value: int | tuple[int, int], low: int, high: int) -> tuple[int, int]:
     ends = value if isinstance(value, tuple) else (value, value)
     fits = len(ends) == 2 and all(isinstance(end, int) for end in ends) and low <= ends[0] <= ends[1] <= high
-    require(fits, name, f"a number or an interval within {low}..{high}", value)
+    require(fits, name, f"a number or a rising interval within {low}..{high}", value)
     return ends
