@@ -62,7 +62,7 @@ def trajectory_attention(
             float64; on CUDA bfloat16, float16 or float32 with D <= 256.
         k, v: [B, N, Hkv, D] of the same dtype; Hq a multiple of Hkv (query head h reads KV head
             h // (Hq / Hkv)).
-        mask: its `evict` is [B, N] or [1, N]; made once, used by every layer.
+        mask: its `evict_at` is [B, N] or [1, N]; made once, used by every layer.
         scale: of the scores; 1 / sqrt(D) when None.
         return_lse: also return the log-sum-exp of each row's visible scores, natural logarithm. It has a
             gradient.

@@ -73,7 +73,7 @@ class Environment(Protocol):
         ...
 
     def score(self) -> dict[str, Any]:
-        """`reward` in [0, 1]; `exact_match` and `f1` summed over objectives. All 0 before the answer.
+        """`reward`, usually in [0, 1]; `exact_match`, `f1` summed over objectives. All 0 before the answer.
 
         More entries may follow: numbers go with these to `Trajectory.score`, all else to `Trajectory.notes`.
         Numbers must be finite in float32.

@@ -128,9 +128,11 @@ def _score(given: object) -> tuple[dict[str, float], dict[str, Any]]:
     score = {name: value for name, value in values.items() if isinstance(value, Real)}
     # math.isfinite would raise for an int beyond float64.
     sound = all(-_LARGEST <= value <= _LARGEST for value in score.values())
-    if not (sound and NO_SCORE.keys() <= score.keys() and abs(score["reward"]) <= math.sqrt(_LARGEST)):
+    missing = ", ".join(sorted(NO_SCORE.keys() - score.keys()))
+    if missing or not (sound and abs(score["reward"]) <= math.sqrt(_LARGEST)):
         expected = f"numbers, finite in float32, for {', '.join(NO_SCORE)}, and a reward whose square is, too"
-        raise ValueError(f"score: expected {expected}, got {reprlib.repr(given)}")
+        none = f" (none for {missing})" if missing else ""
+        raise ValueError(f"score: expected {expected}, got {reprlib.repr(given)}{none}")
     notes = {name: _note(value) for name, value in values.items() if name not in score}
     return {name: float(value) for name, value in score.items()}, notes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -42,7 +43,7 @@ class EpisodesFailed(RuntimeError):
 
 def train(
     config: TrainConfig,
-    out: Path,
+    out: str | os.PathLike[str],
     make_environment: Callable[[], Environment],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -78,7 +79,7 @@ def train(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     settings = asdict(config) | {"init": init and str(init)}
-    device, run = pick_device(config.device), RunFolder(out, config.keep)
+    device, run = pick_device(config.device), RunFolder(Path(out), config.keep)
 
     with Interrupts() as interrupts, closing(run):
         # 1. A model: of the run so far, of a checkpoint, or a new one.

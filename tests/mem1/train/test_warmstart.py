@@ -148,7 +148,7 @@ def test_an_example_that_teaches_nothing_is_refused(tokenizer: PreTrainedTokeniz
 
 
 def test_the_toy_takes_its_environment_as_the_environment_does(tokenizer: PreTrainedTokenizerFast) -> None:
-    for environment in ({}, {"objectives": 2}, {"objectives": [2, 2]}):
+    for environment in ({}, {"objectives": 2}, {"objectives": (2, 2)}):
         draw = toy_training(TrainConfig(environment=environment))["draw_example"]
         turns = {draw(random.Random(n), 1.0).segments[-1].turn for n in range(30)}
         assert 1 + 2 * 2 in turns and tuple(draw.objectives) == (2, 2)
