@@ -109,7 +109,7 @@ memory() {
   return $status
 }
 
-if [ $# -lt 2 ]; then
+if [ -z "$out" ]; then
   list
   exit $(($# > 0))
 fi
@@ -128,7 +128,8 @@ if [ -n "${3:-}" ]; then
   if [ "$left" -lt "$limit" ]; then limit=$left; fi
 fi
 mkdir -p "$out" "$TRITON_CACHE_DIR"
-rm -f "$out"/*  # of an earlier run of this stage
+# Of an earlier run of this stage; nothing else, as OUT may be any folder.
+(cd "$out" && rm -f log status results.jsonl bench.json built.tgz triton.tgz triton collected sanitizer.log)
 say() { echo "$stage: $1" | tee "$out/status"; }
 if [ "$limit" -le 0 ]; then
   say "not run: the deadline is near"

@@ -140,7 +140,7 @@ def test_without_arguments_it_lists_stages_and_what_is_missing() -> None:
     for stage in STAGES:
         assert f"\n{stage} " in said.stdout
     assert "missing here:\n  " in said.stdout
-    assert on_gpu(ROOT, "smoke").returncode == 1, "no folder named"
+    assert on_gpu(ROOT, "smoke").returncode == on_gpu(ROOT, "smoke", "").returncode == 1, "no folder named"
 
 
 def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
@@ -267,6 +267,15 @@ def test_paths_are_those_of_the_caller(faked: Path) -> None:
         environment = os.environ | {"PATH": path}
         subprocess.run(command, cwd=faked / folder, env=environment, check=True, capture_output=True)
     assert all((faked / out / "build" / "built.tgz").exists() for out in ("one", "two"))
+
+
+def test_only_results_are_replaced(faked: Path) -> None:
+    (faked / "build").mkdir()
+    (faked / "build" / "mine").write_text("kept")
+    (faked / "build" / "status").write_text("of an earlier run")
+    assert on_gpu(faked, "build", str(faked)).returncode == 0
+    assert (faked / "build" / "mine").read_text() == "kept"
+    assert (faked / "build" / "status").read_text().startswith("build: status 0")
 
 
 def test_a_deadline_is_kept(faked: Path) -> None:
