@@ -82,7 +82,7 @@ assert built == sys.argv[1], f"built for {built!r}, expected {sys.argv[1]!r}"
 print("built for", built)
 PYTHON
   # The Triton kernels, side by side, into the cache where the tests find most of them.
-  python3 tests/triton_report.py "sm_$arch" >"$out/triton" 2>&1 || echo "tests/triton_report.py: status $?, see $out/triton"
+  python3 tests/triton_report.py "sm_$arch" >"$out/triton_report" 2>&1 || echo "tests/triton_report.py: status $?, see $out/triton_report"
   tar czf "$out/built.tgz" mem1_core/_C.*.so mem1_core/lib mem1_core/include
   tar czf "$out/triton.tgz" build/triton
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
@@ -129,7 +129,7 @@ if [ -n "${3:-}" ]; then
 fi
 mkdir -p "$out" "$TRITON_CACHE_DIR"
 # Of an earlier run of this stage; nothing else, as OUT may be any folder.
-(cd "$out" && rm -f log status results.jsonl bench.json built.tgz triton.tgz triton collected sanitizer.log)
+(cd "$out" && rm -f log status results.jsonl bench.json built.tgz triton.tgz triton_report collected sanitizer.log)
 say() { echo "$stage: $1" | tee "$out/status"; }
 if [ "$limit" -le 0 ]; then
   say "not run: the deadline is near"
