@@ -109,7 +109,7 @@ def test_choice_of_a_backend() -> None:
         choose_backend("gae", meta, "auto", every)
     with pytest.raises(ValueError, match="^backend: expected 'auto', .* or 'reference', got 'fast'$"):
         choose_backend("gae", cpu, "fast", every)
-    with pytest.raises(ValueError, match="^backend: 'cpu' wants cpu tensors, got one on cuda$"):
+    with pytest.raises(ValueError, match="^backend: 'cpu': expected cpu tensors, got one on cuda$"):
         choose_backend("gae", cuda, "cpu", every)
 
 

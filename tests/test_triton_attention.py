@@ -270,7 +270,7 @@ def test_direct_calls_are_checked(
 
 def test_cpu_tensors_are_refused_but_by_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"{MODULE}.INTERPRETED", False)
-    with pytest.raises(ValueError, match="^backend: 'triton' wants cuda tensors, got one on cpu"):
+    with pytest.raises(ValueError, match="^backend: 'triton': expected cuda tensors, got one on cpu"):
         attend(*attention_inputs(1, 70, 4, 2, 16), mask_of(causal_evict(70)))
 
 
