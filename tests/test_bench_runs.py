@@ -177,6 +177,48 @@ def test_figures_of_no_run_are_refused(tmp_path: Path, draw: Any, text: str | No
     assert set(tmp_path.iterdir()) <= {path}
 
 
+def row(name: str, median: float, **columns: Any) -> dict[str, Any]:
+    stats = {"median": median, "q1": median, "q3": median}
+    return {"name": name, "fullname": name, "group": "a table", "stats": stats, "extra_info": columns}
+
+
+def test_figures_where_ours_has_no_times(tmp_path: Path, draw: Any) -> None:
+    """It stays the first row; the peers are no more ours for it, nor is the copy a peer."""
+    absent = {"name": "ours", "note": "RuntimeError: no"}
+    table = {"title": "a table", "facts": {}, "first": "ours", "without figures": [absent]}
+    rows = [row("peer", 2e-3, **{"of copy": 0.5}), row("copy between two buffers", 1e-3, **{"of copy": 1.0})]
+    (tmp_path / "run.json").write_text(json.dumps({"benchmarks": rows, "mem1_core": {"tables": [table]}}))
+    tables = runpy.run_path(str(ROOT / "bench" / "figures.py"))["tables"](tmp_path / "run.json")
+    assert [r.name for r in tables[0].rows] == ["ours", "peer", "copy between two buffers"]
+    draw([str(tmp_path / "run.json")])
+    assert (tmp_path / "run-figures" / "roofline.png").exists()
+    with pytest.raises(SystemExit, match="--out: expected a folder to write to"):
+        draw([str(tmp_path / "run.json"), "--out", str(tmp_path / "run.json")])
+
+
+def test_times_that_are_no_numbers_are_refused(tmp_path: Path, draw: Any) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"benchmarks": [row("ours", float("nan"))]}))
+    with pytest.raises(SystemExit, match="expected a run in pytest-benchmark's format"):
+        draw([str(tmp_path / "run.json")])
+
+
+def test_only_is_everything_and_several_processes_or_no_file_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    pytest.importorskip("xdist")
+    folder = small(tmp_path)
+    pytest_(folder, *MEASURE, "--benchmark-only", "--benchmark-out=only.json")
+    assert list(benchmarks(folder / "only.json")) == NAMES
+    for wrong, message in (
+        (["-n", "2"], "--benchmark: expected one process, got several"),
+        (
+            ["--benchmark-out=/proc/x/y.json"],
+            "--benchmark-out: expected a file to write, got '/proc/x/y.json'",
+        ),
+    ):
+        done = command(folder, "pytest", "-p", "no:cacheprovider", *MEASURE, *wrong)
+        assert done.returncode == 4 and message in done.stderr
+
+
 def test_without_the_plugin_a_run_that_is_cut_short_keeps_its_rows(tmp_path: Path) -> None:
     folder = small(tmp_path)
     done = command(folder, "pytest", "-p", "no:benchmark", "bench/", "--benchmark")

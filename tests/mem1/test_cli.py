@@ -143,12 +143,14 @@ def test_a_world_or_a_device_that_cannot_be_is_one_line(capsys, model, command, 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--objectives", "3-"], ["--objectives", "two"], ["--seed", "-1"], ["--seed", str(LARGEST)]],
+    [["--objectives", "3-"], ["--objectives", "two"], ["--seed", "-1"], ["--seed", str(LARGEST)]]
+    + [["--threads", "4097"], ["--threads", "0"], ["--threads", "\u0663"]],  # a 3, but not in ASCII
 )
 def test_the_parser_refuses(capsys, arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(["train", *arguments])
-    assert stop.value.code == 2
+    for command in ("train", "demo")[: 2 if arguments[0] == "--threads" else 1]:
+        with pytest.raises(SystemExit) as stop:
+            main([command, *arguments])
+        assert stop.value.code == 2
     assert f"argument {arguments[0]}: expected" in capsys.readouterr().err
 
 
