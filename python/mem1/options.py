@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any, get_args
 
@@ -130,22 +131,22 @@ def _number(text: str) -> bool:
     return text.isascii() and text.isdecimal()
 
 
-def _threads(text: str) -> int:
-    if not _number(text) or not 1 <= int(text) <= 4096:
-        raise argparse.ArgumentTypeError(f"expected an integer from 1 to 4096, got {text}")
+def _integer(text: str, low: int, high: float, expected: str) -> int:
+    if not _number(text) or not low <= int(text) <= high:
+        raise argparse.ArgumentTypeError(f"expected an integer {expected}, got {text}")
     return int(text)
+
+
+def _threads(text: str) -> int:
+    return _integer(text, 1, 4096, "from 1 to 4096")
 
 
 def _positive(text: str) -> int:
-    if not _number(text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text}")
-    return int(text)
+    return _integer(text, 1, inf, ">= 1")
 
 
 def _seed(text: str) -> int:
-    if not _number(text) or int(text) >= LARGEST:
-        raise argparse.ArgumentTypeError(f"expected an integer in [0, 2**53), got {text}")
-    return int(text)
+    return _integer(text, 0, LARGEST - 1, "in [0, 2**53)")
 
 
 def _interval(text: str) -> tuple[int, int]:
