@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"{given.run}: expected rows with times, got none")
     out = given.out or given.run.with_name(f"{given.run.stem}-figures")
     pictures = {f"{n:02} {table.title}": peers(table) for n, table in enumerate(measured, start=1)}
-    if any(row.columns.get(key) is not None for key, _ in SHARES for table in measured for row in table.rows):
+    if any(_has(table, key) for key, _ in SHARES for table in measured):
         pictures["roofline"] = roofline(measured)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def roofline(measured: Sequence[Table]) -> Figure:
     """How near each candidate of each table comes to what the machine can do: a panel for each ceiling."""
     panels = []
     for key, words in SHARES:
-        shown = [table for table in measured if any(row.columns.get(key) is not None for row in table.rows)]
+        shown = [table for table in measured if _has(table, key)]
         if shown:
             panels.append((key, words, shown))
     heights = [0.3 + 0.5 * len(shown) for _, _, shown in panels]
@@ -101,12 +101,10 @@ def roofline(measured: Sequence[Table]) -> Figure:
     axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
     for ax, (key, words, shown) in zip(axes, panels, strict=True):
         for n, table in enumerate(shown):
-            found = [
-                (n == 0, 100 * row.columns[key])
-                for n, row in enumerate(table.rows)
-                if row.columns.get(key) is not None and row.name != COPY
-            ]
-            ours, others = ([share for own, share in found if own == wanted] for wanted in (True, False))
+            ours, others = [], []
+            for place, row in enumerate(table.rows):
+                if row.columns.get(key) is not None and row.name != COPY:
+                    (others if place else ours).append(100 * row.columns[key])
             for label, shares, style in (
                 ("ours", ours, {"marker": "o", "ms": 10, "color": OURS, "zorder": 3}),
                 ("others", others, {"marker": "D", "ms": 6, "mfc": "none", "mec": "0.35"}),
@@ -124,6 +122,10 @@ def roofline(measured: Sequence[Table]) -> Figure:
         place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "frameon": False}
         ax.legend(handles.values(), handles.keys(), **place)
     return figure
+
+
+def _has(table: Table, key: str) -> bool:
+    return any(row.columns.get(key) is not None for row in table.rows)
 
 
 def _label(table: Table, key: str) -> str:
