@@ -1,56 +1,121 @@
-"""Rules of forgetting: from the segments of a trajectory to the lifetime of each token, and what follows."""
+"""From the segments of a trajectory and a rule of forgetting to the lifetime of each token, and what follows.
+
+A rule (see `eviction_policies`) is asked whenever a segment is complete. `EvictionTable` asks it, in a
+rollout as in training, so that one rule gives the prunes of the cache, the training masks, the metrics and
+the pictures.
+"""
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mem1_core.segments import POLICY_KINDS, Segment, check_segments, is_kind, policy_tokens
+from mem1_core.eviction_policies import EvictionPolicy, Recorded, policy_name, resolve_policy
+from mem1_core.segments import ENVIRONMENT_KINDS, Segment, check_segments, is_action, is_kind
 
-EvictionPolicy = Literal["action", "state", "never"] | int  # a number of tokens: see evict_from_segments
+
+class EvictionTable:
+    """The lifetimes of a trajectory's segments while it is written.
+
+    segments: those added that the rule gets to see. lifetimes: of each of them the index of the first token
+    that does not see it any more, None while it may be seen. tokens: how many there are.
+    """
+
+    def __init__(self, prune: EvictionPolicy = "action") -> None:
+        self.segments: list[Segment] = []
+        self.lifetimes: list[int | None] = []
+        self.tokens = 0
+        self._rule, self._name = resolve_policy(prune), policy_name(prune)
+
+    def add(self, segment: Segment) -> bool:
+        """A segment is complete: ask the rule. True if something leaves; the segment's last token still sees
+        it.
+
+        One without tokens is left out, unless it is the action behind a state: it says that there is no more
+        of this turn. Raises ValueError, with token and turn, for a rule that brings back what has left or
+        lets the prompt leave, and for one that does not give a flag for each segment.
+        """
+        before = self.segments[-1] if self.segments else Segment("prompt", 0, 0)
+        closes = is_action(segment.kind) and (before.kind, before.turn) == ("state", segment.turn)
+        if not segment.length and not closes:
+            return False
+        self.segments.append(segment)
+        self.lifetimes.append(None)
+        self.tokens += segment.length
+        stays = list(self._rule(tuple(self.segments)))
+        if len(stays) != len(self.segments):
+            raise ValueError(
+                f"prune: expected of {self._name} a flag for each of {len(self.segments)} segments, "
+                f"got {len(stays)}"
+            )
+        leaves, token = False, 0
+        for n, ((kind, turn, length), stay) in enumerate(zip(self.segments, stays, strict=True)):
+            if bool(stay) == (self.lifetimes[n] is not None):
+                if stay or kind == "prompt":
+                    expected = "what has left to stay away" if stay else "the prompt to stay"
+                    raise ValueError(
+                        f"prune: expected {expected}, but {self._name} {'brings back' if stay else 'drops'} "
+                        f"token {token} ({kind} of turn {turn}) at token {self.tokens}"
+                    )
+                self.lifetimes[n] = self.tokens
+                leaves = True
+            token += length
+        return leaves
+
+    def evict(self) -> Tensor:
+        """int32 [tokens]: the lifetime of each token; `tokens` where it may be seen."""
+        ends = [self.tokens if end is None else end for end in self.lifetimes]
+        lengths = torch.tensor([segment.length for segment in self.segments], dtype=torch.int64)
+        return torch.tensor(ends, dtype=torch.int32).repeat_interleave(lengths)
+
+    def alive(self) -> Tensor:
+        """bool [tokens]: those that the next token may see."""
+        lengths = torch.tensor([segment.length for segment in self.segments], dtype=torch.int64)
+        flags = torch.tensor([end is None for end in self.lifetimes], dtype=torch.bool)
+        return flags.repeat_interleave(lengths)
+
+    def recorded(self) -> Recorded:
+        """What the rule has decided, as a rule for this trajectory alone: a file can keep it."""
+        return Recorded(tuple(self.lifetimes), self._name)
+
+
+def eviction_table(segments: Iterable[Segment], prune: EvictionPolicy = "action") -> EvictionTable:
+    """The table of a trajectory that has been written; for `segments` and errors see
+    `evict_from_segments`.
+    """
+    table, before = EvictionTable(prune), None
+    for segment in check_segments(segments):
+        if before is not None and before.kind == "state" and not is_action(segment.kind):
+            table.add(Segment("query", before.turn, 0))
+        table.add(segment)
+        if segment.length or is_action(segment.kind):
+            before = segment
+    return table
 
 
 def evict_from_segments(segments: Iterable[Segment], prune: EvictionPolicy = "action") -> Tensor:
     """int32 [N], the lifetimes of a trajectory's tokens; the tokens are those of `segments`, in order.
 
-    `prune` says which turns are dropped when, always whole ones and the oldest first; the prompt stays:
+    `prune` says which segments leave when, always at the end of a segment, whose *last* token still sees
+    them; the prompt stays, and what never leaves has `evict = N`:
 
-    - `"action"`: all before turn `t` when the action of `t` is complete. Its *last* token still sees them.
+    - `"action"`: all before turn `t` when the action of `t` is complete. A turn without an action prunes
+      nothing.
     - `"state"`: likewise at `</IS>`, the end of turn `t`'s `state` segment; if missing or empty, as
       `"action"`.
     - `"never"`: none, the full-context agent.
-    - a number `W >= 1`, the truncating agent, which forgets by age alone: as `"action"`, but only until the
-      turns that stay, `t` (up to its action) among them, have at most `W` tokens. `t` itself always stays.
+    - a number `W >= 1`, the truncating agent: as `"action"`, but only until the turns that stay, `t` (up to
+      its action) among them, have at most `W` tokens.
+    - another rule of `eviction_policies`, as an object or its short form ("last_turns=3"), or a function of
+      your own from the segments so far to a flag for each, True while it may be seen.
 
-    A turn without an action prunes nothing; what is never pruned has `evict = N`. Raises ValueError for
-    another `prune`, or naming the segment that breaks the order prompt, then turns 1, 2, ... each of `state`,
-    `query` or `answer`, `info` (any of them may be missing).
+    Raises ValueError for another `prune`, naming the segment that breaks the order prompt, then turns 1, 2,
+    ... each of `state`, an action, `info` (any of them may be missing), and naming token and turn for a
+    function that brings something back.
     """
-    segments = check_segments(segments)
-    check_prune(prune)
-    window = prune if isinstance(prune, int) else 0
-    turns: dict[int, tuple[int, int]] = {}  # turn -> its first token, and the one after its last
-    events: dict[int, int] = {}  # turn -> the index from which on older turns may not be seen any more
-    total = 0
-    for kind, turn, length in segments:
-        begin, _ = turns.get(turn, (total, total))
-        total += length
-        turns[turn] = begin, total
-        if kind in POLICY_KINDS and length and prune != "never":
-            if prune != "state" or turn not in events:
-                events[turn] = total
-    # A turn leaves at the first event after its end, a later turn's, that finds more than `window` tokens
-    # from its begin on: what stays is always a run of the newest turns.
-    ascending, lifetimes = list(events.values()), []
-    for turn, (begin, end) in turns.items():
-        n = bisect_right(ascending, max(end, begin + window))
-        lifetimes.append(ascending[n] if turn and n < len(ascending) else total)
-    lengths = torch.tensor([end - begin for begin, end in turns.values()], dtype=torch.int64)
-    return torch.tensor(lifetimes, dtype=torch.int32).repeat_interleave(lengths)
+    return eviction_table(segments, prune).evict()
 
 
 def dependency_length(
@@ -66,18 +131,9 @@ def dependency_length(
     Equivalent: half a token less than what each policy token sees, itself included, summed up.
     """
     segments = check_segments(segments)
-    evict, written = evict_from_segments(segments, prune), policy_tokens(segments)
+    evict, written = evict_from_segments(segments, prune), ~is_kind(segments, ENVIRONMENT_KINDS)
     live = live_counts(evict[None], None if prompt else ~is_kind(segments, ("prompt",))[None])[0]
     return int(live[written].sum()) - int(written.sum()) / 2
-
-
-def check_prune(prune: EvictionPolicy) -> None:
-    """Raises ValueError unless `prune` is a rule of `evict_from_segments`."""
-    number = isinstance(prune, int) and not isinstance(prune, bool) and prune >= 1
-    if not number and prune not in ("action", "state", "never"):
-        raise ValueError(
-            f"prune: expected 'action', 'state', 'never' or a number of tokens >= 1, got {prune!r}"
-        )
 
 
 def live_counts(evict: Tensor, counted: Tensor | None = None) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from mem1_core.eviction import EvictionPolicy, evict_from_segments
+from mem1_core.eviction import evict_from_segments
+from mem1_core.eviction_policies import EvictionPolicy
 from mem1_core.mask import TrajectoryMask
 from mem1_core.segments import Segment, check_segments, policy_tokens
 
@@ -52,8 +53,9 @@ class TrajectoryLayout:
         - `"carry"`: one copy, positions 0 .. N-1, the mask is `evict`. Exact for a rollout that prunes its
           cache in place.
         - `"reencode"`: exact for a rollout that re-encodes the pruned context. Each prune event starts a
-          block: copies of the survivors, then the new tokens up to the next event. A block sees the prompt
-          and itself; its positions restart at the prompt's length; a token is trained where it is new.
+          block: copies of the survivors behind the first token that has left, then the new tokens up to the
+          next event. A block sees what stands before that token (MEM1: the prompt) and itself; positions are
+          places in the context; a token is trained where it is new.
         - `"paper"`: the layout of `"carry"`, to be used with a rollout that re-encodes. Approximate, as
           published.
 
@@ -115,26 +117,26 @@ class TrajectoryLayout:
 
 def _reencode(segments: tuple[Segment, ...], evict: Tensor, targets: Tensor) -> TrajectoryLayout:
     total = evict.shape[0]
-    prompt = segments[0].length if segments and segments[0].kind == "prompt" else 0
     events = [event for event in evict.unique().tolist() if event < total]
-    source, positions, ends = [torch.arange(prompt)], [torch.arange(prompt)], []
-    home = torch.arange(total)  # the row in which each token is new
-    rows, context = prompt, torch.empty(0, dtype=torch.int64)
-    for begin, end in zip([prompt, *events], [*events, total], strict=True):
-        survivors = context[evict[context] > begin]
-        context = torch.cat([survivors, torch.arange(begin, end)])
-        home[begin:end] = torch.arange(rows + survivors.shape[0], rows + context.shape[0])
-        rows += context.shape[0]
-        source.append(context)
-        positions.append(torch.arange(prompt, prompt + context.shape[0]))
-        ends.append(rows)
-    sizes = torch.tensor(ends).diff(prepend=torch.tensor([prompt]))
-    lifetimes = torch.tensor([rows, *ends]).repeat_interleave(torch.cat([torch.tensor([prompt]), sizes]))
-    stream = torch.cat(source)
-    mask = TrajectoryMask(lifetimes[None].to(torch.int32), _runs(segments, stream))
-    # The row before: an action survives its own prune, so only the first block starts with a new token, and
-    # what comes before that is the prompt.
-    return TrajectoryLayout(mask, stream, torch.cat(positions), home[targets] - 1, targets, (total,))
+    context = rows = source = positions = torch.empty(0, dtype=torch.int64)  # tokens seen, and their rows
+    lifetimes = torch.empty(0, dtype=torch.int64)  # of rows; those without an end yet have 0
+    predecessor = torch.zeros(total, dtype=torch.int64)  # the row before the one in which each token is new
+    for begin, end in zip([0, *events], [*events, total], strict=True):
+        stays = evict[context] > begin
+        kept = int(stays.long().cumprod(0).sum())  # up to the first that has left, all is as it was
+        survivors, new = context[kept:][stays[kept:]], torch.arange(begin, end)
+        lifetimes[rows[kept:]] = source.shape[0]
+        again = torch.cat([survivors, new])
+        rows = torch.cat([rows[:kept], torch.arange(source.shape[0], source.shape[0] + again.shape[0])])
+        context = torch.cat([context[:kept], again])
+        first = kept + survivors.shape[0]  # place of the first new token
+        predecessor[begin:end] = rows[max(first - 1, 0) : -1] if first else rows.roll(1)
+        source = torch.cat([source, again])
+        positions = torch.cat([positions, torch.arange(kept, context.shape[0])])
+        lifetimes = torch.cat([lifetimes, torch.zeros_like(again)])
+    lifetimes[lifetimes == 0] = source.shape[0]
+    mask = TrajectoryMask(lifetimes[None].to(torch.int32), _runs(segments, source))
+    return TrajectoryLayout(mask, source, positions, predecessor[targets], targets, (total,))
 
 
 def _runs(segments: tuple[Segment, ...], source: Tensor) -> list[Segment]:

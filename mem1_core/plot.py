@@ -23,6 +23,7 @@ _STYLE = {
     "answer": ("<answer>", "#cc79a7"),
     "info": ("<info>", "#009e73"),
 }
+_ACTIONS = ("#d55e00", "#56b4e9", "#f0e442")  # actions of other kinds, in turn
 _UNKNOWN = ("visible", "#0072b2")  # a mask that was not built from turns
 _EVICTED = "#ececec"
 _PRUNE = "#d62728"
@@ -58,7 +59,7 @@ def plot_mask(
     if not 0 <= row < batch:
         raise ValueError(f"row: expected one of the {batch} rows of the batch, got {row}")
     evict = mask.evict_at[row].cpu().long()
-    styles = [_STYLE[segment.kind] for segment in mask.segments] or [_UNKNOWN]
+    styles = _styles(mask.segments) or [_UNKNOWN]
     lengths = torch.tensor([segment.length for segment in mask.segments] or [tokens])
     colours = torch.tensor([to_rgb(colour) for _, colour in styles]).repeat_interleave(lengths, dim=0)
     if ax is None:
@@ -94,6 +95,12 @@ def plot_mask(
     if path is not None:
         figure.savefig(path)
     return figure
+
+
+def _styles(segments: tuple[Segment, ...]) -> list[tuple[str, str]]:
+    others = [kind for kind in dict.fromkeys(segment.kind for segment in segments) if kind not in _STYLE]
+    more = {kind: (f"<{kind}>", _ACTIONS[n % len(_ACTIONS)]) for n, kind in enumerate(others)}
+    return [(_STYLE | more)[segment.kind] for segment in segments]
 
 
 def _picture(evict: Tensor, colours: Tensor) -> Tensor:

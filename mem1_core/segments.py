@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Kind = Literal["prompt", "state", "query", "answer", "info"]
-
-POLICY_KINDS = ("state", "query", "answer")  # written by the policy; the rest comes from the environment
-
-# The place of a kind in its turn: an action is `state` then `query` or `answer`; `info` is the environment's.
-_ORDER = {"prompt": 0, "state": 0, "query": 1, "answer": 1, "info": 2}
+ENVIRONMENT_KINDS = ("prompt", "info")  # written by the environment; everything else by the policy
 
 
 class Segment(NamedTuple):
-    """A run of `length` tokens of one kind. The prompt has turn 0, the first action turn 1."""
+    """A run of `length` tokens of one kind. The prompt has turn 0, the first action turn 1.
 
-    kind: Kind
+    kind: "prompt"; "state", the policy's notes; "info", what the environment says; anything else is an action
+    of the policy: "query", "answer", or what a format of tags calls it.
+    """
+
+    kind: str
     turn: int
     length: int
 
@@ -32,8 +31,8 @@ def check_segments(segments: Iterable[Segment]) -> tuple[Segment, ...]:
             raise TypeError(f"segments[{n}]: expected a Segment(kind, turn, length), got {item!r}")
         segment = Segment(*item)
         kind, turn, length = segment
-        if kind not in get_args(Kind):
-            raise ValueError(f"segments[{n}].kind: expected one of {get_args(Kind)}, got {kind!r}")
+        if not isinstance(kind, str) or not kind.isidentifier() or kind != kind.lower():
+            raise ValueError(f"segments[{n}].kind: expected a lower-case word, got {kind!r}")
         if not isinstance(turn, int) or not isinstance(length, int):
             raise TypeError(f"segments[{n}]: expected int turn and length, got {turn!r} and {length!r}")
         if length < 0:
@@ -45,9 +44,9 @@ def check_segments(segments: Iterable[Segment]) -> tuple[Segment, ...]:
                     f"segments[{n}]: expected the prompt first and with turn 0, got position {n}, turn {turn}"
                 )
         elif turn == before.turn and turn > 0:
-            if _ORDER[kind] <= _ORDER[before.kind]:
+            if _place(kind) <= _place(before.kind):
                 raise ValueError(
-                    f"segments[{n}].kind: expected the order state, query or answer, info in turn {turn}, "
+                    f"segments[{n}].kind: expected the order state, an action, info in turn {turn}, "
                     f"got {kind!r} after {before.kind!r}"
                 )
         elif turn != before.turn + 1:
@@ -57,9 +56,24 @@ def check_segments(segments: Iterable[Segment]) -> tuple[Segment, ...]:
     return tuple(checked)
 
 
+def _place(kind: str) -> int:
+    """Of a kind in its turn."""
+    return {"prompt": 0, "state": 0, "info": 2}.get(kind, 1)
+
+
+def by_policy(kind: str) -> bool:
+    """Whether segments of this kind are written by the policy."""
+    return kind not in ENVIRONMENT_KINDS
+
+
+def is_action(kind: str) -> bool:
+    """Whether segments of this kind are actions: what a turn of the policy ends with."""
+    return kind not in (*ENVIRONMENT_KINDS, "state")
+
+
 def policy_tokens(segments: Iterable[Segment]) -> Tensor:
     """bool [N], True where a token was written by the policy."""
-    return is_kind(check_segments(segments), POLICY_KINDS)
+    return ~is_kind(check_segments(segments), ENVIRONMENT_KINDS)
 
 
 def is_kind(segments: Sequence[Segment], kinds: tuple[str, ...]) -> Tensor:

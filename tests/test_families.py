@@ -22,7 +22,7 @@ from mem1_core.integrations.transformers_cache import SlotCache
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.mask import TrajectoryMask
 from mem1_core.sample_inputs import mem1_segments
-from mem1_core.segments import POLICY_KINDS
+from mem1_core.segments import by_policy
 
 SEGMENTS = mem1_segments(4, prompt=5, internal_state=4, query=2, info=5)
 MASK = TrajectoryLayout.from_segments(SEGMENTS).mask
@@ -143,7 +143,7 @@ def rollout() -> Iterator[tuple[int, int, Tensor | None]]:
     """
     evict, held, begin = MASK.evict_at[0], torch.arange(0), 0
     for segment in SEGMENTS:
-        for length in [1] * segment.length if segment.kind in POLICY_KINDS else [segment.length]:
+        for length in [1] * segment.length if by_policy(segment.kind) else [segment.length]:
             keep = evict[held] > begin
             yield begin, begin + length, None if keep.all() else keep
             held = torch.cat([held[keep], torch.arange(begin, begin + length)])

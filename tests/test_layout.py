@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mem1_core.eviction import EvictionPolicy
+from mem1_core.eviction_policies import EvictionPolicy
 from mem1_core.layout import Regime, TrajectoryLayout
-from mem1_core.segments import POLICY_KINDS, Segment
+from mem1_core.segments import Segment, by_policy
 
 Context = list[tuple[int, int]]  # (token of the trajectory, position), in the order they were fed
 
@@ -37,9 +37,9 @@ def written(segments: list[Segment]) -> Iterator[tuple[int, str, int, bool, bool
     """(token, kind, turn, `state` ends here, action ends here), one token after another."""
     token = 0
     for n, segment in enumerate(segments):
-        mine = [s for s in segments if s.turn == segment.turn and s.kind in POLICY_KINDS and s.length]
+        mine = [s for s in segments if s.turn == segment.turn and by_policy(s.kind) and s.length]
         for left in reversed(range(segment.length)):
-            action = segment.kind in POLICY_KINDS and left == 0
+            action = by_policy(segment.kind) and left == 0
             yield (
                 token,
                 segment.kind,
@@ -66,7 +66,7 @@ def simulate(
     logits_of: Context = []
     position = 0
     for token, kind, turn, is_ends, action_ends in written(segments):
-        if kind in POLICY_KINDS:
+        if by_policy(kind):
             sampled[token] = list(logits_of)
         context.append((token, position))
         turns.append(turn)

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from mem1_core.eviction import EvictionPolicy, dependency_length, evict_from_segments
+from mem1_core.eviction import dependency_length, evict_from_segments
+from mem1_core.eviction_policies import EvictionPolicy
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.mask import TrajectoryMask
 from mem1_core.sample_inputs import EVICT_TABLES
-from mem1_core.segments import POLICY_KINDS, Kind, Segment, policy_tokens
+from mem1_core.segments import Segment, by_policy, policy_tokens
 
 LENGTHS = (0, 1, 63, 64, 65, 127, 200)
 
@@ -112,7 +113,7 @@ def random_turns(seed: int) -> list[Segment]:
     rng = random.Random(seed)
     segments = [Segment("prompt", 0, rng.choice((0, 1, 5)))] if rng.random() < 0.9 else []
     for turn in range(1, rng.randint(1, 12) + 1):
-        kinds: list[Kind] = ["state", "query", "info"]
+        kinds: list[str] = ["state", "query", "info"]
         chosen = [kind for kind in kinds if rng.random() < 0.85] or kinds[2:]
         segments += [Segment(kind, turn, rng.choice((0, 1, 2, 3, 9))) for kind in chosen]
     return segments
@@ -121,7 +122,7 @@ def random_turns(seed: int) -> list[Segment]:
 def owners_and_actions(segments: list[Segment]) -> tuple[list[int], dict[int, int]]:
     """The turn of each token, and where each turn's action ends, for turns in which the policy wrote."""
     tokens = [(s.turn, s.kind) for s in segments for _ in range(s.length)]
-    ends = {turn: n + 1 for n, (turn, kind) in enumerate(tokens) if kind in POLICY_KINDS}
+    ends = {turn: n + 1 for n, (turn, kind) in enumerate(tokens) if by_policy(kind)}
     return [turn for turn, _ in tokens], ends
 
 
@@ -175,7 +176,7 @@ def test_edges_of_from_segments() -> None:
 @pytest.mark.parametrize(
     ("segments", "message"),
     [
-        ([("prompt", 0, 1), ("think", 1, 1)], r"segments\[1\]\.kind: expected one of .* got 'think'"),
+        ([("prompt", 0, 1), ("Think", 1, 1)], r"segments\[1\]\.kind: expected a lower-case word, got 'Th"),
         ([("prompt", 0, -1)], r"segments\[0\]\.length: expected 0 or more, got -1"),
         ([("state", 1, 1), ("prompt", 0, 1)], r"segments\[1\]: expected the prompt first"),
         ([("prompt", 1, 1)], r"segments\[0\]: expected the prompt first and with turn 0, .* turn 1"),
@@ -195,8 +196,11 @@ def test_segments_out_of_order_are_named(segments: list[Segment], message: str) 
 
 
 def test_bad_arguments_of_from_segments_are_named() -> None:
-    for prune in ("sometimes", True, 0, -1, 64.0, None, "64"):
-        wanted = f"prune: expected 'action', 'state', 'never' or a number of tokens >= 1, got {prune!r}"
+    for prune in ("sometimes", True, 0, -1, 64.0, None, "64", "fold=2", "last_turns", "last_turns=0", "=1"):
+        wanted = (
+            "prune: expected 'action', a number of tokens >= 1, a function, or one of last_turns=N, state, "
+            f"never, truncate=N, hide_observations=N, fold, summary, got {prune!r}"
+        )
         with pytest.raises(ValueError, match=f"^{re.escape(wanted)}$"):
             TrajectoryLayout.from_segments(TURNS, prune=prune)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="regime: expected one of .* got 'copy'"):

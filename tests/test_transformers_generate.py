@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from mem1_core.eviction import EvictionPolicy, evict_from_segments
+from mem1_core.eviction import evict_from_segments
+from mem1_core.eviction_policies import EvictionPolicy
 from mem1_core.integrations.transformers_cache import CACHE, SlotCache
 from mem1_core.integrations.transformers_generate import Mem1Eviction, prune_generate
 from mem1_core.layout import TrajectoryLayout

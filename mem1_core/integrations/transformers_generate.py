@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from mem1_core.eviction import EvictionPolicy, evict_from_segments
+from mem1_core.eviction import eviction_table
+from mem1_core.eviction_policies import EvictionPolicy, resolve_policy
 from mem1_core.integrations.transformers_cache import CACHE, SlotCache
-from mem1_core.segments import Kind, Segment
+from mem1_core.segments import Segment
 
 EvictionFunction = Callable[[list[int], list[int], bool], Tensor | None]
 
@@ -47,19 +48,20 @@ class Mem1Eviction:
         answer_end: int | None = None,
         prune: EvictionPolicy = "action",
     ) -> None:
-        evict_from_segments((), prune)  # refuses what is no rule
+        resolve_policy(prune)  # refuses what is no rule
         self.state_end, self.query_end, self.answer_end, self.prune = state_end, query_end, answer_end, prune
 
     def __call__(self, tokens: list[int], runs: list[int], ended: bool) -> Tensor | None:
         """See `prune_generate`, `eviction_policy`."""
-        events = (self.query_end, self.answer_end, *((self.state_end,) if self.prune == "state" else ()))
-        if not ended and tokens[-1] not in events:
+        if not ended and tokens[-1] not in (self.state_end, self.query_end, self.answer_end):
             return None
         segments = self.segments(tokens, runs)
         kind, turn, _ = segments[-1]
-        # What comes next decides what is over, so ask the table as if one more token were there.
-        following = Segment("query" if kind == "state" and not ended else "info", turn, 1)
-        return evict_from_segments([*segments, following], self.prune)[:-1] > len(tokens)
+        if tokens[-1] == self.state_end and kind != "state" and not ended:  # a later `</IS>` is only text
+            return None
+        if ended and kind == "state":
+            segments.append(Segment("query", turn, 0))
+        return eviction_table(segments, self.prune).alive()
 
     def segments(self, tokens: Sequence[int], runs: Sequence[int]) -> list[Segment]:
         """A row in turns: what is given first is the prompt, later an `info`; what is written, actions."""
@@ -80,7 +82,7 @@ class Mem1Eviction:
                 if state:
                     segments.append(Segment("state", turn, state))
                 if rest := stop - begin - state:
-                    kind: Kind = "answer" if tokens[stop - 1] == self.answer_end else "query"
+                    kind: str = "answer" if tokens[stop - 1] == self.answer_end else "query"
                     segments.append(Segment(kind, turn, rest))
                 begin = stop
         return segments
@@ -269,7 +271,7 @@ def _ask(eviction_policy: EvictionFunction, tokens: list[int], runs: list[int], 
 
 
 def _forget(cache: SlotCache, alive: list[Tensor | None]) -> None:
-    """EvictionPolicy the rows for which there is an answer; in a row's tokens, an entry's index is its
+    """Prune the rows for which there is an answer; in a row's tokens, an entry's index is its
     position."""
     keep = torch.ones(cache.batch, cache.used, dtype=torch.bool, device="cpu")
     for row, answer in enumerate(alive):

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mem1_core.eviction import EvictionPolicy, dependency_length
+from mem1_core.eviction import dependency_length
+from mem1_core.eviction_policies import EvictionPolicy
 from mem1_core.layout import Regime, TrajectoryLayout
 from mem1_core.mask import TrajectoryMask
 from mem1_core.segments import Segment, policy_tokens

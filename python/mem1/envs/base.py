@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 from mem1.parsing.action import Action
-from mem1_core.eviction import EvictionPolicy
+from mem1_core.eviction_policies import EvictionPolicy
 from mem1_core.segments import Segment
 
 

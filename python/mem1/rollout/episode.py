@@ -21,7 +21,7 @@ from mem1.rollout.env_calls import NO_SCORE, EnvironmentCalls, Reply
 from mem1.seeds import derive_seed
 from mem1.trajectory import Failure, FinishReason, Trajectory
 from mem1_core.eviction import evict_from_segments
-from mem1_core.segments import Kind, Segment
+from mem1_core.segments import Segment
 
 _MAX_MESSAGE = 200  # characters of an exception's message
 _UNIFORM_BATCH = 64  # random numbers at a time
@@ -186,13 +186,13 @@ class Episode:
             notes=self._notes,
         )
 
-    def _close(self, kind: Kind) -> None:
+    def _close(self, kind: str) -> None:
         """What the policy has written since its `state` segment, or since its turn began, is one segment."""
         length = len(self.tokens) - self._action_start - self._state_length
         if length:
             self.segments.append(Segment(kind, self.turn, length))
 
-    def _boundary(self, following: Kind) -> None:
+    def _boundary(self, following: str) -> None:
         """A place where tokens may leave: ask the table, as if one token of kind `following` came next."""
         n = len(self.tokens)
         evict = evict_from_segments([*self.segments, Segment(following, self.turn, 1)], self.config.prune)[:n]
@@ -206,7 +206,7 @@ class Episode:
             self.cached = self.cached[:prompt]
             self.pending = [prompt + j for j in alive[prompt:].nonzero()[:, 0].tolist()]
 
-    def _append(self, kind: Kind, tokens: list[int]) -> None:
+    def _append(self, kind: str, tokens: list[int]) -> None:
         begin = len(self.tokens)
         self.tokens += tokens
         self.logprobs += [0.0] * len(tokens)

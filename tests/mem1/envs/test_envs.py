@@ -9,7 +9,7 @@ from mem1.envs.toy.expert import expert_example
 from mem1.envs.toy.multihop import INSTRUCTION, MALFORMED, NOTHING_FOUND, MultiHopEnv
 from mem1.envs.toy.words import NAMES
 from mem1.parsing.codec import Codec
-from mem1_core.eviction import EvictionPolicy
+from mem1_core.eviction_policies import EvictionPolicy
 from mem1_core.layout import TrajectoryLayout
 
 

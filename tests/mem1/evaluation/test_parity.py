@@ -9,7 +9,8 @@ from mem1.config import RolloutConfig
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.rollout.rollout_loop import rollout
 from mem1.train.parity import Parity, parity
-from mem1_core.eviction import EvictionPolicy, evict_from_segments
+from mem1_core.eviction import evict_from_segments
+from mem1_core.eviction_policies import EvictionPolicy
 
 GATES = {torch.float32: {"max_dlogp": 5e-5}, torch.bfloat16: {"mean_dlogp": 5e-3, "kl": 1e-4}}
 

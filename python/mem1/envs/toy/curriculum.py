@@ -10,7 +10,7 @@ from mem1.envs.base import Example
 from mem1.envs.toy.auxiliary import copy_example, lookup_example
 from mem1.envs.toy.expert import expert_example
 from mem1.envs.toy.multihop import DEFAULT_OBJECTIVES, MultiHopEnv
-from mem1_core.eviction import EvictionPolicy
+from mem1_core.eviction_policies import EvictionPolicy
 
 
 class Curriculum:

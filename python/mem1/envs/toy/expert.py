@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mem1.envs.base import Example, ExpertEnvironment
-from mem1_core.eviction import EvictionPolicy
-from mem1_core.segments import Kind, Segment
+from mem1_core.eviction_policies import EvictionPolicy
+from mem1_core.segments import Segment
 
 
 def expert_example(
@@ -22,7 +22,7 @@ def expert_example(
     tokens: list[int] = []
     segments: list[Segment] = []
 
-    def write(kind: Kind, turn: int, text: str) -> None:
+    def write(kind: str, turn: int, text: str) -> None:
         words = [ids[word] for word in text.split()]
         tokens.extend(words)
         segments.append(Segment(kind, turn, len(words)))
