@@ -60,7 +60,7 @@ class EvictionTable:
                         f"token {token} ({kind} of turn {turn}) at token {self.tokens}"
                     )
                 self.lifetimes[n] = self.tokens
-                leaves = True
+                leaves |= length > 0
             token += length
         return leaves
 

@@ -204,8 +204,13 @@ def resolve_policy(prune: EvictionPolicy) -> EvictionFunction:
     )
 
 
+def short_form(prune: EvictionPolicy) -> str | int | None:
+    """What `resolve_policy` makes the same rule of; None for a function of one's own."""
+    return prune if isinstance(prune, (str, int)) else str(prune) if isinstance(prune, _Rule) else None
+
+
 def policy_name(prune: EvictionPolicy) -> str:
-    """Its short form, or the name of the function."""
+    """Of a rule for people: the full short form, or the name of the function."""
     policy = resolve_policy(prune)
     named = isinstance(policy, (_Rule, Recorded))
     return str(policy) if named else str(getattr(policy, "__qualname__", type(policy).__qualname__))

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from mem1.config import RolloutConfig
-from mem1.engine.engine import Engine
 from mem1.envs.base import Action, Environment, Observation
-from mem1.rollout.rollout_loop import rollout
+from mem1.rollout.rollout_loop import make_engine, rollout
 from mem1.train import checkpoint
 from mem1.trajectory import Trajectory
 
@@ -46,7 +45,7 @@ class MemoryEfficientAgent:
         self.model, self.tokenizer = model, tokenizer
         # The environment is the caller's one object: nothing is played again in it.
         self.config = replace(config or RolloutConfig(), num_slots=1, episode_retries=0)
-        self._engine = Engine(model, 1, self.config.max_num_batched_tokens)
+        self._engine = make_engine(model, self.config, 1)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], config: RolloutConfig | None = None) -> MemoryEfficientAgent:

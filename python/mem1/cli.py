@@ -26,14 +26,13 @@ from mem1.config import (
     WarmStartConfig,
 )
 from mem1.demo import demo
-from mem1.engine.engine import Engine
 from mem1.envs.toy.training import toy_training
-from mem1.evaluation.evaluation_loop import evaluate
+from mem1.evaluation.evaluation_loop import OBJECTIVES, evaluate
 from mem1.evaluation.results import Result, table
 from mem1.io import atomic_write, ignore_closed_pipe
 from mem1.options import build_parser, environment_arguments, environment_maker, rollout_config
-from mem1.rollout.rollout_loop import check_positions, rollout
-from mem1.runtime.device import pick_device, whereabouts
+from mem1.parsing.token_text import TokenText
+from mem1.rollout.rollout_loop import check_positions, make_engine, rollout
 from mem1.runtime.interrupts import Interrupts
 from mem1.runtime.progress import Progress
 from mem1.runtime.waiting import share_cpus
@@ -69,21 +68,25 @@ def _complain(line: str) -> None:
 
 
 def _train(options: argparse.Namespace, progress: Progress) -> None:
-    steps = options.warmstart_steps
-    if options.init is not None:  # it has weights
-        require(options.dtype is None, "dtype", "none beside init", options.dtype)
-        require(steps is None, "warmstart-steps", "none beside init", steps)
+    steps, objectives = options.warmstart_steps, options.objectives
+    if options.model is not None:
+        require(steps is None, "warmstart-steps", "none beside model", steps)
+    elif options.environment is not None:
+        raise InputError("model: expected one for an environment of your own, got none")
+    else:
+        objectives = objectives or (1, 4)
+    environment = environment_arguments(options) | ({"objectives": objectives} if objectives else {})
     config = TrainConfig(
         max_updates=options.max_updates,
         batch_size=options.batch_size,
-        environment=environment_arguments(options),
+        environment=environment,
         save_every=options.save_every,
         keep=options.keep,
         device=options.device,
         threads=options.threads,
         seed=options.seed,
-        model=ModelConfig(dtype=options.dtype or ModelConfig.dtype),
-        rollout=rollout_config(options, options.objectives[1]),
+        model=ModelConfig(dtype=options.dtype),
+        rollout=rollout_config(options, objectives and objectives[1]),
         warmstart=WarmStartConfig(steps=WarmStartConfig.steps if steps is None else steps),
         ppo=PPOConfig(actor_lr=options.actor_lr, critic_lr=options.critic_lr, kl_coef=options.kl_coef),
     )
@@ -92,8 +95,8 @@ def _train(options: argparse.Namespace, progress: Progress) -> None:
         train(
             config,
             options.out,
-            **toy_training(config),
-            init=options.init,
+            **_task(options, config),
+            init=options.model,
             resume=options.resume,
             overwrite=options.overwrite,
             progress=progress,
@@ -104,17 +107,25 @@ def _train(options: argparse.Namespace, progress: Progress) -> None:
     progress.log(f"checkpoint and metrics are in {options.out}")
 
 
+def _task(options: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
+    """What `train` is to be given beside its settings."""
+    if options.model is None:
+        return toy_training(config)
+    return {"make_environment": environment_maker(options, options.objectives)}
+
+
 def _eval(options: argparse.Namespace, progress: Progress) -> None:
-    makers = {n: environment_maker(options, n) for n in options.objectives}
-    configs = {n: rollout_config(options, n) for n in options.objectives}
+    sizes = options.objectives or ([None] if options.environment else OBJECTIVES)
+    makers = {n: environment_maker(options, n) for n in sizes}
+    configs = {n: rollout_config(options, n) for n in sizes}
     prunes: list[tuple[str, EvictionPolicy]] = [("MEM1", options.prune), ("full context", "never")]
     if options.truncate is not None:
         prunes.append((f"truncated to {options.truncate}", options.truncate))
     model, tokenizer = _load(options, progress)
-    for config in configs.values():
-        check_positions(model, replace(config, prune="never"))  # of all rows before the first one
-    slots = min(options.num_slots, options.episodes)
-    engine = Engine(model, slots, RolloutConfig.max_num_batched_tokens)
+    rules = [replace(config, prune=prune) for config in configs.values() for _, prune in prunes]
+    for config in rules:
+        check_positions(model, config)  # of all rows before the first one
+    engine = make_engine(model, max(rules, key=RolloutConfig.peak_tokens), options.episodes, progress.log)
     results: list[Result] = []
     for agent, prune in prunes:
         trajectories: list[Trajectory] = []
@@ -125,7 +136,7 @@ def _eval(options: argparse.Namespace, progress: Progress) -> None:
                 replace(config, prune=prune),
                 makers[n],
                 agent=agent,
-                objectives=n,
+                objectives=n or 1,
                 episodes=options.episodes,
                 seed=options.seed,
                 engine=engine,
@@ -140,8 +151,9 @@ def _eval(options: argparse.Namespace, progress: Progress) -> None:
 
 
 def _rollout(options: argparse.Namespace, progress: Progress) -> None:
-    make_environment = environment_maker(options, options.objectives)
-    config = rollout_config(options, options.objectives[1])
+    objectives = options.objectives or (None if options.environment else (2, 2))
+    make_environment = environment_maker(options, objectives)
+    config = rollout_config(options, objectives and objectives[1])
     seeds = range(options.seed, options.seed + options.episodes)
     require(seeds[-1] < LARGEST, "seed", "one whose last episode is below 2**53", options.seed)
     if options.out is not None:
@@ -155,12 +167,23 @@ def _rollout(options: argparse.Namespace, progress: Progress) -> None:
     model, tokenizer = _load(options, progress)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
+    episodes = options.episodes * options.group_size
+    engine = make_engine(model, config, episodes, progress.log)
     start, tokens = time.perf_counter(), 0
     with (
         atomic_write(options.out) if options.out else nullcontext() as file,
-        progress.phase("episodes", total=options.episodes) as phase,
+        progress.phase("episodes", total=episodes) as phase,
     ):
-        for trajectory in rollout(model, tokenizer, make_environment, seeds, config, expert=options.expert):
+        for trajectory in rollout(
+            model,
+            tokenizer,
+            make_environment,
+            seeds,
+            config,
+            group_size=options.group_size,
+            expert=options.expert,
+            engine=engine,
+        ):
             tokens += int(trajectory.policy_mask.sum())
             phase.advance()
             if file is None:
@@ -168,16 +191,16 @@ def _rollout(options: argparse.Namespace, progress: Progress) -> None:
             else:
                 file.write(trajectory.to_json() + "\n")
     seconds = time.perf_counter() - start
-    progress.log(f"{options.episodes} episodes, {tokens} policy tokens, {tokens / seconds:.0f} per second")
+    progress.log(f"{episodes} episodes, {tokens} policy tokens, {tokens / seconds:.0f} per second")
     if options.out:
         progress.log(f"trajectories are in {options.out}")
 
 
 def transcript(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> str:
     """A trajectory for people: one line per segment, then how it went."""
-    lines, start = [], 0
+    text_of, lines, start = TokenText(tokenizer), [], 0
     for kind, turn, length in trajectory.segments:
-        text = tokenizer.decode(trajectory.tokens[start : start + length])
+        text = text_of.decode(trajectory.tokens[start : start + length].tolist())
         lines.append(f"{turn:3d} {kind:>6}  {text}")
         start += length
     lines.append(
@@ -204,11 +227,9 @@ def _load(options: argparse.Namespace, progress: Progress) -> tuple[Any, PreTrai
     """The model on the device that was asked for, and its tokenizer."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    device = pick_device(options.device)
-    model, tokenizer, _ = checkpoint.load(options.model)
-    model = model.to(device)
-    progress.log(whereabouts(model))
-    return model, tokenizer
+    loaded = checkpoint.load(options.model, dtype=options.dtype, device=options.device)
+    progress.log(str(loaded.report))
+    return loaded.model, loaded.tokenizer
 
 
 def _check_writable(folder: Path) -> None:

@@ -6,7 +6,7 @@ All are checked when they are made: InputError names the field.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from mem1.checks import (
@@ -17,18 +17,13 @@ from mem1.checks import (
     require_integers,
     require_numbers,
 )
+from mem1.parsing.chat_template import ChatMode
+from mem1.parsing.tags import MEM1, TagFormat
 from mem1.seeds import LARGEST
-from mem1_core.eviction import EvictionPolicy, check_prune
+from mem1_core.eviction_policies import EvictionPolicy, Never, Recorded, policy_name, resolve_policy, short_form
 from mem1_core.layout import Regime
 
-DTYPES = ("float32", "bfloat16")
-
-
-def _check_prune(prune: EvictionPolicy) -> None:
-    try:
-        check_prune(prune)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def _recorded(name: str, value: Any) -> dict[str, Any]:
@@ -63,7 +58,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = True
     initializer_range: float = 0.06  # of the random weights; with the usual 0.02 copying is learned far later
-    dtype: str = "float32"
+    dtype: str = "auto"  # of the weights: float32, or as a loaded model was saved
 
     def __post_init__(self) -> None:
         require_integers(
@@ -91,20 +86,26 @@ class ModelConfig:
 class RolloutConfig:
     """How trajectories are generated. Lengths are in tokens."""
 
-    num_slots: int = 32  # trajectories generated side by side
+    num_slots: int = 32  # trajectories generated side by side, or fewer where `kv_memory` is less
     regime: Regime = "carry"  # "paper" rolls out as "reencode"
-    prune: EvictionPolicy = (
-        "action"  # "never": the full-context agent; a number of tokens: the truncating one
-    )
+    prune: EvictionPolicy = "action"  # which segments leave when: see mem1_core.eviction.evict_from_segments
+    format: TagFormat = MEM1
+    chat: ChatMode = "raw"  # how a task stands in the stream: see mem1.parsing.codec.Codec
+    system: str | None = None  # the system message of a chat
+    observation_role: str = "user"  # of observations in a chat of turns
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: no limit
     greedy: bool = False
-    max_action_tokens: int = 192  # tokens of one action, tags included
-    max_info_tokens: int = 512  # tokens of environment text in one turn, tags excluded
     max_prompt_tokens: int = 4096  # a longer one is an environment's error
+    max_action_tokens: int = 192  # what the policy writes in one turn, state included
+    max_state_tokens: int | None = None  # its state, where that is to be shorter
+    max_info_tokens: int = 512  # what the environment writes in one turn, tags, hints and template included
     max_turns: int = 40
+    context_limit: int | None = None  # live tokens beyond which the policy is told `format.context_request`
+    max_prefill_tokens: int = 1024  # of longer texts that are read in one step, beside what is being written
     max_num_batched_tokens: int = 16384  # of one forward: rows times their longest piece
+    kv_memory: float = 0.6  # for the KV cache: a share of what is free, or bytes from 2 on
     env_timeout: float = (
         60.0  # seconds for one answer of an environment that is not `run_inline`, with retries
     )
@@ -116,30 +117,42 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         require_integers(
-            self, "num_slots max_action_tokens max_prompt_tokens max_turns max_num_batched_tokens", 1
+            self,
+            "num_slots max_prompt_tokens max_action_tokens max_info_tokens max_turns max_prefill_tokens "
+            "max_num_batched_tokens",
+            1,
         )
-        require_integers(self, "top_k max_info_tokens env_retries episode_retries", 0)
+        require_integers(self, "top_k env_retries episode_retries", 0)
+        for name in ("max_state_tokens", "context_limit"):
+            if getattr(self, name) is not None:
+                require_integers(self, name, 1)
         require_flags(self, "greedy synchronous")
         require_choice(self, "regime", get_args(Regime))
-        _check_prune(self.prune)
+        require_choice(self, "chat", get_args(ChatMode))
+        require(isinstance(self.format, TagFormat), "format", "a TagFormat", self.format)
+        try:
+            resolve_policy(self.prune)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        require(not isinstance(self.prune, Recorded), "prune", "a rule for all trajectories", self.prune)
         require_numbers(self, "temperature", 1e-4)  # less is `greedy`
         require_numbers(self, "top_p", 0.0, 1.0, above=True)
-        require_numbers(self, "env_timeout", above=True)
+        require_numbers(self, "env_timeout kv_memory", above=True)
+
+    def peak_tokens(self) -> int:
+        """The most tokens of an episode that can be live at once: what a slot of the KV cache must hold."""
+        limits = self.max_prompt_tokens, self.max_action_tokens, self.max_info_tokens, self.max_turns
+        peak = getattr(resolve_policy(self.prune), "peak_tokens", Never().peak_tokens)
+        return int(peak(*limits))
 
     def positions(self) -> int:
         """How many positions an episode can come to need: what a model's `max_position_embeddings` must
         allow.
 
-        In the regime `carry` positions run on through all turns; where the context is encoded again they are
-        those of the live tokens.
+        Positions run on through all turns, but where the context is encoded again: there they are those of
+        the live tokens.
         """
-        turn = self.max_action_tokens + self.max_info_tokens + 2  # with the tags of the info
-        everything = self.max_prompt_tokens + self.max_turns * turn
-        if self.regime == "carry" or self.prune == "never":
-            return everything
-        # A boundary leaves one turn, or the window's; its info and the next action come on top.
-        window = self.prune if isinstance(self.prune, int) else 0
-        return min(everything, self.max_prompt_tokens + window + 2 * turn)
+        return self.peak_tokens() if self.regime == "reencode" else replace(self, prune="never").peak_tokens()
 
 
 @dataclass(frozen=True)
@@ -235,3 +248,10 @@ class TrainConfig:
             require_integers(self, "threads", 1, 4096)
         object.__setattr__(self, "environment", _recorded("environment", self.environment))
         require(not self.rollout.greedy, "greedy", "False in training, which learns from samples", True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; a rule of forgetting that is a function, by its name."""
+        settings = asdict(self)
+        prune = self.rollout.prune
+        settings["rollout"]["prune"] = short_form(prune) or policy_name(prune)
+        return settings

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
+import json
+import os
+import sys
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import partial
 from math import inf
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
-from mem1.config import DTYPES, EvictionPolicy, Regime, RolloutConfig, TrainConfig
+from mem1.checks import InputError, require
+from mem1.config import DTYPES, ChatMode, EvictionPolicy, Regime, RolloutConfig, TrainConfig
+from mem1.envs.base import Environment
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.evaluation.evaluation_loop import OBJECTIVES
+from mem1.parsing.tags import FORMATS, TagFormat
 from mem1.runtime.progress import Progress
 from mem1.seeds import LARGEST
+from mem1_core.eviction_policies import RULES
 
 Command = Callable[[argparse.Namespace, Progress], None]
+
+_SIZES = " ".join(map(str, OBJECTIVES))
+_RULES = ["a number of tokens", *(rule.name + "=N" * len(fields(rule)) for rule in RULES)]
 
 
 def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
@@ -32,7 +45,9 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
             name,
             help=text,
             description=text,
-            parents=[] if name == "demo" else [_environment_options(), _sampling_options()],
+            parents=[]
+            if name == "demo"
+            else [_environment_options(), _format_options(), _sampling_options()],
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         new.set_defaults(run=runs[name])
@@ -40,21 +55,23 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
         group.add_argument("--threads", type=_threads, help="CPU threads; None leaves torch's choice")
         if name != "demo":
             group.add_argument("--device", default=config.device, help="auto, cpu, cuda or cuda:N")
+            group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as saved")
+        if name in ("eval", "rollout"):
+            group.add_argument("--model", required=True, help="a model's folder, a run's, or a Hugging Face id")
         return group
 
     add = command("train", "warm start on expert trajectories, then PPO").add_argument
     add("--out", type=Path, default=Path("runs/train"), help="folder of the run")
-    add("--init", type=Path, help="checkpoint to start PPO from, without a warm start")
+    add("--model", type=str, help="start PPO from this folder or Hugging Face id, without a warm start")
     add("--resume", action="store_true", help="go on in --out, with the options of that run")
     add("--overwrite", action="store_true", help="start over in an --out that has a run")
-    add("--objectives", type=_interval, default=(1, 4), help="questions per episode: 2 or 1-4")
+    add("--objectives", type=_interval, help="questions per episode: 2 or 1-4 (default: 1-4)")
     add("--max-updates", type=int, default=config.max_updates, help="PPO updates")
     add("--batch-size", type=_positive, default=config.batch_size, help="episodes per update")
     add("--warmstart-steps", type=int, help=f"supervised steps; None: {config.warmstart.steps}")
     add("--actor-lr", type=float, default=config.ppo.actor_lr, help="learning rate of the policy")
     add("--critic-lr", type=float, default=config.ppo.critic_lr, help="learning rate of the critic")
     add("--kl-coef", type=float, default=config.ppo.kl_coef, help="weight of the KL to the start of PPO")
-    add("--dtype", choices=DTYPES, help=f"of a new model's weights; None: {config.model.dtype}")
     add(
         "--save-every",
         type=_positive,
@@ -65,16 +82,15 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("--seed", type=_seed, default=config.seed, help="of the run: weights, episodes, samples, order")
 
     add = command("eval", "MEM1 beside the full-context agent of the same weights").add_argument
-    add("model", type=Path, help="checkpoint folder")
-    add("--objectives", type=_positive, nargs="+", default=OBJECTIVES, help="questions per episode")
+    add("--objectives", type=_positive, nargs="+", help=f"questions per episode (default: {_SIZES})")
     add("--episodes", type=_positive, default=16, help="episodes per number of objectives")
     add("--seed", type=_seed, default=0, help="of the evaluation; its episodes are never trained on")
     add("--truncate", type=_positive, metavar="W", help="beside the full-context agent also --prune W")
 
     add = command("rollout", "let an agent play and print or save what it does").add_argument
-    add("model", type=Path, help="checkpoint folder")
-    add("--objectives", type=_interval, default=(2, 2), help="questions per episode: 2 or 1-4")
+    add("--objectives", type=_interval, help="questions per episode: 2 or 1-4 (default: 2)")
     add("--episodes", type=_positive, default=4, help="how many")
+    add("--group-size", type=_positive, default=1, help="times that each is played, with other samples")
     add("--expert", action="store_true", help="the environment's expert writes, the model reads along")
     add("--out", type=Path, help="write trajectories to this .jsonl file instead of the terminal")
     add("--seed", type=_seed, default=0, help="of the first episode itself, as a trajectory has it")
@@ -90,8 +106,37 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
 def _environment_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument_group("environment").add_argument
-    add("--hops", type=_positive, default=2, help="relations to follow per question")
-    add("--passage-tokens", type=int, default=0, help="length of an answer to a query; 0: bare answer")
+    add(
+        "--environment",
+        type=_imported,
+        metavar="MODULE:NAME",
+        help="what makes one, found from the current folder; None: questions over drawn facts",
+    )
+    add("--environment-args", type=_json, default={}, metavar="JSON", help="its keyword arguments")
+    add("--hops", type=_positive, help="relations to follow per question of drawn facts (default: 2)")
+    add("--passage-tokens", type=int, help="length of their answers to a query (default: 0, bare answers)")
+    return parser
+
+
+def _format_options() -> argparse.ArgumentParser:
+    default = RolloutConfig()
+    parser = argparse.ArgumentParser(add_help=False)
+    add = parser.add_argument_group("format").add_argument
+    add(
+        "--format",
+        type=_format,
+        default="mem1",
+        metavar="{" + ",".join(FORMATS) + ",FILE}",
+        help="tags between which the policy writes; FILE: JSON, see docs/tags.md",
+    )
+    add("--chat", choices=get_args(ChatMode), default=default.chat, help="raw text, or the chat template")
+    add("--system", help="system message of a chat")
+    add("--max-prompt-tokens", type=_positive, default=default.max_prompt_tokens, help="tokens of a task")
+    add("--max-action-tokens", type=_positive, default=default.max_action_tokens, help="tokens of one action")
+    add("--max-state-tokens", type=_positive, help="of its state; None: no limit of its own")
+    add("--max-info-tokens", type=_positive, help="tokens of one observation; None: room for a passage")
+    add("--max-turns", type=_positive, help="turns of one episode; None: at least twice the expert's")
+    add("--context-limit", type=_positive, help="live tokens beyond which a summary is asked for")
     return parser
 
 
@@ -99,32 +144,69 @@ def _sampling_options() -> argparse.ArgumentParser:
     default = RolloutConfig()
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument_group("sampling").add_argument
-    add("--num-slots", type=_positive, default=default.num_slots, help="episodes side by side")
+    add("--num-slots", type=_positive, default=default.num_slots, help="episodes side by side, at most")
+    add("--kv-memory", type=float, default=default.kv_memory, help="for the KV cache: share of what is free")
+    add(
+        "--max-prefill-tokens",
+        type=_positive,
+        default=default.max_prefill_tokens,
+        help="of longer texts that are read in one step",
+    )
     add("--regime", choices=get_args(Regime), default=default.regime, help="what a prune does to the cache")
     add(
         "--prune",
         type=_prune,
         default=default.prune,
-        metavar="{action,state,never,W}",
-        help="when the turns before are dropped; W: as 'action', but only the oldest beyond W tokens",
+        metavar="RULE",
+        help="what is forgotten when: " + ", ".join(["action", *_RULES, "MODULE:NAME"]),
     )
     add("--temperature", type=float, default=default.temperature, help="of the sampler")
     add("--top-p", type=float, default=default.top_p, help="nucleus of the sampler")
     add("--top-k", type=int, default=default.top_k, help="most likely tokens only; 0: all")
     add("--greedy", action="store_true", help="always the most likely token")
-    add("--max-action-tokens", type=_positive, default=default.max_action_tokens, help="tokens of one action")
-    add(
-        "--max-info-tokens",
-        type=int,
-        help="tokens the environment may say in one turn; None: room for a passage",
-    )
-    add("--max-turns", type=_positive, help="turns of one episode; None: at least twice the expert's")
     return parser
 
 
 def _prune(text: str) -> EvictionPolicy | str:
-    """A number where it is one; RolloutConfig says what is wrong with the rest."""
+    """A number or a function where it is one; RolloutConfig says what is wrong with the rest."""
+    if ":" in text:
+        return cast(EvictionPolicy, _imported(text))
     return int(text) if _number(text) else text
+
+
+def _imported(text: str) -> Any:
+    """The object MODULE:NAME, of an installed module or one in the current folder."""
+    module, _, name = text.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"expected MODULE:NAME, got {text!r}: {error}") from None
+    finally:
+        sys.path.remove(os.getcwd())
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected JSON, got {text!r}: {error}") from None
+    if not isinstance(values, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
+    return values
+
+
+def _format(text: str) -> TagFormat:
+    if text in FORMATS:
+        return FORMATS[text]
+    try:
+        return TagFormat.from_dict(_json(Path(text).read_text()))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected one of {', '.join(FORMATS)} or a file, got {text!r}: {error.strerror}"
+        ) from None
+    except InputError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
 
 def _number(text: str) -> bool:
@@ -160,41 +242,46 @@ def _interval(text: str) -> tuple[int, int]:
 
 
 def environment_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "objectives": options.objectives,
-        "hops": options.hops,
-        "passage_tokens": options.passage_tokens,
-    }
+    """What the environment of the options is made with, apart from its number of objectives."""
+    if options.environment is None:
+        facts = {"hops": options.hops or 2, "passage_tokens": options.passage_tokens or 0}
+        return facts | options.environment_args
+    for name in ("hops", "passage_tokens"):
+        require(getattr(options, name) is None, name, "none beside environment", getattr(options, name))
+    return dict(options.environment_args)
 
 
 def environment_maker(
-    options: argparse.Namespace, objectives: int | tuple[int, int]
-) -> Callable[[], MultiHopEnv]:
-    """Makes the environment of the options; InputError, before any work, if one is out of its range."""
-    make = partial(MultiHopEnv, **environment_arguments(options) | {"objectives": objectives})
-    make()
-    return make
+    options: argparse.Namespace, objectives: int | tuple[int, int] | None
+) -> Callable[[], Environment]:
+    """Makes the environment of the options; InputError, before any work, if it cannot be made of them."""
+    make, arguments = options.environment or MultiHopEnv, environment_arguments(options)
+    if objectives is not None:
+        arguments["objectives"] = objectives
+    try:
+        inspect.signature(make).bind(**arguments)
+    except TypeError as error:
+        raise InputError(f"environment-args: expected arguments of {make.__qualname__}, got {error}") from None
+    if make is MultiHopEnv:
+        make(**arguments)  # which costs nothing, and refuses what is out of its range
+    return partial(make, **arguments)
 
 
-def rollout_config(options: argparse.Namespace, objectives: int) -> RolloutConfig:
-    """The settings of the sampler for episodes of at most that many objectives.
+def rollout_config(options: argparse.Namespace, objectives: int | None) -> RolloutConfig:
+    """The settings of the sampler for episodes of at most that many objectives, None for an environment of
+    which nothing is known.
 
     Limits that were not given leave room: for a whole passage, and for twice the turns of the expert.
     They leave no more than that: a model has to have a position for every token that they allow.
     """
     default = RolloutConfig()
-    room = 2 * (objectives * options.hops + 1)
+    max_info_tokens, max_turns = default.max_info_tokens, default.max_turns
+    if options.environment is None:
+        max_info_tokens = 64 + (options.passage_tokens or 0)
+        max_turns = max(max_turns, 2 * ((objectives or 1) * (options.hops or 2) + 1))
+    names = {field.name for field in fields(RolloutConfig)} & vars(options).keys()
     return RolloutConfig(
-        num_slots=options.num_slots,
-        regime=options.regime,
-        prune=options.prune,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        greedy=options.greedy,
-        max_action_tokens=options.max_action_tokens,
-        max_info_tokens=64 + options.passage_tokens
-        if options.max_info_tokens is None
-        else options.max_info_tokens,
-        max_turns=max(default.max_turns, room) if options.max_turns is None else options.max_turns,
+        **{name: getattr(options, name) for name in names - {"max_info_tokens", "max_turns"}},
+        max_info_tokens=max_info_tokens if options.max_info_tokens is None else options.max_info_tokens,
+        max_turns=max_turns if options.max_turns is None else options.max_turns,
     )

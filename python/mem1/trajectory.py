@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mem1_core.eviction import dependency_length
-from mem1_core.eviction_policies import EvictionPolicy
+from mem1_core.eviction import dependency_length, eviction_table
+from mem1_core.eviction_policies import EvictionPolicy, Recorded, short_form
 from mem1_core.layout import Regime, TrajectoryLayout
 from mem1_core.mask import TrajectoryMask
 from mem1_core.segments import Segment, policy_tokens
@@ -24,6 +24,7 @@ class FinishReason(str, Enum):
     ANSWERED = "answered"
     ENVIRONMENT = "environment"  # which said so, without an answer
     TURN_LIMIT = "turn_limit"
+    END_OF_TURN = "end_of_turn"  # the policy ended its message without a complete action
     # The environment raised, took too long, or gave something else than the protocol asks for. Such an
     # episode has reward 0 and says nothing about the policy.
     ENVIRONMENT_ERROR = "environment_error"
@@ -135,6 +136,8 @@ class Trajectory:
         rollout_logprobs = self.rollout_logprobs
         return {
             **{name: getattr(self, name) for name in _PLAIN},
+            # Of a function of one's own, what it has decided: any program can read that.
+            "prune": short_form(self.prune) or asdict(eviction_table(self.segments, self.prune).recorded()),
             "finish_reason": self.finish_reason.value,
             "peak_tokens": self.peak_tokens(),
             "dependency_length": self.dependency_length(),
@@ -152,7 +155,7 @@ class Trajectory:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Trajectory:
         """The inverse of `to_dict`."""
-        rollout_logprobs = data.get("rollout_logprobs")
+        rollout_logprobs, prune = data.get("rollout_logprobs"), data["prune"]
         return cls(
             tokens=torch.tensor(data["tokens"], dtype=torch.int64),
             segments=[Segment(*segment) for segment in data["segments"]],
@@ -160,6 +163,7 @@ class Trajectory:
             rollout_logprobs=None if rollout_logprobs is None else torch.tensor(rollout_logprobs),
             failures=[Failure(**failure) for failure in data.get("failures", [])],
             finish_reason=FinishReason(data["finish_reason"]),
+            prune=Recorded(tuple(prune["lifetimes"]), prune["rule"]) if isinstance(prune, dict) else prune,
             **{name: data[name] for name in _PLAIN if name in data},
         )
 
@@ -167,5 +171,5 @@ class Trajectory:
 # The fields that are as they are in JSON.
 _PLAIN = (
     *("seed", "sampling_seed", "model", "objectives", "error", "score", "notes", "seconds"),
-    *("prune", "regime", "temperature", "top_p", "top_k", "greedy"),
+    *("regime", "temperature", "top_p", "top_k", "greedy"),
 )

@@ -19,6 +19,7 @@ import torch
 
 from mem1.config import RolloutConfig
 from mem1.envs.base import Environment, ExpertAction, Observation
+from mem1.parsing.boundaries import TurnReader
 from mem1.parsing.codec import Codec
 from mem1.rollout.call_pool import retry
 from mem1.trajectory import FinishReason
@@ -59,18 +60,25 @@ class EnvironmentCalls:
         objectives = _integer("objectives", self.environment.objectives)
         return Reply(tokens, objectives, expert_tokens=self._expert())
 
-    def step(self, written: list[int], objectives: int, last: bool, deadline: float) -> Reply:
-        """`written`: the tokens of an action without its `state` segment."""
-        action = self._codec.action(written)
-        observation = self._retry(partial(self.environment.step, action), deadline)
-        text, _, done = _expect("step", observation, Observation)
-        text, done = _text("step: text", text), _flag("step: done", done)
-        if not done and not last:
-            tokens = self._codec.info(text, self._config.max_info_tokens)
+    def step(self, written: TurnReader, turn: int, context: int, objectives: int, deadline: float) -> Reply:
+        """The reply to a turn of the policy; `context`: the tokens that are live after it."""
+        config, turns_left = self._config, self._config.max_turns - turn
+        text, done = written.reply, False
+        if text is None:
+            observation = self._retry(partial(self.environment.step, written.action), deadline)
+            text, _, done = _expect("step", observation, Observation)
+            text, done = _text("step: text", text), _flag("step: done", done)
+        if not done and turns_left and written.ended != "eos":
+            if config.context_limit is not None and context > config.context_limit:
+                text += config.format.context_request
+            tokens = self._codec.observation(text, config.max_info_tokens, turns_left=turns_left)
             return Reply(tokens, objectives, expert_tokens=self._expert())
         score, notes = _score(self._retry(self.environment.score, deadline))
-        how = FinishReason.ANSWERED if action.kind == "answer" else FinishReason.ENVIRONMENT
-        return Reply([], objectives, how if done else FinishReason.TURN_LIMIT, score, notes)
+        how = FinishReason.END_OF_TURN if written.ended == "eos" else FinishReason.TURN_LIMIT
+        if done:
+            answered = written.action.kind == "answer"
+            how = FinishReason.ANSWERED if answered else FinishReason.ENVIRONMENT
+        return Reply([], objectives, how, score, notes)
 
     def _expert(self) -> list[int] | None:
         if not self._expert_plays:

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,22 +20,29 @@ from mem1.rollout.call_pool import try_call
 from mem1.rollout.env_calls import NO_SCORE, EnvironmentCalls, Reply
 from mem1.seeds import derive_seed
 from mem1.trajectory import Failure, FinishReason, Trajectory
-from mem1_core.eviction import evict_from_segments
+from mem1_core.eviction import EvictionTable
 from mem1_core.segments import Segment
 
 _MAX_MESSAGE = 200  # characters of an exception's message
 _UNIFORM_BATCH = 64  # random numbers at a time
 
 
+class _Stage(NamedTuple):
+    """Tokens to feed, and then the prune that is due."""
+
+    tokens: list[int]  # indices in the stream
+    alive: Tensor | None  # bool per token of the stream so far; None: no prune
+
+
 class Episode:
     """One episode: its stream of tokens, which of them the policy may still see, which it is yet to be fed.
 
-    Boundaries come from who wrote a token: only `write`, the policy's way in, looks at tags. What a prune
-    leaves is asked of `evict_from_segments`, the table that the training mask is made of.
+    Boundaries come from who wrote a token: only `write`, the policy's way in, looks for tags, in the text
+    of what it wrote. What leaves there is asked of the table that the training mask is made of.
 
     pending_call: what the environment is to be asked next; `receive` gets the result, and until then the
     episode is `awaiting_reply`: tokens may be fed, but none written. cached: stream index of each token in
-    the slot, in order. pending: indices to feed now; deferred: those to feed after the prune that is due.
+    the slot, in order; the slot may hold more behind them, which is to be forgotten.
     """
 
     def __init__(
@@ -62,11 +69,9 @@ class Episode:
         self.finish_reason: FinishReason | None = None  # while it goes on
         self.error = ""
         self.cached: list[int] = []
-        self.pending: list[int] = []
-        self.deferred: list[int] = []
-        self._alive: Tensor | None = None  # bool per token of the stream: a prune is due
-        self._action_start = 0  # stream index
-        self._state_length = 0  # tokens of this action's `state` segment, 0 before its end
+        self._stages: deque[_Stage] = deque()
+        self._table = EvictionTable(config.prune)
+        self._reader = codec.turn(config.max_action_tokens, config.max_state_tokens)
         self._expert_tokens: deque[int] = deque()
         self._objectives, self._score, self._notes = 1, dict(NO_SCORE), dict[str, Any]()
         self._began = time.perf_counter()
@@ -78,6 +83,16 @@ class Episode:
         """Whether the environment may be asked without a thread."""
         environment = self._calls.environment
         return try_call(lambda: bool(getattr(environment, "run_inline", False))) is True
+
+    @property
+    def pending(self) -> list[int]:
+        """Stream indices of what can be fed now: up to the next prune."""
+        return self._stages[0].tokens if self._stages else []
+
+    @property
+    def prompt(self) -> list[int]:
+        """The tokens of the prompt, once it is there."""
+        return self.tokens[: self.segments[0].length] if self.segments else []
 
     def take_call(self) -> Callable[[float], Reply] | None:
         """The pending call, once."""
@@ -94,30 +109,42 @@ class Episode:
         if reply.finish_reason:
             self.finish_reason = reply.finish_reason
             self._score, self._notes = reply.score or self._score, reply.notes or self._notes
-            self.pending, self.deferred = [], []
+            self._stages.clear()
             return
-        self._append("info" if self.turn else "prompt", reply.tokens)
+        begin = len(self.tokens)
+        self._extend(reply.tokens, [0.0] * len(reply.tokens), [0.0] * len(reply.tokens))
+        self._close("info" if begin else "prompt", len(reply.tokens))
         self.turn += 1
-        self._action_start, self._state_length = len(self.tokens), 0
+        self._reader = self.codec.turn(self.config.max_action_tokens, self.config.max_state_tokens)
         self._expert_tokens = deque(reply.expert_tokens or [])
 
-    def positions(self) -> list[int]:
-        """Position ids of `pending`: the stream's own, or, re-encoding, the places in the pruned context."""
-        if self.config.regime == "carry":
-            return self.pending
-        return list(range(len(self.cached), len(self.cached) + len(self.pending)))
-
-    def commit_fed(self) -> Tensor | None:
-        """`pending` has been fed. Returns which cached tokens to keep, bool [cached], if a prune is due
-        now.
+    def positions(self, count: int) -> list[int]:
+        """Position ids of the first `count` of `pending`: the stream's own, or, re-encoding, the places in
+        the pruned context.
         """
-        self.cached += self.pending
-        self.pending, self.deferred = self.deferred, []
-        if self._alive is None:
+        if self.config.regime == "carry":
+            return self.pending[:count]
+        return list(range(len(self.cached), len(self.cached) + count))
+
+    def adopt_prompt(self, count: int) -> None:
+        """The slot has got the first `count` tokens of the prompt from another one that read the same."""
+        self._stages[0] = self._stages[0]._replace(tokens=self.pending[count:])
+        self.cached = list(range(count))
+
+    def commit_fed(self, count: int) -> Tensor | None:
+        """The first `count` of `pending` have been fed. Returns which cached tokens to keep, bool [cached],
+        if a prune is due now.
+        """
+        tokens, alive = self._stages[0]
+        self.cached += tokens[:count]
+        if count < len(tokens):
+            self._stages[0] = _Stage(tokens[count:], alive)
             return None
-        keep = self._alive[self.cached]
+        self._stages.popleft()
+        if alive is None:
+            return None
+        keep = alive[self.cached]
         self.cached = torch.tensor(self.cached)[keep].tolist()
-        self._alive = None
         return keep
 
     def uniform(self) -> float:
@@ -135,28 +162,22 @@ class Episode:
 
         rollout_logprob: that with which it was drawn, where it is another one.
         """
+        reader = self._reader
         if not math.isfinite(logprob):
             self.finish_reason = FinishReason.POLICY_ERROR
             self.error = f"expected a finite log-prob, got {logprob}"
-            self._close("query")
+            written = reader.num_tokens - reader.state_tokens
+            if written:
+                self.segments.append(Segment(reader.kind, self.turn, written))
             return
-        self.pending = [len(self.tokens)]
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        self.rollout_logprobs.append(logprob if rollout_logprob is None else rollout_logprob)
-        length = len(self.tokens) - self._action_start
-        complete = token in self.codec.stops or length == self.config.max_action_tokens
-        if token == self.codec.ids["</IS>"] and self._state_length == 0:
-            self._state_length = length
-            self.segments.append(Segment("state", self.turn, length))
-            if not complete:
-                self._boundary("query")
-        if complete:
-            written = self.tokens[self._action_start + self._state_length :]
-            self._close("answer" if self.codec.kind(written) == "answer" else "query")
-            self._boundary("info")  # before the answer is there: what leaves need not wait for it
-            last = self.turn == self.config.max_turns
-            self.pending_call = partial(self._calls.step, written, self._objectives, last)
+        self._extend([token], [logprob], [logprob if rollout_logprob is None else rollout_logprob])
+        event = reader.read(token)
+        if event and reader.state_tokens and self.segments[-1].turn < self.turn:
+            self._close("state", reader.state_tokens)
+        if event == "end":  # what leaves need not wait for the environment
+            self._close(reader.kind, reader.num_tokens - reader.state_tokens)
+            context = int(self._table.alive().sum())
+            self.pending_call = partial(self._calls.step, reader, self.turn, context, self._objectives)
             self.awaiting_reply = True
 
     def trajectory(self) -> Trajectory:
@@ -186,33 +207,37 @@ class Episode:
             notes=self._notes,
         )
 
-    def _close(self, kind: str) -> None:
-        """What the policy has written since its `state` segment, or since its turn began, is one segment."""
-        length = len(self.tokens) - self._action_start - self._state_length
-        if length:
-            self.segments.append(Segment(kind, self.turn, length))
-
-    def _boundary(self, following: str) -> None:
-        """A place where tokens may leave: ask the table, as if one token of kind `following` came next."""
-        n = len(self.tokens)
-        evict = evict_from_segments([*self.segments, Segment(following, self.turn, 1)], self.config.prune)[:n]
-        if not (evict == n).any():
-            return
-        alive = evict > n
-        if self.config.regime == "carry":
-            self._alive = alive  # the last token written is fed first: it still sees what leaves
-        else:
-            prompt = self.segments[0].length
-            self.cached = self.cached[:prompt]
-            self.pending = [prompt + j for j in alive[prompt:].nonzero()[:, 0].tolist()]
-
-    def _append(self, kind: str, tokens: list[int]) -> None:
-        begin = len(self.tokens)
+    def _extend(self, tokens: list[int], logprobs: list[float], rollout_logprobs: list[float]) -> None:
+        """More tokens of the stream, which are to be fed."""
+        new = list(range(len(self.tokens), len(self.tokens) + len(tokens)))
         self.tokens += tokens
-        self.logprobs += [0.0] * len(tokens)
-        self.rollout_logprobs += [0.0] * len(tokens)
-        self.segments.append(Segment(kind, self.turn, len(tokens)))
-        (self.pending if self._alive is None else self.deferred).extend(range(begin, len(self.tokens)))
+        self.logprobs += logprobs
+        self.rollout_logprobs += rollout_logprobs
+        if self._stages and self._stages[-1].alive is None:
+            self._stages[-1].tokens.extend(new)
+        else:
+            self._stages.append(_Stage(new, None))
+
+    def _close(self, kind: str, length: int) -> None:
+        """The last `length` tokens are a segment. Where that makes others leave, a prune is due: the last
+        token is fed first, it still sees them; or what is left of the context is encoded again.
+        """
+        segment = Segment(kind, self.turn, length)
+        self.segments.append(segment)
+        if not self._table.add(segment):
+            return
+        alive = self._table.alive()
+        if self.config.regime == "carry":
+            self._stages[-1] = self._stages[-1]._replace(alive=alive)
+            return
+        context = self.cached + self.pending
+        stays = alive[context].tolist()
+        kept = min(stays.index(False), len(self.cached))  # of the cache: up to the first that has left
+        survivors = [token for token, stay in zip(context[kept:], stays[kept:], strict=True) if stay]
+        if not survivors:  # what follows is sampled from the last one that is left
+            kept, survivors = kept - 1, [context[kept - 1]]
+        self.cached = context[:kept]
+        self._stages = deque([_Stage(survivors, None)])
 
 
 def _describe(error: BaseException) -> str:

@@ -19,29 +19,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mem1.checks import InputError, require
 from mem1.config import RolloutConfig
 from mem1.engine.engine import Engine
-from mem1.engine.sampling import sample
 from mem1.envs.base import Environment, ExpertEnvironment
+from mem1.models.load import stop_ids
+from mem1.models.memory_plan import plan_memory
 from mem1.parsing.codec import Codec
 from mem1.rollout.call_pool import CallPool, try_call
 from mem1.rollout.env_calls import Reply
 from mem1.rollout.episode import Episode
+from mem1.seeds import derive_seed
 from mem1.trajectory import Failure, FinishReason, Trajectory
+from mem1_core.eviction_policies import policy_name, short_form
 
 _MANY = 1 / 6  # of the rows
-_LIMITS = (
-    "regime",
-    "prune",
-    "max_prompt_tokens",
-    "max_turns",
-    "max_action_tokens",
-    "max_info_tokens",
-)  # of positions
+_LIMITS = "max_prompt_tokens max_turns max_action_tokens max_info_tokens".split()
 
 
 class _Attempt(NamedTuple):
     """An episode to play, and how often that has failed."""
 
     seed: int
+    sampling_seed: int
     failures: tuple[Failure, ...] = ()
 
 
@@ -53,15 +50,18 @@ def rollout(
     config: RolloutConfig,
     *,
     sampling_seed: int = 0,
+    group_size: int = 1,
     expert: bool = False,
     engine: Engine | None = None,
 ) -> Iterator[Trajectory]:
-    """Yield one finished `Trajectory` per seed, in the order in which they finish.
+    """Yield `group_size` finished trajectories per seed, in the order in which they finish.
 
     An episode follows from its seed alone: the environment is reset with it, and the sampler has a generator
     of its own, made of it and `sampling_seed`, so the batch it runs in changes nothing but rounding; with
-    `config.synchronous` not even that. Seeds are integers >= 0. With `expert` the environment's expert
-    writes the actions and the model only reads along (their log-probs are the model's).
+    `config.synchronous` not even that. Seeds are integers >= 0. Episodes of a group differ in their
+    `Trajectory.sampling_seed`, the first has `sampling_seed` itself; their prompt is read once. With `expert`
+    the environment's expert writes the actions and the model only reads along (their log-probs are the
+    model's).
 
     Environments answer on threads, while the other episodes go on (a `run_inline` one at once); whatever
     goes wrong in one ends its own episode. That is then played again from its seed, up to
@@ -77,13 +77,15 @@ def rollout(
     the limits of `config` allow more positions than the model has; ValueError if `engine` is one of another
     model, RuntimeError, at the first trajectory, if it is in use.
     """
-    attempts = deque(_Attempt(_checked_seed("seeds", seed)) for seed in seeds)
     sampling_seed = _checked_seed("sampling_seed", sampling_seed)
-    check_positions(model, config)
-    codec = Codec(tokenizer)
-    engine = engine or Engine(
-        model, max(1, min(config.num_slots, len(attempts))), config.max_num_batched_tokens
+    require(group_size >= 1, "group_size", "an integer >= 1", group_size)
+    samples = [sampling_seed, *(derive_seed(sampling_seed, "group", i) for i in range(1, group_size))]
+    attempts = deque(
+        _Attempt(_checked_seed("seeds", seed), sample) for seed in seeds for sample in samples
     )
+    check_positions(model, config)
+    codec = make_codec(tokenizer, config, model)
+    engine = engine or make_engine(model, config, len(attempts))
     if engine.model is not model:
         raise ValueError("engine: expected one of this model, got one of another")
     name = str(getattr(model.config, "_name_or_path", None) or "")
@@ -95,7 +97,7 @@ def rollout(
             attempt.seed,
             codec,
             config,
-            sampling_seed=sampling_seed,
+            sampling_seed=attempt.sampling_seed,
             expert=expert,
             model=name,
             failures=attempt.failures,
@@ -108,13 +110,53 @@ def rollout(
     return _run(attempts, start, engine, config)
 
 
+def make_codec(
+    tokenizer: PreTrainedTokenizerBase, config: RolloutConfig, model: PreTrainedModel | None = None
+) -> Codec:
+    """Between text and tokens, those that end a turn of `model` among them. InputError for a tokenizer, a
+    template or limits that cannot be used.
+    """
+    codec = Codec(
+        tokenizer,
+        config.format,
+        chat=config.chat,
+        system=config.system,
+        observation_role=config.observation_role,
+        stop_ids=() if model is None else stop_ids(model, tokenizer),
+    )
+    codec.check_limits(config.max_info_tokens, config.max_action_tokens, config.max_state_tokens)
+    return codec
+
+
+def make_engine(
+    model: PreTrainedModel,
+    config: RolloutConfig,
+    episodes: int,
+    tell: Callable[[str], None] | None = None,
+) -> Engine:
+    """An engine with a slot for each of `episodes` side by side, as many as `config` and memory allow; what
+    that takes is told before it is taken. InputError if there is not memory for one slot.
+    """
+    plan = plan_memory(
+        model,
+        capacity=config.peak_tokens(),
+        num_slots=max(1, min(config.num_slots, episodes)),
+        kv_memory=config.kv_memory,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+    )
+    if tell is not None:
+        tell(str(plan))
+    return Engine(model, plan.num_slots, config.max_num_batched_tokens, capacity=plan.capacity)
+
+
 def check_positions(model: PreTrainedModel, config: RolloutConfig) -> None:
     """InputError where the limits of `config` allow more positions than the model has."""
     available = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     needed = config.positions()
     if available is None or needed <= available:
         return
-    limits = ", ".join(f"{name}={getattr(config, name)!r}" for name in _LIMITS)
+    rules = f"regime={config.regime!r}, prune={short_form(config.prune) or policy_name(config.prune)!r}, "
+    limits = rules + ", ".join(f"{name}={getattr(config, name)!r}" for name in _LIMITS)
     fits = replace(config, regime="reencode").positions() <= available
     raise InputError(
         f"max_position_embeddings: expected at least {needed}, which {limits} add up to, got {available}; "
@@ -150,7 +192,7 @@ def _run(
                 failed = played.finish_reason == FinishReason.ENVIRONMENT_ERROR
                 if failed and len(played.failures) < config.episode_retries:
                     failure = Failure(played.error_kind, played.turns, played.tokens.numel())
-                    attempts.append(_Attempt(played.seed, (*played.failures, failure)))
+                    attempts.append(_Attempt(played.seed, played.sampling_seed, (*played.failures, failure)))
                 else:
                     yield played
 
@@ -171,16 +213,26 @@ def _poll_environments(active: list[Episode], calls: CallPool[Episode, Reply], c
 def _step(active: list[Episode], engine: Engine, config: RolloutConfig) -> None:
     """Feed what is pending, prune where a prune is due, and sample a token for those with nothing pending."""
     rows = [row for row, episode in enumerate(active) if episode.pending]
+    rows = _share_prompts(active, rows, engine)
     if engine.captures:  # one token for each row costs little: who has more waits until many have
         short = [row for row in rows if len(active[row].pending) == 1]
         if len(rows) - len(short) < _MANY * len(rows):
             rows = short
+    counts = _share_out([len(active[row].pending) for row in rows], config.max_prefill_tokens)
+    rows, counts = [row for row, n in zip(rows, counts, strict=True) if n], [n for n in counts if n]
     if not rows:
         return
     batch = [active[row] for row in rows]
-    tokens = [[episode.tokens[j] for j in episode.pending] for episode in batch]
-    hidden = engine.feed(rows, tokens, [episode.positions() for episode in batch])
-    keeps = {row: episode.commit_fed() for row, episode in zip(rows, batch, strict=True)}
+    tokens = [
+        [episode.tokens[j] for j in episode.pending[:n]] for episode, n in zip(batch, counts, strict=True)
+    ]
+    positions = [episode.positions(n) for episode, n in zip(batch, counts, strict=True)]
+    for row, episode in zip(rows, batch, strict=True):  # what is to be encoded again is forgotten first
+        engine.cache.truncate(row, len(episode.cached))
+    hidden = engine.feed(rows, tokens, positions)
+    keeps = {
+        row: episode.commit_fed(n) for row, episode, n in zip(rows, batch, counts, strict=True)
+    }
     engine.cache.prune({row: keep for row, keep in keeps.items() if keep is not None})
 
     ready = [i for i, episode in enumerate(batch) if not episode.pending and not episode.awaiting_reply]
@@ -188,15 +240,46 @@ def _step(active: list[Episode], engine: Engine, config: RolloutConfig) -> None:
         return
     uniform = torch.tensor([batch[i].uniform() for i in ready])
     forced = torch.tensor([batch[i].forced() for i in ready])
-    logits = engine.logits(hidden if len(ready) == len(rows) else hidden[ready])
-    sampled = sample(logits, uniform, forced, config)
+    hidden = hidden if len(ready) == len(rows) else hidden[ready]
+    sampled = engine.sample(hidden, uniform, forced, config)
     rollout = [None] * len(ready) if sampled.rollout_logprobs is None else sampled.rollout_logprobs.tolist()
     columns = ready, sampled.tokens.tolist(), sampled.logprobs.tolist(), rollout
     for i, token, logprob, rollout_logprob in zip(*columns, strict=True):
-        cached = len(batch[i].cached)
         batch[i].write(token, logprob, rollout_logprob)
-        if len(batch[i].cached) < cached:  # what is still seen of this turn is encoded again
-            engine.cache.truncate(rows[i], len(batch[i].cached))
+
+
+def _share_prompts(active: list[Episode], rows: list[int], engine: Engine) -> list[int]:
+    """Episodes of a group have one prompt: the first reads it, the others wait and get its entries, all but
+    the last token's, which they are to go on from. Returns the rows that need not wait.
+    """
+    new = [row for row in rows if not active[row].cached and len(active[row].prompt) > 1]
+    readers: dict[tuple[int, ...], int] = {}  # prompt -> the row that is furthest in it
+    if new:
+        for row, episode in enumerate(active):
+            prompt = tuple(episode.prompt)
+            best = readers.setdefault(prompt, row)
+            if len(episode.cached) > len(active[best].cached):
+                readers[prompt] = row
+    waiting = set()
+    for row in new:
+        prompt, reader = active[row].prompt, readers[tuple(active[row].prompt)]
+        if reader != row and len(active[reader].cached) >= len(prompt) - 1:
+            engine.cache.copy(reader, row, len(prompt) - 1)
+            active[row].adopt_prompt(len(prompt) - 1)
+        elif reader != row:
+            waiting.add(row)
+    return [row for row in rows if row not in waiting]
+
+
+def _share_out(lengths: list[int], budget: int) -> list[int]:
+    """How many tokens of each row to read now: single ones always, of longer texts `budget` in all, in
+    order.
+    """
+    counts = []
+    for length in lengths:
+        counts.append(1 if length == 1 else min(length, budget))
+        budget -= counts[-1] if length > 1 else 0
+    return counts
 
 
 def _pop_finished(active: list[Episode], engine: Engine) -> Iterator[Trajectory]:
@@ -222,7 +305,7 @@ def play_expert(
     """The expert's trajectories without any model (their log-probs are 0): for warm starts and for measuring
     memory.
     """
-    codec = Codec(tokenizer)
+    codec = make_codec(tokenizer, config)
     for seed in seeds:
         episode = Episode(make_environment(), seed, codec, config, expert=True)
         while not episode.finish_reason:
@@ -231,6 +314,6 @@ def play_expert(
                 episode.receive(try_call(call, inf))
                 continue
             while episode.pending:
-                episode.commit_fed()
+                episode.commit_fed(len(episode.pending))
             episode.write(episode.forced(), 0.0)
         yield episode.trajectory()

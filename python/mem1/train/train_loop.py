@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -23,8 +22,7 @@ from mem1.envs.base import Environment, ExpertEnvironment
 from mem1.evaluation.results import error_counts
 from mem1.io import append_json, without_nan
 from mem1.models.build import build_critic, build_model, dropouts
-from mem1.parsing.codec import Codec
-from mem1.rollout.rollout_loop import check_positions, rollout
+from mem1.rollout.rollout_loop import check_positions, make_codec, make_engine, rollout
 from mem1.runtime.device import pick_device, whereabouts
 from mem1.runtime.interrupts import Interrupts
 from mem1.runtime.progress import Progress
@@ -78,7 +76,7 @@ def train(
         raise InputError(f"resume: expected it without {other}")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    settings = asdict(config) | {"init": init and str(init)}
+    settings = config.to_dict() | {"init": init and str(init)}
     device, run = pick_device(config.device), RunFolder(Path(out), config.keep)
 
     with Interrupts() as interrupts, closing(run):
@@ -91,7 +89,7 @@ def train(
         if resumed.checkpoint is not None:
             actor, tokenizer, state = resumed.checkpoint
         elif init is not None:
-            actor, tokenizer, _ = checkpoint.load(init)
+            actor, tokenizer, *_ = checkpoint.load(init, config.model.dtype)
         else:
             if tokenizer is None:
                 raise InputError("tokenizer: expected one for a model with random weights, got none")
@@ -100,9 +98,8 @@ def train(
         progress.log(whereabouts(actor))
         require(any(p.requires_grad for p in actor.parameters()), "model", "weights that learn", "none")
         check_positions(actor, config.rollout)
-        Codec(tokenizer)  # which refuses one without the tags
-        slots = min(config.rollout.num_slots, config.batch_size)
-        engine = Engine(actor.eval(), slots, config.rollout.max_num_batched_tokens)
+        make_codec(tokenizer, config.rollout, actor)  # which refuses what cannot be used
+        engine = make_engine(actor.eval(), config.rollout, config.batch_size, progress.log)
         warm = init is None and (state is None or "ppo" not in state)
         examples = draw_example
         if warm and config.warmstart.steps and examples is None:
