@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
-
-ActionKind = Literal["query", "answer", "malformed"]
+from typing import NamedTuple
 
 
 class Action(NamedTuple):
     """One action of the policy.
 
-    `kind` is "malformed" when the policy wrote neither a complete query nor a complete answer; `text` is what
-    stands between the tags (for a malformed action: all that was written), without the `<IS>` part.
+    kind: of the tag that it stands in ("query", "answer", or a format's own), "malformed" where the policy
+    completed no action. text: what stands between the tags, without the blanks around it; of a malformed
+    action all that was written in the turn, the state included.
     """
 
-    kind: ActionKind
+    kind: str
     text: str

@@ -1,84 +1,166 @@
-"""Between text and tokens: what the loop reads from an environment and what it asks of it."""
+"""Between text and tokens: all that a rollout needs of a tokenizer, a format of tags and a chat template."""
 
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Callable, Iterable
 
 from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError
-from mem1.parsing.action import Action, ActionKind
-from mem1.parsing.tags import TAGS
+from mem1.parsing.action import Action
+from mem1.parsing.boundaries import TurnReader
+from mem1.parsing.chat_template import ChatMode, load_chat
+from mem1.parsing.env_text import PlainEncoder
+from mem1.parsing.tags import MEM1, TagFormat
+from mem1.parsing.token_text import TokenText
 
 _CHARACTERS_PER_TOKEN = 16  # a first guess at what a limit of tokens is in characters
+_MANY_TURNS = 9999  # as many digits as a hint is reckoned with
 
 
 class Codec:
-    """The tokenizer and the ids of the tags. Each tag must be one token; raises InputError naming one that is
-    not.
+    """A tokenizer, a format, and how the two meet a model's chat template.
+
+    chat: "raw" (a plain text), "open" (one message of the assistant, kept open over all turns), "turns" (a
+    message per turn; observations have `observation_role`). stop_ids: end a turn, beside `eos_token_id` and,
+    with "turns", the template's own end of a message. Raises InputError for a tokenizer that is not a fast
+    one, that cannot write one of the tags, or whose template cannot be used so.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.ids: dict[str, int] = {}
-        for tag in TAGS:
-            ids = tokenizer.encode(tag, add_special_tokens=False)
-            if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
-                raise InputError(
-                    f"tokenizer: expected one token for the tag {tag}, got ids {ids}; "
-                    "add it to the vocabulary"
-                )
-            self.ids[tag] = ids[0]
-        self.stops = {self.ids["</query>"], self.ids["</answer>"], tokenizer.eos_token_id}
-        # What steers a model comes from the loop alone. The unknown token stands for a word, though.
-        special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-        self._dropped = special | set(self.ids.values())
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        format: TagFormat = MEM1,
+        *,
+        chat: ChatMode = "raw",
+        system: str | None = None,
+        observation_role: str = "user",
+        stop_ids: Iterable[int] = (),
+    ) -> None:
+        self.tokenizer, self.format, self.text = tokenizer, format, TokenText(tokenizer)
+        self._plain = PlainEncoder(tokenizer)
+        self._raw = chat == "raw"
+        self._chat = load_chat(tokenizer, format, chat, system, observation_role)
+        # The end of the assistant's message, if the template has one: the policy may write it itself.
+        before = self._chat.before
+        ends = [
+            (token, end)
+            for token, begin, end in self._plain.added_tokens(before)
+            if not before[:begin].strip()
+        ]
+        self._before_eos = before[ends[0][1] :] if ends else before
+        self.stop_ids = frozenset(
+            {*stop_ids, *[token for token, _ in ends[:1]], tokenizer.eos_token_id} - {None}
+        )
+        for tag in format.tags:
+            for written in (f"<{tag}>", f"</{tag}>"):
+                got = self.decode(self._plain.encode_parts([(written, True)]))
+                if written not in got:
+                    raise InputError(f"tokenizer: expected one that can write {written}, got {got!r}")
 
     def prompt(self, text: str, limit: int) -> list[int]:
-        """The tokens of a prompt, or its first ones where there are more than `limit`."""
-        return self._encode(text, limit, dropped=set(), add_special_tokens=True)
+        """The tokens of a task, or at least `limit + 1` of them."""
+        chat = self._chat
+        opening = self._plain.opening if self._raw else []
 
-    def info(self, text: str, limit: int) -> list[int]:
-        """`<info> text </info>` with at most `limit` tokens of text. Tags and special tokens inside the text
-        are left out of it.
+        def encode(head: str) -> list[int]:
+            parts = [*chat.head, (head, False), (chat.tail, True)]
+            return self._plain.encode_parts(parts, first=True)
+
+        return [*opening, *_head(chat.strip(text), limit, encode)[0]]
+
+    def observation(self, text: str, limit: int, *, turns_left: int, ended: str = "stop") -> list[int]:
+        """What the environment writes after an action, at most `limit` tokens: tag, hint, text, tag, and what
+        the chat template has around them. The text is cut at the end of a character.
+
+        ended: how the turn did; one that ended by its own end-of-turn token gets no second. Raises InputError
+        if `limit` is too small for an empty text.
         """
-        body = self._encode(text, limit, dropped=self._dropped, add_special_tokens=False)
-        return [self.ids["<info>"], *body[:limit], self.ids["</info>"]]
+        tag = self.format.observation
+        before = self._before_eos if ended == "eos" else self._chat.before
+        opened = f"{before}<{tag}>{self.format.hint(turns_left)}"
+        closed = f"</{tag}>{self._chat.after}"
 
-    def _encode(self, text: str, limit: int, *, dropped: set[int], add_special_tokens: bool) -> list[int]:
-        """The tokens of `text`, or at least `limit + 1` of them: megabytes are not read to their end."""
-        size = _CHARACTERS_PER_TOKEN * (limit + 1)
-        while True:
-            tokens = self.tokenizer.encode(text[:size], add_special_tokens=add_special_tokens)
-            kept = [token for token in tokens if token not in dropped]
-            # The cut may have split a word, but not one of the first `limit` tokens.
-            if size >= len(text) or len(kept) > limit:
-                return kept
-            size *= 4
+        def encode(head: str) -> list[int]:
+            return self._plain.encode_parts([(opened, True), (head, False), (closed, True)])
+
+        tokens, head = _head(text, limit, encode)
+        if len(tokens) <= limit:
+            return tokens
+        room = limit - len(encode(""))
+        if room < 0:
+            raise InputError(f"limit: expected at least {limit - room}, which the tags take, got {limit}")
+        starts = [*self._plain.starts(head), len(head)]
+        count = min(room, len(starts) - 1)
+        while count > 0:
+            tokens = encode(head[: starts[count]])
+            if len(tokens) <= limit:
+                return tokens
+            count -= len(tokens) - limit  # the cut has made other tokens of what stands before it
+        return encode("")
+
+    def observation_overhead(self) -> int:
+        """Tokens of an observation without any text."""
+        whole = self.observation("", 2**31, turns_left=_MANY_TURNS)
+        return len(whole)
+
+    def check_limits(
+        self, max_info_tokens: int, max_action_tokens: int, max_state_tokens: int | None = None
+    ) -> None:
+        """Raises InputError for a limit that the tags alone exceed."""
+        limits = {"max_info_tokens": (max_info_tokens, self.observation_overhead())}
+        actions = [self._pair(action.tag) for action in self.format.actions]
+        limits["max_action_tokens"] = (max_action_tokens, min(actions))
+        if self.format.state is not None and max_state_tokens is not None:
+            limits["max_state_tokens"] = (max_state_tokens, self._pair(self.format.state))
+        for name, (limit, least) in limits.items():
+            if limit < least:
+                raise InputError(f"{name}: expected at least {least}, which the tags take, got {limit}")
+
+    def _pair(self, tag: str) -> int:
+        return len(self._plain.encode_parts([(f"<{tag}></{tag}>", True)]))
 
     def expert(self, state: str, action: Action) -> list[int]:
-        """The tokens of an expert's action. Raises ValueError unless it is a query or an answer."""
+        """The tokens of an expert's turn. Raises ValueError for a kind of action, or a state, that the format
+        does not have.
+        """
         kind, text = action
-        if kind not in ("query", "answer"):
-            raise ValueError(f"expert_action: expected a query or an answer, got {reprlib.repr(kind)}")
-        written = f"<IS> {state} </IS> <{kind}> {text} </{kind}>"
-        return self.tokenizer.encode(written, add_special_tokens=False)
+        found = self.format.action(kind)
+        if found is None:
+            kinds = ", ".join(action.kind for action in self.format.actions)
+            raise ValueError(f"expert_action: expected one of {kinds}, got {reprlib.repr(kind)}")
+        parts = [(f"<{found.tag}>", True), (text, False), (f"</{found.tag}>", True)]
+        name = self.format.state
+        if name is not None:
+            parts = [(f"<{name}>", True), (state, False), (f"</{name}>\n", True), *parts]
+        elif state:
+            raise ValueError(f"expert_action: expected no state, got {reprlib.repr(state)}")
+        return self._plain.encode_parts([(self._chat.lead, True), *parts])
 
-    def kind(self, tokens: list[int]) -> ActionKind:
-        """What an action asks of the environment; `tokens` are the action's without its `state` segment."""
-        kinds: tuple[ActionKind, ...] = ("query", "answer")
-        for kind in kinds:
-            if tokens and tokens[-1] == self.ids[f"</{kind}>"] and self.ids[f"<{kind}>"] in tokens:
-                return kind
-        return "malformed"
+    def turn(self, max_action_tokens: int, max_state_tokens: int | None = None) -> TurnReader:
+        """The reader of the policy's next turn."""
+        return TurnReader(
+            self.format,
+            self.text,
+            self.stop_ids,
+            max_action_tokens=max_action_tokens,
+            max_state_tokens=max_state_tokens,
+        )
 
-    def action(self, tokens: list[int]) -> Action:
-        """The same with its text."""
-        kind = self.kind(tokens)
-        if kind == "malformed":
-            return Action(kind, self._text(tokens))
-        start = len(tokens) - tokens[::-1].index(self.ids[f"<{kind}>"])
-        return Action(kind, self._text(tokens[start:-1]))
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of tokens; special ones have none."""
+        return self.text.decode(tokens)
 
-    def _text(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens)).strip()
+
+def _head(text: str, limit: int, encode: Callable[[str], list[int]]) -> tuple[list[int], str]:
+    """The tokens of `text`, or of a head of it that has more than `limit`, and that head: megabytes are not
+    read to their end.
+    """
+    size = _CHARACTERS_PER_TOKEN * (limit + 1)
+    while True:
+        head = text[:size]
+        tokens = encode(head)
+        if size >= len(text) or len(tokens) > limit:
+            return tokens, head
+        size *= 4

@@ -1,5 +1,126 @@
-"""The tags between which a policy writes and an environment answers."""
+"""The tags between which a policy writes and an environment answers: a format is data."""
 
 from __future__ import annotations
 
-TAGS = ("<IS>", "</IS>", "<query>", "</query>", "<answer>", "</answer>", "<info>", "</info>")
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from itertools import combinations
+from typing import Any
+
+from mem1.checks import InputError, require
+
+RESERVED = ("prompt", "info", "state", "malformed")  # kinds that are no action's
+_TURNS_LEFT = "{turns_left}"
+
+
+def _require_tag(name: str, tag: object) -> None:
+    sound = isinstance(tag, str) and re.fullmatch(r"[^\s<>/]+", tag)
+    require(bool(sound), name, "a tag's name without blanks, <, > and /", tag)
+
+
+@dataclass(frozen=True)
+class ActionTag:
+    """`<tag> ... </tag>` is an action.
+
+    kind: what environments and segments call it. reply: None where the environment is asked, else what the
+    loop itself answers with.
+    """
+
+    tag: str
+    kind: str
+    reply: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_tag("tag", self.tag)
+        sound = isinstance(self.kind, str) and self.kind.strip() and self.kind not in RESERVED
+        require(bool(sound), "kind", f"a name that is none of {', '.join(RESERVED)}", self.kind)
+        require(self.reply is None or isinstance(self.reply, str), "reply", "a text or None", self.reply)
+
+
+QUERY, ANSWER = ActionTag("query", "query"), ActionTag("answer", "answer")
+
+
+@dataclass(frozen=True)
+class TagFormat:
+    """What a turn looks like. Raises InputError for tags of which one cannot be told from another.
+
+    state: tag of the internal state, None for a format without one. actions: each ends the turn.
+    observation: tag of what is answered. turn_hint: the first thing in each observation; `{turns_left}`
+    stands for that number.
+    """
+
+    state: str | None = "IS"
+    actions: tuple[ActionTag, ...] = (QUERY, ANSWER)
+    observation: str = "info"
+    turn_hint: str = ""
+
+    def __post_init__(self) -> None:
+        sound = isinstance(self.actions, (list, tuple)) and len(self.actions) > 0
+        sound = sound and all(isinstance(action, ActionTag) for action in self.actions)
+        require(sound, "actions", "at least one ActionTag", self.actions)
+        object.__setattr__(self, "actions", tuple(self.actions))
+        if self.state is not None:
+            _require_tag("state", self.state)
+        _require_tag("observation", self.observation)
+        for one, other in combinations(self.tags, 2):
+            if one.startswith(other) or other.startswith(one):
+                raise InputError(f"tags: expected none that begins with another, got {one!r} and {other!r}")
+        require(isinstance(self.turn_hint, str), "turn_hint", "a text", self.turn_hint)
+        for name in re.findall(r"\{[^{}]*\}", self.turn_hint):
+            require(name == _TURNS_LEFT, "turn_hint", f"no placeholder but {_TURNS_LEFT}", name)
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Every tag, the state's first, the observation's last."""
+        written = tuple(action.tag for action in self.actions)
+        return (*([] if self.state is None else [self.state]), *written, self.observation)
+
+    @property
+    def rest_kind(self) -> str:
+        """The kind of a segment that holds no complete action."""
+        return next((action.kind for action in self.actions if action.kind != "answer"), "query")
+
+    def action(self, kind: str) -> ActionTag | None:
+        """The first action of that kind."""
+        return next((action for action in self.actions if action.kind == kind), None)
+
+    def hint(self, turns_left: int) -> str:
+        return self.turn_hint.replace(_TURNS_LEFT, str(turns_left))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TagFormat:
+        """The inverse of `dataclasses.asdict`, by way of JSON too. Raises InputError for unknown keys."""
+        values = _checked(cls, "format", values)
+        actions = values.get("actions", ())
+        require(isinstance(actions, (list, tuple)), "actions", "a list", actions)
+        if "actions" in values:
+            values["actions"] = tuple(ActionTag(**_checked(ActionTag, "actions", one)) for one in actions)
+        return cls(**values)
+
+
+def _checked(cls: type[Any], name: str, values: object) -> dict[str, Any]:
+    """`values` as keyword arguments of the dataclass `cls`."""
+    known = [entry.name for entry in fields(cls)]
+    required = [key for key in ("tag", "kind") if key in known]
+    sound = isinstance(values, Mapping) and {*required} <= {*values} <= {*known}
+    require(sound, name, f"a table of {', '.join(known)}", values)
+    return dict(values)  # type: ignore[call-overload]
+
+
+MEM1 = TagFormat()
+OFFICIAL = TagFormat("think", (ActionTag("search", "query"), ANSWER), "information")  # the released code's
+FOLD = TagFormat(
+    actions=(
+        QUERY,
+        ANSWER,
+        ActionTag("branch", "branch", "Work on this part alone, then write what came of it in <return>."),
+        ActionTag("return", "return", "Back to the whole."),
+    )
+)
+SUMMARY = TagFormat(actions=(QUERY, ANSWER, ActionTag("summary", "summary", "Go on from your summary.")))
+CHUNKS = TagFormat(
+    None, (ActionTag("memory", "query"), ANSWER)
+)  # MemAgent's: a memory asks for the next piece
+
+FORMATS = {"mem1": MEM1, "official": OFFICIAL, "fold": FOLD, "summary": SUMMARY, "chunks": CHUNKS}

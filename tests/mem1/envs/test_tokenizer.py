@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mem1.envs.toy.tokenizer import EOS, PAD, UNK, vocabulary
-from mem1.parsing.tags import TAGS
+from mem1.envs.toy.tokenizer import EOS, PAD, TAGS, UNK, vocabulary
 
 
 def test_every_word_is_one_token(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import PreTrainedTokenizerFast
 
 from mem1.envs.toy import words
-from mem1.parsing.tags import TAGS
 
+TAGS = ("<IS>", "</IS>", "<query>", "</query>", "<answer>", "</answer>", "<info>", "</info>")
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 
 
@@ -24,8 +24,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of the small models: lower-cases, splits at blanks and punctuation, maps other words to
     `<unk>`.
 
-    A tag is one id wherever it stands in a text, glued to other text or not; as text of the environment it
-    has no effect, since the loop takes boundaries from who wrote a token. `save_pretrained` and
+    A tag is one id wherever it stands in a text, glued to other text or not. `save_pretrained` and
     `from_pretrained` work as for any Hugging Face tokenizer.
     """
     ids = {token: index for index, token in enumerate(vocabulary())}

@@ -1,0 +1,125 @@
+"""Text that the policy did not write, as tokens: what comes from outside is data, whatever it says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tokenizers import Encoding, Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerBase
+
+from mem1.parsing.token_text import fast_backend, unknown_id
+
+Part = tuple[str, bool]  # a text, and whether it is trusted
+
+
+class PlainEncoder:
+    """A copy of the tokenizer that knows no added tokens, so that no text gives the id of one. Those of white
+    space alone stay: they are ordinary text. It writes the middle of a stream: no blank of its own in front.
+
+    opening: ids that the tokenizer puts in front of a text. Every method raises ValueError for lone
+    surrogates.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        backend = fast_backend(tokenizer)
+        added = backend.get_added_tokens_decoder()
+        added = {token: word for token, word in added.items() if not _is_blank(word.content)}
+        self._added = {word.content: token for token, word in added.items()}
+        self._core = _without({*added} - {unknown_id(tokenizer)}, backend)
+        # Finds the texts of added tokens as the tokenizer does, and nothing else.
+        self._splitter = Tokenizer(WordLevel({"": 0}, unk_token=""))
+        self._splitter.normalizer = backend.normalizer
+        self._splitter.add_tokens([*added.values()])
+
+        def own(text: str, special: bool = False) -> list[int]:
+            return [*tokenizer.encode(text, add_special_tokens=special)]
+
+        self._blank_first = own("a") != self.encode("a") and own("a") == self.encode(" a")
+        self._blank_always = self._blank_first and own(" a") == self.encode("  a")
+        whole, bare = own("a", special=True), own("a")
+        starts = [place for place in range(len(whole)) if whole[place : place + len(bare)] == bare]
+        self.opening = whole[: starts[0]] if starts else []
+
+    def encode(self, text: str, *, first: bool = False) -> list[int]:
+        """The ids of a text; `first` in its stream, it gets the blank that the tokenizer puts there."""
+        if first and text and (self._blank_always or (self._blank_first and not text.startswith(" "))):
+            text = " " + text
+        return self._encoding(text).ids
+
+    def starts(self, text: str) -> list[int]:
+        """The character at which each token begins."""
+        return [begin for begin, _ in self._encoding(text).offsets]
+
+    def encode_parts(self, parts: Sequence[Part], *, first: bool = False) -> list[int]:
+        """The ids of texts that follow one another. In a trusted one, the texts of added tokens become their
+        ids; all that stands between two of these is encoded as one text.
+        """
+        tokens: list[int] = []
+        run = ""
+        for text, trusted in parts:
+            begin = 0
+            for token, start, end in self.added_tokens(text) if trusted else ():
+                tokens += [*self.encode(run + text[begin:start], first=first and not tokens), token]
+                run, begin = "", end
+            run += text[begin:]
+        return tokens + self.encode(run, first=first and not tokens)
+
+    def added_tokens(self, text: str) -> Iterator[tuple[int, int, int]]:
+        """The id of each added token in a text, and where it begins and ends."""
+        found = self._splitter.encode(text, add_special_tokens=False)
+        for word, (begin, end) in zip(found.tokens, found.offsets, strict=True):
+            if word:
+                yield self._added[word], begin, end
+
+    def _encoding(self, text: str) -> Encoding:
+        text.encode()  # a lone surrogate, which no tokenizer takes, raises here
+        return self._core.encode(text, add_special_tokens=False)
+
+
+def _without(dropped: set[int], backend: Tokenizer) -> Tokenizer:
+    """A copy in which no text has the ids in `dropped`."""
+    state = json.loads(backend.to_str())
+    state.update(post_processor=None, truncation=None, padding=None)
+    for step in ("normalizer", "pre_tokenizer"):
+        state[step] = _without_prefix(state[step])
+    kept = [token for token in state["added_tokens"] if _is_blank(token["content"])]
+    # A model whose ids are places in a list has no place for more, and tokens of its own for blanks.
+    state["added_tokens"] = [] if state["model"]["type"] == "Unigram" else kept
+    _edit_vocabulary(state["model"], dropped, {token["content"]: token["id"] for token in kept})
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _without_prefix(step: Any) -> Any:
+    """A normalizer or pre-tokenizer that puts no blank in front of a text."""
+    if step is None or step["type"] == "Prepend":
+        return None
+    if step["type"] == "Sequence":
+        name = next(name for name in ("normalizers", "pretokenizers") if name in step)
+        return {**step, name: [inner for one in step[name] if (inner := _without_prefix(one))]}
+    changes = {"prepend_scheme": "never", "add_prefix_space": False}
+    return step | {name: value for name, value in changes.items() if name in step}
+
+
+def _is_blank(word: str) -> bool:
+    return not word.replace("▁", " ").strip()
+
+
+def _edit_vocabulary(model: dict[str, Any], dropped: set[int], kept: dict[str, int]) -> None:
+    """Takes the words `dropped` out of the model's own vocabulary and gives it the added tokens that are
+    `kept`: outside of it they would be numbered anew.
+    """
+    vocabulary = model["vocab"]
+    if model["type"] == "Unigram":  # a piece with a blank is never met: blanks are another character there
+        for token in dropped & {*range(len(vocabulary))}:
+            vocabulary[token][0] = f" {token}"
+        return
+    gone = {word for word, token in vocabulary.items() if token in dropped}
+    model["vocab"] = {word: token for word, token in vocabulary.items() if word not in gone}
+    model["vocab"] |= kept
+    if gone and "merges" in model:
+        model["merges"] = [
+            (one, other) for one, other in model["merges"] if not gone & {one, other, one + other}
+        ]
