@@ -17,8 +17,7 @@ from mem1.checks import (
     require_integers,
     require_numbers,
 )
-from mem1.parsing.chat_template import ChatMode
-from mem1.parsing.tags import MEM1, TagFormat
+from mem1.parsing.tags import MEM1, ChatMode, TagFormat
 from mem1.seeds import LARGEST
 from mem1_core.eviction_policies import EvictionPolicy, Never, Recorded, policy_name, resolve_policy, short_form
 from mem1_core.layout import Regime

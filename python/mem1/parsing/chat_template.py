@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import NamedTuple, get_args
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError, require
 from mem1.parsing.env_text import Part
-from mem1.parsing.tags import TagFormat
+from mem1.parsing.tags import ChatMode, TagFormat
 
-ChatMode = Literal["raw", "open", "turns"]
-MODES = ("raw", "open", "turns")
 ROLES = ("user", "tool")  # of observations
 
 _Messages = list[dict[str, str]]
@@ -44,7 +42,7 @@ def load_chat(
     """The chat of a mode: "raw" (none), "open" (one message of the assistant over all turns), "turns" (a
     message per turn, observations as those of `role`). Raises InputError for a template that cannot do it.
     """
-    require(mode in MODES, "chat", f"one of {', '.join(MODES)}", mode)
+    require(mode in get_args(ChatMode), "chat", f"one of {', '.join(get_args(ChatMode))}", mode)
     require(role in ROLES, "observation_role", f"one of {', '.join(ROLES)}", role)
     require(system is None or isinstance(system, str), "system", "a text or None", system)
     if mode == "raw":

@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from mem1.checks import InputError
 from mem1.parsing.action import Action
 from mem1.parsing.boundaries import TurnReader
-from mem1.parsing.chat_template import ChatMode, load_chat
+from mem1.parsing.chat_template import load_chat
 from mem1.parsing.env_text import PlainEncoder
-from mem1.parsing.tags import MEM1, TagFormat
+from mem1.parsing.tags import MEM1, ChatMode, TagFormat
 from mem1.parsing.token_text import TokenText
 
 _CHARACTERS_PER_TOKEN = 16  # a first guess at what a limit of tokens is in characters
@@ -45,14 +45,9 @@ class Codec:
         # The end of the assistant's message, if the template has one: the policy may write it itself.
         before = self._chat.before
         ends = [
-            (token, end)
-            for token, begin, end in self._plain.added_tokens(before)
-            if not before[:begin].strip()
+            token for token, begin, _ in self._plain.added_tokens(before) if not before[:begin].strip()
         ]
-        self._before_eos = before[ends[0][1] :] if ends else before
-        self.stop_ids = frozenset(
-            {*stop_ids, *[token for token, _ in ends[:1]], tokenizer.eos_token_id} - {None}
-        )
+        self.stop_ids = frozenset({*stop_ids, *ends[:1], tokenizer.eos_token_id} - {None})
         for tag in format.tags:
             for written in (f"<{tag}>", f"</{tag}>"):
                 got = self.decode(self._plain.encode_parts([(written, True)]))
@@ -70,16 +65,14 @@ class Codec:
 
         return [*opening, *_head(chat.strip(text), limit, encode)[0]]
 
-    def observation(self, text: str, limit: int, *, turns_left: int, ended: str = "stop") -> list[int]:
+    def observation(self, text: str, limit: int, *, turns_left: int) -> list[int]:
         """What the environment writes after an action, at most `limit` tokens: tag, hint, text, tag, and what
         the chat template has around them. The text is cut at the end of a character.
 
-        ended: how the turn did; one that ended by its own end-of-turn token gets no second. Raises InputError
-        if `limit` is too small for an empty text.
+        Raises InputError if `limit` is too small for an empty text.
         """
         tag = self.format.observation
-        before = self._before_eos if ended == "eos" else self._chat.before
-        opened = f"{before}<{tag}>{self.format.hint(turns_left)}"
+        opened = f"{self._chat.before}<{tag}>{self.format.hint(turns_left)}"
         closed = f"</{tag}>{self._chat.after}"
 
         def encode(head: str) -> list[int]:

@@ -6,10 +6,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import combinations
-from typing import Any
+from typing import Any, Literal
 
 from mem1.checks import InputError, require
 
+# How a task stands in the stream: as plain text; in one message of the assistant, kept open over all turns;
+# with a message per turn.
+ChatMode = Literal["raw", "open", "turns"]
 RESERVED = ("prompt", "info", "state", "malformed")  # kinds that are no action's
 _TURNS_LEFT = "{turns_left}"
 
@@ -47,13 +50,15 @@ class TagFormat:
 
     state: tag of the internal state, None for a format without one. actions: each ends the turn.
     observation: tag of what is answered. turn_hint: the first thing in each observation; `{turns_left}`
-    stands for that number.
+    stands for that number. context_request: the last thing in one, where the context has passed
+    `RolloutConfig.context_limit`.
     """
 
     state: str | None = "IS"
     actions: tuple[ActionTag, ...] = (QUERY, ANSWER)
     observation: str = "info"
     turn_hint: str = ""
+    context_request: str = ""
 
     def __post_init__(self) -> None:
         sound = isinstance(self.actions, (list, tuple)) and len(self.actions) > 0
@@ -66,7 +71,8 @@ class TagFormat:
         for one, other in combinations(self.tags, 2):
             if one.startswith(other) or other.startswith(one):
                 raise InputError(f"tags: expected none that begins with another, got {one!r} and {other!r}")
-        require(isinstance(self.turn_hint, str), "turn_hint", "a text", self.turn_hint)
+        for name in ("turn_hint", "context_request"):
+            require(isinstance(getattr(self, name), str), name, "a text", getattr(self, name))
         for name in re.findall(r"\{[^{}]*\}", self.turn_hint):
             require(name == _TURNS_LEFT, "turn_hint", f"no placeholder but {_TURNS_LEFT}", name)
 
@@ -118,7 +124,10 @@ FOLD = TagFormat(
         ActionTag("return", "return", "Back to the whole."),
     )
 )
-SUMMARY = TagFormat(actions=(QUERY, ANSWER, ActionTag("summary", "summary", "Go on from your summary.")))
+SUMMARY = TagFormat(
+    actions=(QUERY, ANSWER, ActionTag("summary", "summary", "Go on from your summary.")),
+    context_request="\nThe context is full: write all that is still needed in <summary>.",
+)
 CHUNKS = TagFormat(
     None, (ActionTag("memory", "query"), ANSWER)
 )  # MemAgent's: a memory asks for the next piece
