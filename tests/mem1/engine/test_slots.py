@@ -26,8 +26,9 @@ def test_reserve_grows_by_doubling_and_keeps_what_is_there():
     assert not cache.reserve(128) and cache.capacity == 128
     before = cache.kv.clone()
     assert cache.reserve(129) and cache.capacity == 256
-    assert torch.equal(cache.kv[:, :, :, :128], before)
-    assert not cache.kv[:, :, :, 128:].any()
+    for slot, length in enumerate(cache.lengths):
+        assert torch.equal(cache.kv[:, :, slot, :length], before[:, :, slot, :length])
+        assert not cache.kv[:, :, slot, length:].any()
 
 
 def test_prune_is_one_call_for_all_slots_and_moves_nothing_else(monkeypatch):
