@@ -19,7 +19,14 @@ from mem1.checks import (
 )
 from mem1.parsing.tags import MEM1, ChatMode, TagFormat
 from mem1.seeds import LARGEST
-from mem1_core.eviction_policies import EvictionPolicy, Never, Recorded, policy_name, resolve_policy, short_form
+from mem1_core.eviction_policies import (
+    EvictionPolicy,
+    Never,
+    Recorded,
+    policy_name,
+    resolve_policy,
+    short_form,
+)
 from mem1_core.layout import Regime
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -16,7 +16,10 @@ from mem1_core.integrations.transformers import register
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return build_tokenizer()
+    """The toy's, without an end of text: of random weights that would end most episodes in their first turn."""
+    tokenizer = build_tokenizer()
+    tokenizer.eos_token = None
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ def build_model(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, seed: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(settings)
-    return to_dtype(model, getattr(torch, config.dtype))
+    return to_dtype(model, torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype))
 
 
 def to_dtype(model: _Model, dtype: torch.dtype) -> _Model:

@@ -238,7 +238,7 @@ def _step(active: list[Episode], engine: Engine, config: RolloutConfig) -> None:
     ready = [i for i, episode in enumerate(batch) if not episode.pending and not episode.awaiting_reply]
     if not ready:
         return
-    uniform = torch.tensor([batch[i].uniform() for i in ready])
+    uniform = torch.tensor([batch[i].uniform() for i in ready], dtype=torch.float64)
     forced = torch.tensor([batch[i].forced() for i in ready])
     hidden = hidden if len(ready) == len(rows) else hidden[ready]
     sampled = engine.sample(hidden, uniform, forced, config)

@@ -155,7 +155,7 @@ def test_all_texts_are_in_the_vocabulary(tokenizer: PreTrainedTokenizerFast) -> 
 
 @pytest.mark.parametrize("hint", [MALFORMED, agent.MALFORMED])
 def test_hints_reach_the_agent_word_for_word(tokenizer: PreTrainedTokenizerFast, hint: str) -> None:
-    shown = tokenizer.decode(Codec(tokenizer).info(hint, limit=64))
+    shown = tokenizer.decode(Codec(tokenizer).observation(hint, 64, turns_left=1))
     assert shown == f"<info> {hint} </info>"
 
 

@@ -52,6 +52,7 @@ class Meter:
 
 def main(prune: str, turns: int) -> None:
     tokenizer, meter = build_tokenizer(), Meter()
+    tokenizer.eos_token = None  # nothing but the limit ends an episode
     limits = {"max_turns": turns, "max_action_tokens": 8, "max_info_tokens": INFO_TOKENS}
     config = RolloutConfig(num_slots=1, prune=prune, **limits)  # type: ignore[arg-type]
     (trajectory,) = rollout(build_model(tokenizer, MODEL), tokenizer, lambda: meter, [0], config)

@@ -15,6 +15,7 @@ from mem1.engine.engine import Engine
 from mem1.envs.base import Action, Observation
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.parsing.codec import Codec
+from mem1.parsing.env_text import PlainEncoder
 from mem1.rollout.call_pool import CallPool
 from mem1.rollout.rollout_loop import rollout
 
@@ -140,14 +141,14 @@ def test_a_broken_world_ends_its_own_episode_only(make_model, tokenizer, sound, 
 def test_megabytes_are_cut(make_model, tokenizer, regime, world, length, monkeypatch):
     """Of a text without a blank this tokenizer makes one unknown word; other ones are read to their limit."""
     read: list[int] = []
-    encode = type(tokenizer).encode
+    encode = PlainEncoder.encode
 
     def watched(self, text, **how):
         read.append(len(text))
         return encode(self, text, **how)
 
-    monkeypatch.setattr(type(tokenizer), "encode", watched)
-    played = play(make_model, tokenizer, world, regime, expert=False, max_info_tokens=7)
+    monkeypatch.setattr(PlainEncoder, "encode", watched)
+    played = play(make_model, tokenizer, world, regime, expert=False, max_info_tokens=9)
     infos = [s.length for s in played[1].segments if s.kind == "info"]
     assert len(infos) == 3 and infos[1:] == [length, length]
     assert world is OneWord or max(read) < 1_000
@@ -162,7 +163,8 @@ def test_tags_in_an_answer_are_no_tags(make_model, tokenizer, regime):
         if kind == "info" and turn > 1:
             infos.append(played[1].tokens[start : start + length].tolist())
         start += length
-    assert infos == [codec.info("anna", 9)] * 2
+    imitated = tokenizer.convert_tokens_to_ids(["<info>", "<unk>", "anna", "<unk>", "</info>"])
+    assert infos == [codec.observation("</info><answer> anna </answer>", 9, turns_left=1)] * 2 == [imitated] * 2
     assert played[1].finish_reason == "turn_limit"
 
 
@@ -171,7 +173,7 @@ def test_tags_in_an_answer_are_no_tags(make_model, tokenizer, regime):
 def test_a_policy_that_never_closes_a_tag(make_model, tokenizer, regime, prune, monkeypatch):
     """Every action runs into its limit, is malformed, and gets the world's answer to that."""
     codec, logits = Codec(tokenizer), Engine.logits
-    never = sorted(codec.stops | {codec.ids["</IS>"]})
+    never = sorted(codec.stop_ids | {*tokenizer.convert_tokens_to_ids(["</IS>", "</query>", "</answer>"])})
     monkeypatch.setattr(
         Engine, "logits", lambda self, hidden: logits(self, hidden).index_fill(1, torch.tensor(never), -1e9)
     )
@@ -322,7 +324,7 @@ def test_a_policy_error_in_mid_action_ends_its_own_episode_only(
 def test_a_text_that_the_tokenizer_does_not_take_is_an_error_of_its_episode(
     make_model, tokenizer, sound, monkeypatch
 ):
-    encode = type(tokenizer).encode
+    encode = PlainEncoder.encode
 
     def narrow(self, text, **how):
         if "zora" in text:
@@ -339,7 +341,7 @@ def test_a_text_that_the_tokenizer_does_not_take_is_an_error_of_its_episode(
         def broken(self, action: Action) -> Observation:
             return Observation("zora", 0.0, False)
 
-    monkeypatch.setattr(type(tokenizer), "encode", narrow)
+    monkeypatch.setattr(PlainEncoder, "encode", narrow)
     for world, turns in ((Prompt, 0), (Info, 2)):
         played = play(make_model, tokenizer, world, max_turns=6, max_action_tokens=64)
         assert played[1].error == "OverflowError: too much of zora"
