@@ -66,7 +66,7 @@ def _opening(render: Callable[[_Messages], str], system: str | None) -> Chat:
         if whole == _fill([*head, tail], contents):
             parts = [(head[0], True), *([] if system is None else [(contents[0], False), (head[1], True)])]
             return Chat(tuple(parts), tail, strips[-1])
-    raise _fault("writes messages as they are", f"one that changes them: {whole!r}", "raw")
+    raise _fault("writes messages as they are", f"one that changes them: {whole!r}", "'raw'")
 
 
 def _with_turns(

@@ -49,7 +49,7 @@ class TokenText:
         return self.piece(token) or b""
 
     def is_special(self, token: int) -> bool:
-        """Whether it has no text. The unknown token has: it stands for a word."""
+        """Whether it has no text. An unknown token that stands for words has."""
         return self.piece(token) is None
 
     def decode(self, tokens: Iterable[int]) -> str:
@@ -74,11 +74,16 @@ def fast_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The id that the model itself has for text without a token: some call their end of text that, too."""
+    """The id of every text that the vocabulary lacks; None where all text has tokens, whatever is called
+    unknown there.
+    """
     backend = fast_backend(tokenizer)
+    if getattr(backend.model, "byte_fallback", False):
+        return None
     if isinstance(backend.model, Unigram):  # does not tell
         return tokenizer.unk_token_id
-    return backend.token_to_id(backend.model.unk_token or "")
+    found = backend.token_to_id(backend.model.unk_token or "")
+    return None if found == tokenizer.eos_token_id else found  # GPT-2 calls its end of text that
 
 
 def _reader(decoder: Any) -> _Piece:
