@@ -10,7 +10,7 @@ import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
 
-VOCABULARY = 96
+VOCABULARY, POSITIONS = 97, 512  # no other size is one of these
 
 
 def _fields(*rows: tuple[Any, str]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ SIZES = _fields(
     ),
     (8, "qk_rope_head_dim rotary_dim mamba_n_heads mamba_num_heads mamba_d_state ssm_state_size state_size"),
     (128, "mamba_d_ssm"),  # twice the hidden size, as 8 heads of 16 are
-    (512, "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions"),
+    (POSITIONS, "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions"),
     (1, "n_group topk_group num_expert_group"),
     (0, "pad_token_id"),
     (0.1, "initializer_range initializer_range"),  # weights that let errors show
@@ -153,30 +153,37 @@ def model_class(family: str) -> type[PreTrainedModel]:
     return getattr(transformers, FAMILIES[family])
 
 
-def small_config(family: str) -> PreTrainedConfig:
-    """The family's default with small sizes; of a composite family whose model is one part, that part's."""
+def small_config(family: str, resized: dict[int, int] | None = None) -> PreTrainedConfig:
+    """The family's default with small sizes; of a composite family whose model is one part, that part's.
+
+    resized: other values in the place of some in `SIZES`.
+    """
     own, wanted = CONFIG_MAPPING[family], model_class(family).config_class
     special = SPECIAL[family].settings if family in SPECIAL else {}
-    return _small(own if issubclass(own, wanted) else wanted, special)
+    return _small(own if issubclass(own, wanted) else wanted, special, resized or {})
 
 
-def _small(config_class: type[PreTrainedConfig], special: dict[str, Any]) -> PreTrainedConfig:
+def _small(
+    config_class: type[PreTrainedConfig], special: dict[str, Any], resized: dict[int, int]
+) -> PreTrainedConfig:
     fields = {name: field.default for name, field in inspect.signature(config_class).parameters.items()}
-    settings = {name: value for name, value in SIZES.items() if name in fields}
+    settings = {name: resized.get(value, value) for name, value in SIZES.items() if name in fields}
     settings |= {name: value for name, value in LENGTHS.items() if fields.get(name) is not None}
     if "kv_lora_rank" in fields:  # latent attention has as many key heads as query heads
         settings["num_key_value_heads"] = settings["num_attention_heads"]
     for name in config_class.sub_configs:
         part = getattr(config_class(), name)
         if part is not None and name not in special:
-            settings[name] = _small(type(part), {})
+            settings[name] = _small(type(part), {}, resized)
     return config_class(**(settings | special))
 
 
-def build(family: str, implementation: str) -> PreTrainedModel:
+def build(family: str, implementation: str, resized: dict[int, int] | None = None) -> PreTrainedModel:
     """A model with seeded weights that let errors show: biases that are not 0, norms that are not 1."""
     torch.manual_seed(0)
-    model = model_class(family)._from_config(small_config(family), attn_implementation=implementation)
+    model = model_class(family)._from_config(
+        small_config(family, resized), attn_implementation=implementation
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

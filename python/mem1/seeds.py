@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-Purpose = Literal["weights", "warm start", "training", "minibatches", "evaluation", "sampling"]
+Purpose = Literal["weights", "warm start", "training", "minibatches", "evaluation", "sampling", "group"]
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 LARGEST = 2**53  # seeds are below: whole numbers that JSON and every language keep
 

@@ -164,7 +164,9 @@ def test_tags_in_an_answer_are_no_tags(make_model, tokenizer, regime):
             infos.append(played[1].tokens[start : start + length].tolist())
         start += length
     imitated = tokenizer.convert_tokens_to_ids(["<info>", "<unk>", "anna", "<unk>", "</info>"])
-    assert infos == [codec.observation("</info><answer> anna </answer>", 9, turns_left=1)] * 2 == [imitated] * 2
+    assert (
+        infos == [codec.observation("</info><answer> anna </answer>", 9, turns_left=1)] * 2 == [imitated] * 2
+    )
     assert played[1].finish_reason == "turn_limit"
 
 
