@@ -42,17 +42,14 @@ class Codec:
         self._plain = PlainEncoder(tokenizer)
         self._raw = chat == "raw"
         self._chat = load_chat(tokenizer, format, chat, system, observation_role)
-        # The end of the assistant's message, if the template has one: the policy may write it itself.
-        before = self._chat.before
-        ends = [
-            (token, end)
-            for token, begin, end in self._plain.added_tokens(before)
-            if not before[:begin].strip()
-        ]
-        self._before_eos = before[ends[0][1] :] if ends else before
-        self.stop_ids = frozenset(
-            {*stop_ids, *[token for token, _ in ends[:1]], tokenizer.eos_token_id} - {None}
-        )
+        stops = {*stop_ids, tokenizer.eos_token_id} - {None}
+        before = self._before_eos = self._chat.before
+        # Where the template begins with the end of the assistant's message, the policy may write that itself.
+        first = next(self._plain.added_tokens(before), None)
+        if first is not None and not before[: first[1]].strip():
+            stops.add(first[0])
+            self._before_eos = before[first[2] :]
+        self.stop_ids = frozenset(stops)
         for tag in format.tags:
             for written in (f"<{tag}>", f"</{tag}>"):
                 got = self.decode(self._plain.encode_parts([(written, True)]))
