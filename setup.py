@@ -122,6 +122,7 @@ setup(
             at_least("matplotlib"),
             TRITON,
             "accelerate>=1.1",
+            "hypothesis>=6.100",
             "pytest>=8.1",
             "pytest-benchmark>=5.3.1",
             "pytest-timeout>=2.3",

@@ -1,8 +1,7 @@
 """What the loop asks of an environment: text in, text out, a reward at the end.
 
-An environment never sees tokens. The engine cuts the policy's tokens into actions, so a tag that occurs
-*inside* a text, on either side, is only a word: boundaries come from who wrote a token, never from matching
-its text.
+An environment never sees tokens. The loop reads actions from what the policy wrote, and from nothing else: a
+tag that occurs in an environment's text is only a word.
 """
 
 from __future__ import annotations

@@ -42,12 +42,13 @@ class Codec:
         self._plain = PlainEncoder(tokenizer)
         self._raw = chat == "raw"
         self._chat = load_chat(tokenizer, format, chat, system, observation_role)
-        # The end of the assistant's message, if the template has one: the policy may write it itself.
+        stops = {*stop_ids, tokenizer.eos_token_id} - {None}
+        # Where the template begins with the end of the assistant's message, the policy may write that itself.
         before = self._chat.before
-        ends = [
-            token for token, begin, _ in self._plain.added_tokens(before) if not before[:begin].strip()
-        ]
-        self.stop_ids = frozenset({*stop_ids, *ends[:1], tokenizer.eos_token_id} - {None})
+        first = next(self._plain.added_tokens(before), None)
+        if first is not None and not before[: first[1]].strip():
+            stops.add(first[0])
+        self.stop_ids = frozenset(stops)
         for tag in format.tags:
             for written in (f"<{tag}>", f"</{tag}>"):
                 got = self.decode(self._plain.encode_parts([(written, True)]))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tokenizers import Encoding, Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import Model, Unigram, WordLevel
 from transformers import PreTrainedTokenizerBase
 
 from mem1.parsing.token_text import fast_backend, unknown_id
@@ -81,15 +81,20 @@ class PlainEncoder:
 
 def _without(dropped: set[int], backend: Tokenizer) -> Tokenizer:
     """A copy in which no text has the ids in `dropped`."""
-    state = json.loads(backend.to_str())
-    state.update(post_processor=None, truncation=None, padding=None)
+    blanks = [word for word in backend.get_added_tokens_decoder().values() if _is_blank(word.content)]
+    if isinstance(backend.model, Unigram):  # its ids are places in a list: it has its own tokens for blanks
+        blanks = []
+    steps = Tokenizer(WordLevel({"": 0}, unk_token=""))
+    steps.normalizer, steps.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    state = json.loads(steps.to_str())
     for step in ("normalizer", "pre_tokenizer"):
         state[step] = _without_prefix(state[step])
-    kept = [token for token in state["added_tokens"] if _is_blank(token["content"])]
-    # A model whose ids are places in a list has no place for more, and tokens of its own for blanks.
-    state["added_tokens"] = [] if state["model"]["type"] == "Unigram" else kept
-    _edit_vocabulary(state["model"], dropped, {token["content"]: token["id"] for token in kept})
-    return Tokenizer.from_str(json.dumps(state))
+    core = Tokenizer.from_str(json.dumps(state))
+    core.model = _model(
+        backend, dropped, {word.content: backend.token_to_id(word.content) for word in blanks}
+    )
+    core.add_tokens(blanks)
+    return core
 
 
 def _without_prefix(step: Any) -> Any:
@@ -107,19 +112,23 @@ def _is_blank(word: str) -> bool:
     return not word.replace("▁", " ").strip()
 
 
-def _edit_vocabulary(model: dict[str, Any], dropped: set[int], kept: dict[str, int]) -> None:
-    """Takes the words `dropped` out of the model's own vocabulary and gives it the added tokens that are
-    `kept`: outside of it they would be numbered anew.
+def _model(backend: Tokenizer, dropped: set[int], kept: dict[str, int]) -> Model:
+    """The model with the words `dropped` taken out of its own vocabulary, and with the added tokens that are
+    `kept` in it: outside of it they would be numbered anew.
     """
-    vocabulary = model["vocab"]
-    if model["type"] == "Unigram":  # a piece with a blank is never met: blanks are another character there
+    model = backend.model
+    if not kept and all(model.id_to_token(token) is None for token in dropped):
+        return model
+    state = json.loads(backend.to_str())
+    state.update(added_tokens=[], post_processor=None)
+    core = state["model"]
+    vocabulary = core["vocab"]
+    if isinstance(model, Unigram):  # a piece with a blank is never met: blanks are another character there
         for token in dropped & {*range(len(vocabulary))}:
             vocabulary[token][0] = f" {token}"
-        return
-    gone = {word for word, token in vocabulary.items() if token in dropped}
-    model["vocab"] = {word: token for word, token in vocabulary.items() if word not in gone}
-    model["vocab"] |= kept
-    if gone and "merges" in model:
-        model["merges"] = [
-            (one, other) for one, other in model["merges"] if not gone & {one, other, one + other}
-        ]
+    else:
+        gone = {word for word, token in vocabulary.items() if token in dropped}
+        core["vocab"] = {word: token for word, token in vocabulary.items() if word not in gone} | kept
+        if "merges" in core:
+            core["merges"] = [pair for pair in core["merges"] if not gone & {*pair, "".join(pair)}]
+    return Tokenizer.from_str(json.dumps(state)).model

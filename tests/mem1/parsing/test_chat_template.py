@@ -1,4 +1,4 @@
-"""What a codec makes of chat templates: prompts and observations are what the template itself would render."""
+"""What a codec makes of chat templates: prompts and observations are as it would render them."""
 
 from __future__ import annotations
 

@@ -27,10 +27,10 @@ def test_bytes_are_the_text(name: str, codec_of: Callable[[str], Codec]) -> None
 def test_every_row_of_a_model_has_bytes_or_none(name: str, codec_of: Callable[[str], Codec]) -> None:
     codec = codec_of(name)
     text, size = codec.text, len(codec.tokenizer)
-    special = [token for token in range(size + 300) if text.is_special(token)]
-    assert {*special} >= {*range(size, size + 300), codec.tokenizer.eos_token_id}
+    special = {token for token in range(size + 300) if text.is_special(token)}
+    assert special >= {*range(size, size + 300), codec.tokenizer.eos_token_id}
     assert all(text.bytes(token) == b"" for token in special)
-    assert all(text.bytes(token) for token in range(size) if token not in {*special})
+    assert all(text.bytes(token) for token in range(size) if token not in special)
     assert text.decode(special) == ""
 
 
