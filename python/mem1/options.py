@@ -55,9 +55,13 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
         group.add_argument("--threads", type=_threads, help="CPU threads; None leaves torch's choice")
         if name != "demo":
             group.add_argument("--device", default=config.device, help="auto, cpu, cuda or cuda:N")
-            group.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as saved")
+            group.add_argument(
+                "--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as saved"
+            )
         if name in ("eval", "rollout"):
-            group.add_argument("--model", required=True, help="a model's folder, a run's, or a Hugging Face id")
+            group.add_argument(
+                "--model", required=True, help="a model's folder, a run's, or a Hugging Face id"
+            )
         return group
 
     add = command("train", "warm start on expert trajectories, then PPO").add_argument
@@ -261,7 +265,9 @@ def environment_maker(
     try:
         inspect.signature(make).bind(**arguments)
     except TypeError as error:
-        raise InputError(f"environment-args: expected arguments of {make.__qualname__}, got {error}") from None
+        raise InputError(
+            f"environment-args: expected arguments of {make.__qualname__}, got {error}"
+        ) from None
     if make is MultiHopEnv:
         make(**arguments)  # which costs nothing, and refuses what is out of its range
     return partial(make, **arguments)

@@ -1,22 +1,28 @@
 """A small decoder with random weights that are large enough for errors to show, and with a liking for the
-tags.
+tags; tokenizers by name.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from real_tokenizers import build, missing_package
+from small_tokenizers import SMALL
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from mem1.envs.toy.tokenizer import build_tokenizer
 from mem1_core.integrations.transformers import register
 
+Load = Callable[[str], PreTrainedTokenizerFast]
+
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """The toy's, without an end of text: of random weights that would end most episodes in their first turn."""
+    """The toy's, without an end of text, which random weights would write in their first turn."""
     tokenizer = build_tokenizer()
     tokenizer.eos_token = None
     return tokenizer
@@ -54,3 +60,28 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Qwen2ForCaus
         return model.to(dtype).eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def load(request: pytest.FixtureRequest) -> Load:
+    """A tokenizer by name. MEM1_TOKENIZERS is a folder of real ones, where given."""
+    known: dict[str, PreTrainedTokenizerFast] = {}
+
+    def find(name: str) -> Path:
+        if folder := os.environ.get("MEM1_TOKENIZERS"):
+            assert (Path(folder) / name / "tokenizer.json").exists(), (
+                f"MEM1_TOKENIZERS: no {name} in {folder}"
+            )
+            return Path(folder) / name
+        if missing := missing_package(name):
+            pytest.skip(f"the tokenizer {name} {missing}")
+        return build(name, request.config.cache.mkdir("tokenizers"))
+
+    def load(name: str) -> PreTrainedTokenizerFast:
+        if name in SMALL:
+            return SMALL[name]()
+        if name not in known:
+            known[name] = PreTrainedTokenizerFast.from_pretrained(find(name))
+        return known[name]
+
+    return load

@@ -80,9 +80,7 @@ def rollout(
     sampling_seed = _checked_seed("sampling_seed", sampling_seed)
     require(group_size >= 1, "group_size", "an integer >= 1", group_size)
     samples = [sampling_seed, *(derive_seed(sampling_seed, "group", i) for i in range(1, group_size))]
-    attempts = deque(
-        _Attempt(_checked_seed("seeds", seed), sample) for seed in seeds for sample in samples
-    )
+    attempts = deque(_Attempt(_checked_seed("seeds", seed), sample) for seed in seeds for sample in samples)
     check_positions(model, config)
     codec = make_codec(tokenizer, config, model)
     engine = engine or make_engine(model, config, len(attempts))
@@ -230,9 +228,7 @@ def _step(active: list[Episode], engine: Engine, config: RolloutConfig) -> None:
     for row, episode in zip(rows, batch, strict=True):  # what is to be encoded again is forgotten first
         engine.cache.truncate(row, len(episode.cached))
     hidden = engine.feed(rows, tokens, positions)
-    keeps = {
-        row: episode.commit_fed(n) for row, episode, n in zip(rows, batch, counts, strict=True)
-    }
+    keeps = {row: episode.commit_fed(n) for row, episode, n in zip(rows, batch, counts, strict=True)}
     engine.cache.prune({row: keep for row, keep in keeps.items() if keep is not None})
 
     ready = [i for i, episode in enumerate(batch) if not episode.pending and not episode.awaiting_reply]

@@ -73,7 +73,10 @@ def test_kinds() -> None:
         ({"turn_hint": "{turn}"}, "turn_hint: expected no placeholder but {turns_left}, got '{turn}'"),
         ({"turn_hint": "{}"}, "turn_hint: expected no placeholder"),
         ({"turn_hint": 4}, "turn_hint: expected a text, got 4"),
-        ({"hint": "x"}, "format: expected a table of state, actions, observation, turn_hint, got"),
+        (
+            {"hint": "x"},
+            "format: expected a table of state, actions, observation, turn_hint, context_request, got",
+        ),
         ("mem1", "format: expected a table of .*, got 'mem1'"),
     ],
 )

@@ -133,7 +133,7 @@ def _play(codec: Codec, turns: list[tuple[list[int], str]], limit: int) -> list[
         assert [event for event in events if event] == (["state"] if "state" in events else []) + (
             ["end"] if reader.ended else []
         )
-        info = codec.observation(said, limit, turns_left=1, ended=reader.ended or "stop")
+        info = codec.observation(said, limit, turns_left=1)
         assert 0 < len(info) <= limit
         found.append((reader.num_tokens, reader.state_tokens, reader.kind, reader.action))
     return found
