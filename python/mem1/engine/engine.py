@@ -21,7 +21,7 @@ from mem1.checks import require
 from mem1.config import RolloutConfig
 from mem1.engine.cuda_graphs import Graphs
 from mem1.engine.policy_checks import check_policy, check_repeatable
-from mem1.engine.sampling import Sampled, joined, sample
+from mem1.engine.sampling import Sampled, joined, sample, temporary_bytes
 from mem1.engine.slot_attention import AttentionMetadata, Step, find_flash_attention
 from mem1.engine.slots import Slots
 from mem1_core._head import ChunkedLMHead
@@ -50,7 +50,7 @@ class Engine:
         self,
         model: PreTrainedModel,
         num_slots: int,
-        max_num_batched_tokens: int = 16384,
+        max_num_batched_tokens: int = 4096,
         *,
         capacity: int | None = None,
     ) -> None:
@@ -264,7 +264,13 @@ def logits_rows(weight: Tensor) -> int:
     return max(1, LOGITS_BYTES // (4 * len(weight)))
 
 
+def sampling_bytes(weight: Tensor, rows: int) -> int:
+    """What `Engine.sample` allocates at most for that many rows."""
+    rows = min(rows, logits_rows(weight))
+    return 4 * rows * len(weight) + temporary_bytes(rows, len(weight), weight.device)
+
+
 def forward_tokens(num_slots: int, capacity: int, max_num_batched_tokens: int) -> int:
     """The most tokens that one forward of an engine has: pieces, and rows with one token."""
     longest = min(_PIECE, capacity)
-    return min(max(max_num_batched_tokens, longest), num_slots * longest) + num_slots
+    return min(max(max_num_batched_tokens, longest) + num_slots, num_slots * longest)

@@ -50,7 +50,7 @@ def check_repeatable(model: nn.Module) -> None:
 @torch.inference_mode()
 def _check_logits(model: PreTrainedModel, weight: torch.Tensor) -> None:
     """Configurations name what is done to logits in many ways: this looks at them."""
-    ids = torch.zeros(1, 3, dtype=torch.int64, device=weight.device)
+    ids = torch.arange(1, 4, device=weight.device)[None] % len(weight)  # 0 may be padding, whose state is 0
     hidden = cast(Any, model.get_decoder())(input_ids=ids, use_cache=False).last_hidden_state
     if hidden.dtype != weight.dtype:
         expected = f"an output layer in the dtype of what it reads, {hidden.dtype}"
