@@ -231,7 +231,6 @@ def test_a_family_that_works(family: str) -> None:
             "mask only",
             "MllamaForCausalLM: expected a decoder that runs with it, got TypeError: MllamaFor",
         ),
-        ("cohere", "passed", "Engine: model: expected plain logits, got logit_scale=0.0625"),
     ],
 )
 def test_a_family_that_is_refused(family: str, verdict: str, reason: str) -> None:

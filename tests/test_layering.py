@@ -81,15 +81,26 @@ PYTHON = {
     "mem1.envs.*": May("mem1.checks mem1.envs mem1.parsing mem1_core.eviction mem1_core.segments"),
     "mem1.engine.slots": May("torch mem1_core.ops"),
     "mem1.engine.slot_attention": May("torch mem1_core.ops", call="flash_attn"),
+    "mem1.engine.engine": May(
+        "torch transformers mem1.checks mem1.config mem1.engine mem1_core._head mem1_core.integrations"
+    ),
     "mem1.engine.*": May("torch transformers mem1.checks mem1.config mem1.engine mem1_core.integrations"),
+    "mem1.models.load": May(
+        "torch transformers huggingface_hub safetensors mem1.checks mem1.engine mem1.models mem1.runtime "
+        "mem1_core.integrations"
+    ),
+    "mem1.models.activations": May("torch transformers"),
+    "mem1.models.free_memory": May("torch"),
+    "mem1.models.memory_plan": May(
+        "torch transformers mem1.checks mem1.engine mem1.models mem1_core.integrations"
+    ),
     "mem1.models.*": May("torch transformers mem1.checks mem1.config mem1_core.integrations mem1_core.mask"),
     "mem1.rollout.*": May(f"torch transformers mem1_core.eviction mem1_core.segments {LOOP}"),
     "mem1.evaluation.plots": May("mem1.evaluation mem1.trajectory mem1_core.plot", call="matplotlib"),
     "mem1.evaluation.results": May("mem1.trajectory"),
     "mem1.evaluation.*": May(f"torch transformers mem1.evaluation.results mem1.runtime {LOOP}"),
     "mem1.train.*": May(
-        f"torch transformers safetensors mem1_core mem1.io mem1.models mem1.runtime mem1.train "
-        f"mem1.evaluation {LOOP}"
+        f"torch transformers mem1_core mem1.io mem1.models mem1.runtime mem1.train mem1.evaluation {LOOP}"
     ),
     "mem1.agent": May("transformers mem1"),
     "mem1.demo": May("torch transformers mem1"),

@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from mem1.checks import require
 from mem1.config import RolloutConfig
 from mem1.engine.cuda_graphs import Graphs
+from mem1.engine.output_layer import output_layer
 from mem1.engine.policy_checks import check_policy, check_repeatable
-from mem1.engine.sampling import Sampled, joined, sample
+from mem1.engine.sampling import Sampled, joined, sample, temporary_bytes
 from mem1.engine.slot_attention import AttentionMetadata, Step, find_flash_attention
 from mem1.engine.slots import Slots
 from mem1_core._head import ChunkedLMHead
@@ -50,7 +51,7 @@ class Engine:
         self,
         model: PreTrainedModel,
         num_slots: int,
-        max_num_batched_tokens: int = 16384,
+        max_num_batched_tokens: int = 4096,
         *,
         capacity: int | None = None,
     ) -> None:
@@ -102,7 +103,9 @@ class Engine:
 
     def _refresh(self) -> None:
         check_repeatable(self.model)
-        self.head = cast(Any, self.model.get_output_embeddings()).weight.detach()
+        layer = output_layer(self.model)
+        bias = None if layer.bias is None else layer.bias.detach()
+        self.head = layer._replace(weight=layer.weight.detach(), bias=bias)
 
     @torch.inference_mode()
     def feed(self, rows: list[int], tokens: list[list[int]], positions: list[list[int]]) -> Tensor:
@@ -160,8 +163,11 @@ class Engine:
 
         As the trainer makes them: in bf16 their rounding alone would hide whether the two agree.
         """
-        rows = slice(0, len(hidden))
-        return ChunkedLMHead(hidden, self.head, None, None, sys.maxsize).logits(rows)
+        weight, bias, scale = self.head
+        logits = ChunkedLMHead(hidden, weight, None, None, sys.maxsize).logits(slice(0, len(hidden)))
+        if bias is not None:
+            logits += bias
+        return logits if scale == 1.0 else logits.mul_(scale)
 
     @torch.inference_mode()
     def sample(self, hidden: Tensor, uniform: Tensor, forced: Tensor, config: RolloutConfig) -> Sampled:
@@ -170,7 +176,7 @@ class Engine:
 
         Logits exist for some rows at a time: `LOGITS_BYTES`, or one row, and what `sampling` says.
         """
-        rows = logits_rows(self.head)
+        rows = logits_rows(self.head.weight)
         parts = zip(*(x.split(rows) for x in (hidden, uniform, forced)), strict=True)
         return joined([sample(self.logits(h), u, f, config) for h, u, f in parts])
 
@@ -264,7 +270,13 @@ def logits_rows(weight: Tensor) -> int:
     return max(1, LOGITS_BYTES // (4 * len(weight)))
 
 
+def sampling_bytes(weight: Tensor, rows: int) -> int:
+    """What `Engine.sample` allocates at most for that many rows."""
+    rows = min(rows, logits_rows(weight))
+    return 4 * rows * len(weight) + temporary_bytes(rows, len(weight), weight.device)
+
+
 def forward_tokens(num_slots: int, capacity: int, max_num_batched_tokens: int) -> int:
     """The most tokens that one forward of an engine has: pieces, and rows with one token."""
     longest = min(_PIECE, capacity)
-    return min(max(max_num_batched_tokens, longest), num_slots * longest) + num_slots
+    return min(max(max_num_batched_tokens, longest) + num_slots, num_slots * longest)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mem1.checks import InputError
+from mem1.engine.output_layer import output_layer
 from mem1_core.integrations.transformers import check_cache, check_model
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of the largest logit
@@ -17,8 +18,8 @@ _HALF_TOLERANCE = 0.03
 
 def check_policy(model: PreTrainedModel) -> None:
     """InputError, with the reason, for a model that an engine cannot run, or of which it would leave
-    something out or could not repeat it: `check_model`, `check_cache`, and logits that are more than hidden
-    states times the output weight. Some forwards of three tokens.
+    something out or could not repeat it: `check_model`, `check_cache`, and logits that are more than what
+    `output_layer` says. Some forwards of three tokens.
     """
     check_repeatable(model)
     try:
@@ -26,19 +27,16 @@ def check_policy(model: PreTrainedModel) -> None:
         check_cache(model)
     except ValueError as error:
         raise InputError(str(error)) from None
-    config: Any = model.config
-    head: Any = model.get_output_embeddings()
-    if head is None:
+    if model.get_output_embeddings() is None:
         raise InputError(f"model: expected one with an output layer, got {type(model).__name__}")
-    if getattr(head, "bias", None) is not None:
-        raise InputError("model: expected an output layer without bias, got one with bias")
-    for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise InputError(f"model: expected plain logits, got {name}={getattr(config, name)}")
+    config: Any = model.config.get_text_config(decoder=True)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap is not None:
+        raise InputError(f"model: expected plain logits, got final_logit_softcapping={cap}")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
         raise InputError(f"model: expected frequencies that stay as they are, got rope_type={rope!r}")
-    _check_logits(model, head.weight)
+    _check_logits(model)
 
 
 def check_repeatable(model: nn.Module) -> None:
@@ -48,16 +46,18 @@ def check_repeatable(model: nn.Module) -> None:
 
 
 @torch.inference_mode()
-def _check_logits(model: PreTrainedModel, weight: torch.Tensor) -> None:
+def _check_logits(model: PreTrainedModel) -> None:
     """Configurations name what is done to logits in many ways: this looks at them."""
-    ids = torch.zeros(1, 3, dtype=torch.int64, device=weight.device)
+    weight, bias, scale = output_layer(model)
+    ids = torch.arange(1, 4, device=weight.device)[None] % len(weight)  # 0 may be padding, whose state is 0
     hidden = cast(Any, model.get_decoder())(input_ids=ids, use_cache=False).last_hidden_state
     if hidden.dtype != weight.dtype:
         expected = f"an output layer in the dtype of what it reads, {hidden.dtype}"
         raise InputError(f"model: expected {expected}, got {weight.dtype}")
     own = model(input_ids=ids, use_cache=False).logits[0, -1].float()
-    plain = hidden[0, -1] @ weight.T if hidden.shape[-1] == weight.shape[1] else hidden.new_zeros(0)
+    fits = hidden.shape[-1] == weight.shape[1]
+    plain = scale * nn.functional.linear(hidden[0, -1], weight, bias).float() if fits else own.new_zeros(0)
     allowed = _TOLERANCE.get(weight.dtype, _HALF_TOLERANCE) * float(own.abs().max())
-    if plain.shape != own.shape or not float((plain.float() - own).abs().max()) <= allowed:
+    if plain.shape != own.shape or not float((plain - own).abs().max()) <= allowed:
         expected = "logits that are hidden states times the output weight"
         raise InputError(f"model: expected {expected}, got others from {type(model).__name__}")

@@ -11,8 +11,9 @@ from torch import Tensor
 from mem1.config import RolloutConfig
 
 _BYTES = 20  # of temporaries for each logit: scaled, weights, cumulative weights, a mask and their copies
-# On the CPU what one large vocabulary needs: more rows at once leave the caches, and took 2.5 times as long.
-_CPU_BYTES, _CUDA_BYTES = 2 * 2**20, 32 * 2**20
+_MAX_BYTES = 32 * 2**20
+# On the CPU a row for each thread, or some small ones: more leave the caches and take up to twice as long.
+_CPU_BYTES = 2 * 2**20
 _LIKELIEST = 1024  # tokens among which a nucleus almost always ends
 
 
@@ -29,8 +30,8 @@ def sample(logits: Tensor, uniform: Tensor, forced: Tensor, config: RolloutConfi
     float64.
 
     Where `forced` int64 [b] is not negative, that token is taken instead. What becomes of a row follows from
-    its own logits and number, bit for bit, whoever shares its batch. Temporaries take up to 32 MiB (2 MiB on
-    the CPU), or what one row does.
+    its own logits and number, bit for bit, whoever shares its batch. Temporaries take up to 32 MiB, or what
+    one row does.
 
     A log-prob is that of the full distribution at the sampling temperature,
     `log_softmax(logits / temperature)`: what a trainer recomputes, whatever `top_k` and `top_p` cut away. The
@@ -50,7 +51,10 @@ def sample(logits: Tensor, uniform: Tensor, forced: Tensor, config: RolloutConfi
 
 def rows_at_once(vocabulary: int, device: torch.device) -> int:
     """Rows of logits whose temporaries exist side by side."""
-    return max(1, (_CPU_BYTES if device.type == "cpu" else _CUDA_BYTES) // (_BYTES * vocabulary))
+    most = _MAX_BYTES // (_BYTES * vocabulary)
+    if device.type == "cpu":
+        most = min(most, max(torch.get_num_threads(), _CPU_BYTES // (_BYTES * vocabulary)))
+    return max(1, most)
 
 
 def temporary_bytes(rows: int, vocabulary: int, device: torch.device) -> int:

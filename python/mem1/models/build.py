@@ -1,13 +1,13 @@
-"""The small decoder and its critic: Qwen2 modules with random weights, attention by `mem1_core`."""
+"""A small decoder with random weights, and the critic of any decoder; attention by `mem1_core`."""
 
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from mem1.checks import InputError
 from mem1.config import ModelConfig
@@ -74,13 +74,16 @@ class Critic(nn.Module):
         return self.head(hidden).squeeze(-1)
 
 
-def build_critic(actor: Qwen2ForCausalLM) -> Critic:
+def build_critic(actor: PreTrainedModel) -> Critic:
     """A critic that starts from a copy of the actor's trunk, on the same device and in the same dtype.
 
-    All of it learns, also what is frozen in the actor.
+    actor: any decoder whose logits are hidden states times the weight of its output layer. All of the critic
+    learns, also what is frozen in the actor.
     """
-    weight = actor.get_output_embeddings().weight
-    critic = Critic(copy.deepcopy(actor.get_decoder()), actor.config.hidden_size).to(weight.device)
+    weight = cast(Any, actor.get_output_embeddings()).weight
+    trunk = copy.deepcopy(cast(nn.Module, actor.get_decoder()))
+    # What the output layer reads is what the trunk returns: configs name that width in many ways.
+    critic = Critic(trunk, weight.shape[1]).to(weight.device)
     return to_dtype(critic, weight.dtype).requires_grad_(True)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mem1.config import Regime
+from mem1.engine.output_layer import output_layer
 from mem1.trajectory import Trajectory
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.ops import linear_logprob
@@ -80,5 +81,6 @@ def label_hidden(model: Any, batch: PackedBatch) -> Tensor:
 @torch.no_grad()
 def recompute_logprobs(model: Any, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
     """Log-probs fp32 [M] of the policy's tokens under `model`, by one forward over the batch."""
-    weight = model.get_output_embeddings().weight
-    return linear_logprob(label_hidden(model, batch), weight, batch.targets, temperature)[0]
+    head = output_layer(model)
+    hidden, temperature = label_hidden(model, batch), head.temperature(temperature)
+    return linear_logprob(hidden, head.weight, batch.targets, temperature, bias=head.bias)[0]

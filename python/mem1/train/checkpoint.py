@@ -8,28 +8,21 @@ import pickle
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils.logging import (
-    disable_progress_bar,
-    enable_progress_bar,
-    is_progress_bar_enabled,
-)
+from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError
 from mem1.io import sync, unfinished
+from mem1.models.load import check_json, without_bars
+from mem1.models.load import load as load_model
 from mem1.train.optim import Diverged, not_finite
-from mem1_core.integrations.transformers import NAME, register
 
 CHECKPOINTS = "checkpoints"  # the folder within a training run's
 PHASES = ("warmstart", "ppo")  # of a training run; a checkpoint is called by one and its step
 _TRAINER, _SCORE = "trainer.pt", "score.json"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # one of them must be there
 
 
 class Checkpoint(NamedTuple):
@@ -93,7 +86,7 @@ def save(
     fresh = unfinished(path)
     shutil.rmtree(fresh, ignore_errors=True)
     try:
-        with _without_bars():
+        with without_bars():
             model.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
         if trainer is not None:
@@ -109,58 +102,19 @@ def save(
     return path
 
 
-def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Load a checkpoint, or any Hugging Face causal language model on disk, with its attention set to "mem1".
+def load(path: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu") -> Checkpoint:
+    """Load a checkpoint, or any Hugging Face causal language model, with its attention set to "mem1".
 
-    `path` may also be the folder of a training run, which stands for its newest checkpoint. Raises InputError
-    if there is no model folder, or naming a file of it that is missing or damaged.
+    `path` may also be the folder of a training run, which stands for its newest checkpoint, or the id of a
+    model on the Hugging Face hub; see `models.load`, whose InputErrors come through. Also raises InputError
+    for a damaged trainer's state or score.
     """
-    path = Path(path)
-    if not (path / "config.json").is_file():
-        path = next(iter(numbered(path)), path)
-    if not (path / "config.json").is_file():
-        raise InputError(f"path: expected a model folder with a config.json, got {str(path)!r}")
-    if not any((path / name).is_file() for name in _TOKENIZERS):
-        raise InputError(f"path: expected a tokenizer.json in {str(path)!r}, got none")
-    register()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", _SCORE):
-        _check_json(path / name)
-    try:
-        with _without_bars():
-            model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=NAME)
-    except SafetensorError as error:
-        raise InputError(
-            f"path: expected a readable model.safetensors in {str(path)!r}, got {error}"
-        ) from error
-    except OSError as error:  # no weights at all
-        reason = str(error).split("\n", 1)[0]
-        raise InputError(f"path: expected a whole model in {str(path)!r}, got {reason}") from error
-    # AutoTokenizer puts the tokenizer class of the architecture over the one that was saved (for qwen2 a
-    # byte-level one); tokenizer.json says all there is to say.
-    fast = (path / "tokenizer.json").is_file()
-    tokenizer = (PreTrainedTokenizerFast if fast else AutoTokenizer).from_pretrained(path)
-    return Checkpoint(model.eval(), tokenizer, _load_trainer(path / _TRAINER))
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Without those that transformers draws for every file."""
-    shown = is_progress_bar_enabled()
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bar()
-
-
-def _check_json(path: Path) -> None:
-    """InputError for a file that is there and is none."""
-    if path.is_file():
-        try:
-            json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"path: expected a readable {path.name}, got {str(path)!r}: {error}") from error
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
+        path = next(iter(numbered(folder)), path)
+    check_json(Path(path) / _SCORE)
+    model, tokenizer, _ = load_model(path, dtype, device)
+    return Checkpoint(model, tokenizer, _load_trainer(Path(path) / _TRAINER))
 
 
 def _tensors(tree: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from mem1.config import PPOConfig, Regime
+from mem1.engine.output_layer import output_layer
 from mem1.models.build import without_dropout
 from mem1.train.batches import label_hidden, pack, recompute_logprobs, split
 from mem1.train.optim import AdamW
@@ -199,7 +200,7 @@ class PPO:
         changes nothing. The metrics are means over its tokens.
         """
         self._without_dropout()
-        config, weight = self.config, self.actor.get_output_embeddings().weight
+        config, head = self.config, output_layer(self.actor)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
         total = sum(len(e.old_logprob) for e in batch)
@@ -229,14 +230,15 @@ class PPO:
             drawn = [e.rollout_logprob() for e in part] if config.rollout_is_cap is not None else None
             loss, metrics = fused_linear_ppo_loss(
                 label_hidden(self.actor, stream),
-                weight,
+                head.weight,
                 stream.targets,
                 torch.cat([e.old_logprob for e in part]),
                 torch.cat([e.advantage for e in part]),
                 everything,
                 ref_logprob=torch.cat([e.ref_logprob for e in part]),
                 rollout_logprob=None if drawn is None else torch.cat(drawn),
-                temperature=self.temperature,
+                bias=head.bias,
+                temperature=head.temperature(self.temperature),
                 clip_low=config.clip_ratio,
                 clip_high=config.clip_ratio,
                 rollout_is_cap=config.rollout_is_cap or 1.0,

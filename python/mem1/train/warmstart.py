@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError
 from mem1.config import RolloutConfig, WarmStartConfig
+from mem1.engine.output_layer import output_layer
 from mem1.envs.base import Example, ExpertEnvironment
 from mem1.rollout.rollout_loop import play_expert
 from mem1.seeds import derive_seed
@@ -21,6 +21,7 @@ from mem1.train.batches import PackedBatch, label_hidden
 from mem1.train.optim import AdamW
 from mem1.trajectory import FinishReason
 from mem1_core.layout import Regime, TrajectoryLayout
+from mem1_core.ops import linear_logprob
 from mem1_core.segments import policy_tokens
 
 DrawExample = Callable[[random.Random, float], Example]
@@ -62,8 +63,8 @@ def warm_start(
         progress = step / config.steps
         rng = random.Random(derive_seed(seed, "warm start", step))
         batch = draw_batch(draw_example, rng, progress, config.batch_tokens)
-        logits, labels = label_logits(actor, batch, regime, device)
-        loss = F.cross_entropy(logits.float(), labels)
+        logprob, right = label_logprobs(actor, batch, regime, device)
+        loss = -logprob.mean()
         loss.backward()
         rate = config.learning_rate * rate_factor(step, progress, config)
         norm = optimizer.step(rate)
@@ -71,7 +72,7 @@ def warm_start(
         yield {
             "step": step + 1,
             "loss": loss.item(),
-            "token_accuracy": (logits.argmax(-1) == labels).float().mean().item(),
+            "token_accuracy": right.float().mean().item(),
             "grad_norm": norm,
             "learning_rate": rate,
         }
@@ -135,12 +136,16 @@ def expert_examples(
     return draw
 
 
-def label_logits(
+def label_logprobs(
     actor: Any, batch: list[Example], regime: Regime, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Logits [M, V] and labels int64 [M] of the policy's tokens, by one forward over one packed stream."""
+    """Of the policy's tokens [M], by one forward over one packed stream: their log-probs, differentiable, and
+    bool, whether each is the likeliest one.
+    """
     layouts = [TrajectoryLayout.from_segments(e.segments, regime=regime, prune=e.prune) for e in batch]
     layout = TrajectoryLayout.pack(layouts).to(device)
     tokens = torch.tensor([token for e in batch for token in e.tokens], device=device)
-    stream = PackedBatch(tokens, layout)
-    return actor.get_output_embeddings()(label_hidden(actor, stream)), stream.targets
+    stream, head = PackedBatch(tokens, layout), output_layer(actor)
+    hidden = label_hidden(actor, stream)
+    logprob, _ = linear_logprob(hidden, head.weight, stream.targets, head.temperature(1.0), bias=head.bias)
+    return logprob, head.likeliest(hidden.detach()) == stream.targets

@@ -1,4 +1,4 @@
-"""The slot cache against one forward without a cache, and the sampler."""
+"""The slot cache against one forward without a cache, and logits against the trainer's."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 from mem1.checks import InputError
 from mem1.config import RolloutConfig
-from mem1.engine.engine import Engine
-from mem1.engine.sampling import sample
+from mem1.engine.engine import Engine, reserved_tokens
 from mem1_core.mask import TrajectoryMask
+from mem1_core.ops import linear_logprob
 
 
 def whole_forward(model, tokens, positions, evict):
@@ -179,67 +179,6 @@ def test_what_lies_behind_a_length_is_not_read(make_model):
     assert engine.cache.kv.isfinite().all() and engine.cache.lengths == [0]
 
 
-FREE = -torch.ones(1, dtype=torch.int64)
-
-
-def test_the_logprob_is_that_of_the_full_distribution():
-    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
-    config = RolloutConfig(temperature=0.7, top_p=0.5, top_k=10)
-    tokens, logprobs, _ = sample(logits, torch.rand(64), FREE.expand(64), config)
-    expected = (logits / 0.7).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    torch.testing.assert_close(logprobs, expected)
-
-
-def test_samples_follow_the_distribution():
-    logits = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]])
-    n = 20_000
-    uniform = torch.rand(n, generator=torch.Generator().manual_seed(0))
-    tokens, _, _ = sample(logits.expand(n, 4), uniform, FREE.expand(n), RolloutConfig())
-    share = torch.bincount(tokens, minlength=4) / n
-    torch.testing.assert_close(share, logits[0].softmax(-1), atol=0.01, rtol=0)
-    assert share[2] == 0
-
-
-@pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-24])
-def test_top_k_and_top_p_cut_the_tail(uniform):
-    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    number = torch.tensor([uniform])
-    assert sample(logits, number, FREE, RolloutConfig(top_k=1))[0].item() == 0
-    assert sample(logits, number, FREE, RolloutConfig(top_k=2))[0].item() <= 1
-    assert sample(logits, number, FREE, RolloutConfig(top_p=0.39))[0].item() == 0
-    assert sample(logits, number, FREE, RolloutConfig(top_p=1e-46))[0].item() == 0
-    assert sample(logits, number, FREE, RolloutConfig(top_p=0.69))[0].item() <= 1
-    assert sample(logits, number, FREE, RolloutConfig(greedy=True))[0].item() == 0
-
-
-def test_forced_tokens_are_taken():
-    tokens, logprobs, _ = sample(torch.zeros(2, 8), torch.rand(2), torch.tensor([5, -1]), RolloutConfig())
-    assert tokens[0] == 5
-    torch.testing.assert_close(logprobs, torch.full((2,), 8.0).log().neg())
-
-
-@pytest.mark.parametrize("settings", [{"top_k": 4}, {"top_p": 0.7}, {"top_k": 8, "top_p": 0.5}])
-def test_the_rollout_logprob_is_that_of_what_is_left(settings):
-    logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
-    config = RolloutConfig(temperature=0.7, **settings)
-    tokens, logprobs, drawn = sample(logits, torch.rand(64), FREE.expand(64), config)
-    for row in range(64):
-        probs, order = (logits[row] / 0.7).double().softmax(0).sort(descending=True)
-        probs = probs[: config.top_k or 50]
-        probs = probs[(probs.cumsum(0) - probs) < config.top_p * probs.sum()]
-        place = order.tolist().index(int(tokens[row]))
-        torch.testing.assert_close(drawn[row], (probs / probs.sum())[place].log().float())
-    forced = sample(logits, torch.rand(64), torch.full((64,), 7), config)
-    assert torch.equal(forced.rollout_logprobs, forced.logprobs)
-
-
-def test_nothing_cut_has_one_logprob_and_a_greedy_choice_is_certain():
-    logits, uniform = torch.randn(4, 50), torch.rand(4)
-    assert sample(logits, uniform, FREE.expand(4), RolloutConfig()).rollout_logprobs is None
-    greedy = sample(logits, uniform, torch.tensor([-1, -1, 3, -1]), RolloutConfig(greedy=True, top_k=2))
-    assert greedy.rollout_logprobs.tolist() == [0.0, 0.0, greedy.logprobs[2].item(), 0.0]
-
-
 def test_a_model_that_cannot_be_used_is_the_users_error(make_model):
     with pytest.raises(InputError, match="expected attn_implementation='mem1', got 'sdpa'"):
         Engine(make_model(attn_implementation="sdpa"), num_slots=1)
@@ -250,3 +189,61 @@ def test_a_model_that_cannot_be_used_is_the_users_error(make_model):
 def test_an_engine_has_a_slot(make_model):
     with pytest.raises(InputError, match="num_slots: expected an integer >= 1, got 0"):
         Engine(make_model(), 0)
+
+
+def test_a_capacity_is_kept_and_a_feed_beyond_it_changes_nothing(make_model):
+    model, tokens = make_model(), list(range(11, 31))
+    engine, growing = Engine(model, 2, capacity=20), Engine(model, 2)
+    address = engine.cache.kv.data_ptr()
+    for feed in (engine.feed, growing.feed):
+        feed([0, 1], [tokens[:18], tokens[:3]], [list(range(18)), [0, 1, 2]])
+    before = engine.cache.kv.clone()
+    with pytest.raises(
+        ValueError, match="tokens: expected at most 20, the capacity of the engine, in slot 0, "
+    ):
+        engine.feed([1, 0], [[11], [11, 12, 13]], [[3], [18, 19, 20]])
+    assert engine.cache.lengths == [18, 3] and torch.equal(engine.cache.kv, before)
+    rest = [[0], [tokens[18:]], [[18, 19]]]
+    assert torch.equal(engine.feed(*rest), growing.feed(*rest))
+    assert engine.cache.kv.data_ptr() == address and engine.cache.capacity == 20
+
+
+def test_a_capacity_is_checked(make_model):
+    with pytest.raises(InputError, match="capacity: expected an integer >= 1 or None, got 0"):
+        Engine(make_model(), 1, capacity=0)
+
+
+def test_on_a_gpu_every_slot_has_a_place_past_its_end():
+    assert [reserved_tokens(n, torch.device("cuda")) for n in (1, 255, 256)] == [256, 256, 512]
+    assert reserved_tokens(255, torch.device("cpu")) == 255
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_the_trainers_and_the_weight_is_no_copy(make_model, dtype):
+    model = make_model(dtype)
+    engine = Engine(model, 1)
+    weight = model.get_output_embeddings().weight
+    assert engine.head.data_ptr() == weight.data_ptr()
+    hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits = engine.logits(hidden)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, hidden.float() @ weight.float().T, atol=1e-5, rtol=1e-5)
+    numbers, free = torch.rand(5, dtype=torch.float64), torch.full((5,), -1)
+    tokens, logprobs, _ = engine.sample(hidden, numbers, free, RolloutConfig(temperature=0.8))
+    expected, _ = linear_logprob(hidden, weight.detach(), tokens, 0.8)
+    torch.testing.assert_close(logprobs, expected, atol=2e-6, rtol=1e-6)
+
+
+def test_logits_exist_for_some_rows_at_a_time(make_model, monkeypatch):
+    """And what is sampled does not depend on how many."""
+    engine = Engine(make_model(), 1)
+    hidden = torch.randn(23, 64, generator=torch.Generator().manual_seed(0))
+    numbers, forced = torch.rand(23, dtype=torch.float64), torch.arange(23) % 4 - 1
+    config = RolloutConfig(top_p=0.9)
+    whole = engine.sample(hidden, numbers, forced, config)
+    sizes = []
+    logits = Engine.logits
+    monkeypatch.setattr(Engine, "logits", lambda self, h: (sizes.append(len(h)), logits(self, h))[1])
+    monkeypatch.setattr("mem1.engine.engine.LOGITS_BYTES", 5 * 4 * len(engine.head))
+    assert all(map(torch.equal, engine.sample(hidden, numbers, forced, config), whole))
+    assert sizes == [5, 5, 5, 5, 3]

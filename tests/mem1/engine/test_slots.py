@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -29,6 +31,42 @@ def test_reserve_grows_by_doubling_and_keeps_what_is_there():
     for slot, length in enumerate(cache.lengths):
         assert torch.equal(cache.kv[:, :, slot, :length], before[:, :, slot, :length])
         assert not cache.kv[:, :, slot, length:].any()
+
+
+def test_a_given_capacity_stays_and_takes_no_memory_before_it_is_written():
+    cache = Slots(4, 64, 2, 64, torch.bfloat16, torch.device("cpu"), capacity=2**14)
+    assert cache.kv.nbytes == 2**31 and cache.capacity == 2**14  # 2 GiB
+    before, address = resident(), cache.kv.data_ptr()
+    assert not cache.reserve(100)
+    cache.kv[:, :, 3, :100] = 1
+    cache.lengths[3] = 100
+    cache.copy(3, 5, 60)
+    cache.prune({3: torch.arange(100) % 2 > 0})
+    for slot in (3, 5, 7):
+        cache.clear(slot)
+    assert resident() - before < 2**25 and cache.kv.data_ptr() == address
+    with pytest.raises(ValueError, match="tokens: expected at most 16384 in a slot, got 16385"):
+        cache.reserve(2**14 + 1)
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def test_a_copy_has_the_first_entries_of_its_source():
+    cache = filled([10, 7, 3])
+    before = cache.kv.clone()
+    cache.copy(0, 2, 6)
+    assert cache.lengths == [10, 7, 6]
+    assert torch.equal(cache.kv[:, :, 2, :6], before[:, :, 0, :6])
+    assert torch.equal(cache.kv[:, :, 2, 6:], before[:, :, 2, 6:])
+    assert torch.equal(cache.kv[:, :, :2], before[:, :, :2])
+    cache.copy(1, 2, 0)
+    assert cache.lengths == [10, 7, 0]
+    for wrong in (-1, 8):
+        with pytest.raises(ValueError, match=f"length: expected 0 to 7, what slot 1 holds, got {wrong}"):
+            cache.copy(1, 0, wrong)
 
 
 def test_prune_is_one_call_for_all_slots_and_moves_nothing_else(monkeypatch):
