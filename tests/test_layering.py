@@ -44,9 +44,12 @@ PYTHON = {
     "mem1_core._library": May("torch mem1_core._C mem1_core.versions", call="mem1_core.triton"),
     "mem1_core.backend": May("torch"),
     "mem1_core.segments": May("torch"),
-    "mem1_core.eviction": May("torch mem1_core.segments"),
+    "mem1_core.eviction_policies": May("mem1_core.segments"),
+    "mem1_core.eviction": May("torch mem1_core.eviction_policies mem1_core.segments"),
     "mem1_core.mask": May("torch mem1_core._library mem1_core.eviction mem1_core.segments"),
-    "mem1_core.layout": May("torch mem1_core.eviction mem1_core.mask mem1_core.segments"),
+    "mem1_core.layout": May(
+        "torch mem1_core.eviction mem1_core.eviction_policies mem1_core.mask mem1_core.segments"
+    ),
     "mem1_core.plot": May("torch mem1_core.mask mem1_core.segments", call="matplotlib", types="matplotlib"),
     "mem1_core.reference": May("torch mem1_core.mask"),
     "mem1_core.sample_inputs": May("torch mem1_core.segments"),
@@ -62,7 +65,8 @@ PYTHON = {
     ),
     "mem1_core.integrations": May(""),
     "mem1_core.integrations.transformers_*": May(
-        "torch transformers mem1_core.integrations mem1_core.ops mem1_core.eviction mem1_core.segments"
+        "torch transformers mem1_core.integrations mem1_core.ops mem1_core.eviction "
+        "mem1_core.eviction_policies mem1_core.segments"
     ),
     "mem1_core.integrations.*": May("torch transformers mem1_core.ops mem1_core.mask mem1_core.versions"),
     "mem1": May("", types="mem1.agent mem1.trajectory"),
@@ -70,15 +74,20 @@ PYTHON = {
     "mem1.checks": May(""),
     "mem1.seeds": May("numpy"),
     "mem1.io": May("mem1.checks"),
-    "mem1.config": May("mem1.checks mem1.seeds mem1_core.eviction mem1_core.layout"),
-    "mem1.trajectory": May("torch mem1_core.eviction mem1_core.layout mem1_core.mask mem1_core.segments"),
+    "mem1.config": May(
+        "mem1.checks mem1.parsing.tags mem1.seeds mem1_core.eviction_policies mem1_core.layout"
+    ),
+    "mem1.trajectory": May(
+        "torch mem1_core.eviction mem1_core.eviction_policies mem1_core.layout mem1_core.mask "
+        "mem1_core.segments"
+    ),
     "mem1.runtime.progress": May("rich mem1.io"),
     "mem1.runtime.*": May("torch mem1.checks mem1_core"),
     "mem1.parsing.chat_template": May("jinja2 transformers mem1.checks mem1.parsing"),
     "mem1.parsing.*": May("tokenizers transformers mem1.checks mem1.parsing"),
     "mem1.envs.toy.tokenizer": May("tokenizers transformers mem1.envs.toy"),
     "mem1.envs.toy.training": May("mem1.config mem1.envs.toy"),
-    "mem1.envs.*": May("mem1.checks mem1.envs mem1.parsing mem1_core.eviction mem1_core.segments"),
+    "mem1.envs.*": May("mem1.checks mem1.envs mem1.parsing mem1_core.eviction_policies mem1_core.segments"),
     "mem1.engine.slots": May("torch mem1_core.ops"),
     "mem1.engine.slot_attention": May("torch mem1_core.ops", call="flash_attn"),
     "mem1.engine.engine": May(
@@ -95,7 +104,10 @@ PYTHON = {
         "torch transformers mem1.checks mem1.engine mem1.models mem1_core.integrations"
     ),
     "mem1.models.*": May("torch transformers mem1.checks mem1.config mem1_core.integrations mem1_core.mask"),
-    "mem1.rollout.*": May(f"torch transformers mem1_core.eviction mem1_core.segments {LOOP}"),
+    "mem1.rollout.*": May(
+        "torch transformers mem1.models mem1_core.eviction mem1_core.eviction_policies mem1_core.segments "
+        + LOOP
+    ),
     "mem1.evaluation.plots": May("mem1.evaluation mem1.trajectory mem1_core.plot", call="matplotlib"),
     "mem1.evaluation.results": May("mem1.trajectory"),
     "mem1.evaluation.*": May(f"torch transformers mem1.evaluation.results mem1.runtime {LOOP}"),
@@ -104,7 +116,10 @@ PYTHON = {
     ),
     "mem1.agent": May("transformers mem1"),
     "mem1.demo": May("torch transformers mem1"),
-    "mem1.options": May("mem1.config mem1.envs mem1.evaluation mem1.runtime mem1.seeds"),
+    "mem1.options": May(
+        "mem1.checks mem1.config mem1.envs mem1.evaluation mem1.parsing mem1.runtime mem1.seeds "
+        "mem1_core.eviction_policies"
+    ),
     "mem1.cli": May("torch transformers mem1 mem1_core"),
     **dict.fromkeys(ROOMS, May("")),
 }

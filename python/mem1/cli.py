@@ -30,9 +30,11 @@ from mem1.envs.toy.training import toy_training
 from mem1.evaluation.evaluation_loop import OBJECTIVES, evaluate
 from mem1.evaluation.results import Result, table
 from mem1.io import atomic_write, ignore_closed_pipe
+from mem1.models.load import load_report
 from mem1.options import build_parser, environment_arguments, environment_maker, rollout_config
 from mem1.parsing.token_text import TokenText
 from mem1.rollout.rollout_loop import check_positions, make_engine, rollout
+from mem1.runtime.device import whereabouts
 from mem1.runtime.interrupts import Interrupts
 from mem1.runtime.progress import Progress
 from mem1.runtime.waiting import share_cpus
@@ -227,9 +229,10 @@ def _load(options: argparse.Namespace, progress: Progress) -> tuple[Any, PreTrai
     """The model on the device that was asked for, and its tokenizer."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    loaded = checkpoint.load(options.model, dtype=options.dtype, device=options.device)
-    progress.log(str(loaded.report))
-    return loaded.model, loaded.tokenizer
+    model, tokenizer, _ = checkpoint.load(options.model, options.dtype, options.device)
+    progress.log(whereabouts(model))
+    progress.log(str(load_report(model, tokenizer, options.model)))
+    return model, tokenizer
 
 
 def _check_writable(folder: Path) -> None:

@@ -109,8 +109,8 @@ class RolloutConfig:
     max_info_tokens: int = 512  # what the environment writes in one turn, tags, hints and template included
     max_turns: int = 40
     context_limit: int | None = None  # live tokens beyond which the policy is told `format.context_request`
-    max_prefill_tokens: int = 1024  # of longer texts that are read in one step, beside what is being written
-    max_num_batched_tokens: int = 16384  # of one forward: rows times their longest piece
+    # What is being written goes on while longer texts are read, so many tokens of these in one step.
+    max_num_batched_tokens: int = 1024
     kv_memory: float = 0.6  # for the KV cache: a share of what is free, or bytes from 2 on
     env_timeout: float = (
         60.0  # seconds for one answer of an environment that is not `run_inline`, with retries
@@ -124,8 +124,7 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         require_integers(
             self,
-            "num_slots max_prompt_tokens max_action_tokens max_info_tokens max_turns max_prefill_tokens "
-            "max_num_batched_tokens",
+            "num_slots max_prompt_tokens max_action_tokens max_info_tokens max_turns max_num_batched_tokens",
             1,
         )
         require_integers(self, "top_k env_retries episode_retries", 0)
@@ -144,6 +143,8 @@ class RolloutConfig:
         require_numbers(self, "temperature", 1e-4)  # less is `greedy`
         require_numbers(self, "top_p", 0.0, 1.0, above=True)
         require_numbers(self, "env_timeout kv_memory", above=True)
+        share = self.kv_memory <= 1 or self.kv_memory >= 2
+        require(share, "kv_memory", "a share of at most 1, or bytes from 2 on", self.kv_memory)
 
     def peak_tokens(self) -> int:
         """The most tokens of an episode that can be live at once: what a slot of the KV cache must hold."""

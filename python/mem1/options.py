@@ -149,11 +149,11 @@ def _sampling_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument_group("sampling").add_argument
     add("--num-slots", type=_positive, default=default.num_slots, help="episodes side by side, at most")
-    add("--kv-memory", type=float, default=default.kv_memory, help="for the KV cache: share of what is free")
+    add("--kv-memory", type=float, default=default.kv_memory, help="of the KV cache: a share, or bytes")
     add(
-        "--max-prefill-tokens",
+        "--max-num-batched-tokens",
         type=_positive,
-        default=default.max_prefill_tokens,
+        default=default.max_num_batched_tokens,
         help="of longer texts that are read in one step",
     )
     add("--regime", choices=get_args(Regime), default=default.regime, help="what a prune does to the cache")

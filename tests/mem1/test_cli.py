@@ -84,10 +84,10 @@ def test_the_settings_of_a_training_run(trained, tmp_path):
     assert given["make_environment"]().passage_tokens == 600 and given["draw_example"].prune == "state"
     assert rest == {"init": None, "resume": False, "overwrite": False}
     assert main(["train", "--out", str(out), "--resume"]) == 0
-    assert main(["train", "--out", str(out), "--overwrite", "--init", "there"]) == 0
+    assert main(["train", "--out", str(out), "--overwrite", "--model", "there"]) == 0
     assert [(r["resume"], r["overwrite"], r["init"]) for _, _, r in trained[1:]] == [
         (True, False, None),
-        (False, True, Path("there")),
+        (False, True, "there"),
     ]
 
 
@@ -107,10 +107,10 @@ def test_the_defaults_are_those_of_the_config(trained):
         (["--max-updates", "-1"], "updates: expected an integer >= 0, got -1"),
         (["--temperature", "0"], "temperature: expected a finite number >= 0.0001, got 0.0"),
         (["--greedy"], "greedy: expected False in training"),
-        (["--prune", "0"], "prune: expected 'action', 'state', 'never' or a number of tokens >= 1, got 0"),
-        (["--prune", "-5"], "tokens >= 1, got '-5'"),
-        (["--prune", "0.5"], "tokens >= 1, got '0.5'"),
-        (["--prune", "sometimes"], "tokens >= 1, got 'sometimes'"),
+        (["--prune", "0"], "prune: expected 'action', a number of tokens >= 1, a function, or one of last_turns=N"),
+        (["--prune", "-5"], "fold, summary, got '-5'"),
+        (["--prune", "0.5"], "fold, summary, got '0.5'"),
+        (["--prune", "sometimes"], "fold, summary, got 'sometimes'"),
         (
             ["--objectives", "3-2"],
             "objectives: expected a number or a rising interval within 1..16, got (3, 2)",
@@ -136,7 +136,7 @@ def test_a_setting_out_of_range_is_one_line(capsys, tmp_path, trained, arguments
     ],
 )
 def test_a_world_or_a_device_that_cannot_be_is_one_line(capsys, model, command, arguments, message):
-    assert main([command, model, *arguments]) == 2
+    assert main([command, "--model", model, *arguments]) == 2
     said = capsys.readouterr()
     assert message in said.err and said.err.count("\n") == 1 and said.out == ""
 
@@ -156,13 +156,13 @@ def test_the_parser_refuses(capsys, arguments):
 
 def test_a_window_of_no_tokens_is_refused(capsys):
     with pytest.raises(SystemExit):
-        main(["eval", "somewhere", "--truncate", "0"])
+        main(["eval", "--model", "somewhere", "--truncate", "0"])
     assert "argument --truncate: expected an integer >= 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["eval", "rollout"])
 def test_a_model_that_is_none_is_one_line(capsys, tmp_path, command):
-    assert main([command, str(tmp_path / "nothing")]) == 2
+    assert main([command, "--model", str(tmp_path / "nothing")]) == 2
     assert "expected a model folder with a config.json" in capsys.readouterr().err
 
 
@@ -170,7 +170,7 @@ def test_a_model_that_is_none_is_one_line(capsys, tmp_path, command):
 def test_an_out_that_cannot_be_written_fails_before_any_work(capsys, tmp_path, model, trained, command):
     (tmp_path / "file").write_text("old")
     out = tmp_path / "file" / "folder" / "t.jsonl"
-    assert main([command, *[model] * (command == "rollout"), "--out", str(out)]) == 2
+    assert main([command, *["--model", model] * (command == "rollout"), "--out", str(out)]) == 2
     said = capsys.readouterr()
     assert said.err.startswith(f"mem1 {command}: out: expected a folder that can be written to, got ")
     assert said.err.count("\n") == 1 and said.out == "" and not trained
@@ -236,7 +236,7 @@ def test_the_first_line_says_where_it_runs(capsys, model, command):
     ]
     threads = torch.get_num_threads()
     try:
-        assert main([command, model, *few, "--objectives", "1"]) == 0
+        assert main([command, "--model", model, *few, "--objectives", "1"]) == 0
         expected = whereabouts(checkpoint.load(model).model)
     finally:
         torch.set_num_threads(threads)
@@ -246,7 +246,7 @@ def test_the_first_line_says_where_it_runs(capsys, model, command):
 
 def test_eval_compares_the_agents(capsys, model):
     sizes = ["--objectives", "1", "2", "--episodes", "2", "--max-turns", "3", "--max-action-tokens", "24"]
-    assert main(["eval", model, *sizes, "--truncate", "30"]) == 0
+    assert main(["eval", "--model", model, *sizes, "--truncate", "30"]) == 0
     out = capsys.readouterr().out
     assert out.count("full context") >= 3
     assert out.count("truncated to 30") == 3, "the title of its parity, and a row for 1 and 2 objectives"
@@ -255,10 +255,10 @@ def test_eval_compares_the_agents(capsys, model):
 
 def test_eval_refuses_a_row_that_the_model_has_no_positions_for(capsys, make_model, tokenizer, tmp_path):
     model = checkpoint.save(tmp_path / "small", make_model(max_position_embeddings=16384), tokenizer)
-    assert main(["eval", str(model), "--objectives", "1", "16"]) == 2
+    assert main(["eval", "--model", str(model), "--objectives", "1", "16"]) == 2
     said = capsys.readouterr()
     assert "max_position_embeddings: expected at least" in said.err and "objectives 1/" not in said.out
-    assert said.out.count("\n") == 1, "where it runs, and no row"
+    assert said.out.count("\n") == 4, "where it runs and what was loaded, and no row"
 
 
 def test_eval_with_a_world_that_is_down_shows_it(capsys, model, monkeypatch):
@@ -266,17 +266,17 @@ def test_eval_with_a_world_that_is_down_shows_it(capsys, model, monkeypatch):
         raise ConnectionError("no answer")
 
     monkeypatch.setattr("mem1.options.MultiHopEnv.reset", down)
-    assert main(["eval", model, "--objectives", "1", "--episodes", "2"]) == 0
+    assert main(["eval", "--model", model, "--objectives", "1", "--episodes", "2"]) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if "2: ConnectionError 2" in line]
     assert len(rows) == 2 and all(row.count(" - |") == 11 for row in rows)
 
 
 def test_rollout_prints_transcripts_or_saves_trajectories(capsys, model, tmp_path):
-    assert main(["rollout", model, "--episodes", "1", "--max-turns", "40", "--expert"]) == 0
+    assert main(["rollout", "--model", model, "--episodes", "1", "--max-turns", "40", "--expert"]) == 0
     assert "answered, reward 1.000" in capsys.readouterr().out
     saved = tmp_path / "new" / "t.jsonl"
     few = ["--episodes", "3", "--max-turns", "2", "--prune", "40"]
-    assert main(["rollout", model, *few, "--out", str(saved)]) == 0
+    assert main(["rollout", "--model", model, *few, "--out", str(saved)]) == 0
     played = [Trajectory.from_dict(json.loads(line)) for line in saved.read_text().splitlines()]
     assert sorted(t.seed for t in played) == [0, 1, 2]
     assert {t.prune for t in played} == {40}
@@ -288,9 +288,9 @@ def test_rollout_replays_an_episode_of_a_training_run(capsys, model, tmp_path):
     saved = tmp_path / "t.jsonl"
     few = ["--episodes", "1", "--max-turns", "1", "--max-action-tokens", "4", "--out", str(saved)]
     for seed in (derive_seed(5, "training", 3, 1), LARGEST - 1):
-        assert main(["rollout", model, *few, "--seed", str(seed)]) == 0
+        assert main(["rollout", "--model", model, *few, "--seed", str(seed)]) == 0
         assert [json.loads(line)["seed"] for line in saved.read_text().splitlines()] == [seed]
-    assert main(["rollout", model, "--seed", str(LARGEST - 3), "--episodes", "4"]) == 2
+    assert main(["rollout", "--model", model, "--seed", str(LARGEST - 3), "--episodes", "4"]) == 2
     assert "seed: expected one whose last episode is below 2**53" in capsys.readouterr().err
 
 
@@ -304,17 +304,17 @@ def test_trajectories_are_written_whole_or_not_at_all(capsys, model, tmp_path, m
 
     monkeypatch.setattr("mem1.cli.rollout", breaks)
     with pytest.raises(OSError, match="disk"):
-        main(["rollout", model, "--out", str(saved)])
+        main(["rollout", "--model", model, "--out", str(saved)])
     assert saved.read_text() == "old"
     assert {entry.name for entry in tmp_path.iterdir()} == {"model", "t.jsonl"}
-    assert main(["rollout", model, "--out", str(tmp_path)]) == 2
+    assert main(["rollout", "--model", model, "--out", str(tmp_path)]) == 2
     assert "out: expected the name of a regular file" in capsys.readouterr().err
 
 
 def limits(*arguments: str) -> RolloutConfig:
     runs = dict.fromkeys(("train", "eval", "rollout", "demo"), lambda options, progress: None)
-    options = build_parser(runs).parse_args(["rollout", "somewhere", *arguments])
-    return rollout_config(options, options.objectives[1])
+    options = build_parser(runs).parse_args(["rollout", "--model", "somewhere", *arguments])
+    return rollout_config(options, (options.objectives or (2, 2))[1])
 
 
 def test_limits_follow_the_world_unless_given():

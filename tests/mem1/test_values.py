@@ -88,7 +88,7 @@ WRONG = [
     (
         "expert_action",
         ExpertAction("ada", Action("malformed", "")),
-        "ValueError: expert_action: expected a query or an answer, got 'malformed'",
+        "ValueError: expert_action: expected one of query, answer, got 'malformed'",
     ),
 ]
 

@@ -110,7 +110,7 @@ def load(
     model.to(place).eval()
     if attention == NAME:
         check_policy(model)
-    return LoadedModel(model, tokenizer, describe(model, tokenizer, str(path_or_id)))
+    return LoadedModel(model, tokenizer, load_report(model, tokenizer, str(path_or_id)))
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -120,7 +120,7 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> froz
     return frozenset(int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None)
 
 
-def describe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> LoadReport:
+def load_report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> LoadReport:
     """The report of a model that is already there."""
     config: Any = model.config.get_text_config(decoder=True)
     layers, kv_heads, head_dim = cache_shape(model.config)

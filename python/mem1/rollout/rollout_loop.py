@@ -139,7 +139,7 @@ def make_engine(
         model,
         capacity=config.peak_tokens(),
         num_slots=max(1, min(config.num_slots, episodes)),
-        kv_memory=config.kv_memory,
+        kv_memory=int(config.kv_memory) if config.kv_memory >= 2 else config.kv_memory,
         max_num_batched_tokens=config.max_num_batched_tokens,
     )
     if tell is not None:
@@ -216,7 +216,7 @@ def _step(active: list[Episode], engine: Engine, config: RolloutConfig) -> None:
         short = [row for row in rows if len(active[row].pending) == 1]
         if len(rows) - len(short) < _MANY * len(rows):
             rows = short
-    counts = _share_out([len(active[row].pending) for row in rows], config.max_prefill_tokens)
+    counts = _share_out([len(active[row].pending) for row in rows], config.max_num_batched_tokens)
     rows, counts = [row for row, n in zip(rows, counts, strict=True) if n], [n for n in counts if n]
     if not rows:
         return

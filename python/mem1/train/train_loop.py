@@ -22,6 +22,7 @@ from mem1.envs.base import Environment, ExpertEnvironment
 from mem1.evaluation.results import error_counts
 from mem1.io import append_json, without_nan
 from mem1.models.build import build_critic, build_model, dropouts
+from mem1.models.load import load_report
 from mem1.rollout.rollout_loop import check_positions, make_codec, make_engine, rollout
 from mem1.runtime.device import pick_device, whereabouts
 from mem1.runtime.interrupts import Interrupts
@@ -89,7 +90,8 @@ def train(
         if resumed.checkpoint is not None:
             actor, tokenizer, state = resumed.checkpoint
         elif init is not None:
-            actor, tokenizer, *_ = checkpoint.load(init, config.model.dtype)
+            actor, tokenizer, _ = checkpoint.load(init, config.model.dtype)
+            progress.log(str(load_report(actor, tokenizer, str(init))))
         else:
             if tokenizer is None:
                 raise InputError("tokenizer: expected one for a model with random weights, got none")

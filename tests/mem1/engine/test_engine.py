@@ -95,7 +95,7 @@ def test_sliding_windows_are_refused(make_model):
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "expected frequencies that stay as they are, got rope_type='dynamic'",
         ),
-        ({"logits_scaling": 8.0}, "expected plain logits, got logits_scaling=8.0"),
+        ({"logits_scaling": 8.0}, "expected logits that are hidden states times the output weight, got"),
         ({"final_logit_softcapping": 30.0}, "expected plain logits, got final_logit_softcapping=30.0"),
     ],
 )
@@ -155,7 +155,7 @@ def test_a_session_sees_the_weights_as_they_are_and_leaves_nothing(make_model):
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(2)
     with engine.session():
-        assert torch.equal(engine.head, model.get_output_embeddings().weight)
+        assert torch.equal(engine.head.weight, model.get_output_embeddings().weight)
         engine.feed([1], [[11, 12]], [[0, 1]])
         with pytest.raises(RuntimeError, match="engine: already in use"), engine.session():
             pass
@@ -182,7 +182,7 @@ def test_what_lies_behind_a_length_is_not_read(make_model):
 def test_a_model_that_cannot_be_used_is_the_users_error(make_model):
     with pytest.raises(InputError, match="expected attn_implementation='mem1', got 'sdpa'"):
         Engine(make_model(attn_implementation="sdpa"), num_slots=1)
-    with pytest.raises(InputError, match="expected plain logits, got logits_scaling=8.0"):
+    with pytest.raises(InputError, match="expected logits that are hidden states times"):
         Engine(make_model(logits_scaling=8.0), num_slots=1)
 
 
@@ -223,7 +223,7 @@ def test_logits_are_the_trainers_and_the_weight_is_no_copy(make_model, dtype):
     model = make_model(dtype)
     engine = Engine(model, 1)
     weight = model.get_output_embeddings().weight
-    assert engine.head.data_ptr() == weight.data_ptr()
+    assert engine.head.weight.data_ptr() == weight.data_ptr()
     hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     logits = engine.logits(hidden)
     assert logits.dtype == torch.float32
@@ -244,6 +244,6 @@ def test_logits_exist_for_some_rows_at_a_time(make_model, monkeypatch):
     sizes = []
     logits = Engine.logits
     monkeypatch.setattr(Engine, "logits", lambda self, h: (sizes.append(len(h)), logits(self, h))[1])
-    monkeypatch.setattr("mem1.engine.engine.LOGITS_BYTES", 5 * 4 * len(engine.head))
+    monkeypatch.setattr("mem1.engine.engine.LOGITS_BYTES", 5 * 4 * len(engine.head.weight))
     assert all(map(torch.equal, engine.sample(hidden, numbers, forced, config), whole))
     assert sizes == [5, 5, 5, 5, 3]

@@ -199,8 +199,6 @@ def test_weights_that_are_not_there_are_not_drawn_at_random(saved):
 @pytest.mark.parametrize(
     ("family", "settings", "reason"),
     [
-        ("cohere", {}, "model: expected plain logits, got logit_scale=0.0625"),
-        ("phi", {}, "model: expected an output layer without bias, got one with bias"),
         ("falcon", {}, "model: expected one that takes attention 'mem1', got no 'mem1'"),
         ("qwen2", {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, "full_attention"),
     ],

@@ -226,7 +226,7 @@ def test_the_prompt_of_a_group_is_read_once(tokenizer, monkeypatch):
         return feed(engine, rows, tokens, positions)
 
     monkeypatch.setattr(Engine, "feed", watched)
-    config = replace(CONFIG, max_turns=1, max_action_tokens=8, max_prefill_tokens=16)
+    config = replace(CONFIG, max_turns=1, max_action_tokens=8, max_num_batched_tokens=16)
     for regime in ("carry", "reencode"):
         config = replace(config, regime=regime)
         read.clear()
@@ -255,7 +255,7 @@ def test_long_texts_are_read_in_chunks_while_others_write(tokenizer, monkeypatch
         steps.append([len(t) for t in tokens])
         return feed(engine, rows, tokens, positions)
 
-    config = replace(CONFIG, max_prefill_tokens=24)
+    config = replace(CONFIG, max_num_batched_tokens=24)
     whole = {t.seed: t for t in play(tokenizer, CONFIG, seeds=range(8), expert=True)}
     monkeypatch.setattr(Engine, "feed", watched)
     for t in play(tokenizer, config, seeds=range(8), expert=True):

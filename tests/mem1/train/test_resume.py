@@ -294,7 +294,7 @@ def test_a_run_that_cannot_be_deletes_nothing(tmp_path, unbroken, make_model):
             "expected one with expert_action",
         ),
         (CONFIG, {"tokenizer": None}, "tokenizer: expected one for a model with random weights, got none"),
-        (CONFIG, {"init": other}, "tokenizer: expected one token for the tag"),
+        (CONFIG, {"init": other}, "tokenizer: expected one that can write <IS>"),
         (CONFIG, {"init": tmp_path / "nothing"}, "path: expected a model folder"),
     ):
         with pytest.raises(InputError, match=message):

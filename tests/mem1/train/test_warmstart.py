@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from mem1.checks import InputError
@@ -21,13 +22,14 @@ from mem1.rollout.rollout_loop import play_expert
 from mem1.train.warmstart import (
     draw_batch,
     expert_examples,
-    label_logits,
+    label_logprobs,
     optimizer_for,
     rate_factor,
     warm_start,
 )
+from mem1_core.layout import TrajectoryLayout
 from mem1_core.mask import TrajectoryMask
-from mem1_core.segments import Segment
+from mem1_core.segments import Segment, policy_tokens
 
 SMALL = ModelConfig(
     num_hidden_layers=2, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64
@@ -160,15 +162,21 @@ def test_labels_are_the_tokens_of_the_policy(
 ) -> None:
     model = build_model(tokenizer, SMALL)
     batch = draw_batch(draw, random.Random(0), 0.0, SHORT.batch_tokens)
-    logits, labels = label_logits(model, batch, regime, torch.device("cpu"))  # type: ignore[arg-type]
-    expected: list[int] = []
+    logprob, right = label_logprobs(model, batch, regime, torch.device("cpu"))  # type: ignore[arg-type]
+    expected: list[Tensor] = []
     for example in batch:
-        tokens = iter(example.tokens)
-        for segment in example.segments:
-            part = [next(tokens) for _ in range(segment.length)]
-            expected += part if segment.kind in ("state", "query", "answer") else []
-    assert labels.tolist() == expected
-    assert logits.shape == (len(labels), len(tokenizer))
+        layout = TrajectoryLayout.from_segments(example.segments, regime=regime, prune=example.prune)  # type: ignore[arg-type]
+        ids = torch.tensor(example.tokens)
+        logits = model(
+            ids[layout.token_index][None], position_ids=layout.position_ids[None], mem1_mask=layout.mask
+        ).logits[0, layout.logit_rows]
+        written = ids[policy_tokens(example.segments)]
+        expected.append(logits.log_softmax(-1).gather(1, written[:, None])[:, 0])
+        assert len(written) == len(logits)
+    torch.testing.assert_close(logprob, torch.cat(expected), atol=1e-5, rtol=1e-5)
+    assert right.shape == logprob.shape and right.dtype == torch.bool
+    logprob.sum().backward()
+    assert model.get_output_embeddings().weight.grad is not None
 
 
 def test_model_follows_its_config(tokenizer: PreTrainedTokenizerFast) -> None:
