@@ -15,7 +15,6 @@ from mem1.rollout.rollout_loop import make_engine, rollout
 from mem1.train import checkpoint
 from mem1.trajectory import Trajectory
 
-# The agent reads this as `<info>`, in which tags are left out: it has to make do with words.
 MALFORMED = "malformed ; write a lookup or the answer"
 
 
@@ -35,8 +34,7 @@ class MemoryEfficientAgent:
             "answer these questions in order , a name each : ada boss teacher .", tool=look_up
         )
 
-    model: causal language model with attention "mem1" (see `checkpoint.load`); tokenizer: every tag is one
-    token.
+    model: causal language model with attention "mem1" (see `mem1.models.load`); tokenizer: any fast one.
     """
 
     def __init__(

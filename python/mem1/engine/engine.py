@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate, chain, repeat
 from typing import Any, cast
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from mem1.checks import require
 from mem1.config import RolloutConfig
+from mem1.engine.cpu_products import BlockProducts, has_large_layers
 from mem1.engine.cuda_graphs import Graphs
 from mem1.engine.output_layer import output_layer
 from mem1.engine.policy_checks import check_policy, check_repeatable
@@ -72,6 +73,9 @@ class Engine:
         # What a captured decode step reads: token, position and length before it, of each slot.
         self._inputs = torch.zeros(3, num_slots, dtype=torch.int64, device=self.device)
         self._graphs: Graphs | None = Graphs(self.device) if self.device.type == "cuda" else None
+        # What it looks at each call for shows in steps of tiny models.
+        large = self.device.type == "cpu" and has_large_layers(self.trunk)
+        self._products = BlockProducts() if large else None
         # A 4D mask goes straight to the layers, which do not look at it: transformers makes none of its own.
         self._no_mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=self.device)
 
@@ -249,13 +253,14 @@ class Engine:
 
     def _forward(self, tokens: Tensor, positions: Tensor, step: Step) -> Tensor:
         """Hidden states [N, H] of tokens int64 [N]."""
-        return self.trunk(
-            input_ids=tokens[None],
-            position_ids=positions[None],
-            attention_mask=self._no_mask,
-            use_cache=False,
-            mem1_cache=step,
-        ).last_hidden_state[0]
+        with nullcontext() if self._products is None else self._products:
+            return self.trunk(
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                attention_mask=self._no_mask,
+                use_cache=False,
+                mem1_cache=step,
+            ).last_hidden_state[0]
 
 
 def reserved_tokens(capacity: int, device: torch.device) -> int:

@@ -18,6 +18,12 @@ def free_memory(device: torch.device) -> int:
     return free_host_memory()
 
 
+def resident_bytes(proc: Path = Path("/proc")) -> int:
+    """Memory of this process on the host, 0 where no Linux tells it."""
+    pages = _text(proc / "self" / "statm").split()[1:2]
+    return int(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else 0
+
+
 def free_host_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """What the machine has left, or less where a control group has a limit; both as Linux tells them.
 

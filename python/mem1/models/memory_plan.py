@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from mem1.checks import InputError, require
 from mem1.engine.engine import forward_tokens, reserved_tokens, sampling_bytes
 from mem1.models.activations import Activations
-from mem1.models.free_memory import free_memory
+from mem1.models.free_memory import free_memory, resident_bytes
 from mem1_core.integrations.transformers import cache_shape
 
 
@@ -26,7 +26,8 @@ class MemoryPlan:
     weights_bytes: int
     forward_bytes: int  # activations of the largest forward
     sampling_bytes: int  # logits and their temporaries
-    free_bytes: int  # beside the weights, before anything is reserved
+    free_bytes: int  # beside what is there, before anything is reserved
+    process_bytes: int  # of the host: the program, beside the weights; 0 for a CUDA device
 
     @property
     def kv_bytes(self) -> int:
@@ -39,13 +40,14 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        return self.weights_bytes + self.kv_bytes + self.working_bytes
+        return self.process_bytes + self.weights_bytes + self.kv_bytes + self.working_bytes
 
     def __str__(self) -> str:
         slots = f"{self.num_slots} slot{'s' * (self.num_slots > 1)} of {self.capacity:,} tokens"
         parts = f"{size(self.weights_bytes)} weights, {size(self.kv_bytes)} KV cache ({slots}, "
         parts += f"{size(self.slot_bytes)} each), {size(self.working_bytes)} to work in"
-        return f"memory {size(self.total_bytes)}: {parts}; {size(self.free_bytes)} free beside the weights"
+        parts += f", {size(self.process_bytes)} program" if self.process_bytes else ""
+        return f"memory {size(self.total_bytes)}: {parts}; {size(self.free_bytes)} were free"
 
 
 def plan_memory(
@@ -72,11 +74,12 @@ def plan_memory(
     element = next(model.parameters()).element_size()
     slot = 2 * layers * reserved_tokens(capacity, head.device) * kv_heads * head_dim * element
     weights, free, activations = weights_bytes(model), free_memory(head.device), Activations(model)
+    process = max(0, resident_bytes() - weights) if head.device.type == "cpu" else 0
 
     def plan(slots: int) -> MemoryPlan:
         forward = activations.peak(forward_tokens(slots, capacity, max_num_batched_tokens))
         sampling = sampling_bytes(head, slots)
-        return MemoryPlan(slots, capacity, slot, weights, forward, sampling, free)
+        return MemoryPlan(slots, capacity, slot, weights, forward, sampling, free, process)
 
     def budget(planned: MemoryPlan) -> int:
         left = max(0, free - planned.working_bytes)

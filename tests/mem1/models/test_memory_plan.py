@@ -24,7 +24,10 @@ SLOT = 2 * 3 * 2 * 16 * 4 * 100  # of the small model: K and V, layers, KV heads
 def model(make_model, monkeypatch):
     """A small model on a machine with 10 MB left."""
     monkeypatch.setattr(memory_plan, "free_memory", lambda device: 10_000_000)
-    return make_model()
+    model = make_model()
+    weights = sum(weight.nbytes for weight in model.parameters())
+    monkeypatch.setattr(memory_plan, "resident_bytes", lambda: weights + 300_000_000)
+    return model
 
 
 @pytest.mark.slow
@@ -38,7 +41,7 @@ def test_a_rollout_takes_what_was_planned(dtype):
 def test_as_many_slots_as_were_asked_for_or_fit(model):
     plan = plan_memory(model, 100, 8)
     assert (plan.num_slots, plan.capacity, plan.slot_bytes) == (8, 100, SLOT)
-    assert plan.total_bytes == plan.weights_bytes + 8 * SLOT + plan.working_bytes
+    assert plan.total_bytes == plan.weights_bytes + 8 * SLOT + plan.working_bytes + 300_000_000
     assert plan.weights_bytes == sum(4 * weight.numel() for weight in model.parameters())
     assert plan_memory(model, 100, 8, 3 * SLOT + 5).num_slots == 3
     for share in (0.2, 0.9, 10**15):  # never more than there is
@@ -52,7 +55,7 @@ def test_a_plan_says_what_will_be_taken(model):
     plan = plan_memory(model, 100, 8)
     assert str(plan) == (
         f"memory {size(plan.total_bytes)}: {size(plan.weights_bytes)} weights, 614 kB KV cache (8 slots of "
-        f"100 tokens, 76.8 kB each), {size(plan.working_bytes)} to work in; 10.0 MB free beside the weights"
+        f"100 tokens, 76.8 kB each), {size(plan.working_bytes)} to work in, 300 MB program; 10.0 MB were free"
     )
     assert [size(n) for n in (7, 1_000, 999_999, 1_234_567, 5 * 10**9)] == [
         "7 B", "1.0 kB", "1000 kB", "1.2 MB", "5.0 GB",

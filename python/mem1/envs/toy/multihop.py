@@ -26,7 +26,7 @@ INSTRUCTION = "answer these questions in order , a name each :"
 FOUND = "found"
 DEFAULT_OBJECTIVES = 2
 NOTHING_FOUND = "nothing found"
-# The agent reads this as `<info>`, in which tags are left out: it has to make do with words.
+# Words of the vocabulary alone: of a tag in a text the tokenizer makes an unknown one.
 MALFORMED = "malformed ; lookup a name and a relation , or answer these questions in order , a name each"
 
 
