@@ -148,8 +148,14 @@ class MeteredWords(RandomWords):
         self.engines, self.sizes = engines, sizes
 
     def step(self, action: Action) -> Observation:
-        self.sizes.append(Memory(resident_bytes(), self.engines[-1].cache.kv.nbytes))
+        self.sizes.append(Memory(resident_bytes(), held_bytes(self.engines[-1])))
         return super().step(action)
+
+
+def held_bytes(engine: Engine) -> int:
+    """Keys and values in the slots; what was reserved beyond them is not in memory."""
+    kv = engine.cache.kv
+    return sum(engine.cache.lengths) * kv[:, :, 0, 0].numel() * kv.element_size()
 
 
 def resident_bytes() -> int:
@@ -173,8 +179,8 @@ def test_memory(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Constant with MEM1's pruning, growing with the full-context agent."""
     engines: list[Engine] = []
 
-    def recorded(*args: Any) -> Engine:
-        engines.append(Engine(*args))
+    def recorded(*args: Any, **settings: Any) -> Engine:
+        engines.append(Engine(*args, **settings))
         return engines[-1]
 
     monkeypatch.setattr("mem1.rollout.rollout_loop.Engine", recorded)

@@ -25,7 +25,9 @@ def main() -> None:
         axes = figure.add_subplot(2, 4, place)
         mask = TrajectoryLayout.from_segments(segments[:-1], prune=rule).mask
         plot_mask(mask, ax=axes)
-        axes.set_title(f"{rule if isinstance(rule, str) else f'truncate={rule}'}: at most {mask.peak_tokens().item()}")
+        axes.set_title(
+            f"{rule if isinstance(rule, str) else f'truncate={rule}'}: at most {mask.peak_tokens().item()}"
+        )
         axes.set_xlabel("")
         axes.set_ylabel("")
         legend = axes.get_legend()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
 
 from mem1_core.segments import Segment, by_policy, is_action
 
@@ -197,7 +197,7 @@ def resolve_policy(prune: EvictionPolicy) -> EvictionFunction:
                 if not equals:
                     return rule()
                 if value.isascii() and value.isdecimal() and int(value):
-                    return rule(int(value))
+                    return cast(Any, rule)(int(value))
     forms = ", ".join(rule.name + "=N" * len(fields(rule)) for rule in RULES)
     raise ValueError(
         f"prune: expected 'action', a number of tokens >= 1, a function, or one of {forms}, got {prune!r}"

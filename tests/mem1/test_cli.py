@@ -107,7 +107,10 @@ def test_the_defaults_are_those_of_the_config(trained):
         (["--max-updates", "-1"], "updates: expected an integer >= 0, got -1"),
         (["--temperature", "0"], "temperature: expected a finite number >= 0.0001, got 0.0"),
         (["--greedy"], "greedy: expected False in training"),
-        (["--prune", "0"], "prune: expected 'action', a number of tokens >= 1, a function, or one of last_turns=N"),
+        (
+            ["--prune", "0"],
+            "prune: expected 'action', a number of tokens >= 1, a function, or one of last_turns=N",
+        ),
         (["--prune", "-5"], "fold, summary, got '-5'"),
         (["--prune", "0.5"], "fold, summary, got '0.5'"),
         (["--prune", "sometimes"], "fold, summary, got 'sometimes'"),

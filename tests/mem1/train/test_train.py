@@ -317,7 +317,10 @@ def test_bf16_is_trained_through_fp32_masters(tmp_path):
         ({"rollout": {"greedy": 1}}, "greedy: expected True or False, got 1"),
         ({"rollout": {"temperature": float("inf")}}, "temperature: expected a finite number >= 0.0001"),
         ({"rollout": {"max_turns": 2.5}}, "max_turns: expected an integer >= 1, got 2.5"),
-        ({"model": {"dtype": "float8"}}, "dtype: expected one of auto, float32, bfloat16, float16, got 'float8'"),
+        (
+            {"model": {"dtype": "float8"}},
+            "dtype: expected one of auto, float32, bfloat16, float16, got 'float8'",
+        ),
         ({"model": {"initializer_range": 0.0}}, "initializer_range: expected a finite number > 0"),
         ({"ppo": {"gamma": 10**400}}, "gamma: expected a finite number >= 0 and <= 1, got 1000"),
         ({"ppo": {"critic_lr": 1e38}}, "critic_lr: expected a finite number > 0 and <= 1, got 1e+38"),
