@@ -7,6 +7,7 @@ the pictures.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor
 
 from mem1_core.eviction_policies import EvictionPolicy, Recorded, policy_name, resolve_policy
 from mem1_core.segments import ENVIRONMENT_KINDS, Segment, check_segments, is_action, is_kind
+
+
+class EvictionError(ValueError):
+    """A rule of forgetting has said what no rule may."""
 
 
 class EvictionTable:
@@ -34,7 +39,7 @@ class EvictionTable:
         it.
 
         One without tokens is left out, unless it is the action behind a state: it says that there is no more
-        of this turn. Raises ValueError, with token and turn, for a rule that brings back what has left or
+        of this turn. Raises EvictionError, with token and turn, for a rule that brings back what has left or
         lets the prompt leave, and for one that does not give a flag for each segment.
         """
         before = self.segments[-1] if self.segments else Segment("prompt", 0, 0)
@@ -44,18 +49,13 @@ class EvictionTable:
         self.segments.append(segment)
         self.lifetimes.append(None)
         self.tokens += segment.length
-        stays = list(self._rule(tuple(self.segments)))
-        if len(stays) != len(self.segments):
-            raise ValueError(
-                f"prune: expected of {self._name} a flag for each of {len(self.segments)} segments, "
-                f"got {len(stays)}"
-            )
+        stays = self._flags()
         leaves, token = False, 0
         for n, ((kind, turn, length), stay) in enumerate(zip(self.segments, stays, strict=True)):
-            if bool(stay) == (self.lifetimes[n] is not None):
+            if stay == (self.lifetimes[n] is not None):
                 if stay or kind == "prompt":
                     expected = "what has left to stay away" if stay else "the prompt to stay"
-                    raise ValueError(
+                    raise EvictionError(
                         f"prune: expected {expected}, but {self._name} {'brings back' if stay else 'drops'} "
                         f"token {token} ({kind} of turn {turn}) at token {self.tokens}"
                     )
@@ -63,6 +63,20 @@ class EvictionTable:
                 leaves |= length > 0
             token += length
         return leaves
+
+    def _flags(self) -> list[bool]:
+        """What the rule says now."""
+        answer = self._rule(tuple(self.segments))
+        try:
+            stays = [bool(flag) for flag in answer]
+        except (TypeError, ValueError, RuntimeError):  # nothing to go through, or flags that are arrays
+            stays = []
+        if len(stays) != len(self.segments):
+            raise EvictionError(
+                f"prune: expected of {self._name} a flag for each of {len(self.segments)} segments, got "
+                f"{reprlib.repr(answer)} at token {self.tokens}, in turn {self.segments[-1].turn}"
+            )
+        return stays
 
     def evict(self) -> Tensor:
         """int32 [tokens]: the lifetime of each token; `tokens` where it may be seen."""
@@ -111,9 +125,9 @@ def evict_from_segments(segments: Iterable[Segment], prune: EvictionPolicy = "ac
     - another rule of `eviction_policies`, as an object or its short form ("last_turns=3"), or a function of
       your own from the segments so far to a flag for each, True while it may be seen.
 
-    Raises ValueError for another `prune`, naming the segment that breaks the order prompt, then turns 1, 2,
-    ... each of `state`, an action, `info` (any of them may be missing), and naming token and turn for a
-    function that brings something back.
+    Raises ValueError for another `prune`, and naming the segment that breaks the order prompt, then turns 1,
+    2, ... each of `state`, an action, `info` (any of them may be missing); EvictionError, naming token and
+    turn, for a function that brings something back.
     """
     return eviction_table(segments, prune).evict()
 

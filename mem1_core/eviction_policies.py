@@ -5,6 +5,7 @@ Those of the package are frozen dataclasses; `str` gives the short form that com
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeAlias, cast
@@ -184,13 +185,13 @@ def resolve_policy(prune: EvictionPolicy) -> EvictionFunction:
     """The function that `prune` stands for: itself, or that of a short form, a number of tokens for
     `Truncate`, "action" for `LastTurns(1)`, or what `str` gives of a rule. ValueError for anything else.
     """
-    if callable(prune):
+    if callable(prune) and not isinstance(prune, type):
         return prune
     if isinstance(prune, int) and not isinstance(prune, bool) and prune >= 1:
         return Truncate(prune)
-    if prune == "action":
-        return LastTurns(1)
     if isinstance(prune, str):
+        if prune == "action":
+            return LastTurns(1)
         name, equals, value = prune.partition("=")
         for rule in RULES:
             if rule.name == name and bool(equals) == bool(fields(rule)):
@@ -206,11 +207,16 @@ def resolve_policy(prune: EvictionPolicy) -> EvictionFunction:
 
 def short_form(prune: EvictionPolicy) -> str | int | None:
     """What `resolve_policy` makes the same rule of; None for a function of one's own."""
-    return prune if isinstance(prune, (str, int)) else str(prune) if isinstance(prune, _Rule) else None
+    return prune if isinstance(prune, (str, int)) else str(prune) if type(prune) in RULES else None
 
 
 def policy_name(prune: EvictionPolicy) -> str:
-    """Of a rule for people: the full short form, or the name of the function."""
-    policy = resolve_policy(prune)
-    named = isinstance(policy, (_Rule, Recorded))
-    return str(policy) if named else str(getattr(policy, "__qualname__", type(policy).__qualname__))
+    """Of a rule: the full short form, or "module:name" of a function of one's own."""
+    policy: Any = resolve_policy(prune)
+    if type(policy) in (*RULES, Recorded):
+        return str(policy)
+    if isinstance(policy, functools.partial):
+        arguments = [*map(repr, policy.args), *(f"{k}={v!r}" for k, v in policy.keywords.items())]
+        return f"{policy_name(policy.func)}({', '.join(arguments)})"
+    named = policy if hasattr(policy, "__qualname__") else type(policy)
+    return f"{named.__module__}:{named.__qualname__}"

@@ -7,11 +7,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
-from mem1_core.eviction import EvictionTable, evict_from_segments, eviction_table
+from mem1_core.eviction import EvictionError, EvictionTable, evict_from_segments, eviction_table
 from mem1_core.eviction_policies import (
     RULES,
     EvictionPolicy,
@@ -22,6 +24,7 @@ from mem1_core.eviction_policies import (
     Truncate,
     policy_name,
     resolve_policy,
+    short_form,
 )
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.plot import plot_mask
@@ -32,6 +35,11 @@ def forget_reasoning(segments: Sequence[Segment]) -> list[bool]:
     """A user's own: a state leaves as soon as the environment has answered its action."""
     answered = max((s.turn for s in segments if s.kind == "info"), default=0)
     return [s.kind != "state" or s.turn > answered for s in segments]
+
+
+class HidesMore(HideObservations):
+    def __call__(self, segments: Sequence[Segment]) -> Sequence[bool]:
+        return [s.kind != "info" for s in segments]
 
 
 POLICIES: list[EvictionPolicy] = [
@@ -225,7 +233,14 @@ def test_short_forms_and_what_is_recorded() -> None:
         assert resolve_policy(str(made)) == made
     assert str(LastTurns(1)) == "action" and resolve_policy("last_turns=1") == LastTurns(1)
     assert resolve_policy(7) == Truncate(7) and policy_name(7) == "truncate=7"
-    assert policy_name(forget_reasoning) == "forget_reasoning" and policy_name("fold") == str(Fold())
+    assert policy_name(forget_reasoning) == f"{__name__}:forget_reasoning" and policy_name("fold") == str(
+        Fold()
+    )
+    assert policy_name(partial(forget_reasoning, 3, k="a")) == f"{__name__}:forget_reasoning(3, k='a')"
+    assert short_form(HideObservations(2)) == "hide_observations=2" and short_form(7) == 7
+    assert short_form(HidesMore(2)) is None and policy_name(HidesMore(2)) == f"{__name__}:HidesMore"
+    with pytest.raises(ValueError, match="prune: expected 'action', .* got <class .*Fold'>"):
+        resolve_policy(Fold)  # type: ignore[arg-type]
     for wrong in (0, -1, True, 1.5, "2"):
         with pytest.raises(ValueError, match=f"turns: expected an integer >= 1, got {wrong!r}"):
             HideObservations(wrong)  # type: ignore[arg-type]
@@ -258,8 +273,14 @@ def test_a_rule_that_goes_wrong_is_named_with_token_and_turn() -> None:
         ValueError, match=r"expected the prompt to stay, but .*<lambda> drops token 0 \(prompt of turn 0\) at"
     ):
         evict_from_segments(turns("query"), lambda segments: [False] * len(segments))
-    with pytest.raises(ValueError, match=r"expected of .*<lambda> a flag for each of 1 segments, got 0"):
-        evict_from_segments(turns("query"), lambda segments: [])
+    for answer, shown in (([], r"\[\]"), (None, "None"), (3, "3"), (torch.ones(1, 2), "tensor")):
+        what = rf"expected of .*<lambda> a flag for each of 1 segments, got {shown}.* at token 4, in turn 0"
+        with pytest.raises(EvictionError, match=what):
+            evict_from_segments(turns("query"), lambda segments, answer=answer: answer)  # type: ignore[misc]
+    wanted = evict_from_segments(turns("query", "query"), forget_reasoning)
+    for kind in (torch.tensor, np.array, tuple, iter):  # flags are flags
+        given = evict_from_segments(turns("query", "query"), lambda s, kind=kind: kind(forget_reasoning(s)))  # type: ignore[misc]
+        assert torch.equal(given, wanted)
 
 
 def test_folding_shares_what_stands_before_the_branch() -> None:

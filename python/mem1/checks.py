@@ -54,5 +54,6 @@ def require_flags(settings: Any, names: str) -> None:
 
 def require_choice(settings: Any, name: str, choices: Collection[str]) -> None:
     """The field `name` is one of `choices`."""
-    require(getattr(settings, name) in choices, name, f"one of {', '.join(choices)}", getattr(settings, name))
+    value = getattr(settings, name)
+    require(isinstance(value, str) and value in choices, name, f"one of {', '.join(choices)}", value)
     object.__setattr__(settings, name, str(getattr(settings, name)))

@@ -31,7 +31,13 @@ from mem1.evaluation.evaluation_loop import OBJECTIVES, evaluate
 from mem1.evaluation.results import Result, table
 from mem1.io import atomic_write, ignore_closed_pipe
 from mem1.models.load import load_report
-from mem1.options import build_parser, environment_arguments, environment_maker, rollout_config
+from mem1.options import (
+    build_parser,
+    environment_arguments,
+    environment_maker,
+    environment_name,
+    rollout_config,
+)
 from mem1.parsing.token_text import TokenText
 from mem1.rollout.rollout_loop import check_positions, make_engine, rollout
 from mem1.runtime.device import whereabouts
@@ -77,7 +83,8 @@ def _train(options: argparse.Namespace, progress: Progress) -> None:
         raise InputError("model: expected one for an environment of your own, got none")
     else:
         objectives = objectives or (1, 4)
-    environment = environment_arguments(options) | ({"objectives": objectives} if objectives else {})
+    environment = environment_name(options) | environment_arguments(options)
+    environment |= {"objectives": objectives} if objectives else {}
     config = TrainConfig(
         max_updates=options.max_updates,
         batch_size=options.batch_size,
@@ -155,6 +162,9 @@ def _eval(options: argparse.Namespace, progress: Progress) -> None:
 def _rollout(options: argparse.Namespace, progress: Progress) -> None:
     objectives = options.objectives or (None if options.environment else (2, 2))
     make_environment = environment_maker(options, objectives)
+    if options.expert and isinstance(options.environment, type):
+        able = hasattr(options.environment, "expert_action")
+        require(able, "expert", "an environment with expert_action", options.environment.__qualname__)
     config = rollout_config(options, objectives and objectives[1])
     seeds = range(options.seed, options.seed + options.episodes)
     require(seeds[-1] < LARGEST, "seed", "one whose last episode is below 2**53", options.seed)

@@ -6,6 +6,7 @@ All are checked when they are made: InputError names the field.
 from __future__ import annotations
 
 import json
+import operator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -135,6 +136,10 @@ class RolloutConfig:
         require_choice(self, "regime", get_args(Regime))
         require_choice(self, "chat", get_args(ChatMode))
         require(isinstance(self.format, TagFormat), "format", "a TagFormat", self.format)
+        asks = self.context_limit is None or bool(self.format.context_request)
+        require(asks, "context_limit", "None for a format without context_request", self.context_limit)
+        if hasattr(self.prune, "__index__") and not isinstance(self.prune, bool):  # numpy's numbers
+            object.__setattr__(self, "prune", operator.index(self.prune))
         try:
             resolve_policy(self.prune)
         except ValueError as error:
@@ -258,7 +263,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; a rule of forgetting that is a function, by its name."""
-        settings = asdict(self)
         prune = self.rollout.prune
+        settings = asdict(replace(self, rollout=replace(self.rollout, prune="action")))
         settings["rollout"]["prune"] = short_form(prune) or policy_name(prune)
         return settings

@@ -205,9 +205,9 @@ def _format(text: str) -> TagFormat:
         return FORMATS[text]
     try:
         return TagFormat.from_dict(_json(Path(text).read_text()))
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise argparse.ArgumentTypeError(
-            f"expected one of {', '.join(FORMATS)} or a file, got {text!r}: {error.strerror}"
+            f"expected one of {', '.join(FORMATS)} or a file, got {text!r}: {error}"
         ) from None
     except InputError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None
@@ -255,6 +255,15 @@ def environment_arguments(options: argparse.Namespace) -> dict[str, Any]:
     return dict(options.environment_args)
 
 
+def environment_name(options: argparse.Namespace) -> dict[str, str]:
+    """What a run's record says of an environment of one's own, beside its arguments."""
+    make = options.environment
+    if make is None:
+        return {}
+    named = make if hasattr(make, "__qualname__") else type(make)
+    return {"environment": f"{named.__module__}:{named.__qualname__}"}
+
+
 def environment_maker(
     options: argparse.Namespace, objectives: int | tuple[int, int] | None
 ) -> Callable[[], Environment]:
@@ -262,12 +271,14 @@ def environment_maker(
     make, arguments = options.environment or MultiHopEnv, environment_arguments(options)
     if objectives is not None:
         arguments["objectives"] = objectives
+    require(callable(make), "environment", "what makes an environment", make)
     try:
         inspect.signature(make).bind(**arguments)
+    except ValueError:  # of some builtins Python knows no signature
+        pass
     except TypeError as error:
-        raise InputError(
-            f"environment-args: expected arguments of {make.__qualname__}, got {error}"
-        ) from None
+        name = getattr(make, "__qualname__", repr(make))
+        raise InputError(f"environment-args: expected arguments of {name}, got {error}") from None
     if make is MultiHopEnv:
         make(**arguments)  # which costs nothing, and refuses what is out of its range
     return partial(make, **arguments)

@@ -66,15 +66,17 @@ class Codec:
 
         return [*opening, *_head(chat.strip(text), limit, encode)[0]]
 
-    def observation(self, text: str, limit: int, *, turns_left: int) -> list[int]:
-        """What the environment writes after an action, at most `limit` tokens: tag, hint, text, tag, and what
-        the chat template has around them. The text is cut at the end of a character.
+    def observation(self, text: str, limit: int, *, turns_left: int, context_full: bool = False) -> list[int]:
+        """What the environment writes after an action, at most `limit` tokens: tag, hint, text, the format's
+        request if the context is full, tag, and what the chat template has around them. The text is cut at
+        the end of a character.
 
         Raises InputError if `limit` is too small for an empty text.
         """
         tag = self.format.observation
         opened = f"{self._chat.before}<{tag}>{self.format.hint(turns_left)}"
-        closed = f"</{tag}>{self._chat.after}"
+        request = self.format.context_request if context_full else ""
+        closed = f"{request}</{tag}>{self._chat.after}"
 
         def encode(head: str) -> list[int]:
             return self._plain.encode_parts([(opened, True), (head, False), (closed, True)])
@@ -95,9 +97,8 @@ class Codec:
         return encode("")
 
     def observation_overhead(self) -> int:
-        """Tokens of an observation without any text."""
-        whole = self.observation("", 2**31, turns_left=_MANY_TURNS)
-        return len(whole)
+        """Tokens of an observation without any text, but with hint and request."""
+        return len(self.observation("", 2**31, turns_left=_MANY_TURNS, context_full=True))
 
     def check_limits(
         self, max_info_tokens: int, max_action_tokens: int, max_state_tokens: int | None = None

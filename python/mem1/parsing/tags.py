@@ -17,8 +17,17 @@ RESERVED = ("prompt", "info", "state", "malformed")  # kinds that are no action'
 _TURNS_LEFT = "{turns_left}"
 
 
+def _require_text(name: str, text: object) -> None:
+    require(_is_text(text), name, "a text", text)
+
+
+def _is_text(text: object) -> bool:
+    """Without lone surrogates, which no tokenizer takes."""
+    return isinstance(text, str) and text.encode(errors="replace").decode() == text
+
+
 def _require_tag(name: str, tag: object) -> None:
-    sound = isinstance(tag, str) and re.fullmatch(r"[^\s<>/]+", tag)
+    sound = _is_text(tag) and re.fullmatch(r"[^\s<>/]+", str(tag))
     require(bool(sound), name, "a tag's name without blanks, <, > and /", tag)
 
 
@@ -36,9 +45,11 @@ class ActionTag:
 
     def __post_init__(self) -> None:
         _require_tag("tag", self.tag)
-        sound = isinstance(self.kind, str) and self.kind.strip() and self.kind not in RESERVED
-        require(bool(sound), "kind", f"a name that is none of {', '.join(RESERVED)}", self.kind)
-        require(self.reply is None or isinstance(self.reply, str), "reply", "a text or None", self.reply)
+        word = isinstance(self.kind, str) and self.kind.isidentifier() and self.kind == self.kind.lower()
+        sound = word and self.kind not in RESERVED
+        require(sound, "kind", f"a lower-case word, none of {', '.join(RESERVED)}", self.kind)
+        if self.reply is not None:
+            _require_text("reply", self.reply)
 
 
 QUERY, ANSWER = ActionTag("query", "query"), ActionTag("answer", "answer")
@@ -72,7 +83,7 @@ class TagFormat:
             if one.startswith(other) or other.startswith(one):
                 raise InputError(f"tags: expected none that begins with another, got {one!r} and {other!r}")
         for name in ("turn_hint", "context_request"):
-            require(isinstance(getattr(self, name), str), name, "a text", getattr(self, name))
+            _require_text(name, getattr(self, name))
         for name in re.findall(r"\{[^{}]*\}", self.turn_hint):
             require(name == _TURNS_LEFT, "turn_hint", f"no placeholder but {_TURNS_LEFT}", name)
 

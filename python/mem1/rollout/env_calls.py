@@ -69,9 +69,10 @@ class EnvironmentCalls:
             text, _, done = _expect("step", observation, Observation)
             text, done = _text("step: text", text), _flag("step: done", done)
         if not done and turns_left and written.ended != "eos":
-            if config.context_limit is not None and context > config.context_limit:
-                text += config.format.context_request
-            tokens = self._codec.observation(text, config.max_info_tokens, turns_left=turns_left)
+            full = config.context_limit is not None and context > config.context_limit
+            tokens = self._codec.observation(
+                text, config.max_info_tokens, turns_left=turns_left, context_full=full
+            )
             return Reply(tokens, objectives, expert_tokens=self._expert())
         score, notes = _score(self._retry(self.environment.score, deadline))
         how = FinishReason.END_OF_TURN if written.ended == "eos" else FinishReason.TURN_LIMIT

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mem1.checks import InputError
 from mem1.config import RolloutConfig
 from mem1.envs.base import Environment
 from mem1.parsing.codec import Codec
@@ -20,7 +21,7 @@ from mem1.rollout.call_pool import try_call
 from mem1.rollout.env_calls import NO_SCORE, EnvironmentCalls, Reply
 from mem1.seeds import derive_seed
 from mem1.trajectory import Failure, FinishReason, Trajectory
-from mem1_core.eviction import EvictionTable
+from mem1_core.eviction import EvictionError, EvictionTable
 from mem1_core.segments import Segment
 
 _MAX_MESSAGE = 200  # characters of an exception's message
@@ -224,8 +225,11 @@ class Episode:
         """
         segment = Segment(kind, self.turn, length)
         self.segments.append(segment)
-        if not self._table.add(segment):
-            return
+        try:
+            if not self._table.add(segment):
+                return
+        except EvictionError as error:  # the user's own rule
+            raise InputError(str(error)) from None
         alive = self._table.alive()
         if self.config.regime == "carry":
             self._stages[-1] = self._stages[-1]._replace(alive=alive)

@@ -58,10 +58,10 @@ def rollout(
 
     An episode follows from its seed alone: the environment is reset with it, and the sampler has a generator
     of its own, made of it and `sampling_seed`, so the batch it runs in changes nothing but rounding; with
-    `config.synchronous` not even that. Seeds are integers >= 0. Episodes of a group differ in their
-    `Trajectory.sampling_seed`, the first has `sampling_seed` itself; their prompt is read once. With `expert`
-    the environment's expert writes the actions and the model only reads along (their log-probs are the
-    model's).
+    `config.synchronous` the batch, too, follows from the seeds, and the same call gives the same bits. Seeds
+    are integers >= 0. Episodes of a group differ in their `Trajectory.sampling_seed`, the first has
+    `sampling_seed` itself; their prompt is read once. With `expert` the environment's expert writes the
+    actions and the model only reads along (their log-probs are the model's).
 
     Environments answer on threads, while the other episodes go on (a `run_inline` one at once); whatever
     goes wrong in one ends its own episode. That is then played again from its seed, up to
@@ -78,7 +78,7 @@ def rollout(
     model, RuntimeError, at the first trajectory, if it is in use.
     """
     sampling_seed = _checked_seed("sampling_seed", sampling_seed)
-    require(group_size >= 1, "group_size", "an integer >= 1", group_size)
+    require(isinstance(group_size, int) and group_size >= 1, "group_size", "an integer >= 1", group_size)
     samples = [sampling_seed, *(derive_seed(sampling_seed, "group", i) for i in range(1, group_size))]
     attempts = deque(_Attempt(_checked_seed("seeds", seed), sample) for seed in seeds for sample in samples)
     check_positions(model, config)
@@ -86,6 +86,11 @@ def rollout(
     engine = engine or make_engine(model, config, len(attempts))
     if engine.model is not model:
         raise ValueError("engine: expected one of this model, got one of another")
+    if engine.capacity is not None and engine.capacity < config.peak_tokens():
+        raise ValueError(
+            f"engine: expected a capacity of at least {config.peak_tokens()}, which the limits allow, got "
+            f"{engine.capacity}"
+        )
     name = str(getattr(model.config, "_name_or_path", None) or "")
 
     def start(attempt: _Attempt) -> Episode:
@@ -282,14 +287,13 @@ def _pop_finished(active: list[Episode], engine: Engine) -> Iterator[Trajectory]
     """Finished episodes leave; the last row takes the free slot."""
     for row in reversed(range(len(active))):
         if active[row].finish_reason:
-            if active[row].finish_reason == FinishReason.POLICY_ERROR:
-                engine.cache.clear(row)
             yield active[row].trajectory()
             last = active.pop()
             if row < len(active):
                 engine.cache.move(len(active), row)
                 active[row] = last
-            engine.cache.truncate(len(active), 0)
+            # Numbers that are not finite may be among what it held, and masks do not hide these everywhere.
+            engine.cache.clear(len(active))
 
 
 def play_expert(

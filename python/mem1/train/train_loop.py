@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from mem1.checks import InputError, require
 from mem1.config import TrainConfig
 from mem1.engine.engine import Engine
+from mem1.engine.policy_checks import check_policy
 from mem1.envs.base import Environment, ExpertEnvironment
 from mem1.evaluation.results import error_counts
 from mem1.io import append_json, without_nan
@@ -72,9 +73,8 @@ def train(
     `config.max_failed` of a batch have failed, Diverged when gradients or weights are not finite any more.
     """
     progress = progress or Progress()
-    if resume and (init is not None or overwrite):
-        other = f"init, got {str(init)!r}" if init is not None else "overwrite, got True"
-        raise InputError(f"resume: expected it without {other}")
+    if resume and overwrite:
+        raise InputError("resume: expected it without overwrite, got True")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     settings = config.to_dict() | {"init": init and str(init)}
@@ -86,6 +86,8 @@ def train(
         resumed = run.resume(settings) if resume else Resumed(None, init and str(init), [])
         for line in resumed.notes:
             progress.log(line)
+        if resume and init is not None and str(init) != resumed.init:
+            raise InputError(f"resume: expected the init of the run, {resumed.init!r}, got {str(init)!r}")
         init = resumed.init and Path(resumed.init)
         if resumed.checkpoint is not None:
             actor, tokenizer, state = resumed.checkpoint
@@ -100,8 +102,8 @@ def train(
         progress.log(whereabouts(actor))
         require(any(p.requires_grad for p in actor.parameters()), "model", "weights that learn", "none")
         check_positions(actor, config.rollout)
+        check_policy(actor.eval())
         make_codec(tokenizer, config.rollout, actor)  # which refuses what cannot be used
-        engine = make_engine(actor.eval(), config.rollout, config.batch_size, progress.log)
         warm = init is None and (state is None or "ppo" not in state)
         examples = draw_example
         if warm and config.warmstart.steps and examples is None:
@@ -119,6 +121,7 @@ def train(
         # 3. PPO.
         critic = build_critic(actor)
         reference = copy.deepcopy(actor).requires_grad_(False) if config.ppo.kl_coef else None
+        engine = make_engine(actor.eval(), config.rollout, config.batch_size, progress.log)
         ppo = PPO(actor, critic, reference, config.ppo, config.rollout.regime, config.rollout.temperature)
         if state:
             critic.load_state_dict(state["critic"])

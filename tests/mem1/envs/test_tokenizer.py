@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mem1.envs.toy.tokenizer import EOS, PAD, TAGS, UNK, vocabulary
+from mem1.envs.toy.tokenizer import EOS, PAD, TAGS, UNK, build_tokenizer, vocabulary
 
 
 def test_every_word_is_one_token(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -32,7 +32,7 @@ def test_case_punctuation_and_unknown_words(tokenizer: PreTrainedTokenizerFast) 
     tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode("Ada;BRUNO. xyzzy"))
     assert tokens == ["ada", ";", "bruno", ".", UNK]
     assert tokenizer.encode("") == []
-    assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.unk_token) == (PAD, EOS, UNK)
+    assert (tokenizer.pad_token, build_tokenizer().eos_token, tokenizer.unk_token) == (PAD, EOS, UNK)
 
 
 def test_saved_tokenizer_loads_with_transformers(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

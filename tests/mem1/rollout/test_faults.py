@@ -14,6 +14,7 @@ from mem1.config import RolloutConfig
 from mem1.engine.engine import Engine
 from mem1.envs.base import Action, Observation
 from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.envs.toy.words import FILLER
 from mem1.parsing.codec import Codec
 from mem1.parsing.env_text import PlainEncoder
 from mem1.rollout.call_pool import CallPool
@@ -270,10 +271,10 @@ def test_numbers_that_are_not_finite_end_their_own_episode(make_model, tokenizer
 
     class Poisoned(MultiHopEnv):
         def reset(self, seed: int) -> str:
-            return super().reset(seed) + (" zora" if seed == 1 else "")
+            return super().reset(seed) + (f" {FILLER[0]}" if seed == 1 else "")
 
     model, sound_model = make_model(), make_model()
-    word = tokenizer.encode("zora", add_special_tokens=False)
+    word = tokenizer.encode(FILLER[0], add_special_tokens=False)
     assert len(word) == 1
     with torch.no_grad():
         model.get_input_embeddings().weight[word[0], 3] = torch.inf

@@ -366,7 +366,7 @@ def test_settings_that_make_another_run_are_refused(tmp_path, unbroken):
         assert told in str(error.value)
     with pytest.raises(InputError, match="out: expected a folder without a run"):
         run(CONFIG, unbroken)
-    with pytest.raises(InputError, match="resume: expected it without init"):
+    with pytest.raises(InputError, match="resume: expected the init of the run, None, got "):
         run(CONFIG, unbroken, resume=True, init=tmp_path)
     assert state(unbroken).keys() == before.keys() and len(records(unbroken)) == 9
 
