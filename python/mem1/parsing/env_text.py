@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from tokenizers import Encoding, Tokenizer
 from tokenizers.models import Model, Unigram, WordLevel
@@ -28,7 +29,7 @@ class PlainEncoder:
         added = backend.get_added_tokens_decoder()
         added = {token: word for token, word in added.items() if not _is_blank(word.content)}
         self._added = {word.content: token for token, word in added.items()}
-        self._core = _without({*added} - {unknown_id(tokenizer)}, backend)
+        self._core = _core(tokenizer, frozenset({*added} - {unknown_id(tokenizer)}))
         # Finds the texts of added tokens as the tokenizer does, and nothing else.
         self._splitter = Tokenizer(WordLevel({"": 0}, unk_token=""))
         self._splitter.normalizer = backend.normalizer
@@ -79,7 +80,19 @@ class PlainEncoder:
         return self._core.encode(text, add_special_tokens=False)
 
 
-def _without(dropped: set[int], backend: Tokenizer) -> Tokenizer:
+# Of tokenizers in use: a copy of a large vocabulary takes seconds, and every rollout asks for one.
+_COPIES: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[frozenset[int], Tokenizer]] = WeakKeyDictionary()
+
+
+def _core(tokenizer: PreTrainedTokenizerBase, dropped: frozenset[int]) -> Tokenizer:
+    """`_without`, made once."""
+    known = _COPIES.get(tokenizer)
+    if known is None or known[0] != dropped:
+        known = _COPIES[tokenizer] = dropped, _without(dropped, fast_backend(tokenizer))
+    return known[1]
+
+
+def _without(dropped: frozenset[int], backend: Tokenizer) -> Tokenizer:
     """A copy in which no text has the ids in `dropped`."""
     blanks = [word for word in backend.get_added_tokens_decoder().values() if _is_blank(word.content)]
     if isinstance(backend.model, Unigram):  # its ids are places in a list: it has its own tokens for blanks
@@ -112,7 +125,7 @@ def _is_blank(word: str) -> bool:
     return not word.replace("▁", " ").strip()
 
 
-def _model(backend: Tokenizer, dropped: set[int], kept: dict[str, int]) -> Model:
+def _model(backend: Tokenizer, dropped: frozenset[int], kept: dict[str, int]) -> Model:
     """The model with the words `dropped` taken out of its own vocabulary, and with the added tokens that are
     `kept` in it: outside of it they would be numbered anew.
     """

@@ -38,6 +38,7 @@ MODELS = {  # tokenizer -> architecture, format
     "mistral-nemo": ("mistral", MEM1),
     "mistral-v3": ("mistral", OFFICIAL),
     "llama2-like": ("llama", MEM1),
+    "gemma3": ("gemma", OFFICIAL),
     "byte-level": ("qwen2", OFFICIAL),
     "sentence-piece": ("llama", MEM1),
 }
