@@ -92,10 +92,9 @@ def examine(family: str) -> str:
     except (KeyError, InputError) as refusal:
         return str(refusal)
     make = lambda: ScriptedEnv(MEM1, (3, 4), words=3)  # noqa: E731
-    for regime in ("carry", "reencode"):
-        config = replace(CONFIG, regime=regime, num_slots=4)  # type: ignore[arg-type]
-        played = list(rollout(model, tokenizer, make, range(6), config, expert=True))
-        played += rollout(model, tokenizer, make, range(6), replace(config, max_action_tokens=20))
+    for regime, limit in (("carry", 256), ("reencode", 16)):  # the one forced, the other sampled
+        config = replace(CONFIG, regime=regime, num_slots=3, max_action_tokens=limit)  # type: ignore[arg-type]
+        played = list(rollout(model, tokenizer, make, range(4), config, expert=regime == "carry"))
         assert all(by_policy(segment.kind) for t in played for segment in t.segments[1:2])
         check(played, model, torch.float32)
     return ""

@@ -251,7 +251,7 @@ def test_the_prompt_of_a_group_is_read_once(tokenizer, monkeypatch):
         read.clear()
         played = play(tokenizer, config, seeds=[3, 4], group_size=6)
         prompts = {t.seed: t.segments[0].length for t in played}
-        assert len(played) == 12 and min(prompts.values()) > 32
+        assert len(played) == 12 and min(prompts.values()) > 16
         written = sum(int(t.policy_mask.sum()) for t in played)
         assert sum(read) <= sum(prompts.values()) + 12 + written, "a prompt each, and its last token for all"
         assert len({(t.seed, t.sampling_seed) for t in played}) == 12
