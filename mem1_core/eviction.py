@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mem1_core.eviction_policies import EvictionPolicy, Recorded, policy_name, resolve_policy
-from mem1_core.segments import ENVIRONMENT_KINDS, Segment, check_segments, is_action, is_kind
+from mem1_core.segments import Segment, check_segments, is_action, is_kind, policy_tokens
 
 
 class EvictionError(ValueError):
@@ -81,14 +81,15 @@ class EvictionTable:
     def evict(self) -> Tensor:
         """int32 [tokens]: the lifetime of each token; `tokens` where it may be seen."""
         ends = [self.tokens if end is None else end for end in self.lifetimes]
-        lengths = torch.tensor([segment.length for segment in self.segments], dtype=torch.int64)
-        return torch.tensor(ends, dtype=torch.int32).repeat_interleave(lengths)
+        return self._per_token(torch.tensor(ends, dtype=torch.int32))
 
     def alive(self) -> Tensor:
         """bool [tokens]: those that the next token may see."""
+        return self._per_token(torch.tensor([end is None for end in self.lifetimes], dtype=torch.bool))
+
+    def _per_token(self, of_segments: Tensor) -> Tensor:
         lengths = torch.tensor([segment.length for segment in self.segments], dtype=torch.int64)
-        flags = torch.tensor([end is None for end in self.lifetimes], dtype=torch.bool)
-        return flags.repeat_interleave(lengths)
+        return of_segments.repeat_interleave(lengths)
 
     def recorded(self) -> Recorded:
         """What the rule has decided, as a rule for this trajectory alone: a file can keep it."""
@@ -145,7 +146,7 @@ def dependency_length(
     Equivalent: half a token less than what each policy token sees, itself included, summed up.
     """
     segments = check_segments(segments)
-    evict, written = evict_from_segments(segments, prune), ~is_kind(segments, ENVIRONMENT_KINDS)
+    evict, written = evict_from_segments(segments, prune), policy_tokens(segments)
     live = live_counts(evict[None], None if prompt else ~is_kind(segments, ("prompt",))[None])[0]
     return int(live[written].sum()) - int(written.sum()) / 2
 

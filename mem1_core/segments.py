@@ -68,7 +68,7 @@ def by_policy(kind: str) -> bool:
 
 def is_action(kind: str) -> bool:
     """Whether segments of this kind are actions: what a turn of the policy ends with."""
-    return kind not in (*ENVIRONMENT_KINDS, "state")
+    return by_policy(kind) and kind != "state"
 
 
 def policy_tokens(segments: Iterable[Segment]) -> Tensor:

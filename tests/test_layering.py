@@ -95,8 +95,8 @@ PYTHON = {
     ),
     "mem1.engine.*": May("torch transformers mem1.checks mem1.config mem1.engine mem1_core.integrations"),
     "mem1.models.load": May(
-        "torch transformers huggingface_hub safetensors mem1.checks mem1.engine mem1.models mem1.runtime "
-        "mem1_core.integrations"
+        "torch transformers huggingface_hub safetensors mem1.checks mem1.config mem1.engine mem1.models "
+        "mem1.runtime mem1_core.integrations"
     ),
     "mem1.models.activations": May("torch transformers"),
     "mem1.models.free_memory": May("torch"),

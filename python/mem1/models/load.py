@@ -24,12 +24,12 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from mem1.checks import InputError, require
+from mem1.config import DTYPES
 from mem1.engine.policy_checks import check_policy
 from mem1.models.memory_plan import size, weights_bytes
 from mem1.runtime.device import pick_device
 from mem1_core.integrations.transformers import NAME, cache_shape, register
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 _JSON = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 _INDEX = "model.safetensors.index.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # one of them must be there

@@ -288,12 +288,13 @@ def _pop_finished(active: list[Episode], engine: Engine) -> Iterator[Trajectory]
     for row in reversed(range(len(active))):
         if active[row].finish_reason:
             yield active[row].trajectory()
+            # Numbers that are not finite may be among what it held, and masks do not hide these everywhere.
+            engine.cache.clear(row)
             last = active.pop()
             if row < len(active):
                 engine.cache.move(len(active), row)
+                engine.cache.clear(len(active))
                 active[row] = last
-            # Numbers that are not finite may be among what it held, and masks do not hide these everywhere.
-            engine.cache.clear(len(active))
 
 
 def play_expert(
