@@ -213,10 +213,15 @@ def short_form(prune: EvictionPolicy) -> str | int | None:
 def policy_name(prune: EvictionPolicy) -> str:
     """Of a rule: the full short form, or "module:name" of a function of one's own."""
     policy: Any = resolve_policy(prune)
-    if type(policy) in (*RULES, Recorded):
-        return str(policy)
-    if isinstance(policy, functools.partial):
-        arguments = [*map(repr, policy.args), *(f"{k}={v!r}" for k, v in policy.keywords.items())]
-        return f"{policy_name(policy.func)}({', '.join(arguments)})"
-    named = policy if hasattr(policy, "__qualname__") else type(policy)
+    return str(policy) if type(policy) in (*RULES, Recorded) else qualified_name(policy)
+
+
+def qualified_name(value: Any) -> str:
+    """`module:name` of a function or a class, that of the class of any other object; of a partial with its
+    arguments.
+    """
+    if isinstance(value, functools.partial):
+        arguments = [*map(repr, value.args), *(f"{k}={v!r}" for k, v in value.keywords.items())]
+        return f"{qualified_name(value.func)}({', '.join(arguments)})"
+    named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}:{named.__qualname__}"

@@ -64,10 +64,7 @@ PYTHON = {
         "mem1_core.mask"
     ),
     "mem1_core.integrations": May(""),
-    "mem1_core.integrations.transformers_*": May(
-        "torch transformers mem1_core.integrations mem1_core.ops mem1_core.eviction "
-        "mem1_core.eviction_policies mem1_core.segments"
-    ),
+    "mem1_core.integrations.transformers_*": May("torch transformers mem1_core.integrations mem1_core.ops"),
     "mem1_core.integrations.*": May("torch transformers mem1_core.ops mem1_core.mask mem1_core.versions"),
     "mem1": May("", types="mem1.agent mem1.trajectory"),
     "mem1.__main__": May("", call="mem1.cli"),
@@ -84,6 +81,9 @@ PYTHON = {
     "mem1.runtime.progress": May("rich mem1.io"),
     "mem1.runtime.*": May("torch mem1.checks mem1_core"),
     "mem1.parsing.chat_template": May("jinja2 transformers mem1.checks mem1.parsing"),
+    "mem1.parsing.turn_eviction": May(
+        "torch mem1.parsing mem1_core.eviction mem1_core.eviction_policies mem1_core.segments"
+    ),
     "mem1.parsing.*": May("tokenizers transformers mem1.checks mem1.parsing"),
     "mem1.envs.toy.tokenizer": May("tokenizers transformers mem1.envs.toy"),
     "mem1.envs.toy.training": May("mem1.config mem1.envs.toy"),

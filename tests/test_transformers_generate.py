@@ -11,19 +11,42 @@ from typing import Any
 import pytest
 import torch
 from test_integration_transformers import DEVICES, FAMILIES, VOCABULARY, build, twin
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.generation.streamers import BaseStreamer
 
+from mem1.parsing.codec import Codec
+from mem1.parsing.turn_eviction import TurnEviction
 from mem1_core.eviction import evict_from_segments
 from mem1_core.eviction_policies import EvictionPolicy
 from mem1_core.integrations.transformers_cache import CACHE, SlotCache
-from mem1_core.integrations.transformers_generate import Mem1Eviction, prune_generate
+from mem1_core.integrations.transformers_generate import prune_generate
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.mask import TrajectoryMask
 
 PAD, STATE, QUERY, ANSWER, EOS = range(5)  # the ids of </IS> and so on
 PROMPTS = (9, 4, 13)
+
+
+def make_codec() -> Codec:
+    """Every word one token: the tags at the ids above, as the models here are random and small."""
+    tags = "</IS> </query> </answer> <eos> <IS> <query> <answer> <info> </info>".split()
+    words = ["<pad>", *tags, *[f"w{n}" for n in range(len(tags) + 1, VOCABULARY)]]
+    core = Tokenizer(WordLevel({word: n for n, word in enumerate(words)}, unk_token=words[-1]))
+    core.pre_tokenizer = WhitespaceSplit()
+    return Codec(PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>"))
+
+
+CODEC = make_codec()
 
 
 class Script(LogitsProcessor):
@@ -111,7 +134,7 @@ def test_what_was_written_is_exact(
     """All turns in one call, and in no more room than the mask says is live at once."""
     model = build(family, implementation)
     prompts = [ids(n, seed=n) for n in PROMPTS[:rows]]
-    rule = Mem1Eviction(state_end=STATE, query_end=QUERY, answer_end=ANSWER, prune=prune)
+    rule = TurnEviction(CODEC, prune)
     options = {"eviction_policy": rule, "max_new_tokens": 44}
     torch.manual_seed(0)
     out = generate(model, prompts, FOUR_TURNS[:rows], **options)
@@ -141,7 +164,7 @@ def test_what_was_written_is_exact(
 def test_an_environment_answers(family: str, implementation: str, rows: int, device: str) -> None:
     """A call for each turn, over one cache. Actions end at different steps or by the limit, a row early."""
     model = build(family, implementation).to(device)
-    rule = Mem1Eviction(state_end=STATE, query_end=QUERY)
+    rule = TurnEviction(CODEC)
     tokens = [ids(n, seed=n) for n in PROMPTS[:rows]]
     logits: list[dict[int, Tensor]] = [{} for _ in tokens]
     cache = SlotCache(model, rows, 60)
@@ -176,7 +199,7 @@ def test_an_environment_answers(family: str, implementation: str, rows: int, dev
 def test_the_rule_is_the_table(prune: EvictionPolicy) -> None:
     """What is left after each token written is what the table of the whole trajectory says."""
     generator = torch.Generator().manual_seed(0)
-    rule = Mem1Eviction(state_end=STATE, query_end=QUERY, answer_end=ANSWER, prune=prune)
+    rule = TurnEviction(CODEC, prune)
     tokens, runs, left = ids(6), [6], torch.ones(6, dtype=torch.bool)
     seen: list[Tensor] = []
     for _ in range(12):
@@ -310,7 +333,7 @@ def test_refusals() -> None:
         eviction_policy=lambda *_: torch.ones(3).bool(),
     )
     with pytest.raises(ValueError, match="prune: expected"):
-        Mem1Eviction(state_end=STATE, query_end=QUERY, prune="all")  # type: ignore[arg-type]
+        TurnEviction(CODEC, "all")  # type: ignore[arg-type]
 
     cache = SlotCache(model, 2, 32)
     out = model.generate(

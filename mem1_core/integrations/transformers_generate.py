@@ -1,91 +1,32 @@
 """A decoding loop for `model.generate` that drops tokens from the KV cache in place while it writes.
 
-    rule = Mem1Eviction(state_end=ids["</IS>"], query_end=ids["</query>"], answer_end=ids["</answer>"])
     out = model.generate(**inputs, custom_generate=prune_generate, eviction_policy=rule, max_new_tokens=512)
+
+`mem1.parsing.turn_eviction.TurnEviction` makes a rule of a tokenizer and its tags.
 
 To go on after the environment's answer, give each call the same `SlotCache` (`**cache.kwargs`: its name is
 `cache`, before transformers 5.24 `past_key_values`), and all tokens so far: the cache knows which of them it
 has read.
 
 What is generated has the log-probs that one forward over all tokens gives with positions 0 .. N-1 and the
-mask `TrajectoryLayout.from_segments(rule.segments(tokens, cache.run_lengths[row]), prune=rule.prune).mask`.
+mask of what the rule has let go.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from mem1_core.eviction import eviction_table
-from mem1_core.eviction_policies import EvictionPolicy, resolve_policy
 from mem1_core.integrations.transformers_cache import CACHE, SlotCache
-from mem1_core.segments import Segment
 
 EvictionFunction = Callable[[list[int], list[int], bool], Tensor | None]
 
 # What `generate` hands to a loop for text; position ids follow from the mask.
 _UNDERSTOOD = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep"}
-
-
-class Mem1Eviction:
-    """The rule by which a MEM1 policy forgets, as `evict_from_segments` states it: a value of
-    `eviction_policy`.
-
-    state_end, query_end, answer_end: the token ids of `</IS>`, `</query>`, `</answer>`. They count only where
-    the policy has written them; where it stops, its action is complete in any case. prune: "action", "state"
-    or "never".
-    """
-
-    def __init__(
-        self,
-        *,
-        state_end: int,
-        query_end: int,
-        answer_end: int | None = None,
-        prune: EvictionPolicy = "action",
-    ) -> None:
-        resolve_policy(prune)  # refuses what is no rule
-        self.state_end, self.query_end, self.answer_end, self.prune = state_end, query_end, answer_end, prune
-
-    def __call__(self, tokens: list[int], runs: list[int], ended: bool) -> Tensor | None:
-        """See `prune_generate`, `eviction_policy`."""
-        if not ended and tokens[-1] not in (self.state_end, self.query_end, self.answer_end):
-            return None
-        segments = self.segments(tokens, runs)
-        kind, turn, _ = segments[-1]
-        if tokens[-1] == self.state_end and kind != "state" and not ended:  # a later `</IS>` is only text
-            return None
-        if ended and kind == "state":
-            segments.append(Segment("query", turn, 0))
-        return eviction_table(segments, self.prune).alive()
-
-    def segments(self, tokens: Sequence[int], runs: Sequence[int]) -> list[Segment]:
-        """A row in turns: what is given first is the prompt, later an `info`; what is written, actions."""
-        segments, turn, begin = [Segment("prompt", 0, runs[0])], 0, runs[0]
-        for n, length in enumerate(runs[1:]):
-            end = begin + length
-            if n % 2:
-                segments.append(Segment("info", turn, length))
-                begin = end
-            while begin < end:
-                turn, state, stop = turn + 1, 0, begin
-                while stop < end:
-                    stop += 1
-                    if tokens[stop - 1] in (self.query_end, self.answer_end):
-                        break
-                    if tokens[stop - 1] == self.state_end and not state:
-                        state = stop - begin
-                if state:
-                    segments.append(Segment("state", turn, state))
-                if rest := stop - begin - state:
-                    kind: str = "answer" if tokens[stop - 1] == self.answer_end else "query"
-                    segments.append(Segment(kind, turn, rest))
-                begin = stop
-        return segments
 
 
 def prune_generate(

@@ -151,6 +151,11 @@ class RolloutConfig:
         share = self.kv_memory <= 1 or self.kv_memory >= 2
         require(share, "kv_memory", "a share of at most 1, or bytes from 2 on", self.kv_memory)
 
+    @property
+    def prune_name(self) -> str | int:
+        """The rule as it is written in files and messages."""
+        return short_form(self.prune) or policy_name(self.prune)
+
     def peak_tokens(self) -> int:
         """The most tokens of an episode that can be live at once: what a slot of the KV cache must hold."""
         limits = self.max_prompt_tokens, self.max_action_tokens, self.max_info_tokens, self.max_turns
@@ -263,7 +268,6 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; a rule of forgetting that is a function, by its name."""
-        prune = self.rollout.prune
         settings = asdict(replace(self, rollout=replace(self.rollout, prune="action")))
-        settings["rollout"]["prune"] = short_form(prune) or policy_name(prune)
+        settings["rollout"]["prune"] = self.rollout.prune_name
         return settings

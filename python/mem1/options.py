@@ -23,7 +23,7 @@ from mem1.evaluation.evaluation_loop import OBJECTIVES
 from mem1.parsing.tags import FORMATS, TagFormat
 from mem1.runtime.progress import Progress
 from mem1.seeds import LARGEST
-from mem1_core.eviction_policies import RULES
+from mem1_core.eviction_policies import RULES, qualified_name
 
 Command = Callable[[argparse.Namespace, Progress], None]
 
@@ -258,10 +258,7 @@ def environment_arguments(options: argparse.Namespace) -> dict[str, Any]:
 def environment_name(options: argparse.Namespace) -> dict[str, str]:
     """What a run's record says of an environment of one's own, beside its arguments."""
     make = options.environment
-    if make is None:
-        return {}
-    named = make if hasattr(make, "__qualname__") else type(make)
-    return {"environment": f"{named.__module__}:{named.__qualname__}"}
+    return {} if make is None else {"environment": qualified_name(make)}
 
 
 def environment_maker(

@@ -28,7 +28,6 @@ from mem1.rollout.env_calls import Reply
 from mem1.rollout.episode import Episode
 from mem1.seeds import derive_seed
 from mem1.trajectory import Failure, FinishReason, Trajectory
-from mem1_core.eviction_policies import policy_name, short_form
 
 _MANY = 1 / 6  # of the rows
 _LIMITS = "max_prompt_tokens max_turns max_action_tokens max_info_tokens".split()
@@ -80,6 +79,7 @@ def rollout(
     sampling_seed = _checked_seed("sampling_seed", sampling_seed)
     require(isinstance(group_size, int) and group_size >= 1, "group_size", "an integer >= 1", group_size)
     samples = [sampling_seed, *(derive_seed(sampling_seed, "group", i) for i in range(1, group_size))]
+    require(isinstance(seeds, Iterable), "seeds", "integers >= 0 to go through", seeds)
     attempts = deque(_Attempt(_checked_seed("seeds", seed), sample) for seed in seeds for sample in samples)
     check_positions(model, config)
     codec = make_codec(tokenizer, config, model)
@@ -158,7 +158,7 @@ def check_positions(model: PreTrainedModel, config: RolloutConfig) -> None:
     needed = config.positions()
     if available is None or needed <= available:
         return
-    rules = f"regime={config.regime!r}, prune={short_form(config.prune) or policy_name(config.prune)!r}, "
+    rules = f"regime={config.regime!r}, prune={config.prune_name!r}, "
     limits = rules + ", ".join(f"{name}={getattr(config, name)!r}" for name in _LIMITS)
     fits = replace(config, regime="reencode").positions() <= available
     raise InputError(

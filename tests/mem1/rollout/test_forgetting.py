@@ -18,6 +18,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from mem1.checks import InputError
 from mem1.config import RolloutConfig, TrainConfig
 from mem1.engine.engine import Engine
+from mem1.engine.slots import Slots
 from mem1.evaluation.plots import plot_trajectory
 from mem1.parsing.tags import FOLD, MEM1, SUMMARY, TagFormat
 from mem1.parsing.token_text import TokenText
@@ -276,16 +277,34 @@ def test_an_engine_that_is_too_small_is_refused_before_anything_runs(tokenizer):
             rollout(model, tokenizer, ScriptedEnv, [0], CONFIG, group_size=wrong)
 
 
-def test_nothing_of_an_episode_stays_in_the_engine(tokenizer):
-    """Numbers that are not finite among it, though the last token's are never sampled from."""
+def test_nothing_of_an_episode_stays_in_the_engine(tokenizer, monkeypatch):
+    """Numbers that are not finite among it, though the last token's are never sampled from; nor in the slot
+    of a longer one into which a shorter one moves.
+    """
     model = model_of(tokenizer)
-    engine = make_engine(model, CONFIG, 3)
+    config = replace(CONFIG, max_num_batched_tokens=24)  # who reads first ends first
+    engine = make_engine(model, config, 3)
+    feed, begun = Engine.feed, []
+
+    def watched(engine, rows, tokens, positions):
+        begun.extend(bool(engine.cache.kv[:, :, row].any()) for row in rows if not engine.cache.lengths[row])
+        return feed(engine, rows, tokens, positions)
+
+    move = Slots.move
+
+    def watched_move(cache, source, target):
+        move(cache, source, target)
+        begun.append(bool(cache.kv[:, :, target, cache.lengths[source] :].any()))
+
+    monkeypatch.setattr(Engine, "feed", watched)
+    monkeypatch.setattr(Slots, "move", watched_move)
     with torch.no_grad():
         model.get_input_embeddings().weight[tokenizer.encode(">", add_special_tokens=False)] = torch.nan
     played = list(
-        rollout(model, tokenizer, lambda: ScriptedEnv(MEM1), range(5), CONFIG, engine=engine, expert=True)
+        rollout(model, tokenizer, lambda: ScriptedEnv(MEM1), range(5), config, engine=engine, expert=True)
     )
     assert len(played) == 5 and not engine.cache.kv.any()
+    assert len(begun) > 5 and not any(begun)
 
 
 def test_long_texts_are_read_in_chunks_while_others_write(tokenizer, monkeypatch):
