@@ -27,6 +27,7 @@ class MemoryPlan:
     forward_bytes: int  # activations of the largest forward
     sampling_bytes: int  # logits and their temporaries
     free_bytes: int  # beside what is there, before anything is reserved
+    reserved_bytes: int  # for others, who have not taken it yet
     process_bytes: int  # of the host: the program, beside the weights; 0 for a CUDA device
 
     @property
@@ -40,12 +41,14 @@ class MemoryPlan:
 
     @property
     def total_bytes(self) -> int:
-        return self.process_bytes + self.weights_bytes + self.kv_bytes + self.working_bytes
+        held = self.process_bytes + self.weights_bytes + self.reserved_bytes
+        return held + self.kv_bytes + self.working_bytes
 
     def __str__(self) -> str:
         slots = f"{self.num_slots} slot{'s' * (self.num_slots > 1)} of {self.capacity:,} tokens"
         parts = f"{size(self.weights_bytes)} weights, {size(self.kv_bytes)} KV cache ({slots}, "
         parts += f"{size(self.slot_bytes)} each), {size(self.working_bytes)} to work in"
+        parts += f", {size(self.reserved_bytes)} for training" if self.reserved_bytes else ""
         parts += f", {size(self.process_bytes)} program" if self.process_bytes else ""
         return f"memory {size(self.total_bytes)}: {parts}; {size(self.free_bytes)} were free"
 
@@ -56,12 +59,13 @@ def plan_memory(
     num_slots: int,
     kv_memory: float | int = 0.9,
     max_num_batched_tokens: int = 4096,
+    reserved_bytes: int = 0,
 ) -> MemoryPlan:
     """How many slots an engine for `model` can have: `num_slots`, or as many as fit.
 
     kv_memory: what the KV cache may take, a fraction (float, up to 1.0) of what is free beside the model and
-    the working memory, or a number of bytes (int). Raises InputError for anything else, and if not even one
-    slot fits.
+    the working memory, or a number of bytes (int). reserved_bytes: of what is free, for others: the gradients
+    and moments of a training run. Raises InputError for anything else, and if not even one slot fits.
     """
     require(capacity >= 1, "capacity", "an integer >= 1", capacity)
     require(num_slots >= 1, "num_slots", "an integer >= 1", num_slots)
@@ -79,10 +83,10 @@ def plan_memory(
     def plan(slots: int) -> MemoryPlan:
         forward = activations.peak(forward_tokens(slots, capacity, max_num_batched_tokens))
         sampling = sampling_bytes(head, slots)
-        return MemoryPlan(slots, capacity, slot, weights, forward, sampling, free, process)
+        return MemoryPlan(slots, capacity, slot, weights, forward, sampling, free, reserved_bytes, process)
 
     def budget(planned: MemoryPlan) -> int:
-        left = max(0, free - planned.working_bytes)
+        left = max(0, free - reserved_bytes - planned.working_bytes)
         return int(kv_memory * left) if fraction else min(int(kv_memory), left)
 
     plans = [plan(slots) for slots in range(1, num_slots + 1)]
@@ -91,6 +95,7 @@ def plan_memory(
         needs = f"{size(slot)} for a slot of {capacity:,} tokens"
         got = f"{kv_memory!r}, {size(budget(plans[0]))}"
         beside = f"{size(free)} are free, {size(min(free, plans[0].working_bytes))} of them to work in"
+        beside += f" and {size(reserved_bytes)} for training" if reserved_bytes else ""
         raise InputError(f"kv_memory: expected at least {needs}, got {got} ({beside})")
     return plans[fitting - 1]
 

@@ -136,9 +136,11 @@ def make_engine(
     config: RolloutConfig,
     episodes: int,
     tell: Callable[[str], None] | None = None,
+    reserved_bytes: int = 0,
 ) -> Engine:
     """An engine with a slot for each of `episodes` side by side, as many as `config` and memory allow; what
-    that takes is told before it is taken. InputError if there is not memory for one slot.
+    that takes is told before it is taken. `reserved_bytes` are left for others. InputError if there is not
+    memory for one slot.
     """
     plan = plan_memory(
         model,
@@ -146,6 +148,7 @@ def make_engine(
         num_slots=max(1, min(config.num_slots, episodes)),
         kv_memory=int(config.kv_memory) if config.kv_memory >= 2 else config.kv_memory,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        reserved_bytes=reserved_bytes,
     )
     if tell is not None:
         tell(str(plan))

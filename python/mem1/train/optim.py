@@ -62,6 +62,18 @@ class AdamW:
     def masters(self) -> list[nn.Parameter]:
         return [parameter for group in self.inner.param_groups for parameter in group["params"]]
 
+    @property
+    def bytes_to_come(self) -> int:
+        """Of gradients and moments that the next step makes and that are not there yet."""
+        masters = self.masters
+        narrow = sum(p.numel() * p.element_size() for p, _ in self._narrow)
+        gradients = sum(p.numel() * p.element_size() for p in masters if p.grad is None)
+        return (
+            narrow
+            + gradients
+            + sum(2 * p.numel() * p.element_size() for p in masters if p not in self.inner.state)
+        )
+
     def zero_grad(self) -> None:
         self.inner.zero_grad(set_to_none=True)
         for parameter, _ in self._narrow:

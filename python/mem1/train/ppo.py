@@ -261,6 +261,11 @@ class PPO:
             result[f"{name}_grad_norm"] = optimizer.step(rate)
         return result | ({"ratio_max": _largest(ratios)} if ratios else {})
 
+    @property
+    def bytes_to_come(self) -> int:
+        """What gradients and optimisers will take beside what is there; without activations."""
+        return sum(optimizer.bytes_to_come for optimizer in self.optimizers.values())
+
     def _without_dropout(self) -> None:
         for model in (self.actor, self.critic, self.reference):
             if model is not None:

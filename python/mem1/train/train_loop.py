@@ -121,13 +121,15 @@ def train(
         # 3. PPO.
         critic = build_critic(actor)
         reference = copy.deepcopy(actor).requires_grad_(False) if config.ppo.kl_coef else None
-        engine = make_engine(actor.eval(), config.rollout, config.batch_size, progress.log)
         ppo = PPO(actor, critic, reference, config.ppo, config.rollout.regime, config.rollout.temperature)
         if state:
             critic.load_state_dict(state["critic"])
             if reference is not None:
                 reference.load_state_dict(state["reference"])
             ppo.load_state_dict(state["ppo"])
+        engine = make_engine(
+            actor.eval(), config.rollout, config.batch_size, progress.log, reserved_bytes=ppo.bytes_to_come
+        )
         if dropped := dropouts(actor):
             progress.log(f"dropout is off during PPO ({', '.join(dropped)})")
         return _ppo(ppo, engine, tokenizer, make_environment, config, run, state or {}, interrupts, progress)

@@ -62,6 +62,14 @@ def test_a_plan_says_what_will_be_taken(model):
     ]  # fmt: skip
 
 
+def test_training_keeps_what_it_will_need(model):
+    plan, most = plan_memory(model, 100, 8, reserved_bytes=5_000_000), plan_memory(model, 100, 1000, 1.0)
+    assert ", 5.0 MB for training, " in str(plan)
+    assert plan.total_bytes == plan_memory(model, 100, 8).total_bytes + 5_000_000
+    less = plan_memory(model, 100, 1000, 1.0, reserved_bytes=5_000_000)
+    assert less.kv_bytes + less.working_bytes <= 5_000_000 < most.kv_bytes + most.working_bytes
+
+
 def test_working_memory_is_that_of_the_largest_forward(model, monkeypatch):
     monkeypatch.setattr(memory_plan, "free_memory", lambda device: 10**9)
     sizes = ((1, 64), (1, 4096), (2, 4096), (8, 4096), (8, 10**6))
@@ -77,6 +85,9 @@ def test_a_slot_that_does_not_fit_is_named(model):
     message = r"expected at least 76.8 kB for a slot of 100 tokens, got 70000, 70.0 kB \(10.0 MB are free, "
     with pytest.raises(InputError, match=message):
         plan_memory(model, 100, 4, 70_000)
+    message = r"expected at least 76.8 kB for a slot .* of them to work in and 9.9 MB for training\)"
+    with pytest.raises(InputError, match=message):
+        plan_memory(model, 100, 4, reserved_bytes=9_930_000)
     with pytest.raises(InputError, match="for a slot of 100,000 tokens, got 0.9, "):
         plan_memory(model, 100_000, 4)
 

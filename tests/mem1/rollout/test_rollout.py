@@ -374,6 +374,8 @@ def test_seeds_and_sampling_seeds_have_nothing_in_common(make_model, tokenizer):
     for wrong in (-1, 0.5, "0"):
         with pytest.raises(InputError, match="^seeds: expected integers >= 0, got "):
             rollout(model, tokenizer, lambda: MultiHopEnv(2), [0, wrong], config)
+    with pytest.raises(InputError, match="^seeds: expected integers >= 0 to go through, got 5"):
+        rollout(model, tokenizer, lambda: MultiHopEnv(2), 5, config)
     with pytest.raises(InputError, match="^sampling_seed: expected integers >= 0, got -1"):
         rollout(model, tokenizer, lambda: MultiHopEnv(2), [0], config, sampling_seed=-1)
 

@@ -57,6 +57,19 @@ def test_small_steps_of_bf16_weights_are_not_lost():
     assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_step_will_take_is_known_before_it(dtype):
+    model = linear(dtype)
+    model.bias.requires_grad_(False)
+    optimizer, count = AdamW(model.parameters(), betas=BETAS), 64 * 64
+    gradients = 4 * count + (2 * count if dtype == torch.bfloat16 else 0)  # and one of the backward's own
+    assert optimizer.bytes_to_come == gradients + 2 * 4 * count
+    drive(model, optimizer, 1, 1e-3)
+    assert optimizer.bytes_to_come == gradients  # the moments stay
+    state = optimizer.inner.state[optimizer.masters[0]]
+    assert sum(t.nbytes for t in state.values() if t.dim()) == 2 * 4 * count
+
+
 def test_micro_batches_of_bf16_add_up_in_fp32():
     model = linear(torch.bfloat16)
     optimizer = AdamW(model.parameters(), betas=BETAS)
