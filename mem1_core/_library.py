@@ -146,9 +146,11 @@ torch.library.impl("mem1_core::prune_kv_cache_", "cuda", partial(_launched, ops.
 torch.library.impl("mem1_core::prune_pages", "cuda", partial(_launched, ops._launch_prune_pages, 1))
 
 
-def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *plan_and_scale: Any) -> tuple[Tensor, Tensor]:
+def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty(batch, heads, length, dtype=_lse_dtype(q))
+    return q.new_empty(batch, length, heads, v.shape[3]), q.new_empty(
+        batch, heads, length, dtype=_lse_dtype(q)
+    )
 
 
 def _fake_attention_backward(
@@ -157,24 +159,37 @@ def _fake_attention_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
+_SCALE_AT = 3 + 8 + 3  # inputs up to the scale: q, k, v; evict and the plan; two block sizes and the scale
+_WINDOW = 6  # then: positions, limits and the lists of key tiles
+
+
 def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.block_q, ctx.block_k, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
+    *tensors, ctx.block_q, ctx.block_k, ctx.scale = inputs[:_SCALE_AT]
+    *window, sinks, ctx.softcap = inputs[_SCALE_AT:]
+    ctx.save_for_backward(*tensors, *output, *window, sinks)
     ctx.set_materialize_grads(False)
 
 
 def _backward_attention(
     backward: Any, ctx: Any, d_out: Tensor | None, d_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    q, k, v, *plan, out, lse = ctx.saved_tensors
+    q, k, v, *plan, out, lse = ctx.saved_tensors[: _SCALE_AT - 1]
+    *window, sinks = ctx.saved_tensors[_SCALE_AT - 1 :]
     if d_out is None:
         d_out = torch.zeros_like(out)
     elif d_out.stride(-1) != 1:
         d_out = d_out.clone(
             memory_format=torch.contiguous_format
         )  # contiguous() leaves an empty one as it is
-    gradients = backward(d_out, d_lse, q, k, v, out, lse, *plan, ctx.block_q, ctx.block_k, ctx.scale)
-    return *gradients, *[None] * (len(plan) + 3)
+    sizes = ctx.block_q, ctx.block_k, ctx.scale
+    gradients = backward(d_out, d_lse, q, k, v, out, lse, *plan, *sizes, *window, ctx.softcap)
+    d_sinks = None
+    if sinks is not None and ctx.needs_input_grad[_SCALE_AT + _WINDOW]:
+        # A sink is a key whose value is 0: of dS = P (dP - delta) only - P delta is left.
+        delta = (d_out.to(lse.dtype) * out).sum(-1).transpose(1, 2)
+        delta = delta if d_lse is None else delta - d_lse
+        d_sinks = -((sinks[:, None] - lse).exp() * delta).sum((0, 2))
+    return *gradients, *[None] * (len(plan) + 3 + len(window)), d_sinks, None
 
 
 def _no_second_derivative(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -195,18 +210,28 @@ for _name in ("trajectory_attention", "trajectory_attention_triton"):
     )
 
 
+def _with_defaults(given: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    """The optional arguments of an op, `softcap` the last: the dispatcher leaves out trailing defaults."""
+    missing = count - len(given)
+    return (*given, *[None] * (missing - 1), 0.0) if missing else given
+
+
 # Triton is loaded by the first call that needs it. Interpreted, its kernels take CPU tensors as well.
 @torch.library.impl("mem1_core::trajectory_attention_triton", ("cpu", "cuda"))
-def _(q: Tensor, k: Tensor, v: Tensor, *plan_and_scale: Any) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     from mem1_core.triton import attention_launch
 
-    *plan, scale = plan_and_scale
-    return attention_launch.forward(q, k, v, attention_launch.Plan(*plan), scale)
+    *plan, scale = rest[: _SCALE_AT - 3]
+    *window, sinks, softcap = _with_defaults(rest[_SCALE_AT - 3 :], _WINDOW + 2)
+    return attention_launch.forward(q, k, v, attention_launch.Plan(*plan, *window), scale, sinks, softcap)
 
 
 @torch.library.impl("mem1_core::trajectory_attention_triton_backward", ("cpu", "cuda"))
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from mem1_core.triton import attention_launch
 
-    d_out, d_lse, q, k, v, out, lse, *plan, scale = arguments
-    return attention_launch.backward(d_out, d_lse, q, k, v, out, lse, attention_launch.Plan(*plan), scale)
+    d_out, d_lse, q, k, v, out, lse = arguments[:7]
+    *plan, scale = arguments[7 : _SCALE_AT + 4]
+    *window, softcap = _with_defaults(arguments[_SCALE_AT + 4 :], _WINDOW + 1)
+    plan = attention_launch.Plan(*plan, *window)
+    return attention_launch.backward(d_out, d_lse, q, k, v, out, lse, plan, scale, softcap)

@@ -8,7 +8,7 @@ rollout's cache, peak tokens, dependency length and the picture of a trajectory.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,53 +16,10 @@ from torch import Tensor
 from mem1_core import _library
 from mem1_core.eviction import live_counts
 from mem1_core.segments import Segment, is_kind
+from mem1_core.tile_plan import TilePlan, longest_first, windowed_plan
 
 # (block_q, block_k) of the plan that the attention backend of a device reads.
 DEFAULT_BLOCKS = {"cpu": (64, 64), "cuda": (128, 128)}
-
-
-class TilePlan(NamedTuple):
-    """Which (query tile, key tile) pairs attention has to compute, seen from both sides.
-
-    Key tile `k` covers the keys `[k * block_k, min((k + 1) * block_k, N))`, query tiles likewise; there are
-    `QT = ceil(N / block_q)` and `KT = ceil(N / block_k)` per row of the batch. A tile is *full* when it has
-    `block_k` keys and each of its pairs is visible (no mask needed), *dead* when none is (skipped), else
-    *partial*. For one key tile, the live query tiles are one contiguous range from the diagonal on, and the
-    full ones one inside it.
-
-    On CUDA both lists are allocated at their upper bound, as nothing waits for their lengths: only the part
-    below the last offset is filled.
-    """
-
-    block_q: int
-    block_k: int
-    key_ranges: Tensor  # int32 [B, KT, 4]: query tiles (begin, full_begin, full_end, end)
-    full_offsets: Tensor  # int32 [B * QT + 1]: where each query tile's full_tiles begin, and the end
-    full_tiles: Tensor  # int32 [full tiles, or more]: key tiles, ascending within a query tile
-    partial_offsets: Tensor  # int32 [B * QT + 1]
-    partial_tiles: Tensor  # int32 [partial tiles, or more]
-    query_order: Tensor  # int32 [B * QT]: query tiles, those with the most live key tiles first
-    key_order: Tensor  # int32 [B * KT]: key tiles, those with the most live query tiles first
-
-    @property
-    def tiles(self) -> int:
-        """All tiles of the `B` squares, those above the diagonal included."""
-        return (self.full_offsets.shape[0] - 1) * self.key_ranges.shape[1]
-
-    @property
-    def live_tiles(self) -> int:
-        """Full and partial tiles, read from the offsets: on CUDA this waits for the device, as do the two
-        properties made of it."""
-        return int(self.full_offsets[-1].long() + self.partial_offsets[-1])
-
-    @property
-    def dead_tiles(self) -> int:
-        return self.tiles - self.live_tiles
-
-    @property
-    def live_ratio(self) -> float:
-        """Live tiles over all tiles; 0.0 when there are none. Causal attention approaches 0.5."""
-        return self.live_tiles / self.tiles if self.tiles else 0.0
 
 
 class TrajectoryMask:
@@ -77,19 +34,30 @@ class TrajectoryMask:
     the way without a wait: on CUDA the plan is made on the device and the host does not synchronise, so that
     a CUDA graph can capture it.
 
-    Attributes: `evict_at` int32 [B, N], contiguous; `plan` TilePlan; `segments`, what the stream consists of,
-    where known (batch of one of a layout): the picture and `peak_tokens(prompt=False)` need it, nothing
-    else does.
+    Attributes: `evict_at` int32 [B, N], contiguous; `positions` int32 [B, N], contiguous, of the tokens where
+    these are not their places in the stream, which only windows look at; `window`, None or how many positions
+    a query sees at most, its own included; `plan` TilePlan; `segments`, what the stream consists of, where
+    known (batch of one of a layout): the picture and `peak_tokens(prompt=False)` need it, nothing else does.
     """
 
     evict_at: Tensor
+    positions: Tensor | None
+    window: int | None
     plan: TilePlan
     segments: tuple[Segment, ...]
 
-    def __init__(self, evict: Tensor, segments: Iterable[Segment] = ()) -> None:
-        self.evict_at = evict
+    def __init__(
+        self,
+        evict: Tensor,
+        segments: Iterable[Segment] = (),
+        positions: Tensor | None = None,
+        window: int | None = None,
+    ) -> None:
+        self.evict_at, self.positions, self.window = evict, positions, window
         self.segments = tuple(segments)
         self._plans: dict[tuple[int, int], TilePlan] = {}
+        self._windowed: dict[int, TrajectoryMask] = {}
+        self._placed: tuple[Tensor, TrajectoryMask] | None = None
         self.plan = self.tile_plan(*DEFAULT_BLOCKS.get(evict.device.type, (128, 128)))
 
     @classmethod
@@ -145,7 +113,11 @@ class TrajectoryMask:
             start += mask.evict_at.shape[1]
         # A stream of which only a part is described would be drawn wrongly: describe all of it or nothing.
         known = all(mask.segments or mask.evict_at.shape[1] == 0 for mask in masks)
-        return cls(torch.cat(parts, dim=1), (s for mask in masks for s in mask.segments) if known else ())
+        positions = None
+        if any(mask.positions is not None for mask in masks):
+            positions = torch.cat([mask._places().expand_as(mask.evict_at) for mask in masks], dim=1)
+        segments = (s for mask in masks for s in mask.segments) if known else ()
+        return cls(torch.cat(parts, dim=1), segments, positions)
 
     @property
     def shape(self) -> torch.Size:
@@ -161,8 +133,61 @@ class TrajectoryMask:
 
         The host does not wait for a copy to the device; it does for one from it.
         """
-        evict = self.evict_at.to(device, non_blocking=self.device.type == "cpu")
-        return self if evict is self.evict_at else TrajectoryMask(evict, self.segments)
+        to = partial(Tensor.to, device=device, non_blocking=self.device.type == "cpu")
+        evict, positions = to(self.evict_at), None if self.positions is None else to(self.positions)
+        if evict is self.evict_at:
+            return self
+        return TrajectoryMask(evict, self.segments, positions, self.window)
+
+    def windowed(self, window: int) -> TrajectoryMask:
+        """This mask with a window, `pos[i] - pos[j] < window`; made on first use and kept, with its plan.
+
+        Where positions are places in the stream, that is a shorter lifetime, `min(evict[j], j + window)`.
+        Raises ValueError for a window below 1, or of a mask that has one.
+        """
+        found = self._windowed.get(window)
+        if found is None:
+            if window < 1:
+                raise ValueError(f"window: expected an integer >= 1, got {window}")
+            if self.window is not None:
+                raise ValueError(f"mask: expected one without a window, got one of {self.window}")
+            if self.positions is None:
+                reach = self._places() + min(window, self.evict_at.shape[1])
+                found = TrajectoryMask(torch.minimum(self.evict_at, reach), self.segments)
+            else:
+                found = TrajectoryMask(self.evict_at, self.segments, self.positions, window)
+            self._windowed[window] = found
+        return found
+
+    def at_positions(self, positions: Tensor) -> TrajectoryMask:
+        """This mask with other positions of its tokens, integers [B, N] or [1, N]; that of the last tensor is
+        kept. Raises TypeError or ValueError for a tensor that is not as said.
+        """
+        if self._placed is None or self._placed[0] is not positions:
+            if not isinstance(positions, Tensor) or positions.is_floating_point():
+                raise TypeError(f"positions: expected an integer tensor, got {type(positions).__name__}")
+            batch, length = self.evict_at.shape
+            if positions.shape not in ((1, length), (batch, length)):
+                raise ValueError(
+                    f"positions: expected shape [{batch} or 1, {length}], got {list(positions.shape)}"
+                )
+            if positions.device != self.device:
+                raise ValueError(f"positions: expected device {self.device}, got {positions.device}")
+            places = positions.to(torch.int32, copy=True).expand_as(self.evict_at).contiguous()
+            placed = TrajectoryMask(self.evict_at, self.segments, places)
+            self._placed = positions, placed
+        return self._placed[1]
+
+    @property
+    def limits(self) -> Tensor | None:
+        """int32 [B, N]: the first position that does not see each key, where a window has positions."""
+        return None if self.window is None or self.positions is None else self.positions + self.window
+
+    def _places(self) -> Tensor:
+        """int32 [B or 1, N]: positions, or places in the stream."""
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(self.evict_at.shape[1], dtype=torch.int32, device=self.device)[None]
 
     def tile_plan(self, block_q: int, block_k: int) -> TilePlan:
         """The plan for tiles of `block_q` x `block_k` tokens, made on first use and kept.
@@ -176,27 +201,44 @@ class TrajectoryMask:
                 raise ValueError(f"block_q, block_k: expected positive sizes, got {block_q} and {block_k}")
             parts = _library.ops.tile_plan(self.evict_at, block_q, block_k)
             key_ranges, full_offsets, _, partial_offsets, _ = parts
-            query_order = _longest_first(full_offsets.diff() + partial_offsets.diff())
-            key_order = _longest_first((key_ranges[..., 3] - key_ranges[..., 0]).flatten())
+            query_order = longest_first(full_offsets.diff() + partial_offsets.diff())
+            key_order = longest_first((key_ranges[..., 3] - key_ranges[..., 0]).flatten())
             plan = TilePlan(block_q, block_k, *(*parts, query_order, key_order))
+            if self.window is not None and self.positions is not None:
+                plan = windowed_plan(plan, self.positions, self.window)
             self._plans[block_q, block_k] = plan
         return plan
 
     def dense(self) -> Tensor:
         """bool [B, N, N], True where query `i` (dim 1) sees key `j` (dim 2). O(N^2): references and tests."""
-        i = torch.arange(self.evict_at.shape[1], device=self.device)[:, None]
-        return (i.T <= i) & (i < self.evict_at[:, None, :])
+        return self._sees(torch.arange(self.evict_at.shape[1], device=self.device))
+
+    def _sees(self, i: Tensor) -> Tensor:
+        """bool [B, len(i), N], the rows of `dense()` for the queries i."""
+        j = torch.arange(self.evict_at.shape[1], device=self.device)
+        visible = (j <= i[:, None]) & (i[:, None] < self.evict_at[:, None, :])
+        if (limits := self.limits) is not None:
+            visible &= self._places()[:, i, None] < limits[:, None, :]
+        return visible
 
     def visible_counts(self, counted: Tensor | None = None) -> Tensor:
         """int32 [B, N], how many keys each query sees, itself included, in O(N).
 
         `counted` bool [B, N] limits the count to some keys.
         Equivalent to `(dense() & counted[:, None]).sum(-1)`.
+        A window over positions makes it O(N^2), in pieces.
         """
-        return live_counts(self.evict_at, counted)
+        if self.limits is None:
+            return live_counts(self.evict_at, counted)
+        counted = torch.ones_like(self.evict_at, dtype=torch.bool) if counted is None else counted
+        pieces = torch.arange(self.evict_at.shape[1], device=self.device).split(1024)
+        seen = [(self._sees(i) & counted[:, None]).sum(-1, dtype=torch.int32) for i in pieces]
+        return torch.cat(seen, dim=1) if seen else self.evict_at.clone()
 
     def visible_pairs(self) -> int:
         """The number of True entries of `dense()`: the (query, key) pairs that attention must compute."""
+        if self.limits is not None:
+            return int(self.visible_counts().sum())
         return int((self.evict_at - torch.arange(self.evict_at.shape[1], device=self.device)).sum())
 
     def peak_tokens(self, *, prompt: bool = True) -> Tensor:
@@ -215,8 +257,3 @@ class TrajectoryMask:
     def __repr__(self) -> str:
         live = f"{self.plan.live_tiles}/{self.plan.tiles}"
         return f"TrajectoryMask(shape={list(self.shape)}, device={self.device}, live_tiles={live})"
-
-
-def _longest_first(tiles: Tensor) -> Tensor:
-    # Equal ones stay in index order: a plan repeats bit for bit.
-    return tiles.argsort(descending=True, stable=True).to(torch.int32)

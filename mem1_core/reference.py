@@ -27,11 +27,15 @@ def trajectory_attention(
     mask: TrajectoryMask,
     scale: float | None = None,
     return_lse: bool = False,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention where query `i` sees key `j` iff `j <= i < evict[j]`.
+    """Attention where query `i` sees key `j` iff `mask.dense()[i, j]`: `j <= i < evict[j]`, in a window.
 
-    q [B, N, Hq, D], k and v [B, N, Hkv, D] -> out [B, N, Hq, D] in q's dtype; query head `h` reads the key
-    head `h // (Hq // Hkv)`. `scale` is `D ** -0.5` by default. With `return_lse` also the natural logarithm
+    q [B, N, Hq, D], k [B, N, Hkv, D], v [B, N, Hkv, Dv] -> out [B, N, Hq, Dv] in q's dtype; query head `h`
+    reads the key head `h // (Hq // Hkv)`. `scale` is `D ** -0.5` by default; `softcap`: scores become
+    `softcap * tanh(score / softcap)`; `sinks` [Hq]: scores of one more key per head whose value is 0. With
+    `return_lse` also the natural logarithm
     of each row's softmax denominator, fp32 (fp64 for fp64) [B, Hq, N]. A row that sees nothing has out 0
     and lse -inf; NaN or inf in a key makes NaN of the rows that see it, in a value of that channel of those
     rows; no others notice.
@@ -44,8 +48,13 @@ def trajectory_attention(
     bad_key = visible & ~key.isfinite().all(-1)[:, :, None]
     bad_value = visible.to(value.dtype) @ (~value.isfinite()).to(value.dtype) > 0
     key, value = (x.nan_to_num(0.0, 0.0, 0.0) for x in (key, value))
-    score = (query @ key.mT * scale).masked_fill(~visible, -torch.inf).masked_fill(bad_key, torch.nan)
-    prob = score.softmax(-1).masked_fill(~visible, 0.0)
+    score = query @ key.mT * scale
+    score = score if softcap is None else softcap * (score / softcap).tanh()
+    score = score.masked_fill(~visible, -torch.inf).masked_fill(bad_key, torch.nan)
+    if sinks is not None:
+        sink = sinks.to(score.dtype)[None, :, None, None].expand(*score.shape[:3], 1)
+        score = torch.cat([score, sink], dim=-1)
+    prob = score.softmax(-1)[..., : visible.shape[-1]].masked_fill(~visible, 0.0)
     out = (prob @ value).masked_fill(bad_value, torch.nan).transpose(1, 2).to(q.dtype)
     return (out, score.logsumexp(-1)) if return_lse else out
 

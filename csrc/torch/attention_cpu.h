@@ -23,22 +23,31 @@ constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 struct Plan {
   at::Tensor evict, full_offsets, full_tiles, partial_offsets, partial_tiles;
   int64_t block_q, block_k;
+  at::Tensor positions, limits;  // of a window over positions: query i sees key j only if positions[i] < limits[j]
+};
+
+// What is done to the scores q k of visible pairs: s = scale q k, or cap tanh(scale q k / cap) for a cap > 0. The tiles
+// hold q k, or the tanh; both times base2() they are s in units of log2.
+struct Scores {
+  double scale, cap;
+  double base2() const { return (cap > 0 ? cap : scale) * kLog2E; }
 };
 
 // Sizes. A "pair" is one (batch, KV head); "columns" are the queries of a task: heads of the group times block_q.
 struct Shape {
-  int64_t batch, length, query_heads, kv_heads, dim;
+  int64_t batch, length, query_heads, kv_heads, dim, value_dim;
   int64_t first_query;  // queries are the last of the stream: those before this one are not asked for
-  int64_t group, task_heads, columns, padded_dim, query_tiles, first_tile, pairs, tasks;
+  int64_t group, task_heads, columns, padded_dim, padded_value_dim, query_tiles, first_tile, pairs, tasks;
   int64_t chunk,
       padded_length;  // transposed keys are stored in chunks of this many; a short stream has one short chunk
 
-  Shape(const at::Tensor& q, const at::Tensor& k, const Plan& plan)
+  Shape(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Plan& plan)
       : batch(q.size(0)),
         length(k.size(1)),
         query_heads(q.size(2)),
         kv_heads(k.size(2)),
         dim(q.size(3)),
+        value_dim(v.size(3)),
         first_query(length - q.size(1)) {
     group = query_heads / kv_heads;
     task_heads = std::min(group, kMaxHeads);
@@ -47,6 +56,7 @@ struct Shape {
     chunk = std::min(kChunk, round_up(length, plan.block_k));
     padded_length = round_up(length, chunk);
     padded_dim = round_up(dim, 16);
+    padded_value_dim = round_up(value_dim, 16);
     query_tiles = (length + plan.block_q - 1) / plan.block_q;
     first_tile = first_query / plan.block_q;
     pairs = batch * kv_heads;
@@ -81,8 +91,8 @@ std::vector<Run> live_runs(const Shape& shape, const Plan& plan, int64_t batch, 
 // Cuts the tasks into contiguous ranges of about equal work, one per thread: [threads + 1] boundaries.
 std::vector<int64_t> balanced_ranges(const Shape& shape, const Plan& plan);
 
-// Keys and values of all pairs as left operands: rows [pairs, padded_length, padded_dim], and transposed in chunks
-// [pairs, padded_length / chunk, padded_dim, chunk]. A row with a NaN or an infinity is zero here and marked in
+// Keys and values of all pairs as left operands: rows [pairs, padded_length, padded_dim] (values: padded_value_dim), and
+// transposed in chunks [pairs, padded_length / chunk, padded_dim, chunk]. A row with a NaN or an infinity is zero here and marked in
 // `poison` [pairs, padded_length]: products then stay finite for the queries that do not see it, and mask_scores turns
 // it into a NaN for those that do.
 struct PackedKeys {
@@ -92,15 +102,15 @@ struct PackedKeys {
 template <typename In, typename T>
 PackedKeys pack_keys(const Shape& shape, const at::Tensor& k, const at::Tensor& v, bool backward);
 
-// The forward for the last queries of a stream, into `out`; returns the log-sum-exps. q and out [batch, some, heads,
-// dim], k and v [batch, all, ..].
-at::Tensor last_queries(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Plan& plan, double scale,
-                        at::Tensor& out);
+// The forward for the last queries of a stream, into `out`; returns the log-sum-exps. q [batch, some, heads, dim], out
+// likewise of value_dim, k and v [batch, all, ..]. sinks: undefined, or of the type of the log-sum-exps, [heads].
+at::Tensor last_queries(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Plan& plan,
+                        const Scores& scores, const at::Tensor& sinks, at::Tensor& out);
 
-// Sets the scores [run, columns] of invisible pairs to -inf.
+// Makes of the products q k [run, columns] what `Scores` says, and of those of invisible pairs -inf.
 template <typename S>
-void mask_scores(const Shape& shape, const Plan& plan, const Task& task, const Run& run, const uint8_t* poison,
-                 S* scores);
+void finish_scores(const Shape& shape, const Plan& plan, const Task& task, const Run& run, const uint8_t* poison,
+                   const Scores& scores, S* tile);
 
 template <typename T>
 View<T> view_of(const at::Tensor& t) {
@@ -111,17 +121,17 @@ View<const T> const_view_of(const at::Tensor& t) {
   return {t.const_data_ptr<T>(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// The queries of a task (or rows shaped like them) as dense rows [columns, padded_dim]; zero for those there are not.
+// Rows of the queries of a task, of `dim` elements, as dense rows [columns, padded]; zero for those there are not.
 template <typename In, typename T>
-void pack_queries(const Shape& shape, const Plan& plan, const Task& task, View<const In> in, T* rows) {
+void pack_queries(const Shape& shape, const Plan& plan, const Task& task, View<const In> in, int64_t dim, int64_t padded,
+                  T* rows) {
   for (int64_t c = 0; c < shape.columns; ++c) {
     const int64_t i = task.first_query + c % plan.block_q;
-    T* out = rows + c * shape.padded_dim;
+    T* out = rows + c * padded;
     if (i >= shape.first_query && i < shape.length) {
-      pack_row(in.row(task.batch, i - shape.first_query, task.first_head + c / plan.block_q), shape.dim,
-               shape.padded_dim, out);
+      pack_row(in.row(task.batch, i - shape.first_query, task.first_head + c / plan.block_q), dim, padded, out);
     } else {
-      std::fill(out, out + shape.padded_dim, T(0));
+      std::fill(out, out + padded, T(0));
     }
   }
 }

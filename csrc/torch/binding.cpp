@@ -29,7 +29,8 @@ void check_lists(const char* name, const Tensor& offsets, const Tensor& tiles, i
 }
 
 cpu::Plan checked_plan(const Tensor& q, const Tensor& evict, const Tensor& full_offsets, const Tensor& full_tiles,
-                       const Tensor& partial_offsets, const Tensor& partial_tiles, int64_t block_q, int64_t block_k) {
+                       const Tensor& partial_offsets, const Tensor& partial_tiles, int64_t block_q, int64_t block_k,
+                       const std::optional<Tensor>& positions, const std::optional<Tensor>& limits) {
   TORCH_CHECK_VALUE(block_q > 0 && block_q % cpu::kColumns == 0, "block_q: expected a multiple of ", cpu::kColumns,
                     ", got ", block_q);
   TORCH_CHECK_VALUE(block_k >= cpu::kGranularity && cpu::kChunk % block_k == 0, "block_k: expected 16, 32, 64, 128 or ",
@@ -46,7 +47,17 @@ cpu::Plan checked_plan(const Tensor& q, const Tensor& evict, const Tensor& full_
   const int64_t key_tiles = (evict.size(1) + block_k - 1) / block_k;
   check_lists("full", full_offsets, full_tiles, rows, key_tiles);
   check_lists("partial", partial_offsets, partial_tiles, rows, key_tiles);
-  return {evict, full_offsets, full_tiles, partial_offsets, partial_tiles, block_q, block_k};
+  TORCH_CHECK_VALUE(positions.has_value() == limits.has_value(), "positions, limits: expected both or none");
+  for (const auto* t : {&positions, &limits}) {
+    if (!t->has_value()) continue;
+    TORCH_CHECK_TYPE((*t)->scalar_type() == at::kInt && (*t)->is_contiguous() && (*t)->device() == q.device(),
+                     "positions, limits: expected contiguous int32 tensors on ", q.device(), ", got ",
+                     (*t)->scalar_type(), " on ", (*t)->device());
+    TORCH_CHECK_VALUE((*t)->dim() == 2 && (*t)->size(1) == q.size(1) && ((*t)->size(0) == 1 || (*t)->size(0) == q.size(0)),
+                      "positions, limits: expected shape [", q.size(0), " or 1, ", q.size(1), "], got ", (*t)->sizes());
+  }
+  return {evict,   full_offsets, full_tiles, partial_offsets,                partial_tiles,
+          block_q, block_k,      positions.value_or(Tensor()), limits.value_or(Tensor())};
 }
 
 void check_input(const char* name, const Tensor& t, const Tensor& q) {
@@ -56,8 +67,8 @@ void check_input(const char* name, const Tensor& t, const Tensor& q) {
                    t.scalar_type());
   TORCH_CHECK_VALUE(t.dim() == 4, name, ": expected [batch, length, heads, dim], got ", t.dim(), " dimensions");
   TORCH_CHECK_VALUE(t.size(3) > 0, name, ": expected dim >= 1, got 0");
-  TORCH_CHECK_VALUE(t.size(0) == q.size(0) && t.size(1) == q.size(1) && t.size(3) == q.size(3), name,
-                    ": expected batch, length and dim of q, ", q.sizes(), ", got ", t.sizes());
+  TORCH_CHECK_VALUE(t.size(0) == q.size(0) && t.size(1) == q.size(1), name,
+                    ": expected batch and length of q, ", q.sizes(), ", got ", t.sizes());
   TORCH_CHECK_VALUE(t.stride(3) == 1 || t.size(3) <= 1, name, ": expected a contiguous last dimension, got stride ",
                     t.stride(3));
 }
@@ -66,6 +77,7 @@ void check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
   check_input("q", q, q);
   check_input("k", k, q);
   check_input("v", v, q);
+  TORCH_CHECK_VALUE(k.size(3) == q.size(3), "k: expected the dim of q, ", q.size(3), ", got ", k.size(3));
   TORCH_CHECK_VALUE(k.size(2) == v.size(2), "v: expected the heads of k, ", k.size(2), ", got ", v.size(2));
   TORCH_CHECK_VALUE(k.size(2) > 0 && q.size(2) % k.size(2) == 0, "q: expected a multiple of the ", k.size(2),
                     " heads of k, got ", q.size(2));
@@ -78,15 +90,36 @@ void check_lse(const char* name, const Tensor& t, const Tensor& q) {
                     ": expected shape [", q.size(0), ", ", q.size(2), ", ", q.size(1), "], got ", t.sizes());
 }
 
-// The CPU kernels read of a plan what checked_plan takes; key_ranges and the two orders are for other backends.
+Tensor checked_sinks(const std::optional<Tensor>& sinks, const Tensor& q) {
+  if (!sinks.has_value()) return {};
+  const auto dtype = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  TORCH_CHECK_TYPE(sinks->scalar_type() == dtype, "sinks: expected ", dtype, ", got ", sinks->scalar_type());
+  TORCH_CHECK_VALUE(sinks->dim() == 1 && sinks->size(0) == q.size(2), "sinks: expected shape [", q.size(2), "], got ",
+                    sinks->sizes());
+  return sinks->contiguous();
+}
+
+cpu::Scores checked_scores(double scale, double softcap) {
+  TORCH_CHECK_VALUE(scale > 0, "scale: expected > 0 here (mem1_core.ops takes any), got ", scale);
+  TORCH_CHECK_VALUE(softcap >= 0, "softcap: expected > 0, or 0 for none, got ", softcap);
+  return {scale, softcap};
+}
+
+using OptionalTensor = std::optional<Tensor>;
+
+// The CPU kernels read of a plan what checked_plan takes; key_ranges, the two orders and the lists of key tiles are for
+// other backends.
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& evict,
                                      const Tensor&, const Tensor& full_offsets, const Tensor& full_tiles,
                                      const Tensor& partial_offsets, const Tensor& partial_tiles, const Tensor&,
-                                     const Tensor&, int64_t block_q, int64_t block_k, double scale) {
+                                     const Tensor&, int64_t block_q, int64_t block_k, double scale,
+                                     const OptionalTensor& positions, const OptionalTensor& limits,
+                                     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                     const OptionalTensor&, const OptionalTensor& sinks, double softcap) {
   check_inputs(q, k, v);
-  TORCH_CHECK_VALUE(scale > 0, "scale: expected > 0 here (mem1_core.ops takes any), got ", scale);
-  const auto plan = checked_plan(q, evict, full_offsets, full_tiles, partial_offsets, partial_tiles, block_q, block_k);
-  return cpu::trajectory_attention(q, k, v, plan, scale);
+  const auto plan = checked_plan(q, evict, full_offsets, full_tiles, partial_offsets, partial_tiles, block_q, block_k,
+                                 positions, limits);
+  return cpu::trajectory_attention(q, k, v, plan, checked_scores(scale, softcap), checked_sinks(sinks, q));
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out, const std::optional<Tensor>& d_lse,
@@ -95,18 +128,24 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out, const
                                                       const Tensor&, const Tensor& full_offsets,
                                                       const Tensor& full_tiles, const Tensor& partial_offsets,
                                                       const Tensor& partial_tiles, const Tensor&, const Tensor&,
-                                                      int64_t block_q, int64_t block_k, double scale) {
+                                                      int64_t block_q, int64_t block_k, double scale,
+                                                      const OptionalTensor& positions, const OptionalTensor& limits,
+                                                      const OptionalTensor&, const OptionalTensor&,
+                                                      const OptionalTensor&, const OptionalTensor&, double softcap) {
   check_inputs(q, k, v);
   check_input("d_out", d_out, q);
   check_input("out", out, q);
-  TORCH_CHECK_VALUE(d_out.sizes() == q.sizes() && out.sizes() == q.sizes(), "d_out, out: expected the shape of q, ",
-                    q.sizes(), ", got ", d_out.sizes(), " and ", out.sizes());
+  TORCH_CHECK_VALUE(out.size(2) == q.size(2) && out.size(3) == v.size(3) && d_out.sizes() == out.sizes(),
+                    "d_out, out: expected the heads of q, ", q.size(2), ", and the dim of v, ", v.size(3), ", got ",
+                    d_out.sizes(), " and ", out.sizes());
   check_lse("lse", lse, q);
   if (d_lse.has_value()) check_lse("d_lse", *d_lse, q);
-  const auto plan = checked_plan(q, evict, full_offsets, full_tiles, partial_offsets, partial_tiles, block_q, block_k);
+  const auto plan = checked_plan(q, evict, full_offsets, full_tiles, partial_offsets, partial_tiles, block_q, block_k,
+                                 positions, limits);
   // An expanded gradient (of a sum, say) has stride 0 everywhere; the kernel reads rows.
   const Tensor d_lse_dense = d_lse.has_value() ? d_lse->contiguous() : Tensor();
-  return cpu::trajectory_attention_backward(d_out, d_lse_dense, q, k, v, out, lse.contiguous(), plan, scale);
+  return cpu::trajectory_attention_backward(d_out, d_lse_dense, q, k, v, out, lse.contiguous(), plan,
+                                            checked_scores(scale, softcap));
 }
 
 Tensor cached_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cache_batch_idx,
@@ -172,13 +211,16 @@ TORCH_LIBRARY(mem1_core, m) {
   // The CPU's and, in time, CUDA's own kernels go by the tensors' device; Triton's, written in Python, have a name.
   const std::string plan =
       "Tensor evict, Tensor key_ranges, Tensor full_offsets, Tensor full_tiles, Tensor partial_offsets, "
-      "Tensor partial_tiles, Tensor query_order, Tensor key_order, int block_q, int block_k, float scale";
+      "Tensor partial_tiles, Tensor query_order, Tensor key_order, int block_q, int block_k, float scale, "
+      "Tensor? positions=None, Tensor? limits=None, Tensor? key_full_offsets=None, Tensor? key_full_tiles=None, "
+      "Tensor? key_partial_offsets=None, Tensor? key_partial_tiles=None, ";
   for (const std::string backend : {"", "_triton"}) {
     const std::string name = "trajectory_attention" + backend;
-    const std::string forward = name + "(Tensor q, Tensor k, Tensor v, " + plan + ") -> (Tensor out, Tensor lse)";
+    const std::string forward = name + "(Tensor q, Tensor k, Tensor v, " + plan +
+                                "Tensor? sinks=None, float softcap=0) -> (Tensor out, Tensor lse)";
     const std::string backward = name +
                                  "_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, Tensor out, " +
-                                 "Tensor lse, " + plan + ") -> (Tensor dq, Tensor dk, Tensor dv)";
+                                 "Tensor lse, " + plan + "float softcap=0) -> (Tensor dq, Tensor dk, Tensor dv)";
     m.def(torch::schema(forward.c_str()));
     m.def(torch::schema(backward.c_str()));
   }

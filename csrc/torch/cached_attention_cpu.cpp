@@ -203,8 +203,8 @@ void prefill(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& valu
   const int64_t length = keys.size(1);
   const at::Tensor evict = at::full({1, length}, length, q.options().dtype(at::kInt));
   const auto [ranges, full_offsets, full_tiles, partial_offsets, partial_tiles] = tile_plan(evict, kBlock, kBlock);
-  const Plan plan{evict, full_offsets, full_tiles, partial_offsets, partial_tiles, kBlock, kBlock};
-  last_queries(q, keys, values, plan, scale, out);
+  const Plan plan{evict, full_offsets, full_tiles, partial_offsets, partial_tiles, kBlock, kBlock, {}, {}};
+  last_queries(q, keys, values, plan, {scale, 0}, {}, out);
 }
 
 }  // namespace

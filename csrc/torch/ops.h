@@ -81,11 +81,13 @@ std::tuple<at::Tensor, at::Tensor> gae(const at::Tensor& reward, const at::Tenso
 
 namespace cpu {
 struct Plan;
+struct Scores;
 std::tuple<at::Tensor, at::Tensor> trajectory_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                                                        const Plan& plan, double scale);
+                                                        const Plan& plan, const Scores& scores,
+                                                        const at::Tensor& sinks);
 std::tuple<at::Tensor, at::Tensor, at::Tensor> trajectory_attention_backward(
     const at::Tensor& d_out, const at::Tensor& d_lse, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-    const at::Tensor& out, const at::Tensor& lse, const Plan& plan, double scale);
+    const at::Tensor& out, const at::Tensor& lse, const Plan& plan, const Scores& scores);
 // The checked arguments of the op of this name; rows, lengths, counts int32 [batch].
 // The products of an output layer, for hidden [n, H] and weight [V, H] of one dtype and fp32 logits [n, V] with any
 // stride between rows: logits = hidden weight^T, d_hidden = d_logits weight, d_weight (+)= d_logits^T hidden in fp32,

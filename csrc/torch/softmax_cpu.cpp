@@ -54,7 +54,31 @@ MEM1_INLINE void exponentials_body(const T* s, int64_t rows, int64_t columns, T 
   }
 }
 
+// tanh, to a few 1e-7 of its value. Near 0, where 1 - 2 / (..) cancels, by its series.
+MEM1_INLINE float tanh_of(float x) {
+  const float size = x < 0 ? -x : x, square = x * x;
+  const float near = size * (1 + square * (-1 / 3.0f + square * (2 / 15.0f + square * (-17 / 315.0f))));
+  const float e = exp2_of(-2.8853901f * size);
+  const float far = (1 - e) / (1 + e);
+  const float y = size < 0.125f ? near : far;
+  return x < 0 ? -y : y;
+}
+
+MEM1_INLINE double tanh_of(double x) { return std::tanh(x); }
+
 template <typename T>
+MEM1_INLINE void cap_body(T* s, int64_t count, T factor) {
+#pragma omp simd
+  for (int64_t n = 0; n < count; ++n) s[n] = tanh_of(factor * s[n]);
+}
+
+// What a score's gradient is multiplied with to be that of q k.
+template <bool kCapped, typename T>
+MEM1_INLINE T slope(T score) {
+  return kCapped ? 1 - score * score : T(1);
+}
+
+template <bool kCapped, typename T>
 MEM1_INLINE void gradients_body(const T* s, const T* dp, int64_t rows, int64_t columns, T scale, const T* lse,
                                 const T* delta, T* p, T* ds) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -63,7 +87,7 @@ MEM1_INLINE void gradients_body(const T* s, const T* dp, int64_t rows, int64_t c
     for (int64_t c = 0; c < columns; ++c) {
       const T score = s[at + c];
       const T e = visible(score, exp2_of(scale * score - lse[c]));
-      const T d = visible(score, e * (dp[at + c] - delta[c]));
+      const T d = visible(score, e * (dp[at + c] - delta[c]) * slope<kCapped>(score));
       p[at + c] = e;
       ds[at + c] = d;
     }
@@ -111,19 +135,34 @@ MEM1_CLONES void exponentials(const float* s, int64_t rows, int64_t columns, flo
   }
 }
 
-MEM1_CLONES void gradients(const float* s, const float* dp, int64_t rows, int64_t columns, float scale,
+MEM1_CLONES void cap(float* s, int64_t count, float factor) { cap_body(s, count, factor); }
+
+void cap(double* s, int64_t count, double factor) { cap_body(s, count, factor); }
+
+MEM1_CLONES void gradients(const float* s, const float* dp, int64_t rows, int64_t columns, float scale, bool capped,
                            const float* lse, const float* delta, float* p, float* ds, float*) {
-  gradients_body(s, dp, rows, columns, scale, lse, delta, p, ds);
+  if (capped) {
+    gradients_body<true>(s, dp, rows, columns, scale, lse, delta, p, ds);
+  } else {
+    gradients_body<false>(s, dp, rows, columns, scale, lse, delta, p, ds);
+  }
 }
 
-void gradients(const double* s, const double* dp, int64_t rows, int64_t columns, double scale, const double* lse,
-               const double* delta, double* p, double* ds, double*) {
-  gradients_body(s, dp, rows, columns, scale, lse, delta, p, ds);
+void gradients(const double* s, const double* dp, int64_t rows, int64_t columns, double scale, bool capped,
+               const double* lse, const double* delta, double* p, double* ds, double*) {
+  if (capped) {
+    gradients_body<true>(s, dp, rows, columns, scale, lse, delta, p, ds);
+  } else {
+    gradients_body<false>(s, dp, rows, columns, scale, lse, delta, p, ds);
+  }
 }
 
-MEM1_CLONES void gradients(const float* s, const float* dp, int64_t rows, int64_t columns, float scale,
-                           const float* lse, const float* delta, at::BFloat16* p, at::BFloat16* ds,
-                           at::BFloat16* ds_pairs) {
+namespace {
+
+template <bool kCapped>
+MEM1_INLINE void gradients_in_pairs(const float* s, const float* dp, int64_t rows, int64_t columns, float scale,
+                                    const float* lse, const float* delta, at::BFloat16* p, at::BFloat16* ds,
+                                    at::BFloat16* ds_pairs) {
   auto* pairs = reinterpret_cast<uint32_t*>(ds_pairs);
   // Rows leave through a block of 32-bit values: a loop that also stores 16-bit ones is not vectorised.
   uint32_t p_bits[2][kColumns], ds_bits[2][kColumns];
@@ -142,13 +181,25 @@ MEM1_CLONES void gradients(const float* s, const float* dp, int64_t rows, int64_
         const float e1 = visible(s1, exp2_of(scale * s1 - lse[c0 + c]));
         p_bits[0][c] = bfloat16_bits(e0);
         p_bits[1][c] = bfloat16_bits(e1);
-        ds_bits[0][c] = bfloat16_bits(visible(s0, e0 * (dp[at + c] - delta[c0 + c])));
-        ds_bits[1][c] = bfloat16_bits(visible(s1, e1 * (dp[next + c] - delta[c0 + c])));
+        ds_bits[0][c] = bfloat16_bits(visible(s0, e0 * (dp[at + c] - delta[c0 + c]) * slope<kCapped>(s0)));
+        ds_bits[1][c] = bfloat16_bits(visible(s1, e1 * (dp[next + c] - delta[c0 + c]) * slope<kCapped>(s1)));
         pairs[pair + c] = ds_bits[0][c] | ds_bits[1][c] << 16;
       }
       store(p_bits, reinterpret_cast<uint16_t*>(p) + at);
       store(ds_bits, reinterpret_cast<uint16_t*>(ds) + at);
     }
+  }
+}
+
+}  // namespace
+
+MEM1_CLONES void gradients(const float* s, const float* dp, int64_t rows, int64_t columns, float scale, bool capped,
+                           const float* lse, const float* delta, at::BFloat16* p, at::BFloat16* ds,
+                           at::BFloat16* ds_pairs) {
+  if (capped) {
+    gradients_in_pairs<true>(s, dp, rows, columns, scale, lse, delta, p, ds, ds_pairs);
+  } else {
+    gradients_in_pairs<false>(s, dp, rows, columns, scale, lse, delta, p, ds, ds_pairs);
   }
 }
 

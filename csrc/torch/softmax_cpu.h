@@ -22,14 +22,19 @@ void exponentials(const float* s, int64_t rows, int64_t columns, float scale, co
 void exponentials(const double* s, int64_t rows, int64_t columns, double scale, const double* max, double* sum,
                   double* p);
 
+// s = tanh(factor * s)
+void cap(float* s, int64_t count, float factor);
+void cap(double* s, int64_t count, double factor);
+
 // p = exp2(scale * s - lse[c]), ds = p * (dp - delta[c]), both 0 where s is -inf. p may be s and ds may be dp. As
-// bfloat16, p and ds are in rows and ds is written once more in pairs of rows, to ds_pairs.
-void gradients(const float* s, const float* dp, int64_t rows, int64_t columns, float scale, const float* lse,
-               const float* delta, float* p, float* ds, float* ds_pairs);
-void gradients(const float* s, const float* dp, int64_t rows, int64_t columns, float scale, const float* lse,
-               const float* delta, at::BFloat16* p, at::BFloat16* ds, at::BFloat16* ds_pairs);
-void gradients(const double* s, const double* dp, int64_t rows, int64_t columns, double scale, const double* lse,
-               const double* delta, double* p, double* ds, double* ds_pairs);
+// bfloat16, p and ds are in rows and ds is written once more in pairs of rows, to ds_pairs. `capped`: s is a tanh, and
+// ds that of its argument.
+void gradients(const float* s, const float* dp, int64_t rows, int64_t columns, float scale, bool capped,
+               const float* lse, const float* delta, float* p, float* ds, float* ds_pairs);
+void gradients(const float* s, const float* dp, int64_t rows, int64_t columns, float scale, bool capped,
+               const float* lse, const float* delta, at::BFloat16* p, at::BFloat16* ds, at::BFloat16* ds_pairs);
+void gradients(const double* s, const double* dp, int64_t rows, int64_t columns, double scale, bool capped,
+               const double* lse, const double* delta, double* p, double* ds, double* ds_pairs);
 
 // data[r][c] *= factor[c]
 void scale_columns(float* data, int64_t rows, int64_t columns, const float* factor);
