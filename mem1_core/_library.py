@@ -90,8 +90,11 @@ def _(
     query_lens: Tensor,
     scale: float,
     lanes: int | None = None,
+    evict: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+    return q.new_empty(*q.shape[:3], v_cache.shape[3])
 
 
 @torch.library.register_fake("mem1_core::prune_kv_cache_")

@@ -67,13 +67,17 @@ def cached_attention(
     cache_seqlens: Tensor,
     query_lens: Tensor,
     scale: float,
+    evict: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Row b of q [B, T, Hq, D] holds the last query_lens[b] of the cache_seqlens[b] tokens in slot
     cache_batch_idx[b] of k_cache and v_cache [slots, capacity, Hkv, D], padded on the left: query t sees the
-    entries before `cache_seqlens - T + t + 1`. Returns [B, T, Hq, D], 0 for padding. cache_batch_idx,
-    cache_seqlens, query_lens int [B].
+    entries before `cache_seqlens - T + t + 1`, and of these, where there is an `evict` [B, entries], those
+    with `cache_seqlens - T + t < evict`. Returns [B, T, Hq, D of the values], 0 for padding. cache_batch_idx,
+    cache_seqlens, query_lens int [B]; `sinks` and `softcap` as in `trajectory_attention`.
     """
-    out, group = torch.zeros_like(q), q.shape[2] // k_cache.shape[2]
+    out, group = q.new_zeros(*q.shape[:3], v_cache.shape[3]), q.shape[2] // k_cache.shape[2]
     for b, (row, length, count) in enumerate(
         zip(cache_batch_idx.tolist(), cache_seqlens.tolist(), query_lens.tolist(), strict=True)
     ):
@@ -82,7 +86,13 @@ def cached_attention(
         score = torch.einsum("thd,shd->hts", _wide(q[b, first:]), key) * scale
         last = length - count + torch.arange(count, device=q.device)
         hidden = torch.arange(length, device=q.device) > last[:, None]
-        prob = score.masked_fill(hidden, -torch.inf).softmax(-1)
+        if evict is not None:
+            hidden |= evict[b, :length] <= last[:, None]
+        score = score if softcap is None else softcap * (score / softcap).tanh()
+        score = score.masked_fill(hidden, -torch.inf)
+        if sinks is not None:
+            score = torch.cat([score, sinks.to(score.dtype)[:, None, None].expand(-1, count, 1)], dim=-1)
+        prob = score.softmax(-1)[..., :length]
         # 0 * NaN is NaN: what is not finite is put back for those who see it.
         bad = torch.einsum("ts,shd->thd", (~hidden).to(value.dtype), (~value.isfinite()).to(value.dtype)) > 0
         product = torch.einsum("hts,shd->thd", prob, value.nan_to_num(0.0, 0.0, 0.0))

@@ -215,22 +215,6 @@ void attend(const Shape& shape, const Plan& plan, const Task& task, const Packed
   }
 }
 
-// The sum of a softmax over keys and a sink whose score is `sink`, and what its weights are multiplied with: of a
-// running maximum and a sum relative to it, both for scores in units of log2.
-template <typename S>
-struct Total {
-  S log2_sum, factor;
-  Total(S maximum, S sum, S sink) {
-    constexpr S kNone = -std::numeric_limits<S>::infinity();
-    const bool empty = sum == S(0);
-    const S top = std::max(empty ? kNone : maximum, sink);
-    const S weight = empty ? S(0) : std::exp2(maximum - top), none = top == kNone ? S(0) : std::exp2(sink - top);
-    const S total = sum * weight + none;
-    log2_sum = empty && sink == kNone ? kNone : top + std::log2(total);
-    factor = empty ? S(0) : weight / total;
-  }
-};
-
 template <typename In, typename T>
 void forward(const Plan& plan, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Scores& scores,
              const at::Tensor& sinks, at::Tensor& out, at::Tensor& lse) {

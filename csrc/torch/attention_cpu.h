@@ -10,6 +10,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -111,6 +112,22 @@ at::Tensor last_queries(const at::Tensor& q, const at::Tensor& k, const at::Tens
 template <typename S>
 void finish_scores(const Shape& shape, const Plan& plan, const Task& task, const Run& run, const uint8_t* poison,
                    const Scores& scores, S* tile);
+
+// The sum of a softmax over keys and a sink whose score is `sink`, and what its weights are multiplied with: of a
+// running maximum and a sum relative to it, both for scores in units of log2.
+template <typename S>
+struct Total {
+  S log2_sum, factor;
+  Total(S maximum, S sum, S sink) {
+    constexpr S kNone = -std::numeric_limits<S>::infinity();
+    const bool empty = sum == S(0);
+    const S top = std::max(empty ? kNone : maximum, sink);
+    const S weight = empty ? S(0) : std::exp2(maximum - top), none = top == kNone ? S(0) : std::exp2(sink - top);
+    const S total = sum * weight + none;
+    log2_sum = empty && sink == kNone ? kNone : top + std::log2(total);
+    factor = empty ? S(0) : weight / total;
+  }
+};
 
 template <typename T>
 View<T> view_of(const at::Tensor& t) {

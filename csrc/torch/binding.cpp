@@ -150,13 +150,15 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out, const
 
 Tensor cached_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& cache_batch_idx,
                         const Tensor& cache_seqlens, const Tensor& query_lens, double scale,
-                        std::optional<int64_t> lanes) {
+                        std::optional<int64_t> lanes, const OptionalTensor& evict, const OptionalTensor& sinks,
+                        double softcap) {
   check_input("q", q, q);
   for (const auto& [name, t] : {std::pair{"k_cache", &k_cache}, std::pair{"v_cache", &v_cache}}) {
     TORCH_CHECK_TYPE(t->scalar_type() == q.scalar_type(), name, ": expected the dtype of q, ", q.scalar_type(),
                      ", got ", t->scalar_type());
-    TORCH_CHECK_VALUE(t->dim() == 4 && t->sizes() == k_cache.sizes() && t->size(3) == q.size(3), name,
-                      ": expected [slots, capacity, heads, ", q.size(3), "], got ", t->sizes());
+    const int64_t dim = t == &k_cache ? q.size(3) : t->dim() == 4 ? t->size(3) : 0;
+    TORCH_CHECK_VALUE(t->dim() == 4 && t->sizes().slice(0, 3) == k_cache.sizes().slice(0, 3) && t->size(3) == dim, name,
+                      ": expected [slots, capacity, heads, ", dim, "], got ", t->sizes());
     TORCH_CHECK_VALUE(t->stride(3) == 1 || t->size(3) <= 1, name, ": expected a contiguous last dimension, got stride ",
                       t->stride(3));
   }
@@ -182,7 +184,22 @@ Tensor cached_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_
                     "lanes: expected 4, 8 or 16, got ", *lanes);
   TORCH_CHECK_VALUE(lanes.value_or(0) <= cpu::lanes_here(), "lanes: expected at most ", cpu::lanes_here(),
                     ", floats in a register of this machine, got ", *lanes);
-  return cpu::cached_attention(q, k_cache, v_cache, cache_batch_idx, cache_seqlens, query_lens, scale, lanes);
+  if (evict.has_value()) {
+    TORCH_CHECK_TYPE(evict->scalar_type() == at::kInt, "evict: expected int32, got ", evict->scalar_type());
+    TORCH_CHECK_VALUE(evict->dim() == 2 && evict->size(0) == q.size(0) && evict->is_contiguous(),
+                      "evict: expected contiguous [", q.size(0), ", entries], got ", evict->sizes());
+    const int32_t* lifetime = evict->const_data_ptr<int32_t>();
+    for (int64_t b = 0; b < q.size(0); ++b, lifetime += evict->size(1)) {
+      TORCH_CHECK_VALUE(length[b] <= evict->size(1), "evict: expected lifetimes of ", length[b], " entries, got ",
+                        evict->size(1));
+      bool valid = true;
+      for (int64_t j = 0; j < length[b]; ++j) valid &= lifetime[j] > j && (j == 0 || lifetime[j - 1] <= lifetime[j]);
+      TORCH_CHECK_VALUE(valid, "evict[", b, "]: expected ascending values past their own index");
+    }
+  }
+  return cpu::cached_attention(q, k_cache, v_cache, cache_batch_idx, cache_seqlens, query_lens,
+                               checked_scores(scale, softcap), lanes, evict.value_or(Tensor()),
+                               checked_sinks(sinks, q));
 }
 
 Tensor prune_kv_cache_on_cpu(at::TensorList keys, at::TensorList values, const std::optional<Tensor>& mask,
@@ -226,7 +243,8 @@ TORCH_LIBRARY(mem1_core, m) {
   }
   m.def(
       "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_batch_idx, Tensor cache_seqlens, "
-      "Tensor query_lens, float scale, int? lanes=None) -> Tensor");
+      "Tensor query_lens, float scale, int? lanes=None, Tensor? evict=None, Tensor? sinks=None, float softcap=0) -> "
+      "Tensor");
   // The op itself, and what launches it on a CUDA stream: which one is current, only Python can tell here.
   const std::string kv_cache =
       "(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor? mask, Tensor? ranges, Tensor lengths, Tensor? inv_freq, "

@@ -2,6 +2,7 @@
 // by that: a kernel of its own keeps the query heads of a KV head together and never looks past a row's length.
 // Longer pieces are the last queries of a causal stream, which the tiles of trajectory attention do.
 #include "common/exp2_cpu.h"
+#include "common/tanh_cpu.h"
 #include "torch/attention_cpu.h"
 #include "torch/lanes_cpu.h"
 #include "torch/ops.h"
@@ -22,13 +23,15 @@ struct Running {
 };
 
 // `count` keys of one KV head and the values to them, for `heads` query heads. queries: [heads, padded], times the
-// softmax scale and log2(e), zero-padded to whole vectors; sums likewise, not yet divided by those of `running`.
+// softmax scale and log2(e), zero-padded to whole vectors; sums likewise [heads, padded_value], not yet divided by those
+// of `running`.
 template <typename In>
 struct Block {
   const In *keys, *values;
-  int64_t stride, dim, padded, heads;
-  int64_t ahead;  // from a key to the one in its place in the next block, which is fetched meanwhile
+  int64_t key_stride, value_stride, dim, value_dim, padded, padded_value, heads;
+  int64_t ahead;  // blocks to the next one, 1 or 0, which is fetched meanwhile
   int count;
+  float cap;  // of scores, in units of log2 as they are; 0: none
   const float* queries;
   Running* running;
   float* sums;
@@ -49,8 +52,9 @@ MEM1_INLINE void score(const Block<In>& block, int64_t head, int first, float (*
   const int64_t whole = block.dim / kLanes * kLanes, rest = block.dim - whole;
   const float* queries = block.queries + head * block.padded;
   const In* keys[kTile];
-  for (int t = 0; t < kTile; ++t) keys[t] = block.keys + std::min(first + t, block.count - 1) * block.stride;
-  for (int t = 0; head == 0 && t < kTile; ++t) prefetch(keys[t] + block.ahead, block.dim);
+  for (int t = 0; t < kTile; ++t) keys[t] = block.keys + std::min(first + t, block.count - 1) * block.key_stride;
+  const int64_t ahead = block.ahead * kKeys * block.key_stride;
+  for (int t = 0; head == 0 && t < kTile; ++t) prefetch(keys[t] + ahead, block.dim);
   typename Vector::Floats dots[kHeads][kTile] = {};
   for (int64_t d = 0; d < whole; d += kLanes) {
     for (int t = 0; t < kTile; ++t) {
@@ -96,21 +100,24 @@ template <int kLanes, int kHeads, int kVectors, typename In>
 MEM1_INLINE void add_values(const Block<In>& block, int64_t head, int64_t d, const float (*scores)[kKeys],
                             const float* factors, int64_t rest = 0) {
   using Vector = Lanes<kLanes>;
-  float* out = block.sums + head * block.padded + d;
+  float* out = block.sums + head * block.padded_value + d;
   typename Vector::Floats sums[kHeads][kVectors];
   for (int h = 0; h < kHeads; ++h) {
-    for (int v = 0; v < kVectors; ++v) sums[h][v] = Vector::load(out + h * block.padded + v * kLanes) * factors[h];
+    for (int v = 0; v < kVectors; ++v) {
+      sums[h][v] = Vector::load(out + h * block.padded_value + v * kLanes) * factors[h];
+    }
   }
   const In* value = block.values + d;
-  for (int j = 0; j < block.count; ++j, value += block.stride) {
-    if (head == 0) prefetch(value + block.ahead, kVectors * kLanes);
+  const int64_t ahead = block.ahead * kKeys * block.value_stride;
+  for (int j = 0; j < block.count; ++j, value += block.value_stride) {
+    if (head == 0) prefetch(value + ahead, kVectors * kLanes);
     for (int v = 0; v < kVectors; ++v) {
       const auto part = rest > 0 ? Vector::load(value, rest) : Vector::load(value + v * kLanes);
       for (int h = 0; h < kHeads; ++h) sums[h][v] += part * scores[h][j];
     }
   }
   for (int h = 0; h < kHeads; ++h) {
-    for (int v = 0; v < kVectors; ++v) Vector::store(sums[h][v], out + h * block.padded + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) Vector::store(sums[h][v], out + h * block.padded_value + v * kLanes);
   }
 }
 
@@ -119,14 +126,20 @@ MEM1_INLINE void attend_heads(const Block<In>& block, int64_t head) {
   alignas(64) float scores[kHeads][kKeys];
   float factors[kHeads];
   for (int j = 0; j < block.count; j += kTile) score<kLanes, kHeads>(block, head, j, scores);
+  if (block.cap > 0) {
+    for (int h = 0; h < kHeads; ++h) {
+#pragma omp simd
+      for (int j = 0; j < block.count; ++j) scores[h][j] = block.cap * tanh_of(scores[h][j] / block.cap);
+    }
+  }
   for (int h = 0; h < kHeads; ++h) factors[h] = soften(scores[h], block.count, block.running[head + h]);
-  const int64_t whole = block.dim / kLanes * kLanes;
+  const int64_t whole = block.value_dim / kLanes * kLanes;
   int64_t d = 0;
   for (; d + kTile * kLanes <= whole; d += kTile * kLanes) {
     add_values<kLanes, kHeads, kTile>(block, head, d, scores, factors);
   }
   for (; d < whole; d += kLanes) add_values<kLanes, kHeads, 1>(block, head, d, scores, factors);
-  if (d < block.dim) add_values<kLanes, kHeads, 1>(block, head, d, scores, factors, block.dim - d);
+  if (d < block.value_dim) add_values<kLanes, kHeads, 1>(block, head, d, scores, factors, block.value_dim - d);
 }
 
 template <int kLanes, typename In>
@@ -149,24 +162,28 @@ void attend_anywhere(const Block<In>& block) {
   attend<4>(block);
 }
 
-// A step of one token: q, out [batch, 1, heads, dim]. Block after block of a row's keys is read for all of its heads,
-// as these lie side by side in memory; with few rows a task takes fewer heads.
+// A step of one token: q [batch, 1, heads, dim], out likewise. Block after block of a row's keys is read for all of its
+// heads, as these lie side by side in memory; with few rows a task takes fewer heads. starts: [batch], the first entry
+// that each row sees. sink: [heads], or none.
 template <typename In>
 void decode(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const int32_t* rows,
-            const int32_t* lengths, const int32_t* counts, double scale, int64_t lanes, at::Tensor& out) {
+            const int32_t* lengths, const int32_t* counts, const std::vector<int64_t>& starts, const Scores& scores,
+            const float* sink, int64_t lanes, at::Tensor& out) {
   const auto q_in = const_view_of<In>(q), k_in = const_view_of<In>(keys), v_in = const_view_of<In>(values);
   const auto out_view = view_of<In>(out);
   const int64_t batch = q.size(0), kv_heads = keys.size(2), group = q.size(2) / kv_heads, dim = q.size(3);
-  const int64_t padded = round_up(dim, 16), threads = at::get_num_threads();
+  const int64_t value_dim = values.size(3), padded = round_up(dim, 16), padded_value = round_up(value_dim, 16);
+  const auto cap = static_cast<float>(scores.cap * kLog2E);
+  const int64_t threads = at::get_num_threads();
   const int64_t task_heads = batch >= 2 * threads || threads == 1 ? kv_heads : 1, splits = kv_heads / task_heads;
   const auto attend_here = lanes == 16 ? attend_avx512<In> : lanes == 8 ? attend_avx2<In> : attend_anywhere<In>;
   int64_t work = 1;
-  for (int64_t b = 0; b < batch; ++b) work += lengths[b] * dim * kv_heads;
+  for (int64_t b = 0; b < batch; ++b) work += (lengths[b] - starts[b]) * dim * kv_heads;
   constexpr int64_t kWorthAThread = 1 << 15;  // elements of keys
   const int64_t grain = std::max<int64_t>(1, kWorthAThread * batch * splits / work);
   at::parallel_for(0, batch * splits, grain, [&](int64_t begin, int64_t end) {
     const int64_t heads = task_heads * group;
-    std::vector<float> queries(heads * padded), sums(heads * padded);
+    std::vector<float> queries(heads * padded), sums(heads * padded_value);
     std::vector<Running> running(heads);
     for (int64_t n = begin; n < end; ++n) {
       const int64_t b = n / splits, first_kv = n % splits * task_heads, first_head = first_kv * group;
@@ -174,64 +191,72 @@ void decode(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& value
       for (int64_t h = 0; h < heads; ++h) {
         const In* query = q_in.row(b, 0, first_head + h);
         for (int64_t d = 0; d < dim; ++d) {
-          queries[h * padded + d] = static_cast<float>(query[d]) * static_cast<float>(scale * kLog2E);
+          queries[h * padded + d] = static_cast<float>(query[d]) * static_cast<float>(scores.scale * kLog2E);
         }
       }
       std::fill(sums.begin(), sums.end(), 0.0f);
       std::fill(running.begin(), running.end(), Running{});
-      for (int64_t first = 0; first < lengths[b]; first += kKeys) {
+      for (int64_t first = starts[b]; first < lengths[b]; first += kKeys) {
         const int count = static_cast<int>(std::min<int64_t>(kKeys, lengths[b] - first));
-        const int64_t ahead = first + count < lengths[b] ? kKeys * k_in.stride_row : 0;
+        const int64_t ahead = first + kKeys < lengths[b] ? 1 : 0;
         for (int64_t kv = 0; kv < task_heads; ++kv) {
           attend_here({k_in.row(rows[b], first, first_kv + kv), v_in.row(rows[b], first, first_kv + kv),
-                       k_in.stride_row, dim, padded, group, ahead, count, queries.data() + kv * group * padded,
-                       running.data() + kv * group, sums.data() + kv * group * padded});
+                       k_in.stride_row, v_in.stride_row, dim, value_dim, padded, padded_value, group, ahead, count, cap,
+                       queries.data() + kv * group * padded, running.data() + kv * group,
+                       sums.data() + kv * group * padded_value});
         }
       }
       for (int64_t h = 0; h < heads; ++h) {
-        const float inverse = running[h].sum == 0 ? 0.0f : 1 / running[h].sum;
+        constexpr float kNone = -std::numeric_limits<float>::infinity();
+        const Total<float> total(running[h].max, running[h].sum,
+                                 sink ? sink[first_head + h] * static_cast<float>(kLog2E) : kNone);
         In* to = out_view.row(b, 0, first_head + h);
-        for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<In>(sums[h * padded + d] * inverse);
+        for (int64_t d = 0; d < value_dim; ++d) to[d] = static_cast<In>(sums[h * padded_value + d] * total.factor);
       }
     }
   });
 }
 
-// The last `count` tokens of a causal stream of `length`.
-void prefill(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, double scale, at::Tensor& out) {
+// The last tokens of a stream, of which `evict` [1, length] are the lifetimes.
+void prefill(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& evict,
+             const Scores& scores, const at::Tensor& sinks, at::Tensor& out) {
   constexpr int64_t kBlock = 64;
-  const int64_t length = keys.size(1);
-  const at::Tensor evict = at::full({1, length}, length, q.options().dtype(at::kInt));
   const auto [ranges, full_offsets, full_tiles, partial_offsets, partial_tiles] = tile_plan(evict, kBlock, kBlock);
   const Plan plan{evict, full_offsets, full_tiles, partial_offsets, partial_tiles, kBlock, kBlock, {}, {}};
-  last_queries(q, keys, values, plan, {scale, 0}, {}, out);
+  last_queries(q, keys, values, plan, scores, sinks, out);
 }
 
 }  // namespace
 
 at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values,
-                            const at::Tensor& rows, const at::Tensor& lengths, const at::Tensor& counts, double scale,
-                            std::optional<int64_t> lanes) {
+                            const at::Tensor& rows, const at::Tensor& lengths, const at::Tensor& counts,
+                            const Scores& scores, std::optional<int64_t> lanes, const at::Tensor& evict,
+                            const at::Tensor& sinks) {
   const int64_t batch = q.size(0), pieces = q.size(1);
-  at::Tensor out = at::zeros(q.sizes(), q.options());
+  at::Tensor out = at::zeros({batch, pieces, q.size(2), values.size(3)}, q.options());
   if (q.numel() == 0) return out;
   const int32_t *row = rows.const_data_ptr<int32_t>(), *length = lengths.const_data_ptr<int32_t>(),
                 *count = counts.const_data_ptr<int32_t>();
-  if (pieces == 1 && keys.stride(1) == values.stride(1)) {
-    if (q.scalar_type() == at::kFloat) {
-      decode<float>(q, keys, values, row, length, count, scale, lanes.value_or(lanes_here()), out);
-      return out;
+  if (pieces == 1 && q.scalar_type() != at::kDouble) {
+    std::vector<int64_t> starts(batch);
+    for (int64_t b = 0; evict.defined() && b < batch; ++b) {
+      const int32_t* lifetimes = evict.const_data_ptr<int32_t>() + b * evict.stride(0);  // ascending
+      starts[b] = std::upper_bound(lifetimes, lifetimes + length[b], length[b] - 1) - lifetimes;
     }
-    if (q.scalar_type() == at::kBFloat16) {
-      decode<at::BFloat16>(q, keys, values, row, length, count, scale, lanes.value_or(lanes_here()), out);
-      return out;
-    }
+    const float* sink = sinks.defined() ? sinks.const_data_ptr<float>() : nullptr;
+    const auto decode_here = q.scalar_type() == at::kFloat ? decode<float> : decode<at::BFloat16>;
+    decode_here(q, keys, values, row, length, count, starts, scores, sink, lanes.value_or(lanes_here()), out);
+    return out;
   }
   for (int64_t b = 0; b < batch; ++b) {
     if (count[b] == 0) continue;
     const auto of_slot = [&](const at::Tensor& cache) { return cache.narrow(0, row[b], 1).narrow(1, 0, length[b]); };
     at::Tensor own = out.narrow(0, b, 1).narrow(1, pieces - count[b], count[b]);
-    prefill(q.narrow(0, b, 1).narrow(1, pieces - count[b], count[b]), of_slot(keys), of_slot(values), scale, own);
+    const at::Tensor lifetimes = evict.defined()
+                                     ? evict.narrow(0, b, 1).narrow(1, 0, length[b]).clamp_max(length[b])
+                                     : at::full({1, length[b]}, length[b], lengths.options());
+    prefill(q.narrow(0, b, 1).narrow(1, pieces - count[b], count[b]), of_slot(keys), of_slot(values), lifetimes, scores,
+            sinks, own);
   }
   return out;
 }

@@ -88,7 +88,8 @@ std::tuple<at::Tensor, at::Tensor> trajectory_attention(const at::Tensor& q, con
 std::tuple<at::Tensor, at::Tensor, at::Tensor> trajectory_attention_backward(
     const at::Tensor& d_out, const at::Tensor& d_lse, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     const at::Tensor& out, const at::Tensor& lse, const Plan& plan, const Scores& scores);
-// The checked arguments of the op of this name; rows, lengths, counts int32 [batch].
+// The checked arguments of the op of this name; rows, lengths, counts int32 [batch]. evict: undefined, or int32
+// [batch, entries], by entry of the row's slot, ascending; sinks as in last_queries.
 // The products of an output layer, for hidden [n, H] and weight [V, H] of one dtype and fp32 logits [n, V] with any
 // stride between rows: logits = hidden weight^T, d_hidden = d_logits weight, d_weight (+)= d_logits^T hidden in fp32,
 // without the sum also in the dtype of hidden.
@@ -100,6 +101,7 @@ void linear_weight_gradient_(const at::Tensor& d_logits, const at::Tensor& hidde
                              bool accumulate);
 at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
                             const at::Tensor& cache_batch_idx, const at::Tensor& cache_seqlens,
-                            const at::Tensor& query_lens, double scale, std::optional<int64_t> lanes);
+                            const at::Tensor& query_lens, const Scores& scores, std::optional<int64_t> lanes,
+                            const at::Tensor& evict, const at::Tensor& sinks);
 }  // namespace cpu
 }  // namespace mem1

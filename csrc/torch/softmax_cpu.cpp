@@ -1,6 +1,7 @@
 #include "torch/softmax_cpu.h"
 
 #include "common/exp2_cpu.h"
+#include "common/tanh_cpu.h"
 
 #include <bit>
 #include <limits>
@@ -53,18 +54,6 @@ MEM1_INLINE void exponentials_body(const T* s, int64_t rows, int64_t columns, T 
     for (int64_t c = 0; c < kColumns; ++c) sum[c0 + c] += total[c];
   }
 }
-
-// tanh, to a few 1e-7 of its value. Near 0, where 1 - 2 / (..) cancels, by its series.
-MEM1_INLINE float tanh_of(float x) {
-  const float size = x < 0 ? -x : x, square = x * x;
-  const float near = size * (1 + square * (-1 / 3.0f + square * (2 / 15.0f + square * (-17 / 315.0f))));
-  const float e = exp2_of(-2.8853901f * size);
-  const float far = (1 - e) / (1 + e);
-  const float y = size < 0.125f ? near : far;
-  return x < 0 ? -y : y;
-}
-
-MEM1_INLINE double tanh_of(double x) { return std::tanh(x); }
 
 template <typename T>
 MEM1_INLINE void cap_body(T* s, int64_t count, T factor) {

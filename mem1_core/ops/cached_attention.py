@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mem1_core import _library, reference
 from mem1_core.backend import check_whole, choose_backend, describe
+from mem1_core.eviction import window_evict
 
 _AVAILABLE = ("cpu", "reference")
 
@@ -22,6 +23,11 @@ def cached_attention(
     cache_batch_idx: Tensor | None = None,
     query_lens: Tensor | None = None,
     scale: float | None = None,
+    window: int | None = None,
+    positions: Tensor | None = None,
+    evict: Tensor | None = None,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""Softmax attention of the last tokens of ragged sequences over what a KV cache holds of them.
@@ -37,16 +43,21 @@ def cached_attention(
     Args:
         q: [B, T, Hq, D], last dimension contiguous. On the CPU float32, bfloat16 or float64.
         k_cache, v_cache: [slots, capacity, Hkv, D] of the same dtype, last dimension contiguous, any other
-            strides; Hq a multiple of Hkv. What q's tokens themselves bring must be in it.
+            strides; Hq a multiple of Hkv. What q's tokens themselves bring must be in it. Values may have
+            another D.
         cache_seqlens: int32 [B], entries of each row's slot, q's tokens among them.
         cache_batch_idx: int32 [B], the slot of each row; 0 .. B-1 when None.
         query_lens: int32 [B], how many of a row's T queries are real; T when None.
         scale: 1 / sqrt(D) when None.
+        window, sinks, softcap: as in `trajectory_attention`.
+        positions: integer [B, entries], of the entries of each row's slot, ascending; their places when None.
+        evict: in place of the two, int32 [B, entries], what `mem1_core.eviction.window_evict` makes of them:
+            the first entry whose query does not see each entry, ascending. Once for many layers.
         backend: see `mem1_core.backend`. There is none for CUDA, where flash-attn's `flash_attn_with_kvcache`
             and SDPA do this.
 
     Returns:
-        [B, T, Hq, D] in the dtype of q; 0 for padding. A NaN or an infinity in an entry shows in the queries
+        [B, T, Hq, D of the values] in the dtype of q; 0 for padding. A NaN or an infinity in an entry shows in the queries
         that see it and in no others; in which of their channels is not defined. (In a step of one token, but
         for float64, an infinity that makes a score -inf has weight 0, as in the code below.)
 
@@ -58,8 +69,9 @@ def cached_attention(
         >>> for b in range(B):
         ...     n, slot = cache_seqlens[b], cache_batch_idx[b]
         ...     k, v = (x[slot, :n].repeat_interleave(Hq // Hkv, 1) for x in (k_cache, v_cache))
-        ...     visible = torch.arange(n) <= (n - T + torch.arange(T))[:, None]
-        ...     s = torch.einsum("thd,shd->hts", q[b], k) * scale
+        ...     i = (n - T + torch.arange(T))[:, None]
+        ...     visible = (torch.arange(n) <= i) & (i < evict[b, :n])
+        ...     s = torch.einsum("thd,shd->hts", q[b], k) * scale  # softcap and sinks as there
         ...     p = s.masked_fill(~visible, -torch.inf).softmax(-1)
         ...     out[b] = torch.einsum("hts,shd->thd", p, v)  # the last query_lens[b] of it
     """
@@ -70,6 +82,9 @@ def cached_attention(
         cache_seqlens=cache_seqlens,
         cache_batch_idx=cache_batch_idx,
         query_lens=query_lens,
+        positions=positions,
+        evict=evict,
+        sinks=sinks,
     )
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if not isinstance(tensor, Tensor) or tensor.dim() != 4 or not tensor.is_floating_point():
@@ -100,6 +115,11 @@ def cached_attention(
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     if not scale > 0 or not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number > 0, got {scale}")
+    evict = _lifetimes(cache_seqlens, window, positions, evict)
+    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):
+        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
+    if sinks is not None and (not isinstance(sinks, Tensor) or sinks.shape != (q.shape[2],)):
+        raise TypeError(f"sinks: expected a tensor [{q.shape[2]}], got {describe(sinks)}")
     chosen = choose_backend("cached_attention", q, backend, _AVAILABLE)
     arguments = (
         q,
@@ -111,5 +131,27 @@ def cached_attention(
         scale,
     )
     if chosen == "reference":
-        return reference.cached_attention(*arguments)
-    return _library.ops.cached_attention(*arguments)
+        return reference.cached_attention(*arguments, evict, sinks, softcap)
+    sinks = None if sinks is None else sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+    return _library.ops.cached_attention(*arguments, None, evict, sinks, float(softcap or 0.0))
+
+
+def _lifetimes(
+    cache_seqlens: Tensor, window: int | None, positions: Tensor | None, evict: Tensor | None
+) -> Tensor | None:
+    if window is None:
+        if positions is not None:
+            raise ValueError("positions: expected None without a window, got a tensor")
+        return evict
+    if evict is not None:
+        raise ValueError("evict: expected None beside a window, got a tensor")
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise ValueError(f"window: expected an integer >= 1 or None, got {window!r}")
+    batch, entries = cache_seqlens.shape[0], int(cache_seqlens.max()) if cache_seqlens.numel() else 0
+    if positions is None:
+        positions = torch.arange(entries, device=cache_seqlens.device).expand(batch, entries).contiguous()
+    elif positions.dim() != 2 or positions.shape[0] != batch or positions.shape[1] < entries:
+        raise ValueError(
+            f"positions: expected shape [{batch}, entries] with {entries} or more, got {describe(positions)}"
+        )
+    return window_evict(positions, window, cache_seqlens)

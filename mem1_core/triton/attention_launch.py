@@ -31,7 +31,9 @@ MIN_PROGRAMS = 2048
 
 
 class Plan(NamedTuple):
-    """The mask as the op gets it: evict, then the fields of `TilePlan`."""
+    """The mask as the op gets it: evict, then the fields of `TilePlan`; in a window over positions these, the
+    limits of the keys and the lists of the key tiles.
+    """
 
     evict: Tensor
     key_ranges: Tensor
@@ -43,6 +45,12 @@ class Plan(NamedTuple):
     key_order: Tensor
     block_q: int
     block_k: int
+    positions: Tensor | None = None
+    limits: Tensor | None = None
+    key_full_offsets: Tensor | None = None
+    key_full_tiles: Tensor | None = None
+    key_partial_offsets: Tensor | None = None
+    key_partial_tiles: Tensor | None = None
 
     def lists(self) -> dict[str, Tensor]:
         """What a kernel that walks the lists of key tiles takes."""
@@ -54,27 +62,42 @@ class Plan(NamedTuple):
             "order": self.query_order,
         }
 
+    def key_lists(self) -> dict[str, Tensor | None]:
+        names = "key_full_offsets key_full_tiles key_partial_offsets key_partial_tiles".split()
+        return {name: getattr(self, name) for name in names}
 
-def forward(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> tuple[Tensor, Tensor]:
-    """out [B, N, Hq, D] in the dtype of q and lse float32 [B, Hq, N]."""
-    _check(q, k, v, plan, scale)
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    scale: float,
+    sinks: Tensor | None = None,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """out [B, N, Hq, Dv] in the dtype of q and lse float32 [B, Hq, N]. A softcap of 0 is none."""
+    _check(q, k, v, plan, scale, softcap)
+    if sinks is not None:
+        _check_tensor("sinks", sinks, (q.shape[2],), torch.float32, q.device)
     dtype = q.dtype
     q, k, v = (_readable(x) for x in (q, k, v))
-    batch, tokens, heads, dim = q.shape
-    out, lse = _writable(q, heads), q.new_empty(batch, heads, tokens, dtype=torch.float32)
+    batch, tokens, heads, _ = q.shape
+    out, lse = _writable(v, heads), q.new_empty(batch, heads, tokens, dtype=torch.float32)
     if out.numel():
-        launch = _Launch("forward", dtype, q, k, plan, scale)
+        launch = _Launch("forward", dtype, q, k, v, plan, scale, softcap)
         launch(
             attention_forward.forward,
             writers=heads,
             **launch.query_descriptors(q=q),
             **launch.key_descriptors(k=k, v=v),
-            evict_desc=launch.evict_descriptor(),
+            **launch.mask(),
+            sinks=None if sinks is None else sinks.contiguous(),
             out=out,
             lse=lse,
             **plan.lists(),
         )
-    return _trimmed(out, dim, dtype), lse
+    return _trimmed(out, v.shape[3], dtype), lse
 
 
 def backward(
@@ -87,11 +110,12 @@ def backward(
     lse: Tensor,
     plan: Plan,
     scale: float,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, contiguous, in the shapes and dtype of q, k and v. No atomics: bitwise repeatable."""
-    _check(q, k, v, plan, scale)
-    _check_tensor("d_out", d_out, q.shape, q.dtype, q.device)
-    _check_tensor("out", out, q.shape, q.dtype, q.device)
+    _check(q, k, v, plan, scale, softcap)
+    for name, x in (("d_out", d_out), ("out", out)):
+        _check_tensor(name, x, (*q.shape[:3], v.shape[3]), q.dtype, q.device)
     per_row = q.shape[0], q.shape[2], q.shape[1]
     _check_tensor("lse", lse, per_row, torch.float32, q.device)
     if d_lse is not None:
@@ -105,13 +129,13 @@ def backward(
         return dq, dk, dv
     dq = _writable(q, heads)
     row_lse, row_delta = q.new_empty(2, batch * heads, triton.cdiv(tokens, TILE) * TILE, dtype=torch.float32)
-    launch = _Launch("backward_dq", dtype, q, k, plan, scale)
+    launch = _Launch("backward_dq", dtype, q, k, v, plan, scale, softcap)
     launch(
         attention_backward.backward_dq,
         writers=heads,
         **launch.query_descriptors(q=q, out=out, d_out=d_out),
         **launch.key_descriptors(k=k, v=v),
-        evict_desc=launch.evict_descriptor(),
+        **launch.mask(),
         lse=lse.contiguous(),
         d_lse=None if d_lse is None else d_lse.contiguous(),
         row_lse=row_lse,
@@ -119,13 +143,13 @@ def backward(
         dq=dq,
         **plan.lists(),
     )
-    launch = _Launch("backward_dk_dv", dtype, q, k, plan, scale)
+    launch = _Launch("backward_dk_dv", dtype, q, k, v, plan, scale, softcap)
     programs = plan.key_order.numel() * launch.copies * heads
     group = heads // kv_heads
     heads_per_program = max(
         s for s in range(1, group + 1) if s == 1 or group % s == 0 and programs >= MIN_PROGRAMS * s
     )
-    dk, dv = (_writable(q, heads // heads_per_program) for _ in range(2))
+    dk, dv = (_writable(x, heads // heads_per_program) for x in (k, v))
     launch(
         attention_backward.backward_dk_dv,
         writers=heads // heads_per_program,
@@ -134,16 +158,19 @@ def backward(
         row_lse_desc=TensorDescriptor.from_tensor(row_lse, [1, launch.blocks.q]),
         row_delta_desc=TensorDescriptor.from_tensor(row_delta, [1, launch.blocks.q]),
         evict=plan.evict,
+        positions_desc=launch.of_tokens(plan.positions, launch.blocks.q),
+        limits=plan.limits,
         dk=dk,
         dv=dv,
         ranges=plan.key_ranges,
+        **plan.key_lists(),
         order=plan.key_order,
         heads_per_program=heads_per_program,
         SEVERAL_HEADS=heads_per_program > 1,
     )
     if heads_per_program < group:
         dk, dv = (x.unflatten(2, (kv_heads, -1)).sum(3) for x in (dk, dv))
-    dq, dk, dv = (_trimmed(x, dim, dtype) for x in (dq, dk, dv))
+    dq, dk, dv = (_trimmed(x, like.shape[3], dtype) for x, like in ((dq, q), (dk, k), (dv, v)))
     return dq, dk, dv
 
 
@@ -151,15 +178,32 @@ class _Launch:
     """One kernel on one problem: its blocks, the arguments that follow from the shapes, its grid."""
 
     def __init__(
-        self, kernel: str, dtype: torch.dtype, q: Tensor, k: Tensor, plan: Plan, scale: float
+        self,
+        kernel: str,
+        dtype: torch.dtype,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        plan: Plan,
+        scale: float,
+        softcap: float,
     ) -> None:
         self.q, self.plan = q, plan
         self.batch, self.tokens, self.heads, self.dim = q.shape
+        self.value_dim = v.shape[3]
         self.group = self.heads // k.shape[2]
         self.copies = self.batch // plan.evict.shape[0]  # batches that share a row of the plan
-        self.blocks = blocks(kernel, self.dim, dtype, hopper=_capability(q.device)[0] == 9)
+        widest = max(self.dim, self.value_dim)
+        self.blocks = blocks(kernel, widest, dtype, hopper=_capability(q.device)[0] == 9)
         self.load_on_use = dtype == torch.float32
-        self.scale = scale * math.log2(math.e)
+        # With a cap scores are cap * tanh(cap_scale * q k).
+        self.scale = (softcap or scale) * math.log2(math.e)
+        self.cap_scale = scale / softcap if softcap else None
+        # Which of the two sizes of rows a kernel writes.
+        step = _step(q)
+        self.units = {} if kernel == "forward" else {"units": triton.cdiv(self.dim, step)}
+        if kernel != "backward_dq":
+            self.units["v_units"] = triton.cdiv(self.value_dim, step)
         # Of the tokens that a program writes.
         self.block = self.blocks.k if kernel == "backward_dk_dv" else self.blocks.q
 
@@ -172,12 +216,14 @@ class _Launch:
                 order=order,
                 copies=self.copies,
                 tokens=self.tokens,
-                units=triton.cdiv(self.dim, _step(self.q)),
+                **self.units,
                 scale=self.scale,
+                cap_scale=self.cap_scale,
                 heads=self.heads,
                 group=self.group,
                 CHUNK=self.blocks.chunk,
                 CHUNKS=triton.cdiv(padded_dim(self.dim), self.blocks.chunk),
+                V_CHUNKS=triton.cdiv(padded_dim(self.value_dim), self.blocks.chunk),
                 LOAD_ON_USE=self.load_on_use,
                 BLOCK_Q=self.blocks.q,
                 BLOCK_K=self.blocks.k,
@@ -197,9 +243,21 @@ class _Launch:
             f"{name}_desc": _descriptor(x, self.blocks.k, self.blocks.chunk) for name, x in tensors.items()
         }
 
-    def evict_descriptor(self) -> TensorDescriptor:
-        evict = _readable(self.plan.evict)
-        return TensorDescriptor(evict, list(evict.shape), [*_strides(evict), 1], [1, self.blocks.k])
+    def mask(self) -> dict[str, Any]:
+        """What a kernel that walks key tiles takes of the mask beside the lists."""
+        plan = self.plan
+        return {
+            "evict_desc": self.of_tokens(plan.evict, self.blocks.k),
+            "positions": plan.positions,
+            "limit_desc": self.of_tokens(plan.limits, self.blocks.k),
+        }
+
+    def of_tokens(self, table: Tensor | None, block: int) -> TensorDescriptor | None:
+        """A descriptor of an int32 [rows, N] that reads a block of a row."""
+        if table is None:
+            return None
+        table = _readable(table)
+        return TensorDescriptor(table, list(table.shape), [*_strides(table), 1], [1, block])
 
 
 def _descriptor(x: Tensor, rows: int, chunk: int) -> TensorDescriptor:
@@ -235,10 +293,10 @@ def _readable(x: Tensor) -> Tensor:
     return x
 
 
-def _writable(q: Tensor, heads: int) -> Tensor:
-    """[B, N, heads, D] for a kernel to write, D that of q rounded up to a multiple of 16 bytes."""
-    batch, tokens, _, dim = q.shape
-    return q.new_empty(batch, tokens, heads, triton.cdiv(dim, _step(q)) * _step(q))
+def _writable(x: Tensor, heads: int) -> Tensor:
+    """[B, N, heads, D] for a kernel to write, D that of x rounded up to a multiple of 16 bytes."""
+    batch, tokens, _, dim = x.shape
+    return x.new_empty(batch, tokens, heads, triton.cdiv(dim, _step(x)) * _step(x))
 
 
 def _trimmed(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -252,7 +310,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, softcap: float) -> None:
     """What a direct call of the op may get wrong, short of reading values, which would synchronise."""
     if not (q.is_cuda or INTERPRETED):
         raise ValueError(f"backend: 'triton': expected cuda tensors, got one on {q.device.type}")
@@ -264,11 +322,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> None:
     if q.dtype not in DTYPES:
         raise TypeError(f"q: expected bfloat16, float16 or float32 on CUDA, got {q.dtype}")
     batch, tokens, heads, dim = q.shape
-    if dim > HEAD_DIMS[-1]:
-        raise ValueError(f"q: expected dim <= {HEAD_DIMS[-1]} on CUDA, got {dim}")
+    for name, x in (("q", q), ("v", v)):
+        if x.shape[3] > HEAD_DIMS[-1]:
+            raise ValueError(f"{name}: expected dim <= {HEAD_DIMS[-1]} on CUDA, got {x.shape[3]}")
     kv_heads = k.shape[2]
     _check_tensor("k", k, (batch, tokens, kv_heads, dim), q.dtype, q.device)
-    _check_tensor("v", v, k.shape, q.dtype, q.device)
+    _check_tensor("v", v, (*k.shape[:3], v.shape[3]), q.dtype, q.device)
     if kv_heads == 0 or heads % kv_heads:
         raise ValueError(f"q: expected a multiple of the {kv_heads} heads of k, got {heads}")
     if (plan.block_q, plan.block_k) != (TILE, TILE):
@@ -289,6 +348,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> None:
         "full_tiles": plan.full_tiles.shape,
         "partial_tiles": plan.partial_tiles.shape,
     }
+    if plan.positions is not None:
+        for name in ("positions", "limits"):
+            shapes[name] = (rows, tokens)
+        for name in ("key_full_offsets", "key_partial_offsets"):
+            shapes[name] = (rows * tiles + 1,)
     for name, shape in shapes.items():
         x = getattr(plan, name)
         _check_tensor(name, x, shape, torch.int32, q.device)
@@ -296,6 +360,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float) -> None:
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {list(x.stride())}")
     if scale <= 0:
         raise ValueError(f"scale: expected > 0 here (mem1_core.ops takes any), got {scale}")
+    if softcap < 0:
+        raise ValueError(f"softcap: expected > 0, or 0 for none, got {softcap}")
 
 
 def _check_tensor(

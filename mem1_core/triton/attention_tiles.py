@@ -189,8 +189,33 @@ def first_token(tile, n, PARTS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def visible_pairs(i, first, evict_desc, row, BLOCK_K: tl.constexpr):
-    """bool [queries i, keys from `first` on], by the row of evict: 0 past the last token, seen by none."""
+def visible_pairs(i, places, first, keys_of_mask, row, BLOCK_K: tl.constexpr):
+    """bool [queries i, keys from `first` on], by the row of evict: 0 past the last token, seen by none. In a
+    window the queries' positions are `places`, else None."""
+    evict_desc, limit_desc = keys_of_mask
     j = first + tl.arange(0, BLOCK_K)
     evict = evict_desc.load([row, first]).reshape(BLOCK_K)
-    return (j[None, :] <= i[:, None]) & (i[:, None] < evict[None, :])
+    visible = (j[None, :] <= i[:, None]) & (i[:, None] < evict[None, :])
+    if places is not None:
+        limit = limit_desc.load([row, first]).reshape(BLOCK_K)
+        visible &= places[:, None] < limit[None, :]
+    return visible
+
+
+@triton.jit
+def positions_of(positions, row, tokens_of_block, tokens):
+    """The positions of some tokens of a row of positions; None where there are none."""
+    if positions is None:
+        return None
+    else:
+        at = positions + row.to(tl.int64) * tokens + tokens_of_block
+        return tl.load(at, mask=tokens_of_block < tokens, other=0)
+
+
+@triton.jit
+def tanh(x):
+    """Near 0, where 1 - 2 / (..) cancels, by its series."""
+    square = x * x
+    near = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+    far = 1.0 - 2.0 / (1.0 + tl.exp2(2.0 * LOG2E * x))
+    return tl.where(tl.abs(x) < 0.125, near, far)
