@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import transformers
@@ -35,7 +35,7 @@ from mem1_core.versions import warn_if_untested
 warn_if_untested(transformers)
 
 NAME = "mem1"
-_UNSUPPORTED = ("sliding_window", "softcap", "position_bias")  # what some decoders add to plain attention
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 # What a model's code raises that meets an argument it has no use for.
 _OF_A_MODEL = (
@@ -43,12 +43,21 @@ _OF_A_MODEL = (
 )  # fmt: skip
 
 
+class Scores(NamedTuple):
+    """What a layer makes of the products of its queries and keys; see `mem1_core.ops.trajectory_attention`."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
 class LayerCache(Protocol):
     """A KV cache that does the attention over itself."""
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Store key and value [B, Hkv, N, D] of the layer `module.layer_idx` and attend to what is there:
-        query [B, Hq, N, D] -> [B, N, Hq, D].
+        query [B, Hq, N, D] -> [B, N, Hq, D of the values].
         """
         ...
 
@@ -158,7 +167,7 @@ class _Calls:
     def __init__(self) -> None:
         self.seen: list[tuple[int | None, int, int]] = []
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         self.seen.append((getattr(module, "layer_idx", None), key.shape[1], key.shape[3]))
         return query.transpose(1, 2)
 
@@ -181,32 +190,41 @@ def attention_forward(
     a KV cache must be empty before the call. Without it the call is transformers' own
     `sdpa_attention_forward`.
 
-    Raises ValueError, naming the layer and the reason, when `mem1_mask` comes to a layer that is more than
-    plain causal attention (window, soft cap, bias, dropout, values of another size than the keys), to a model
-    that has other layers beside it (linear attention, state space, an encoder), with a filled cache, or
-    together with an `attention_mask`. Attention sinks raise also without the mask, as "sdpa" drops them.
+    Windows (`sliding_window`), soft caps (`softcap`), sinks (`s_aux`) and values of another size than the
+    keys are the layer's own. Raises ValueError, naming the layer and the reason, when `mem1_mask` comes to a
+    layer that is more than that (a bias, dropout), to a model that has other layers beside it (linear
+    attention, state space, an encoder), with a filled cache, or together with an `attention_mask`. Sinks and
+    soft caps raise without the mask, as "sdpa" drops them.
 
     With `mem1_cache` the mask is its business (`attention_mask` is not looked at); the rest as above.
     """
-    if kwargs.get("s_aux") is not None:
-        raise ValueError(f"attn_implementation={NAME!r} in {_where(module)}: expected no sinks, got s_aux")
+    scores = Scores(
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        kwargs.get("sliding_window"),
+        kwargs.get("softcap"),
+        kwargs.get("s_aux"),
+    )
     if mem1_cache is not None:
-        problem = _problem(module, query, key, value, None, dropout, kwargs)
+        problem = _problem(module, query, key, None, dropout, kwargs)
         if problem:
             raise ValueError(f"mem1_cache in {_where(module)}: {problem}")
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return mem1_cache.attend(module, query, key, value, scale), None
+        return mem1_cache.attend(module, query, key, value, scores), None
     if mem1_mask is None:
+        dropped = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+        if dropped:
+            raise ValueError(
+                f"attn_implementation={NAME!r} in {_where(module)}: expected a mem1_mask or a mem1_cache, as "
+                f"sdpa drops {dropped[0]}, got neither"
+            )
         mask = attention_mask() if isinstance(attention_mask, DeferredMask) else attention_mask
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    problem = _problem(module, query, key, value, attention_mask, dropout, kwargs)
+    problem = _problem(module, query, key, attention_mask, dropout, kwargs)
     if problem:
         raise ValueError(f"mem1_mask in {_where(module)}: {problem}")
-    out = trajectory_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mem1_mask, scale=scaling
-    )
+    tokens = (x.transpose(1, 2) for x in (query, key, value))
+    out = trajectory_attention(*tokens, mem1_mask, **scores._asdict())
     return out, None
 
 
@@ -220,10 +238,10 @@ def config_problem(config: Any) -> str | None:
 
     Layers of another kind never call `attention_forward`: all it sees of them is the config that they share.
     """
-    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    others = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
     if others:
-        kinds = ", ".join(sorted(others))
-        return f"expected full_attention in all of {type(config).__name__}.layer_types, got {kinds}"
+        kinds, name = ", ".join(sorted(others)), type(config).__name__
+        return f"expected full_attention or sliding_attention in all of {name}.layer_types, got {kinds}"
     if getattr(config, "is_encoder_decoder", False):
         return f"expected a decoder-only model, got is_encoder_decoder=True in {type(config).__name__}"
     return None
@@ -233,7 +251,6 @@ def _problem(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
     attention_mask: Tensor | DeferredMask | None,
     dropout: float,
     kwargs: dict[str, Any],
@@ -242,19 +259,13 @@ def _problem(
     config = getattr(module, "config", None)
     if problem := config_problem(config):
         return problem
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            return f"expected plain attention, got {name}"
+    if kwargs.get("position_bias") is not None:
+        return "expected attention without a bias, got position_bias"
     is_causal = kwargs.get("is_causal")  # transformers lets the argument overrule the module
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True) and getattr(config, "is_causal", True)
     if not is_causal:
         return "expected causal self-attention, got is_causal=False"
-    if query.shape[3] != value.shape[3]:
-        return (
-            f"expected one head dim, got {query.shape[3]} for queries and keys and {value.shape[3]} for "
-            "values (multi-head latent attention)"
-        )
     if dropout:
         return f"expected attention dropout 0, got {dropout}"
     if query.shape[2] != key.shape[2]:
@@ -263,8 +274,10 @@ def _problem(
             "(use_cache=False makes none)"
         )
     if isinstance(attention_mask, DeferredMask):
-        if attention_mask.window is not None:
-            return f"expected plain attention, got a window of {attention_mask.window} tokens"
+        # What masks are made by and what the layer says: a cache has only the latter to go by.
+        window = kwargs.get("sliding_window")
+        if attention_mask.window != window:
+            return f"expected the window of its masks, {attention_mask.window}, got sliding_window={window}"
         attention_mask = attention_mask.padding
     if attention_mask is not None:
         return (
@@ -280,6 +293,14 @@ def cache_shape(config: Any) -> tuple[int, int, int]:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, heads, dim
+
+
+def has_windows(config: Any) -> bool:
+    """Whether any layer of a decoder sees a window only."""
+    config = config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    windowed = getattr(config, "sliding_window", None) is not None
+    return windowed if kinds is None else windowed and "sliding_attention" in kinds
 
 
 def deferred_mask(**kwargs: Any) -> DeferredMask | Tensor | None:

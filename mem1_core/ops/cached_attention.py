@@ -154,4 +154,7 @@ def _lifetimes(
         raise ValueError(
             f"positions: expected shape [{batch}, entries] with {entries} or more, got {describe(positions)}"
         )
+    past = torch.arange(positions.shape[1] - 1, device=positions.device) + 1 >= cache_seqlens[:, None]
+    if not bool((past | (positions.diff(dim=1) > 0)).all()):
+        raise ValueError("positions: expected ascending ones in each row, got others")
     return window_evict(positions, window, cache_seqlens)

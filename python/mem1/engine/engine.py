@@ -27,7 +27,7 @@ from mem1.engine.sampling import Sampled, joined, sample, temporary_bytes
 from mem1.engine.slot_attention import AttentionMetadata, Step, find_flash_attention
 from mem1.engine.slots import Slots
 from mem1_core._head import ChunkedLMHead
-from mem1_core.integrations.transformers import cache_shape
+from mem1_core.integrations.transformers import cache_shape, has_windows
 
 _GRAPH_TOKENS = 256  # captured decode steps see a multiple of this
 _PIECE = 2048  # tokens of a row in one forward: the mask that SDPA wants has so many rows
@@ -67,7 +67,16 @@ class Engine:
         self.device = weight.device
         layers, kv_heads, head_dim = cache_shape(model.config)
         reserved = None if capacity is None else reserved_tokens(capacity, self.device)
-        self.cache = Slots(layers, num_slots, kv_heads, head_dim, weight.dtype, self.device, reserved)
+        self.cache = Slots(
+            layers,
+            num_slots,
+            kv_heads,
+            head_dim,
+            weight.dtype,
+            self.device,
+            reserved,
+            keep_positions=has_windows(model.config),
+        )
         self.capacity = capacity
         self._flash = find_flash_attention(self.cache.kv)
         # What a captured decode step reads: token, position and length before it, of each slot.
@@ -201,8 +210,10 @@ class Engine:
         )
         packed = torch.tensor([list(of_token) for of_token in of_tokens])
         ids, places, slots, columns = packed.to(self.device)
+        if self.cache.positions is not None:
+            self.cache.positions[slots, columns] = places.int()
         parts = [
-            AttentionMetadata.build(rows[part], counts[part], ends[part], self.device)
+            AttentionMetadata.build(rows[part], counts[part], ends[part], self.device, self.cache.positions)
             for part in (slice(0, ones), slice(ones, None))
             if rows[part]
         ]
@@ -238,6 +249,8 @@ class Engine:
         """The device's part of `_decode`: sizes are numbers, all else is read from `_inputs`."""
         tokens, positions, lengths = self._inputs[:, :span]
         slots = torch.arange(span, device=self.device)
+        if self.cache.positions is not None:
+            self.cache.positions[slots, lengths] = positions.int()
         part = AttentionMetadata(
             cache_batch_idx=slots.int(),
             contiguous=slice(0, span),
@@ -247,6 +260,7 @@ class Engine:
             max_query_len=1,
             valid=None,
             num_tokens=span,
+            positions=self.cache.positions,
         )
         step = Step(self.cache.kv, self._flash, slots, lengths, [part])
         return self._forward(tokens, positions, step)

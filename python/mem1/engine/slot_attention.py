@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from mem1_core.eviction import window_evict
+from mem1_core.integrations.transformers import Scores
 from mem1_core.ops import cached_attention
 
 
@@ -32,10 +33,17 @@ class AttentionMetadata:
     max_query_len: int  # T
     valid: Tensor | None  # bool [b, T]: not padding; None: all are
     num_tokens: int  # sum of query_lens
+    positions: Tensor | None = None  # int32 [slots, capacity], of the entries; None: no layer has a window
+    lifetimes: dict[int, Tensor] = field(default_factory=dict)  # of the entries, by window
 
     @classmethod
     def build(
-        cls, slots: list[int], query_lens: list[int], cache_seqlens: list[int], device: torch.device
+        cls,
+        slots: list[int],
+        query_lens: list[int],
+        cache_seqlens: list[int],
+        device: torch.device,
+        positions: Tensor | None = None,
     ) -> AttentionMetadata:
         longest, follow = max(query_lens), slice(slots[0], slots[0] + len(slots))
         index, new, end = torch.tensor([slots, query_lens, cache_seqlens], dtype=torch.int32).to(device)
@@ -49,22 +57,40 @@ class AttentionMetadata:
             max_query_len=longest,
             valid=torch.arange(longest, device=device) >= longest - new[:, None] if padded else None,
             num_tokens=sum(query_lens),
+            positions=positions,
         )
 
-    @cached_property
-    def visible(self) -> Tensor:
-        """bool [b, 1, T, max_cache_seqlen], which entries each query sees; the same in every layer."""
+    def evict(self, window: int | None) -> Tensor | None:
+        """int32 [b, max_cache_seqlen]: the lifetimes of the entries in a window, made once for all layers."""
+        if window is None:
+            return None
+        assert self.positions is not None
+        if window not in self.lifetimes:
+            places = self.positions[self.cache_batch_idx, : self.max_cache_seqlen]
+            self.lifetimes[window] = window_evict(places, window, self.cache_seqlens)
+        return self.lifetimes[window]
+
+    def visible(self, window: int | None) -> Tensor:
+        """bool [b, 1, T, max_cache_seqlen], which entries each query sees."""
         device = self.cache_seqlens.device
         last = self.cache_seqlens[:, None] + torch.arange(-self.max_query_len, 0, device=device)
         # Padding sees the first entry, as a row without any would be NaN.
-        return (torch.arange(self.max_cache_seqlen, device=device) <= last.clamp(min=0)[..., None])[:, None]
+        last = last.clamp(min=0)[..., None]
+        seen, evict = torch.arange(self.max_cache_seqlen, device=device) <= last, self.evict(window)
+        return (seen if evict is None else seen & (last < evict[:, None]))[:, None]
 
     def attend(
-        self, query: Tensor, keys: Tensor, values: Tensor, scale: float, flash: Callable[..., Tensor] | None
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scores: Scores,
+        flash: Callable[..., Tensor] | None,
     ) -> Tensor:
         """query [tokens, Hq, D], keys and values [slots, capacity, Hkv, D] -> [tokens, Hq, D].
 
-        Query t of a row sees the entries of its slot before `cache_seqlens - query_lens + t + 1`.
+        Query t of a row sees the entries of its slot before `cache_seqlens - query_lens + t + 1`, and of
+        these in a window those whose positions are in it.
         """
         if self.valid is None:
             padded = query.unflatten(0, (-1, self.max_query_len))
@@ -72,19 +98,27 @@ class AttentionMetadata:
             padded = query.new_zeros(*self.valid.shape, *query.shape[1:])
             padded[self.valid] = query
         if query.device.type == "cpu":
-            settings = {
-                "cache_batch_idx": self.cache_batch_idx,
-                "query_lens": self.query_lens,
-                "scale": scale,
-            }
-            out = cached_attention(padded, keys, values, self.cache_seqlens, **settings)
-        elif flash is not None:
-            out = self._flash(flash, padded, keys, values, scale)
+            out = cached_attention(
+                padded,
+                keys,
+                values,
+                self.cache_seqlens,
+                cache_batch_idx=self.cache_batch_idx,
+                query_lens=self.query_lens,
+                scale=scores.scale,
+                evict=self.evict(scores.window),
+                softcap=scores.softcap,
+                sinks=scores.sinks,
+            )
+        elif flash is not None and scores.window is None and scores.sinks is None:
+            out = self._flash(flash, padded, keys, values, scores)
+        elif scores.softcap is None and scores.sinks is None:
+            out = self._sdpa(padded, keys, values, scores)
         else:
-            out = self._sdpa(padded, keys, values, scale)
+            out = self._eager(padded, keys, values, scores)
         return out.flatten(0, 1) if self.valid is None else out[self.valid]
 
-    def _sdpa(self, query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    def _sdpa(self, query: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
         b, new, heads, dim = query.shape
         rows = self.cache_batch_idx if self.contiguous is None else self.contiguous
         query, keys, values = (x.transpose(1, 2) for x in (query, keys[rows], values[rows]))
@@ -94,11 +128,29 @@ class AttentionMetadata:
             query = query.reshape(b, heads // group, group, dim)
         elif group > 1:
             keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
-        out = scaled_dot_product_attention(query, keys, values, attn_mask=self.visible, scale=scale)
+        out = scaled_dot_product_attention(
+            query, keys, values, attn_mask=self.visible(scores.window), scale=scores.scale
+        )
         return out.reshape(b, heads, new, dim).transpose(1, 2)
 
+    def _eager(self, query: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
+        """For soft caps and sinks, which SDPA does not have."""
+        b, new, heads, dim = query.shape
+        rows = self.cache_batch_idx if self.contiguous is None else self.contiguous
+        keys, values = (x[rows, : self.max_cache_seqlen] for x in (keys, values))
+        query = query.unflatten(2, (keys.shape[2], -1))  # [b, T, Hkv, group, D]
+        score = torch.einsum("btkgd,bskd->bkgts", query, keys).float() * scores.scale
+        if scores.softcap is not None:
+            score = scores.softcap * (score / scores.softcap).tanh()
+        score = score.masked_fill(~self.visible(scores.window)[:, :, None], -torch.inf)
+        if scores.sinks is not None:
+            sink = scores.sinks.float().view(1, keys.shape[2], -1, 1, 1)
+            score = torch.cat([score, sink.expand(b, -1, -1, new, -1)], dim=-1)
+        weight = score.softmax(-1)[..., : keys.shape[1]].to(values.dtype)
+        return torch.einsum("bkgts,bskd->btkgd", weight, values).reshape(b, new, heads, dim)
+
     def _flash(
-        self, flash: Callable[..., Tensor], query: Tensor, keys: Tensor, values: Tensor, scale: float
+        self, flash: Callable[..., Tensor], query: Tensor, keys: Tensor, values: Tensor, scores: Scores
     ) -> Tensor:
         rows: Tensor | None = self.cache_batch_idx
         if self.contiguous is not None:
@@ -110,7 +162,8 @@ class AttentionMetadata:
             values[:, : self.max_cache_seqlen],
             cache_seqlens=self.cache_seqlens,
             cache_batch_idx=rows,
-            softmax_scale=scale,
+            softmax_scale=scores.scale,
+            softcap=scores.softcap or 0.0,
             causal=True,
         )
 
@@ -128,7 +181,7 @@ class Step:
     columns: Tensor  # int64 [N]
     parts: list[AttentionMetadata]  # in the order of the tokens
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Store key and value [1, Hkv, N, D] and let each query attend to all that its row's slot holds.
 
         query [1, Hq, N, D] -> [1, N, Hq, D].
@@ -138,7 +191,7 @@ class Step:
         (keys, values), out, begin = self.kv[layer], [], 0
         for part in self.parts:
             of_part = query[0, :, begin : begin + part.num_tokens].transpose(0, 1)
-            out.append(part.attend(of_part, keys, values, scale, self.flash))
+            out.append(part.attend(of_part, keys, values, scores, self.flash))
             begin += part.num_tokens
         return (out[0] if len(out) == 1 else torch.cat(out))[None]
 

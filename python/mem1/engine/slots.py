@@ -23,7 +23,8 @@ class Slots:
     """kv: [layers, 2 (K, V), slots, capacity, Hkv, D]; it grows when a trajectory needs more, unless a
     capacity is given.
 
-    lengths: the tokens in each slot.
+    lengths: the tokens in each slot. positions: int32 [slots, capacity], at which each was encoded, where
+    they are looked at (`keep_positions`: a model with windows), else None.
     """
 
     def __init__(
@@ -35,9 +36,13 @@ class Slots:
         dtype: torch.dtype,
         device: torch.device,
         capacity: int | None = None,
+        keep_positions: bool = False,
     ) -> None:
         self._fixed = capacity is not None
         self.kv = _zeros((layers, 2, slots, capacity or 0, kv_heads, head_dim), dtype, device)
+        self.positions = (
+            torch.zeros(slots, capacity or 0, dtype=torch.int32, device=device) if keep_positions else None
+        )
         self.lengths = [0] * slots
         self._used = 0  # tokens; behind them nothing was ever written, in any slot
 
@@ -62,6 +67,8 @@ class Slots:
         for slot, length in enumerate(self.lengths):
             grown[:, :, slot, :length] = self.kv[:, :, slot, :length]
         self.kv = grown
+        if self.positions is not None:
+            self.positions = torch.nn.functional.pad(self.positions, (0, capacity - self.positions.shape[1]))
         return True
 
     @torch.inference_mode()
@@ -88,7 +95,10 @@ class Slots:
             lengths.to(device, non_blocking=True),
         )
         for slot, keep in keeps.items():
-            self.lengths[slot] = int(keep.sum())
+            length = int(keep.sum())
+            if self.positions is not None:
+                self.positions[slot, :length] = self.positions[slot, : self.lengths[slot]][keep.to(device)]
+            self.lengths[slot] = length
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
@@ -113,6 +123,8 @@ class Slots:
             held = self.lengths[source]
             raise ValueError(f"length: expected 0 to {held}, what slot {source} holds, got {length}")
         self.kv[:, :, target, :length] = self.kv[:, :, source, :length]
+        if self.positions is not None:
+            self.positions[target, :length] = self.positions[source, :length]
         self.lengths[target] = length
 
 
