@@ -135,7 +135,8 @@ def _reencode(segments: tuple[Segment, ...], evict: Tensor, targets: Tensor) -> 
         positions = torch.cat([positions, torch.arange(kept, context.shape[0])])
         lifetimes = torch.cat([lifetimes, torch.zeros_like(again)])
     lifetimes[lifetimes == 0] = source.shape[0]
-    mask = TrajectoryMask(lifetimes[None].to(torch.int32), _runs(segments, source))
+    places = positions[None].to(torch.int32)
+    mask = TrajectoryMask(lifetimes[None].to(torch.int32), _runs(segments, source), places)
     return TrajectoryLayout(mask, source, positions, predecessor[targets], targets, (total,))
 
 

@@ -1,0 +1,268 @@
+"""Windows, sinks, soft caps and values of another size, alone and together, by the rules of test_attention."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from test_attention import BACKENDS, both_dtypes, equal, every_backend
+from torch import Tensor
+
+from mem1_core import reference
+from mem1_core.layout import TrajectoryLayout
+from mem1_core.mask import TrajectoryMask
+from mem1_core.ops import trajectory_attention
+from mem1_core.sample_inputs import adversarial_evict, attention_inputs, mem1_segments, random_evict
+from mem1_core.testing import assert_accurate, gradients, poisoned_memory
+
+assert BACKENDS
+WINDOWS = [1, 7, 64, 512]
+
+
+class Options(NamedTuple):
+    window: int | None = None
+    sinks: bool = False
+    softcap: float | None = None
+
+    def __str__(self) -> str:
+        given = {name: value for name, value in self._asdict().items() if value}
+        return " ".join(f"{name}={value}" for name, value in given.items()) or "plain"
+
+
+ALONE = [*(Options(window=w) for w in WINDOWS), Options(sinks=True), Options(softcap=3.0)]
+TOGETHER = [Options(7, True), Options(7, False, 3.0), Options(None, True, 3.0), Options(64, True, 3.0)]
+every_option = pytest.mark.parametrize("options", [*ALONE, *TOGETHER], ids=str)
+
+
+def inputs_of(
+    n: int, heads: tuple[int, int], dim: int, value_dim: int, options: Options, **settings: Any
+) -> list[Tensor]:
+    """q, k, v and, where there are any, sinks."""
+    batch = settings.pop("batch", 1)
+    q, k, _ = attention_inputs(batch, n, *heads, dim, **settings)
+    v = attention_inputs(batch, n, *heads, value_dim, **settings)[2]
+    generator = torch.Generator().manual_seed(5)
+    sinks = torch.randn(heads[0], generator=generator).to(q)
+    return [q, k, v, *[sinks] * options.sinks]
+
+
+def eager(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, mask: TrajectoryMask, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Every step in the dtype of the inputs."""
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q * q.shape[-1] ** -0.5, k)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask.dense()[:, None], -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
+    lse = scores.logsumexp(-1).to(torch.promote_types(q.dtype, torch.float32))
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1)[..., : k.shape[1]], v), lse
+
+
+def check(inputs: list[Tensor], mask: TrajectoryMask, backend: str, options: Options) -> list[Tensor]:
+    """out, lse and all gradients against the fp64 reference."""
+    windowed = mask if options.window is None else mask.windowed(options.window)
+
+    def results(function: Any, leaves: list[Tensor]) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in leaves]
+        outs = function(*leaves[:3], leaves[3] if options.sinks else None)
+        return [*outs, *gradients(list(outs), leaves)]
+
+    got = results(
+        lambda q, k, v, sinks: trajectory_attention(
+            q, k, v, mask, window=options.window, sinks=sinks, softcap=options.softcap,
+            return_lse=True, backend=backend,
+        ),
+        inputs,
+    )  # fmt: skip
+    plain = results(lambda q, k, v, sinks: eager(q, k, v, sinks, windowed, options.softcap), inputs)
+    exact = results(
+        lambda q, k, v, sinks: reference.trajectory_attention(
+            q, k, v, windowed, None, True, sinks, options.softcap
+        ),
+        [x.double() for x in inputs],
+    )
+    for name, ours, theirs, want in zip(
+        ("out", "lse", "dq", "dk", "dv", "dsinks"), got, plain, exact, strict=False
+    ):
+        assert_accurate(ours, theirs, want, name=name)
+    return got
+
+
+def reencoded(n: int = 6) -> TrajectoryMask:
+    """Two trajectories of blocks whose prompt stands further away in the stream than in position."""
+    layouts = [
+        TrajectoryLayout.from_segments(
+            mem1_segments(turns, prompt=prompt, internal_state=21, query=9, info=35), regime="reencode"
+        )
+        for turns, prompt in ((n, 97), (3, 20))
+    ]
+    return TrajectoryLayout.pack(layouts).mask
+
+
+# ------------------------------------------------------------------------------------------- the function
+
+
+@every_backend
+@both_dtypes
+@every_option
+def test_random_lifetimes(backend: str, device: str, dtype: torch.dtype, options: Options) -> None:
+    evict = torch.stack([random_evict(200, seed) for seed in range(2)])
+    inputs = inputs_of(200, (4, 2), 32, 32, options, batch=2, dtype=dtype, device=device)
+    check(inputs, TrajectoryMask.from_evict(evict.to(device)), backend, options)
+
+
+@every_backend
+@both_dtypes
+@every_option
+def test_blocks_of_a_reencoded_stream(
+    backend: str, device: str, dtype: torch.dtype, options: Options
+) -> None:
+    mask = reencoded()
+    assert mask.positions is not None and not torch.equal(
+        mask.positions.diff(), torch.ones(1, mask.shape[1] - 1)
+    )
+    inputs = inputs_of(mask.shape[1], (2, 1), 16, 16, options, dtype=dtype, device=device)
+    check(inputs, mask.to(device), backend, options)
+
+
+@every_backend
+@pytest.mark.parametrize("n", [1, 2, 63, 65, 127, 131, 257])
+@pytest.mark.parametrize("window", [1, 7, 64, 512])
+def test_lengths_and_drawn_positions(backend: str, device: str, n: int, window: int) -> None:
+    """Positions in no order at all."""
+    options = Options(window, True, 3.0)
+    positions = torch.randint(0, n, (1, n), generator=torch.Generator().manual_seed(n), dtype=torch.int32)
+    mask = TrajectoryMask(adversarial_evict(n)[None].to(device), positions=positions.to(device))
+    check(inputs_of(n, (2, 1), 16, 24, options, device=device), mask, backend, options)
+
+
+@every_backend
+@both_dtypes
+@pytest.mark.parametrize("dims", [(192, 128), (16, 40), (64, 8), (40, 256)], ids=str)
+def test_values_of_another_size(backend: str, device: str, dtype: torch.dtype, dims: tuple[int, int]) -> None:
+    mask = TrajectoryMask.from_evict(random_evict(131).to(device))
+    for options in (Options(), Options(64, True, 3.0)):
+        check(inputs_of(131, (4, 2), *dims, options, dtype=dtype, device=device), mask, backend, options)
+
+
+@every_backend
+def test_a_window_that_holds_everything_changes_nothing(backend: str, device: str) -> None:
+    mask = reencoded().to(device)
+    inputs = inputs_of(mask.shape[1], (2, 1), 16, 16, Options(), device=device)
+    plain = check(inputs, mask, backend, Options())
+    wide = check(inputs, mask, backend, Options(window=10**6))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, wide, strict=True))
+    assert torch.equal(plain[0], wide[0])
+
+
+@every_backend
+def test_positions_may_be_given(backend: str, device: str) -> None:
+    mask = reencoded().to(device)
+    assert mask.positions is not None
+    q, k, v = inputs_of(mask.shape[1], (2, 1), 16, 16, Options(), device=device)
+    bare = TrajectoryMask.from_evict(mask.evict_at)
+    want = trajectory_attention(q, k, v, mask, window=40, backend=backend)
+    given = mask.positions.long()
+    assert torch.equal(trajectory_attention(q, k, v, bare, window=40, positions=given, backend=backend), want)
+    assert not torch.equal(trajectory_attention(q, k, v, bare, window=40, backend=backend), want)
+    assert bare.at_positions(given) is bare.at_positions(given), "its plan is made once"
+    assert mask.windowed(40) is mask.windowed(40)
+
+
+@pytest.mark.parametrize(
+    "options", [Options(3), Options(3, True, 2.0), Options(None, True), Options(None, False, 2.0)], ids=str
+)
+def test_gradcheck(options: Options) -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 1, 4]], dtype=torch.int32)
+    mask = TrajectoryMask(random_evict(9, seed=4)[None], positions=positions)
+    leaves = inputs_of(9, (4, 2), 8, 5, options, batch=2, dtype=torch.float64)
+    leaves = [x.requires_grad_() for x in leaves]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Any:
+        settings = {"window": options.window, "sinks": sinks, "softcap": options.softcap}
+        return trajectory_attention(q, k, v, mask, 0.7, True, **settings)
+
+    assert torch.autograd.gradcheck(attend, leaves)
+
+
+@every_backend
+@both_dtypes
+def test_uninitialised_memory_and_repeats(backend: str, device: str, dtype: torch.dtype) -> None:
+    options, mask = Options(40, True, 3.0), reencoded().to(device)
+    inputs = inputs_of(mask.shape[1], (4, 2), 24, 40, options, dtype=dtype, device=device)
+    want = check(inputs, mask, backend, options)
+    with poisoned_memory():
+        fresh = TrajectoryMask(mask.evict_at, positions=mask.positions)
+        assert equal(check(inputs, fresh, backend, options), want)
+
+
+# ------------------------------------------------------------------------------------------ tiles, refusals
+
+
+@pytest.mark.parametrize("blocks", [(64, 64), (128, 128), (16, 32)], ids=str)
+@pytest.mark.parametrize("window", [1, 40, 300])
+def test_the_plan_of_a_window_covers_what_is_visible(window: int, blocks: tuple[int, int]) -> None:
+    """Live tiles hold every visible pair, full ones nothing else, seen from either side the same."""
+    mask = reencoded(9).windowed(window)
+    plan, n = mask.tile_plan(*blocks), mask.shape[1]
+    (bq, bk), (rows, columns) = blocks, (-(-n // blocks[0]), -(-n // blocks[1]))
+    visible = torch.zeros(rows * bq, columns * bk, dtype=torch.bool)
+    visible[:n, :n] = mask.dense()[0]
+    tiles = visible.view(rows, bq, columns, bk).transpose(1, 2)
+    padding = (torch.arange(rows * bq) >= n).view(rows, 1, bq, 1)
+    whole = (tiles | padding).flatten(2).all(-1)
+
+    def dense(offsets: Tensor, listed: Tensor, height: int, width: int) -> Tensor:
+        out = torch.zeros(height, width, dtype=torch.bool)
+        for row in range(height):
+            out[row, listed[offsets[row] : offsets[row + 1]].long()] = True
+        return out
+
+    full = dense(plan.full_offsets, plan.full_tiles, rows, columns)
+    partial = dense(plan.partial_offsets, plan.partial_tiles, rows, columns)
+    assert plan.key_lists is not None
+    by_key = [dense(*plan.key_lists[n : n + 2], columns, rows).T for n in (0, 2)]
+    assert torch.equal(by_key[0], full) and torch.equal(by_key[1], partial)
+    assert not (full & partial).any() and not (full & ~whole).any()
+    assert not (tiles.flatten(2).any(-1) & ~(full | partial)).any()
+    without = reencoded(9).tile_plan(*blocks)
+    assert window == 300 or plan.live_tiles < without.live_tiles
+    assert torch.equal(mask.visible_counts(), mask.dense().sum(-1, dtype=torch.int32))
+    assert mask.visible_pairs() == int(mask.dense().sum())
+
+
+def test_a_window_costs_what_a_window_costs() -> None:
+    """512 of 16k tokens, in one copy: nine tiles of 64 of each row of 256."""
+    plan = TrajectoryMask.from_evict(torch.full((16384,), 16384)).windowed(512).plan
+    assert plan.live_tiles <= 9 * 256
+
+
+def test_refusals() -> None:
+    mask = TrajectoryMask.from_evict(random_evict(20))
+    q, k, v = attention_inputs(1, 20, 4, 2, 16)
+    for wrong, kind, message in [
+        ({"window": 0}, ValueError, "window: expected an integer >= 1, got 0"),
+        ({"window": 2.0}, TypeError, "window: expected an integer or None, got float"),
+        ({"positions": torch.arange(20)[None]}, ValueError, "positions: expected None without a window"),
+        (
+            {"window": 3, "positions": torch.arange(9)[None]},
+            ValueError,
+            r"positions: expected shape \[1 or 1, 20\]",
+        ),
+        ({"window": 3, "positions": torch.rand(1, 20)}, TypeError, "positions: expected an integer tensor"),
+        ({"sinks": torch.zeros(2)}, ValueError, r"sinks: expected shape \[4\], the heads of q, got \[2\]"),
+        ({"sinks": torch.zeros(4, dtype=torch.int64)}, TypeError, "sinks: expected a floating point tensor"),
+        ({"softcap": 0.0}, ValueError, "softcap: expected a finite number > 0 or None, got 0.0"),
+        ({"softcap": torch.inf}, ValueError, "softcap: expected a finite number > 0"),
+    ]:
+        with pytest.raises(kind, match=message):
+            trajectory_attention(q, k, v, mask, **wrong)
+    with pytest.raises(ValueError, match="k: expected batch, length and dim of q"):
+        trajectory_attention(q, k[..., :8], v, mask)
+    with pytest.raises(ValueError, match="v: expected batch and length of q"):
+        trajectory_attention(q, k, v[:, :9], mask)
+    with pytest.raises(ValueError, match="mask: expected one without a window, got one of 3"):
+        TrajectoryMask(mask.evict_at, positions=torch.arange(20)[None].int()).windowed(3).windowed(2)
