@@ -1,4 +1,4 @@
-"""Windows, sinks, soft caps and values of another size, alone and together, by the rules of test_attention."""
+"""Windows, sinks, soft caps, values of another size, alone and together, by the rules of test_attention."""
 
 from __future__ import annotations
 

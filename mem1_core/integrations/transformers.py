@@ -44,7 +44,7 @@ _OF_A_MODEL = (
 
 
 class Scores(NamedTuple):
-    """What a layer makes of the products of its queries and keys; see `mem1_core.ops.trajectory_attention`."""
+    """What a layer makes of queries times keys: see `mem1_core.ops.trajectory_attention`."""
 
     scale: float
     window: int | None = None

@@ -57,9 +57,9 @@ def cached_attention(
             and SDPA do this.
 
     Returns:
-        [B, T, Hq, D of the values] in the dtype of q; 0 for padding. A NaN or an infinity in an entry shows in the queries
-        that see it and in no others; in which of their channels is not defined. (In a step of one token, but
-        for float64, an infinity that makes a score -inf has weight 0, as in the code below.)
+        [B, T, Hq, D of the values] in the dtype of q; 0 for padding. A NaN or an infinity in an entry shows
+        in the queries that see it and in no others; in which of their channels is not defined. (In a step of
+        one token, but for float64, an infinity that makes a score -inf has weight 0, as in the code below.)
 
     Raises:
         TypeError, ValueError: an argument that is not as above; the message names it.

@@ -89,7 +89,8 @@ def _attend_row_backward(
     do_not_specialize_on_alignment=["lse", "d_lse"],
 )
 def backward_dq(
-    q_desc, k_desc, v_desc, evict_desc, positions, limit_desc, out_desc, d_out_desc, lse, d_lse, row_lse, row_delta, dq,
+    q_desc, k_desc, v_desc, evict_desc, positions, limit_desc, out_desc, d_out_desc,
+    lse, d_lse, row_lse, row_delta, dq,
     full_offsets, full_tiles, partial_offsets, partial_tiles, order,
     copies, tokens, heads, group, units, scale, cap_scale,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, V_CHUNKS: tl.constexpr, LOAD_ON_USE: tl.constexpr,
@@ -140,8 +141,8 @@ def slope(scale, cap_scale):
 def _gather(
     dk, dv, k, v, j, evict, limit, queries, tiles, begin, gap_begin, gap_end, end, scale, cap_scale,
     heads_per_program, SEVERAL_HEADS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, V_CHUNKS: tl.constexpr, LOAD_ON_USE: tl.constexpr, MASKED: tl.constexpr,
-    DK: tl.constexpr, DV: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, V_CHUNKS: tl.constexpr, LOAD_ON_USE: tl.constexpr,
+    MASKED: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """dk (if DK) and dv (if DV) + what query tiles add to them: [begin, end) without [gap_begin, gap_end), or
     in a window those of tiles[begin:end].
@@ -245,7 +246,8 @@ def backward_dk_dv(
     k = operand(k_desc, batch, kv_head, first, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE)
     v = operand(v_desc, batch, kv_head, first, BLOCK_K, CHUNK, V_CHUNKS, LOAD_ON_USE)
     queries = (
-        q_desc, d_out_desc, row_lse_desc, row_delta_desc, positions_desc, batch, batch // copies, heads, writer
+        q_desc, d_out_desc, row_lse_desc, row_delta_desc, positions_desc,
+        batch, batch // copies, heads, writer,
     )  # fmt: skip
     dk_acc, dv_acc = _gather_row(
         k, v, j, lifetime, limit, queries, live, scale, cap_scale, heads_per_program,
