@@ -20,7 +20,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from mem1_core.integrations.transformers import NAME, cache_shape, config_problem
+from mem1_core.integrations.transformers import NAME, cache_shape, config_problem, has_windows
 from mem1_core.ops.kv_cache import Keep, Positions, prune_kv_cache_
 
 # What a cache is called by models, `generate` and their outputs: transformers 5.24 renamed it.
@@ -77,6 +77,7 @@ class SlotCache(Cache):
         self.run_lengths: list[list[int]] = [[] for _ in range(batch)]
         self._columns = torch.arange(capacity, device="cpu")
         self._config, self._inv_freq = config, None if model is None else _frequencies(model)
+        self._window: int | None = config.sliding_window if has_windows(config) else None
         self._step: _Step | None = None  # of the forward that is announced or under way
         self._announced = False
         super().__init__(layers=[_SlotLayer(self, layer) for layer in range(shape[0])])
@@ -120,20 +121,38 @@ class SlotCache(Cache):
             raise ValueError(f"new_tokens: expected 0 or more for each row, not all 0, got {counts.tolist()}")
         step, mask, device = self._plan(counts), None, self.kv.device
         column = self._columns[: step.width]
-        if not step.alike:
+        window = self._window if int((self.positions + counts).max()) > (self._window or 0) else None
+        if not step.alike or window is not None:
             implementation = self._config._attn_implementation
             if implementation not in ("sdpa", "eager", NAME):
-                expected = "attn_implementation 'sdpa', 'eager' or 'mem1' for rows that differ"
+                expected = "attn_implementation 'sdpa', 'eager' or 'mem1' for rows that differ and windows"
                 raise ValueError(f"SlotCache.forward_kwargs: expected {expected}, got {implementation!r}")
             last = (self.lengths[:, None] + column).to(device)  # the last entry that each token sees
-            mask = (torch.arange(step.used, device=device) <= last[..., None])[:, None]
-            if implementation == "eager":
-                least = torch.finfo(self.kv.dtype).min
-                mask = torch.zeros_like(mask, dtype=self.kv.dtype).masked_fill(~mask, least)
+            seen = (torch.arange(step.used, device=device) <= last[..., None])[:, None]
+            near = seen if window is None else seen & self._in_window(step, window)
+            mask, near = (self._as_mask(x, implementation == "eager") for x in (seen, near))
+            if self._window is not None:
+                kinds = getattr(self._config, "layer_types", None)
+                mask = {"full_attention": mask, "sliding_attention": near} if kinds else near
         # Padding repeats a position in use: where positions are looked up, it must exist.
         place = (self.positions[:, None] + torch.minimum(column, counts[:, None] - 1)).clamp(min=0)
         self._step, self._announced = step, True
         return {**self.kwargs, "position_ids": place.long().to(device), "attention_mask": mask}
+
+    def _in_window(self, step: _Step, window: int) -> Tensor:
+        """bool [B, 1, T, used], by the positions of tokens and entries."""
+        rows, columns, slots = step.places
+        entries = self.entries[:, : step.used].clone()
+        entries[rows, slots] = self.positions[rows] + columns.int()
+        tokens = self.positions[:, None] + self._columns[: step.width]
+        return (tokens[:, None, :, None] - entries[:, None, None] < window).to(self.kv.device)
+
+    def _as_mask(self, seen: Tensor, added: bool) -> Tensor:
+        """As "sdpa" takes it, or, `added`, as "eager" does."""
+        if not added:
+            return seen
+        least = torch.finfo(self.kv.dtype).min
+        return torch.zeros_like(seen, dtype=self.kv.dtype).masked_fill(~seen, least)
 
     def prune(self, keep: Keep, positions: Positions = "keep", *, inv_freq: Tensor | None = None) -> None:
         """Drop entries in place, in all layers at once, by `mem1_core.ops.prune_kv_cache_`.
@@ -340,9 +359,9 @@ def _window_problem(config: Any) -> str | None:
     if not getattr(config, "num_attention_heads", None):
         return f"expected attention layers, got {type(config).__name__} without num_attention_heads"
     if getattr(config, "layer_types", None) is None:
-        for name in ("sliding_window", "attention_chunk_size"):
-            if getattr(config, name, None) is not None:
-                return f"expected full attention, got {name}={getattr(config, name)}"
+        if getattr(config, "attention_chunk_size", None) is not None:
+            expected = "full attention or windows"
+            return f"expected {expected}, got attention_chunk_size={config.attention_chunk_size}"
     return None
 
 
