@@ -23,6 +23,7 @@ EvictionPolicy: TypeAlias = str | int | EvictionFunction  # the first two: short
 @dataclass(frozen=True)
 class _Rule:
     name: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]] = ()  # of actions, without which the rule does nothing
 
     def __str__(self) -> str:
         return "=".join([self.name, *(str(getattr(self, field.name)) for field in fields(self))])
@@ -138,6 +139,7 @@ class Fold(_Rule):
     """
 
     name = "fold"
+    kinds = ("branch", "return")
 
     def __call__(self, segments: Sequence[Segment]) -> Sequence[bool]:
         stays, open_branches = [True] * len(segments), list[int]()
@@ -155,6 +157,7 @@ class Summary(_Rule):
     """When a "summary" is complete it replaces all that was written before it, but for the prompt."""
 
     name = "summary"
+    kinds = ("summary",)
 
     def __call__(self, segments: Sequence[Segment]) -> Sequence[bool]:
         last = max((n for n, s in enumerate(segments) if s.kind == "summary"), default=0)
@@ -208,6 +211,11 @@ def resolve_policy(prune: EvictionPolicy) -> EvictionFunction:
 def short_form(prune: EvictionPolicy) -> str | int | None:
     """What `resolve_policy` makes the same rule of; None for a function of one's own."""
     return prune if isinstance(prune, (str, int)) else str(prune) if type(prune) in RULES else None
+
+
+def rule_name(prune: EvictionPolicy) -> str | int:
+    """The short form as it was given, else `policy_name`: what files and messages say."""
+    return short_form(prune) or policy_name(prune)
 
 
 def policy_name(prune: EvictionPolicy) -> str:

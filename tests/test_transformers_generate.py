@@ -332,6 +332,10 @@ def test_refusals() -> None:
         "eviction_policy: expected bool [7] or None, got torch.bool [3]",
         eviction_policy=lambda *_: torch.ones(3).bool(),
     )
+    for wrong in ("action", lambda segments: [True]):
+        refused("eviction_policy: expected a function of a row's tokens", eviction_policy=wrong)
+    with pytest.raises(TypeError, match="codec: expected a Codec, got PreTrainedTokenizerFast"):
+        TurnEviction(CODEC.tokenizer)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="prune: expected"):
         TurnEviction(CODEC, "all")  # type: ignore[arg-type]
 

@@ -14,6 +14,7 @@ mask of what the rule has let go.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,7 @@ def prune_generate(
             `SlotCache.forward_kwargs`. An error on the way leaves the cache at a place that `reset` alone
             makes good.
     """
+    _check_policy(eviction_policy)
     cache, streams = _begin(model, input_ids, generation_config, capacity, model_kwargs)
     pad = getattr(generation_config, "_pad_token_tensor", None)
     pad = input_ids.new_zeros(()) if pad is None else pad.to(input_ids)
@@ -138,6 +140,16 @@ def prune_generate(
         fields: dict[str, Any] = {"sequences": input_ids, "scores": scores, "logits": raw}
         return GenerateDecoderOnlyOutput(**fields, **cache.kwargs)
     return input_ids
+
+
+def _check_policy(policy: Any) -> None:
+    if policy is None:
+        return
+    try:
+        inspect.signature(policy).bind([], [], False)
+    except TypeError as error:
+        expected = "a function of a row's tokens, their runs and whether it has ended, as TurnEviction is"
+        raise ValueError(f"eviction_policy: expected {expected}, got {policy!r}: {error}") from None
 
 
 def _begin(

@@ -131,7 +131,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: _Messages) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except (TemplateError, TypeError, KeyError) as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise _fault(f"takes the roles {roles}", f"{type(error).__name__}: {error}", "'raw'") from error
+        other = "'raw'" if messages[0]["role"] != "system" else "'raw', or no system message"
+        raise _fault(f"takes the roles {roles}", f"{type(error).__name__}: {error}", other) from error
 
 
 def _fault(expected: str, got: str, other: str) -> InputError:

@@ -32,6 +32,8 @@ class TurnEviction:
     """
 
     def __init__(self, codec: Codec, prune: EvictionPolicy = "action") -> None:
+        if not isinstance(codec, Codec):
+            raise TypeError(f"codec: expected a Codec, got {type(codec).__name__}")
         resolve_policy(prune)  # refuses what is no rule
         self.codec, self.prune = codec, prune
 

@@ -380,6 +380,19 @@ def test_seeds_and_sampling_seeds_have_nothing_in_common(make_model, tokenizer):
         rollout(model, tokenizer, lambda: MultiHopEnv(2), [0], config, sampling_seed=-1)
 
 
+def test_a_model_with_another_attention_is_refused_before_anything_runs(make_model, tokenizer):
+    model = make_model(attn_implementation="sdpa")
+    with pytest.raises(InputError, match="expected attn_implementation='mem1', got 'sdpa'"):
+        rollout(model, tokenizer, lambda: MultiHopEnv(2), [0], CONFIG)
+
+
+def test_an_expert_is_not_cut(make_model, tokenizer):
+    """Its turn would be played as malformed."""
+    config = replace(CONFIG, max_action_tokens=8)
+    (played,) = rollout(make_model(), tokenizer, lambda: MultiHopEnv(2), [0], config, expert=True)
+    assert played.error.startswith("ValueError: expert_action: expected at most max_action_tokens=8, got ")
+
+
 @pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.6}, {"greedy": True}])
 def test_trajectories_keep_the_logprobs_of_the_sampler(make_model, tokenizer, settings):
     config = replace(CONFIG, **settings)
