@@ -334,7 +334,7 @@ def test_refusals() -> None:
     )
     for wrong in ("action", lambda segments: [True]):
         refused("eviction_policy: expected a function of a row's tokens", eviction_policy=wrong)
-    with pytest.raises(TypeError, match="codec: expected a Codec, got PreTrainedTokenizerFast"):
+    with pytest.raises(TypeError, match="codec: expected a Codec, got "):
         TurnEviction(CODEC.tokenizer)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="prune: expected"):
         TurnEviction(CODEC, "all")  # type: ignore[arg-type]
