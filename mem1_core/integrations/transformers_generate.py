@@ -49,10 +49,10 @@ def prune_generate(
     own tokens.
 
     Args:
-        eviction_policy: asked for each token that a row has written. Its arguments are the row's tokens, that
-            one included; their runs: how many were given, then written, given, ...; and whether the row
-            writes no more in this call. Returns bool [tokens], True for those that later ones may still see,
-            or None for all. The token just written is fed first: it sees what leaves.
+        eviction_policy: asked for each token that a row has written, and when it has read what it was given.
+            Its arguments are the row's tokens so far; their runs: how many were given, then written, given,
+            ...; and whether the row writes no more in this call. Returns bool [tokens], True for those that
+            later ones may still see, or None for all. The last token is fed first: it sees what leaves.
         capacity: of the cache that is made where none is given; by default the longest possible sequence.
         streamer: give it to `generate` and, as that hands none on, here:
             `custom_generate=partial(prune_generate, streamer=streamer)`.
@@ -87,6 +87,9 @@ def prune_generate(
     for stream, runs in zip(streams, cache.run_lengths, strict=True):
         if given := len(stream) - sum(runs):
             _extend(runs, given, written=False)
+    if eviction_policy is not None:
+        asked = zip(streams, cache.run_lengths, writing, strict=True)
+        _forget(cache, [_ask(eviction_policy, *row[:2], False) if row[2] else None for row in asked])
 
     last: list[list[int]] = [[] for _ in streams]  # of each row that is done: the token that is still unread
     stays: list[Tensor | None] = [None] * len(streams)  # what its prune leaves, once that token is read
