@@ -13,7 +13,7 @@ from mem1.parsing.codec import Codec
 from mem1.parsing.tags import ActionTag, TagFormat
 from mem1.parsing.turn_eviction import TurnEviction
 from mem1_core.eviction import eviction_table
-from mem1_core.eviction_policies import EvictionPolicy
+from mem1_core.eviction_policies import EvictionPolicy, rule_name
 from mem1_core.integrations.transformers import register
 from mem1_core.integrations.transformers_cache import SlotCache
 from mem1_core.integrations.transformers_generate import prune_generate
@@ -56,7 +56,9 @@ LOOKUP = TagFormat(actions=(ActionTag("query", "lookup"), ActionTag("answer", "a
 
 
 @pytest.mark.parametrize(
-    "prune", ["action", "state", "hide_observations=1", "never", once_answered, at_a_lookup], ids=str
+    "prune",
+    ["action", "state", "hide_observations=1", "never", once_answered, at_a_lookup],
+    ids=lambda prune: str(rule_name(prune)),
 )
 @pytest.mark.parametrize("name", ["byte-level", "sentence-piece"])
 def test_turns_of_text_are_forgotten_exactly(
