@@ -6,6 +6,7 @@ Those of the package are frozen dataclasses; `str` gives the short form that com
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeAlias, cast
@@ -230,6 +231,7 @@ def qualified_name(value: Any) -> str:
     """
     if isinstance(value, functools.partial):
         arguments = [*map(repr, value.args), *(f"{k}={v!r}" for k, v in value.keywords.items())]
-        return f"{qualified_name(value.func)}({', '.join(arguments)})"
+        called = f"{qualified_name(value.func)}({', '.join(arguments)})"
+        return re.sub(r" at 0x[0-9a-fA-F]+", "", called)  # the same in every process
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}:{named.__qualname__}"

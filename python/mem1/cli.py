@@ -40,7 +40,7 @@ from mem1.options import (
     rollout_config,
 )
 from mem1.parsing.token_text import TokenText
-from mem1.rollout.rollout_loop import check_positions, make_engine, rollout
+from mem1.rollout.rollout_loop import check_positions, make_codec, make_engine, rollout
 from mem1.runtime.device import whereabouts
 from mem1.runtime.interrupts import Interrupts
 from mem1.runtime.progress import Progress
@@ -139,6 +139,7 @@ def _eval(options: argparse.Namespace, progress: Progress) -> None:
     rules = [replace(config, prune=prune) for config in configs.values() for _, prune in prunes]
     for config in rules:
         check_positions(model, config)  # of all rows before the first one
+    make_codec(tokenizer, rules[0], model)  # a copy of its vocabulary is part of the memory
     engine = make_engine(model, max(rules, key=RolloutConfig.peak_tokens), options.episodes, progress.log)
     results: list[Result] = []
     for agent, prune in prunes:
@@ -186,6 +187,7 @@ def _rollout(options: argparse.Namespace, progress: Progress) -> None:
     _log_other_settings(options.model, config, progress)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
+    make_codec(tokenizer, config, model)  # a copy of its vocabulary is part of the memory
     episodes = options.episodes * options.group_size
     engine = make_engine(model, config, episodes, progress.log)
     start, tokens, failed = time.perf_counter(), 0, list[Trajectory]()

@@ -185,7 +185,7 @@ def _imported(text: str) -> Any:
     sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"expected MODULE:NAME, got {text!r}: {error}") from None
     finally:
         sys.path.remove(os.getcwd())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,10 @@ def test_training_goes_on_with_the_same_options_only(model, capsys):
         "environment": "own_world:Guess",
         "words": "the south",
     }
-    capsys.readouterr()
+    told = re.search(r", ([\d.]+) MB for training, ", capsys.readouterr().out)
+    parameters = sum(p.numel() for p in checkpoint.load(model)[0].parameters())
+    # Gradients and two moments of actor and critic, in fp32.
+    assert told is not None and float(told[1]) > 0.9 * 2 * 3 * 4 * parameters / 1e6
     more = [*command, "--max-updates", "2", "--resume"]
     other = [*more, "--environment-args", '{"words": "the north"}']
     for changed, message in [
