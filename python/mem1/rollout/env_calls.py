@@ -87,9 +87,10 @@ class EnvironmentCalls:
         if not self._expert_plays:
             return None
         step = self.environment.expert_action()  # type: ignore[attr-defined]
-        tokens, limit = self._codec.expert(*_expect("expert_action", step, ExpertAction)), self._config
-        if len(tokens) > limit.max_action_tokens:  # cut, it would be played as malformed
-            expected = f"at most max_action_tokens={limit.max_action_tokens}"
+        tokens = self._codec.expert(*_expect("expert_action", step, ExpertAction))
+        limit = self._config.max_action_tokens
+        if len(tokens) > limit:  # cut, it would be played as malformed
+            expected = f"at most max_action_tokens={limit}"
             raise ValueError(f"expert_action: expected {expected}, got {len(tokens)} tokens")
         return tokens
 
