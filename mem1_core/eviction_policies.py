@@ -6,6 +6,7 @@ Those of the package are frozen dataclasses; `str` gives the short form that com
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeAlias, cast
@@ -23,6 +24,7 @@ EvictionPolicy: TypeAlias = str | int | EvictionFunction  # the first two: short
 @dataclass(frozen=True)
 class _Rule:
     name: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]] = ()  # of actions, without which the rule does nothing
 
     def __str__(self) -> str:
         return "=".join([self.name, *(str(getattr(self, field.name)) for field in fields(self))])
@@ -138,6 +140,7 @@ class Fold(_Rule):
     """
 
     name = "fold"
+    kinds = ("branch", "return")
 
     def __call__(self, segments: Sequence[Segment]) -> Sequence[bool]:
         stays, open_branches = [True] * len(segments), list[int]()
@@ -155,6 +158,7 @@ class Summary(_Rule):
     """When a "summary" is complete it replaces all that was written before it, but for the prompt."""
 
     name = "summary"
+    kinds = ("summary",)
 
     def __call__(self, segments: Sequence[Segment]) -> Sequence[bool]:
         last = max((n for n, s in enumerate(segments) if s.kind == "summary"), default=0)
@@ -210,6 +214,11 @@ def short_form(prune: EvictionPolicy) -> str | int | None:
     return prune if isinstance(prune, (str, int)) else str(prune) if type(prune) in RULES else None
 
 
+def rule_name(prune: EvictionPolicy) -> str | int:
+    """The short form as it was given, else `policy_name`: what files and messages say."""
+    return short_form(prune) or policy_name(prune)
+
+
 def policy_name(prune: EvictionPolicy) -> str:
     """Of a rule: the full short form, or "module:name" of a function of one's own."""
     policy: Any = resolve_policy(prune)
@@ -222,6 +231,7 @@ def qualified_name(value: Any) -> str:
     """
     if isinstance(value, functools.partial):
         arguments = [*map(repr, value.args), *(f"{k}={v!r}" for k, v in value.keywords.items())]
-        return f"{qualified_name(value.func)}({', '.join(arguments)})"
+        called = f"{qualified_name(value.func)}({', '.join(arguments)})"
+        return re.sub(r" at 0x[0-9a-fA-F]+", "", called)  # the same in every process
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}:{named.__qualname__}"

@@ -236,3 +236,13 @@ def test_layout_dtypes_and_errors() -> None:
         with pytest.raises(ValueError, match="expected a prompt of at least one token"):
             TrajectoryLayout.from_segments(segments)
     assert TrajectoryLayout.from_segments([], regime="reencode").token_index.shape == (0,)
+
+
+def test_a_copy_behind_its_original_is_a_run_of_its_own() -> None:
+    """Without states a block begins with the very action that the one before it has ended with."""
+    segments = [Segment("prompt", 0, 3)]
+    for turn in (1, 2, 3):
+        segments += [Segment("query", turn, 2), Segment("info", turn, 4)]
+    runs = TrajectoryLayout.from_segments(segments, regime="reencode").mask.segments
+    assert [run.kind for run in runs].count("query") == 3 + 2
+    assert set(runs) == set(segments)

@@ -329,9 +329,13 @@ def test_refusals() -> None:
     refused("expected a SlotCache of 2 rows, got 3", **SlotCache(model, 3, 16).kwargs)
     refused("capacity: expected room for 7 tokens in slot 0, got 6", capacity=6)
     refused(
-        "eviction_policy: expected bool [7] or None, got torch.bool [3]",
+        "eviction_policy: expected bool [6] or None, got torch.bool [3]",
         eviction_policy=lambda *_: torch.ones(3).bool(),
     )
+    for wrong in ("action", lambda segments: [True]):
+        refused("eviction_policy: expected a function of a row's tokens", eviction_policy=wrong)
+    with pytest.raises(TypeError, match="codec: expected a Codec, got "):
+        TurnEviction(CODEC.tokenizer)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="prune: expected"):
         TurnEviction(CODEC, "all")  # type: ignore[arg-type]
 

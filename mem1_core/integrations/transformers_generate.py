@@ -14,6 +14,7 @@ mask of what the rule has let go.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -48,10 +49,10 @@ def prune_generate(
     own tokens.
 
     Args:
-        eviction_policy: asked for each token that a row has written. Its arguments are the row's tokens, that
-            one included; their runs: how many were given, then written, given, ...; and whether the row
-            writes no more in this call. Returns bool [tokens], True for those that later ones may still see,
-            or None for all. The token just written is fed first: it sees what leaves.
+        eviction_policy: asked for each token that a row has written, and when it has read what it was given.
+            Its arguments are the row's tokens so far; their runs: how many were given, then written, given,
+            ...; and whether the row writes no more in this call. Returns bool [tokens], True for those that
+            later ones may still see, or None for all. The last token is fed first: it sees what leaves.
         capacity: of the cache that is made where none is given; by default the longest possible sequence.
         streamer: give it to `generate` and, as that hands none on, here:
             `custom_generate=partial(prune_generate, streamer=streamer)`.
@@ -68,6 +69,7 @@ def prune_generate(
             `SlotCache.forward_kwargs`. An error on the way leaves the cache at a place that `reset` alone
             makes good.
     """
+    _check_policy(eviction_policy)
     cache, streams = _begin(model, input_ids, generation_config, capacity, model_kwargs)
     pad = getattr(generation_config, "_pad_token_tensor", None)
     pad = input_ids.new_zeros(()) if pad is None else pad.to(input_ids)
@@ -85,6 +87,9 @@ def prune_generate(
     for stream, runs in zip(streams, cache.run_lengths, strict=True):
         if given := len(stream) - sum(runs):
             _extend(runs, given, written=False)
+    if eviction_policy is not None:
+        asked = zip(streams, cache.run_lengths, writing, strict=True)
+        _forget(cache, [_ask(eviction_policy, *row[:2], False) if row[2] else None for row in asked])
 
     last: list[list[int]] = [[] for _ in streams]  # of each row that is done: the token that is still unread
     stays: list[Tensor | None] = [None] * len(streams)  # what its prune leaves, once that token is read
@@ -138,6 +143,16 @@ def prune_generate(
         fields: dict[str, Any] = {"sequences": input_ids, "scores": scores, "logits": raw}
         return GenerateDecoderOnlyOutput(**fields, **cache.kwargs)
     return input_ids
+
+
+def _check_policy(policy: Any) -> None:
+    if policy is None:
+        return
+    try:
+        inspect.signature(policy).bind([], [], False)
+    except TypeError as error:
+        expected = "a function of a row's tokens, their runs and whether it has ended, as TurnEviction is"
+        raise ValueError(f"eviction_policy: expected {expected}, got {policy!r}: {error}") from None
 
 
 def _begin(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,7 @@ from mem1.options import (
     rollout_config,
 )
 from mem1.parsing.token_text import TokenText
-from mem1.rollout.rollout_loop import check_positions, make_engine, rollout
+from mem1.rollout.rollout_loop import check_positions, make_codec, make_engine, rollout
 from mem1.runtime.device import whereabouts
 from mem1.runtime.interrupts import Interrupts
 from mem1.runtime.progress import Progress
@@ -47,8 +48,10 @@ from mem1.runtime.waiting import share_cpus
 from mem1.seeds import LARGEST
 from mem1.train import checkpoint
 from mem1.train.parity import parity
+from mem1.train.run_folder import CONFIG
 from mem1.train.train_loop import train
 from mem1.trajectory import Trajectory
+from mem1_core.eviction_policies import rule_name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -127,13 +130,16 @@ def _eval(options: argparse.Namespace, progress: Progress) -> None:
     sizes = options.objectives or ([None] if options.environment else OBJECTIVES)
     makers = {n: environment_maker(options, n) for n in sizes}
     configs = {n: rollout_config(options, n) for n in sizes}
-    prunes: list[tuple[str, EvictionPolicy]] = [("MEM1", options.prune), ("full context", "never")]
+    agent = "MEM1" if options.prune in ("action", "state") else str(rule_name(options.prune))
+    prunes: list[tuple[str, EvictionPolicy]] = [(agent, options.prune), ("full context", "never")]
     if options.truncate is not None:
         prunes.append((f"truncated to {options.truncate}", options.truncate))
     model, tokenizer = _load(options, progress)
+    _log_other_settings(options.model, configs[sizes[0]], progress)
     rules = [replace(config, prune=prune) for config in configs.values() for _, prune in prunes]
     for config in rules:
         check_positions(model, config)  # of all rows before the first one
+    make_codec(tokenizer, rules[0], model)  # a copy of its vocabulary is part of the memory
     engine = make_engine(model, max(rules, key=RolloutConfig.peak_tokens), options.episodes, progress.log)
     results: list[Result] = []
     for agent, prune in prunes:
@@ -153,6 +159,7 @@ def _eval(options: argparse.Namespace, progress: Progress) -> None:
             )
             results.append(row)
             trajectories += played
+        _log_failures(trajectories, progress)
         progress.log(f"{agent}: sampled and recomputed log-probs")
         progress.log(table([parity(model, trajectories, options.regime, options.temperature)]))
     progress.log("means per sound episode; lengths in tokens, seconds of wall time per episode")
@@ -177,11 +184,13 @@ def _rollout(options: argparse.Namespace, progress: Progress) -> None:
         )
         _check_writable(options.out.parent)
     model, tokenizer = _load(options, progress)
+    _log_other_settings(options.model, config, progress)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
+    make_codec(tokenizer, config, model)  # a copy of its vocabulary is part of the memory
     episodes = options.episodes * options.group_size
     engine = make_engine(model, config, episodes, progress.log)
-    start, tokens = time.perf_counter(), 0
+    start, tokens, failed = time.perf_counter(), 0, list[Trajectory]()
     with (
         atomic_write(options.out) if options.out else nullcontext() as file,
         progress.phase("episodes", total=episodes) as phase,
@@ -198,14 +207,23 @@ def _rollout(options: argparse.Namespace, progress: Progress) -> None:
         ):
             tokens += int(trajectory.policy_mask.sum())
             phase.advance()
+            failed += [trajectory] if trajectory.error_kind else []
             if file is None:
                 progress.log(transcript(trajectory, tokenizer) + "\n")
             else:
                 file.write(trajectory.to_json() + "\n")
     seconds = time.perf_counter() - start
     progress.log(f"{episodes} episodes, {tokens} policy tokens, {tokens / seconds:.0f} per second")
+    _log_failures(failed, progress)
     if options.out:
         progress.log(f"trajectories are in {options.out}")
+
+
+def _log_failures(trajectories: Iterable[Trajectory], progress: Progress) -> None:
+    failed = [trajectory for trajectory in trajectories if trajectory.error_kind]
+    if failed:
+        first = f"{failed[0].finish_reason}: {failed[0].error}"
+        progress.log(f"{len(failed)} episodes failed, seed {failed[0].seed} by {first}")
 
 
 def transcript(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -243,6 +261,19 @@ def _load(options: argparse.Namespace, progress: Progress) -> tuple[Any, PreTrai
     progress.log(whereabouts(model))
     progress.log(str(load_report(model, tokenizer, options.model)))
     return model, tokenizer
+
+
+def _log_other_settings(model: str, config: RolloutConfig, progress: Progress) -> None:
+    """A run's format and rules are not part of its model: say where others are asked for."""
+    for folder in (Path(model), Path(model).parent, Path(model).parent.parent):
+        if (folder / CONFIG).is_file():
+            trained = json.loads((folder / CONFIG).read_text()).get("rollout", {})
+            now = TrainConfig(rollout=replace(config, greedy=False)).to_dict()["rollout"]
+            for name in "format chat system observation_role prune regime".split():
+                was, given = trained.get(name, now[name]), json.loads(json.dumps(now[name]))
+                if was != given:
+                    progress.log(f"trained with {name} {was}, now {given}")
+            return
 
 
 def _check_writable(folder: Path) -> None:

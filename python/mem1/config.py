@@ -24,9 +24,8 @@ from mem1_core.eviction_policies import (
     EvictionPolicy,
     Never,
     Recorded,
-    policy_name,
     resolve_policy,
-    short_form,
+    rule_name,
 )
 from mem1_core.layout import Regime
 
@@ -141,10 +140,14 @@ class RolloutConfig:
         if hasattr(self.prune, "__index__") and not isinstance(self.prune, bool):  # numpy's numbers
             object.__setattr__(self, "prune", operator.index(self.prune))
         try:
-            resolve_policy(self.prune)
+            rule = resolve_policy(self.prune)
         except ValueError as error:
             raise InputError(str(error)) from None
         require(not isinstance(self.prune, Recorded), "prune", "a rule for all trajectories", self.prune)
+        missing = set(getattr(rule, "kinds", ())) - {action.kind for action in self.format.actions}
+        if missing:
+            expected = f"a format with an action of kind {' and '.join(sorted(missing))}"
+            raise InputError(f"prune: expected {expected} for {self.prune_name!r}, got {self.format}")
         require_numbers(self, "temperature", 1e-4)  # less is `greedy`
         require_numbers(self, "top_p", 0.0, 1.0, above=True)
         require_numbers(self, "env_timeout kv_memory", above=True)
@@ -154,7 +157,7 @@ class RolloutConfig:
     @property
     def prune_name(self) -> str | int:
         """The rule as it is written in files and messages."""
-        return short_form(self.prune) or policy_name(self.prune)
+        return rule_name(self.prune)
 
     def peak_tokens(self) -> int:
         """The most tokens of an episode that can be live at once: what a slot of the KV cache must hold."""

@@ -140,6 +140,7 @@ def _format_options() -> argparse.ArgumentParser:
     add("--max-state-tokens", type=_positive, help="of its state; None: no limit of its own")
     add("--max-info-tokens", type=_positive, help="tokens of one observation; None: room for a passage")
     add("--max-turns", type=_positive, help="turns of one episode; None: at least twice the expert's")
+    add("--observation-role", default=default.observation_role, help="of observations with --chat turns")
     add("--context-limit", type=_positive, help="live tokens beyond which a summary is asked for")
     return parser
 
@@ -184,7 +185,7 @@ def _imported(text: str) -> Any:
     sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"expected MODULE:NAME, got {text!r}: {error}") from None
     finally:
         sys.path.remove(os.getcwd())
@@ -204,12 +205,14 @@ def _format(text: str) -> TagFormat:
     if text in FORMATS:
         return FORMATS[text]
     try:
-        return TagFormat.from_dict(_json(Path(text).read_text()))
+        written = Path(text).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise argparse.ArgumentTypeError(
             f"expected one of {', '.join(FORMATS)} or a file, got {text!r}: {error}"
         ) from None
-    except InputError as error:
+    try:
+        return TagFormat.from_dict(json.loads(written))
+    except ValueError as error:  # InputError is one
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
 
@@ -275,7 +278,7 @@ def environment_maker(
         pass
     except TypeError as error:
         name = getattr(make, "__qualname__", repr(make))
-        raise InputError(f"environment-args: expected arguments of {name}, got {error}") from None
+        raise InputError(f"environment-args: expected arguments of {name}: {error}") from None
     if make is MultiHopEnv:
         make(**arguments)  # which costs nothing, and refuses what is out of its range
     return partial(make, **arguments)

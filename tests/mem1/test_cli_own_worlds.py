@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,15 @@ class Taught(Guess):
 def keep_all(segments):
     return [True] * len(segments)
 
+class Small:
+    def __call__(self, segments):
+        return [True] * len(segments)
+
+    def peak_tokens(self, prompt, action, info, turns):
+        return 10
+
+small = Small()
+
 number = 3
 '''
 SMALL = "--max-turns 2 --max-action-tokens 24 --max-prompt-tokens 64 --max-info-tokens 64".split()
@@ -62,7 +72,10 @@ def test_training_goes_on_with_the_same_options_only(model, capsys):
         "environment": "own_world:Guess",
         "words": "the south",
     }
-    capsys.readouterr()
+    told = re.search(r", ([\d.]+) MB for training, ", capsys.readouterr().out)
+    parameters = sum(p.numel() for p in checkpoint.load(model)[0].parameters())
+    # Gradients and two moments of actor and critic, in fp32.
+    assert told is not None and float(told[1]) > 0.9 * 2 * 3 * 4 * parameters / 1e6
     more = [*command, "--max-updates", "2", "--resume"]
     other = [*more, "--environment-args", '{"words": "the north"}']
     for changed, message in [
@@ -75,6 +88,13 @@ def test_training_goes_on_with_the_same_options_only(model, capsys):
         assert message in capsys.readouterr().err
     assert main([*more, "--kv-memory", "1e8", "--num-slots", "1"]) == 0
     assert "rollout.kv_memory 0.6 -> 100000000.0" in capsys.readouterr().out
+    played = ["rollout", "--model", "run", "--episodes", "1", *SMALL, "--environment", "own_world:Guess"]
+    assert main([*played, "--prune", "never", "--regime", "reencode"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "trained with prune action, now never" in said and "trained with regime carry, now reencode" in said
+    )
+    assert main(played) == 0 and "trained with" not in capsys.readouterr().out
     records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [(record["phase"], record["step"]) for record in records] == [("ppo", 1), ("ppo", 2)]
 
@@ -90,6 +110,11 @@ def test_a_rule_of_ones_own(model, capsys):
     assert "2 episodes" in capsys.readouterr().out
 
 
+def test_a_number_from_a_module_is_a_window_of_tokens(model):
+    command = ["rollout", "--model", model, "--episodes", "1", *SMALL]
+    assert main([*command, "--environment", "own_world:Guess", "--prune", "own_world:number"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -97,7 +122,9 @@ def test_a_rule_of_ones_own(model, capsys):
         (["--environment", "own_world:Guess", "--hops", "2"], "hops: expected none beside environment"),
         (["--environment", "own_world:Guess", "--environment-args", '{"word": 1}'], "argument 'word'"),
         (["--environment", "own_world:number"], "environment: expected what makes an environment, got 3"),
-        (["--prune", "own_world:number", "--environment", "own_world:Guess"], None),
+        (["--prune", "fold"], "prune: expected a format with an action of kind branch and return for 'fold'"),
+        (["--prune", "own_world:small"], "prune='own_world:Small': expected peak_tokens of at least"),
+        (["--max-state-tokens", "30"], "max_state_tokens: expected at most max_action_tokens=24"),
         (["--kv-memory", "100"], "kv_memory: expected at least"),
         (["--kv-memory", "1.5"], "kv_memory: expected a share of at most 1, or bytes from 2 on, got 1.5"),
         (["--chat", "turns"], "chat: expected 'raw' for a tokenizer without a chat template, got 'turns'"),
@@ -107,13 +134,19 @@ def test_a_rule_of_ones_own(model, capsys):
     ],
 )
 def test_what_cannot_be_used_is_one_line(model, capsys, arguments, message):
-    command = ["rollout", "--model", model, "--episodes", "1", *SMALL, *arguments]
-    if message is None:  # a number is a window of tokens
-        assert main(command) == 0
-        return
-    assert main(command) == 2
+    assert main(["rollout", "--model", model, "--episodes", "1", *SMALL, *arguments]) == 2
     said = capsys.readouterr().err
     assert message in said.splitlines()[-1] and "Traceback" not in said
+
+
+def test_episodes_that_fail_say_why(model, capsys):
+    command = ["rollout", "--model", model, "--episodes", "2", "--out", "played.jsonl", *SMALL]
+    command += ["--environment", "own_world:Guess", "--max-prompt-tokens", "5"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "2 episodes failed, seed " in said
+    assert " by environment_error: ValueError: reset: expected a prompt of at least one token and" in said
+    assert "at most max_prompt_tokens=5, got more than 5" in said
 
 
 @pytest.mark.parametrize(
@@ -127,12 +160,14 @@ def test_what_cannot_be_used_is_one_line(model, capsys, arguments, message):
         (["--format", "html"], "argument --format: expected one of mem1, official, fold, summary, chunks"),
         (["--format", "twins.json"], "expected none that begins with another, got 'IS' and 'ISS'"),
         (["--format", "empty.json"], "a tag's name without blanks, <, > and /, got ''"),
-        (["--format", "odd.json"], "expected a table of state, actions, observation"),
+        (["--format", "odd.json"], "odd.json: format: expected a table of state, actions, observation"),
+        (["--format", "broken.json"], "broken.json: Expecting value"),
     ],
 )
 def test_the_parser_refuses(model, capsys, arguments, message):
     Path("twins.json").write_text('{"actions": [{"tag": "ISS", "kind": "query"}]}')
     Path("empty.json").write_text('{"state": ""}')
+    Path("broken.json").write_text('{"state": }')
     Path("odd.json").write_text('{"states": "IS"}')
     with pytest.raises(SystemExit) as stop:
         main(["rollout", "--model", model, *arguments])

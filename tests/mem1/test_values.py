@@ -73,7 +73,7 @@ def play(tokenizer, **values) -> Trajectory:
 WRONG = [
     ("reset", 3, "TypeError: reset: expected str, got int 3"),
     ("reset", None, "TypeError: reset: expected str, got NoneType None"),
-    ("reset", " ", "ValueError: reset: expected a prompt of 1 to 4096 tokens, got ' '"),
+    ("reset", " ", "ValueError: reset: expected a prompt of at least one token and at most max_prompt"),
     ("step", None, "TypeError: step: expected Observation, got NoneType None"),
     ("step", Observation(None, 0.0, False), "TypeError: step: text: expected str, got NoneType None"),
     ("step", Observation("anna", 0.0, "no"), "TypeError: step: done: expected bool, got str 'no'"),

@@ -52,6 +52,18 @@ def has_large_layers(model: nn.Module) -> bool:
     return any(isinstance(m, nn.Linear) and m.weight.numel() >= _LARGE for m in model.modules())
 
 
+def product_bytes(model: nn.Module, tokens: int) -> int:
+    """What a block product of so many rows takes beside its operands and its result: bfloat16 is multiplied
+    and summed in float32.
+    """
+    weight = next(model.parameters())
+    narrow = weight.dtype == torch.bfloat16 and not torch.ops.mem1_core._linear_in_bfloat16()
+    if weight.device.type != "cpu" or not narrow:
+        return 0
+    layers = (m.weight.shape for m in model.modules() if isinstance(m, nn.Linear))
+    return max((4 * tokens * (2 * wide + out) for out, wide in layers if out * wide >= _LARGE), default=0)
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()

@@ -73,7 +73,8 @@ def evaluate_expert(
     the expert's notes and turns grow with the task, and only what is asked of it may end an episode.
     """
     require(episodes >= 1, "episodes", "an integer >= 1", episodes)
-    free = replace(config, max_turns=_NO_LIMIT, max_action_tokens=_NO_LIMIT, max_info_tokens=_NO_LIMIT)
+    limits = dict.fromkeys("max_prompt_tokens max_turns max_action_tokens max_info_tokens".split(), _NO_LIMIT)
+    free = replace(config, max_state_tokens=None, **limits)
     start = time.perf_counter()
     played = list(play_expert(tokenizer, make_environment, evaluation_seeds(seed, episodes), free))
     return summarize(agent, objectives, played, time.perf_counter() - start), played

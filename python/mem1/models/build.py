@@ -103,9 +103,9 @@ def without_dropout(model: nn.Module) -> None:
     model.eval()
     for name, module in model.named_modules():
         if getattr(module, "gradient_checkpointing", False):
-            p = getattr(module, "dropout", 0.0)
-            if isinstance(p, float) and p > 0:  # a function's argument, which only training mode governs
-                raise InputError(
-                    f"model: expected no dropout beside gradient checkpointing, got dropout={p} in {name}"
-                )
+            # Arguments of functions and of loops over layers, which only training mode governs.
+            for what, p in vars(module).items():
+                if "drop" in what and isinstance(p, float) and p > 0:
+                    expected = "no dropout beside gradient checkpointing"
+                    raise InputError(f"model: expected {expected}, got {what}={p} in {name or 'the model'}")
             module.training = True

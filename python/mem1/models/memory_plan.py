@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mem1.checks import InputError, require
+from mem1.engine.cpu_products import product_bytes
 from mem1.engine.engine import forward_tokens, reserved_tokens, sampling_bytes
 from mem1.models.activations import Activations
 from mem1.models.free_memory import free_memory, resident_bytes
@@ -77,11 +78,13 @@ def plan_memory(
     layers, kv_heads, head_dim = cache_shape(model.config)
     element = next(model.parameters()).element_size()
     slot = 2 * layers * reserved_tokens(capacity, head.device) * kv_heads * head_dim * element
+    trunk: nn.Module = cast(Any, model.get_decoder())
     weights, free, activations = weights_bytes(model), free_memory(head.device), Activations(model)
     process = max(0, resident_bytes() - weights) if head.device.type == "cpu" else 0
 
     def plan(slots: int) -> MemoryPlan:
-        forward = activations.peak(forward_tokens(slots, capacity, max_num_batched_tokens))
+        tokens = forward_tokens(slots, capacity, max_num_batched_tokens)
+        forward = activations.peak(tokens) + product_bytes(trunk, tokens)
         sampling = sampling_bytes(head, slots)
         return MemoryPlan(slots, capacity, slot, weights, forward, sampling, free, reserved_bytes, process)
 

@@ -129,9 +129,11 @@ def _fill(pieces: Sequence[str], contents: Sequence[str]) -> str:
 def _render(tokenizer: PreTrainedTokenizerBase, messages: _Messages) -> str:
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except (TemplateError, TypeError, KeyError) as error:
+    # A template is a program: whatever it raises.
+    except (TemplateError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise _fault(f"takes the roles {roles}", f"{type(error).__name__}: {error}", "'raw'") from error
+        other = "'raw'" if messages[0]["role"] != "system" else "'raw', or no system message"
+        raise _fault(f"takes the roles {roles}", f"{type(error).__name__}: {error}", other) from error
 
 
 def _fault(expected: str, got: str, other: str) -> InputError:

@@ -105,10 +105,14 @@ class Codec:
     ) -> None:
         """Raises InputError for a limit that the tags alone exceed."""
         limits = {"max_info_tokens": (max_info_tokens, self.observation_overhead())}
+        state = 0 if self.format.state is None else self._pair(self.format.state)
         actions = [self._pair(action.tag) for action in self.format.actions]
-        limits["max_action_tokens"] = (max_action_tokens, min(actions))
-        if self.format.state is not None and max_state_tokens is not None:
-            limits["max_state_tokens"] = (max_state_tokens, self._pair(self.format.state))
+        limits["max_action_tokens"] = (max_action_tokens, state + min(actions))
+        if state and max_state_tokens is not None:
+            limits["max_state_tokens"] = (max_state_tokens, state)
+            if max_state_tokens > max_action_tokens:
+                expected = f"at most max_action_tokens={max_action_tokens}, which holds the state too"
+                raise InputError(f"max_state_tokens: expected {expected}, got {max_state_tokens}")
         for name, (limit, least) in limits.items():
             if limit < least:
                 raise InputError(f"{name}: expected at least {least}, which the tags take, got {limit}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -56,12 +57,15 @@ class PlainEncoder:
 
     def encode_parts(self, parts: Sequence[Part], *, first: bool = False) -> list[int]:
         """The ids of texts that follow one another. In a trusted one, the texts of added tokens become their
-        ids; all that stands between two of these is encoded as one text.
+        ids; all that stands between two of these is encoded as one text, but for a text that begins with a
+        combining mark: normalized together, the end of a tag before it would become another character.
         """
         tokens: list[int] = []
         run = ""
         for text, trusted in parts:
             begin = 0
+            if text and unicodedata.combining(text[0]):
+                tokens, run = tokens + self.encode(run, first=first and not tokens), ""
             for token, start, end in self.added_tokens(text) if trusted else ():
                 tokens += [*self.encode(run + text[begin:start], first=first and not tokens), token]
                 run, begin = "", end

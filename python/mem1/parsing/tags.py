@@ -50,6 +50,7 @@ class ActionTag:
         require(sound, "kind", f"a lower-case word, none of {', '.join(RESERVED)}", self.kind)
         if self.reply is not None:
             _require_text("reply", self.reply)
+            require(self.kind != "answer", "reply", "None for an answer, which ends the episode", self.reply)
 
 
 QUERY, ANSWER = ActionTag("query", "query"), ActionTag("answer", "answer")

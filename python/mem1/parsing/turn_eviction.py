@@ -32,31 +32,34 @@ class TurnEviction:
     """
 
     def __init__(self, codec: Codec, prune: EvictionPolicy = "action") -> None:
+        if not isinstance(codec, Codec):
+            raise TypeError(f"codec: expected a Codec, got {type(codec).__name__}")
         resolve_policy(prune)  # refuses what is no rule
         self.codec, self.prune = codec, prune
 
     def __call__(self, tokens: list[int], runs: list[int], ended: bool) -> Tensor | None:
         """See `prune_generate`: which of a row's tokens the next one may see, None for all that stayed."""
+        given = len(runs) % 2 == 1
         piece = self.codec.text.piece(tokens[-1]) or b""
-        if not ended and tokens[-1] not in self.codec.stop_ids and b">" not in piece:
+        if not (ended or given or tokens[-1] in self.codec.stop_ids or b">" in piece):
             return None  # most tokens end nothing, and need no reading
-        segments, event = self._read(tokens, runs)
-        if not ended and event is None:
-            return None
-        if ended and segments[-1].kind == "state":
-            segments.append(Segment(self.codec.format.rest_kind, segments[-1].turn, 0))
-        return eviction_table(segments, self.prune).alive()
+        segments, event = self._read(tokens, runs, ended)
+        return eviction_table(segments, self.prune).alive() if ended or given or event else None
 
-    def segments(self, tokens: Sequence[int], runs: Sequence[int]) -> list[Segment]:
+    def segments(self, tokens: Sequence[int], runs: Sequence[int], ended: bool = True) -> list[Segment]:
         """A row in turns: what is given first is the prompt, later an `info`; what is written, actions.
 
-        tokens: all of the row. runs: how many of them were given, then written, given, ...
+        tokens: all of the row. runs: how many of them were given, then written, given, ... ended: whether
+        the row has stopped writing, which completes its action.
         """
-        return self._read(tokens, runs)[0]
+        return self._read(tokens, runs, ended)[0]
 
-    def _read(self, tokens: Sequence[int], runs: Sequence[int]) -> tuple[list[Segment], str | None]:
+    def _read(
+        self, tokens: Sequence[int], runs: Sequence[int], ended: bool
+    ) -> tuple[list[Segment], str | None]:
         """The segments, and what the last token ends, if the policy wrote it: "state", "end" or nothing."""
-        segments, turn, begin, event = [Segment("prompt", 0, runs[0])], 0, runs[0], None
+        segments, turn, begin = [Segment("prompt", 0, runs[0])], 0, runs[0]
+        event: str | None = None
         for n, length in enumerate(runs[1:]):
             end = begin + length
             if n % 2:
@@ -68,16 +71,16 @@ class TurnEviction:
                         turn, reader = turn + 1, self.codec.turn(sys.maxsize)
                     event = reader.read(token)
                     if event == "end":
-                        segments += _parts(reader, turn)
+                        segments += _parts(reader, turn, over=True)
                         reader = None
                 if reader is not None:
-                    segments += _parts(reader, turn)
+                    segments += _parts(reader, turn, over=ended or n + 2 < len(runs))
             begin = end
         return segments, event
 
 
-def _parts(reader: TurnReader, turn: int) -> list[Segment]:
-    """The segments of a turn so far. One that has ended has an action, be it without a token of its own."""
+def _parts(reader: TurnReader, turn: int, over: bool) -> list[Segment]:
+    """The segments of a turn so far. One that is over has an action, be it without a token of its own."""
     rest = reader.num_tokens - reader.state_tokens
     parts = [Segment("state", turn, reader.state_tokens)] if reader.state_tokens else []
-    return [*parts, Segment(reader.kind, turn, rest)] if rest or reader.ended else parts
+    return [*parts, Segment(reader.kind, turn, rest)] if rest or over else parts

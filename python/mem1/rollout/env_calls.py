@@ -56,7 +56,9 @@ class EnvironmentCalls:
         limit = self._config.max_prompt_tokens
         tokens = self._codec.prompt(text, limit)
         if not 0 < len(tokens) <= limit:
-            raise ValueError(f"reset: expected a prompt of 1 to {limit} tokens, got {reprlib.repr(text)}")
+            got = f"more than {limit}" if tokens else "none"
+            expected = f"a prompt of at least one token and at most max_prompt_tokens={limit}"
+            raise ValueError(f"reset: expected {expected}, got {got} for {reprlib.repr(text)}")
         objectives = _integer("objectives", self.environment.objectives)
         return Reply(tokens, objectives, expert_tokens=self._expert())
 
@@ -85,7 +87,12 @@ class EnvironmentCalls:
         if not self._expert_plays:
             return None
         step = self.environment.expert_action()  # type: ignore[attr-defined]
-        return self._codec.expert(*_expect("expert_action", step, ExpertAction))
+        tokens = self._codec.expert(*_expect("expert_action", step, ExpertAction))
+        limit = self._config.max_action_tokens
+        if len(tokens) > limit:  # cut, it would be played as malformed
+            expected = f"at most max_action_tokens={limit}"
+            raise ValueError(f"expert_action: expected {expected}, got {len(tokens)} tokens")
+        return tokens
 
     def _retry(self, call: Callable[[], _Value], deadline: float) -> _Value:
         errors = getattr(self.environment, "retryable", (OSError,))

@@ -22,6 +22,7 @@ from mem1.rollout.env_calls import NO_SCORE, EnvironmentCalls, Reply
 from mem1.seeds import derive_seed
 from mem1.trajectory import Failure, FinishReason, Trajectory
 from mem1_core.eviction import EvictionError, EvictionTable
+from mem1_core.eviction_policies import short_form
 from mem1_core.segments import Segment
 
 _MAX_MESSAGE = 200  # characters of an exception's message
@@ -189,7 +190,8 @@ class Episode:
             tokens=torch.tensor(self.tokens, dtype=torch.int64),
             segments=self.segments,
             logprobs=torch.tensor(self.logprobs, dtype=torch.float32),
-            prune=config.prune,
+            # What a function of the user's own has decided, whatever it would say when it is asked again.
+            prune=config.prune if short_form(config.prune) is not None else self._table.recorded(),
             score=self._score,
             finish_reason=self.finish_reason,
             error=self.error,

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mem1.checks import InputError, require
 from mem1.config import RolloutConfig
 from mem1.engine.engine import Engine
+from mem1.engine.policy_checks import check_policy
 from mem1.envs.base import Environment, ExpertEnvironment
 from mem1.models.load import stop_ids
 from mem1.models.memory_plan import plan_memory
@@ -140,8 +141,9 @@ def make_engine(
 ) -> Engine:
     """An engine with a slot for each of `episodes` side by side, as many as `config` and memory allow; what
     that takes is told before it is taken. `reserved_bytes` are left for others. InputError if there is not
-    memory for one slot.
+    memory for one slot, or for a model that no engine takes.
     """
+    check_policy(model)  # the plan runs it
     plan = plan_memory(
         model,
         capacity=config.peak_tokens(),
@@ -233,6 +235,10 @@ def _step(active: list[Episode], engine: Engine, config: RolloutConfig) -> None:
         [episode.tokens[j] for j in episode.pending[:n]] for episode, n in zip(batch, counts, strict=True)
     ]
     positions = [episode.positions(n) for episode, n in zip(batch, counts, strict=True)]
+    longest = max(len(episode.cached) + n for episode, n in zip(batch, counts, strict=True))
+    if engine.capacity is not None and longest > engine.capacity:
+        expected = f"peak_tokens of at least {longest}, which an episode holds"
+        raise InputError(f"prune={config.prune_name!r}: expected {expected}, got {engine.capacity}")
     for row, episode in zip(rows, batch, strict=True):  # what is to be encoded again is forgotten first
         engine.cache.truncate(row, len(episode.cached))
     hidden = engine.feed(rows, tokens, positions)

@@ -65,14 +65,10 @@ class AdamW:
     @property
     def bytes_to_come(self) -> int:
         """Of gradients and moments that the next step makes and that are not there yet."""
-        masters = self.masters
-        narrow = sum(p.numel() * p.element_size() for p, _ in self._narrow)
-        gradients = sum(p.numel() * p.element_size() for p in masters if p.grad is None)
-        return (
-            narrow
-            + gradients
-            + sum(2 * p.numel() * p.element_size() for p in masters if p not in self.inner.state)
-        )
+        narrow = sum(parameter.nbytes for parameter, _ in self._narrow)
+        gradients = sum(master.nbytes for master in self.masters if master.grad is None)
+        moments = sum(2 * master.nbytes for master in self.masters if master not in self.inner.state)
+        return narrow + gradients + moments
 
     def zero_grad(self) -> None:
         self.inner.zero_grad(set_to_none=True)

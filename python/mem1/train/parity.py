@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from mem1.config import EvictionPolicy, Regime
+from mem1.config import Regime
 from mem1.train.batches import pack, recompute_logprobs, split
 from mem1.trajectory import Trajectory
+from mem1_core.eviction_policies import rule_name
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Parity:
     """How far the log-probs that the trainer recomputes are from those that the rollout sampled with."""
 
     regime: str
-    prune: EvictionPolicy
+    prune: str | int
     dtype: str
     trajectories: int
     turns: int  # of the longest trajectory
@@ -53,7 +54,7 @@ def parity(
     d = torch.cat(difference).double()
     return Parity(
         regime=regime,
-        prune=trajectories[0].prune,
+        prune=rule_name(trajectories[0].prune),
         dtype=str(weight.dtype).removeprefix("torch."),
         trajectories=len(chosen),
         turns=max((t.turns for t in chosen), default=0),

@@ -15,6 +15,7 @@ from mem1.checks import InputError
 from mem1.config import RolloutConfig, WarmStartConfig
 from mem1.engine.output_layer import output_layer
 from mem1.envs.base import Example, ExpertEnvironment
+from mem1.parsing.token_text import unknown_id
 from mem1.rollout.rollout_loop import play_expert
 from mem1.seeds import derive_seed
 from mem1.train.batches import PackedBatch, label_hidden
@@ -128,7 +129,8 @@ def expert_examples(
                 f"max_action_tokens={config.max_action_tokens}"
             )
             raise InputError(f"expert: expected an episode that it ends, at seed {seed}, got {what}")
-        if (written == tokenizer.unk_token_id).any():
+        unknown = unknown_id(tokenizer)
+        if unknown is not None and bool((written == unknown).any()):
             text = tokenizer.decode(written)
             raise InputError(f"expert: expected words of the tokenizer, at seed {seed}, got {text!r}")
         return Example(played.tokens.tolist(), played.segments, played.prune)

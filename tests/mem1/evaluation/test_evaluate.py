@@ -237,6 +237,16 @@ def expert_rows(
     return results, played
 
 
+def test_no_limit_holds_for_the_expert(tokenizer):
+    config = RolloutConfig(max_prompt_tokens=8, max_turns=1, max_action_tokens=12, max_state_tokens=6)
+    make = partial(MultiHopEnv, 2)
+    free, held = (
+        evaluate_expert(tokenizer, c, make, agent="MEM1", objectives=2, episodes=1)[0]
+        for c in (RolloutConfig(), config)
+    )
+    assert held.answered == free.answered == 1 and held.turns == free.turns > 1
+
+
 def test_the_expert_answers_everything_at_every_size(tokenizer):
     results, played = expert_rows(tokenizer, RolloutConfig(max_action_tokens=8, max_turns=2), OBJECTIVES)
     assert [r.objectives for r in results] == [1, 2, 4, 8, 16]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from itertools import product
+from typing import Any
 
 import chat_templates
 import pytest
@@ -161,3 +162,20 @@ def test_wrong_settings() -> None:
         Codec(plain, observation_role="judge")
     with pytest.raises(InputError, match="system: expected a text or None, got 3"):
         Codec(tokenizer_with("QWEN3"), chat="open", system=3)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 / 0 }}",
+        "{{ messages.index('x') }}",
+        "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+        {"tool_use": "{{ messages }}", "rag": "{{ messages }}"},
+    ],
+    ids=["arithmetic", "value", "recursion", "no default"],
+)
+def test_a_template_that_fails_is_named(template: Any) -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match="chat: expected a chat template that takes the roles user"):
+        Codec(tokenizer, chat="open")

@@ -5,14 +5,17 @@ tokenizer does.
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable
 
 import pytest
 from checkout import ROOT
 from real_tokenizers import PACKAGES
-from small_tokenizers import SMALL, sentence_piece
+from small_tokenizers import SMALL, byte_level, sentence_piece
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
+from mem1.parsing.action import Action
 from mem1.parsing.codec import Codec
 from mem1.parsing.env_text import PlainEncoder
 
@@ -40,6 +43,22 @@ def test_no_text_gives_an_added_token(name: str, codec_of: CodecOf) -> None:
             assert not banned & {*prompt[len(codec._plain.opening) :]}, text
             written = [token for token in codec.observation(text, 1000, turns_left=1) if token in banned]
             assert written == frame, text
+
+
+def test_a_text_does_not_change_the_tag_before_it() -> None:
+    """NFC, which Qwen's tokenizers apply, makes one character of ">" and a stroke through it."""
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    codec = Codec(tokenizer)
+    assert codec.decode(tokenizer.encode("<info>\u0338x")) == "<info\u226fx"
+    for text in ("\u0338x", "\u0301\u0338", "\u0338", "e\u0301"):
+        said = codec.decode(codec.observation(text, 100, turns_left=1))
+        assert "<info>" in said and said.rstrip().endswith("</info>"), text
+        tokens = codec.expert("notes", Action("query", text))
+        reader = codec.turn(200)
+        assert [reader.read(token) for token in tokens][-1] == "end"
+        assert reader.action == Action("query", unicodedata.normalize("NFC", text))
+    assert "\u00e9" in said, "elsewhere it composes as ever"
 
 
 @pytest.mark.parametrize(

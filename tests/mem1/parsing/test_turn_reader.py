@@ -99,6 +99,17 @@ def test_a_state_that_ended_is_not_ended_again_by_the_window() -> None:
     assert events == ["state", None, None, None, "end"]
 
 
+def test_a_tag_is_looked_for_in_bytes() -> None:
+    """Byte by byte, a name of more bytes than characters."""
+    format = TagFormat("\u65e5\u672c\u8a9e\u65e5\u672c\u8a9e", MEM1.actions)
+    text = f"<{format.state}>a</{format.state}><answer>1</answer>".encode()
+    reader, events = read(*[text[n : n + 1] for n in range(len(text))], format=format)
+    assert [event for event in events if event] == ["state", "end"]
+    assert reader.action == ("answer", "1") and text[: reader.state_tokens].decode().endswith(
+        "</\u65e5\u672c\u8a9e\u65e5\u672c\u8a9e>"
+    )
+
+
 def test_limits() -> None:
     reader, events = read("<IS>", "a", "b", "c", max_state_tokens=3)
     assert events == [None, None, "end"] and (reader.ended, reader.state_tokens) == ("limit", 0)

@@ -248,7 +248,7 @@ def test_the_agent_reports_an_empty_question_and_a_tool_that_gives_no_text(
     agent = MemoryEfficientAgent(make_model(), tokenizer, CONFIG)
     reply = agent.answer("", tool=str)
     assert reply.text is None and reply.trajectory.reward == 0.0
-    assert reply.trajectory.error.endswith("expected a prompt of 1 to 4096 tokens, got ''")
+    assert reply.trajectory.error.endswith("max_prompt_tokens=4096, got none for ''")
     script = iter(tokenizer.encode("<IS> ada boss </IS> <query> ada boss </query>"))
     monkeypatch.setattr(Episode, "forced", lambda episode: next(script))
     reply = agent.answer("ada boss ?", tool=lambda query: {"found": "carla"})
@@ -378,6 +378,19 @@ def test_seeds_and_sampling_seeds_have_nothing_in_common(make_model, tokenizer):
         rollout(model, tokenizer, lambda: MultiHopEnv(2), 5, config)
     with pytest.raises(InputError, match="^sampling_seed: expected integers >= 0, got -1"):
         rollout(model, tokenizer, lambda: MultiHopEnv(2), [0], config, sampling_seed=-1)
+
+
+def test_a_model_with_another_attention_is_refused_before_anything_runs(make_model, tokenizer):
+    model = make_model(attn_implementation="sdpa")
+    with pytest.raises(InputError, match="expected attn_implementation='mem1', got 'sdpa'"):
+        rollout(model, tokenizer, lambda: MultiHopEnv(2), [0], CONFIG)
+
+
+def test_an_expert_is_not_cut(make_model, tokenizer):
+    """Its turn would be played as malformed."""
+    config = replace(CONFIG, max_action_tokens=8)
+    (played,) = rollout(make_model(), tokenizer, lambda: MultiHopEnv(2), [0], config, expert=True)
+    assert played.error.startswith("ValueError: expert_action: expected at most max_action_tokens=8, got ")
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.6}, {"greedy": True}])

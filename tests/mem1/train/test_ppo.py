@@ -410,8 +410,9 @@ def test_dropout_is_off_also_where_layers_are_recomputed(make_model, played):
     batch, _ = ppo.prepare(played)
     assert ppo.step(batch)["ratio_max"] < 1.0001
     assert not ppo.actor.model.layers[0].mlp.drop.training and ppo.actor.model.layers[0].training
-    ppo.actor.model.layers[0].dropout = 0.1
-    with pytest.raises(
-        InputError, match="expected no dropout beside gradient checkpointing, got dropout=0.1"
-    ):
-        ppo.step(batch)
+    for name in ("dropout", "activation_dropout", "layerdrop"):
+        setattr(ppo.actor.model.layers[0], name, 0.1)
+        expected = "expected no dropout beside gradient checkpointing"
+        with pytest.raises(InputError, match=rf"{expected}, got {name}=0.1 in model.layers.0"):
+            ppo.step(batch)
+        delattr(ppo.actor.model.layers[0], name)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_tokenizers import SMALL as SMALL_TOKENIZERS
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -107,6 +108,13 @@ def test_any_environment_with_an_expert_can_be_learned_from(tokenizer: PreTraine
     assert example == (played.tokens.tolist(), played.segments, "state")
 
 
+def test_a_tokenizer_that_knows_every_text_has_no_unknown_token() -> None:
+    tokenizer = SMALL_TOKENIZERS["byte-level"]()
+    config = RolloutConfig(max_prompt_tokens=2000, max_action_tokens=1000, max_info_tokens=1000)
+    example = expert_examples(tokenizer, partial(MultiHopEnv, 2), config)(random.Random(0), 0.0)
+    assert tokenizer.unk_token_id is None and len(example.tokens) > 100
+
+
 def test_an_expert_that_cannot_teach_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     class Down(MultiHopEnv):
         def step(self, action: Any) -> Any:
@@ -130,7 +138,7 @@ def test_an_expert_that_cannot_teach_is_refused(tokenizer: PreTrainedTokenizerFa
             RolloutConfig(max_turns=1),
             "got turn_limit with max_turns=1 and .*=192",
         ),
-        (MultiHopEnv, RolloutConfig(max_action_tokens=8), "got turn_limit with .* max_action_tokens=8"),
+        (MultiHopEnv, RolloutConfig(max_action_tokens=8), "at most max_action_tokens=8, got 9 tokens"),
         (Unknown, RolloutConfig(), "expert: expected words of the tokenizer, .* got '<IS> <unk> </IS>"),
         (Mute, RolloutConfig(), "make_environment: expected one with expert_action .* got Mute"),
     ):
