@@ -176,8 +176,9 @@ def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 def _backward_attention(
     backward: Any, ctx: Any, d_out: Tensor | None, d_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    q, k, v, *plan, out, lse = ctx.saved_tensors[: _SCALE_AT - 1]
-    *window, sinks = ctx.saved_tensors[_SCALE_AT - 1 :]
+    saved = ctx.saved_tensors  # read once, as gradient checkpointing wants it
+    q, k, v, *plan, out, lse = saved[: _SCALE_AT - 1]
+    *window, sinks = saved[_SCALE_AT - 1 :]
     if d_out is None:
         d_out = torch.zeros_like(out)
     elif d_out.stride(-1) != 1:

@@ -46,6 +46,11 @@ class TilePlan(NamedTuple):
     key_lists: KeyLists | None = None
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """From `key_ranges` to `key_order`, as attention takes them."""
+        return self[2:9]
+
+    @property
     def tiles(self) -> int:
         """All tiles of the `B` squares, those above the diagonal included."""
         return (self.full_offsets.shape[0] - 1) * self.key_ranges.shape[1]

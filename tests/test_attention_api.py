@@ -145,7 +145,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     mask = mask_of(random_evict(70))
     q, k, v = attention_inputs(1, 70, 4, 2, 16, dtype=dtype, requires_grad=True)
     plan = mask.plan
-    arguments = (mask.evict_at, *plan[2:], plan.block_q, plan.block_k, 0.25)
+    arguments = (mask.evict_at, *plan.tensors, plan.block_q, plan.block_k, 0.25)
     torch.library.opcheck(ops.tile_plan.default, (mask.evict_at, 64, 64))
     torch.library.opcheck(ops.trajectory_attention.default, (q, k, v, *arguments))
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_second_derivative_is_refused() -> None:
 
 def damaged(damage: str) -> tuple[object, ...]:
     mask = mask_of(causal_evict(130))
-    parts = [part.clone() for part in mask.plan[2:]]
+    parts = [part.clone() for part in mask.plan.tensors]
     if damage == "offsets":
         parts[3][1] = 10**8
     elif damage == "tiles":

@@ -16,7 +16,6 @@ from mem1_core.ops import trajectory_attention
 from mem1_core.sample_inputs import adversarial_evict, attention_inputs, mem1_segments, random_evict
 from mem1_core.testing import assert_accurate, gradients, poisoned_memory
 
-assert BACKENDS
 WINDOWS = [1, 7, 64, 512]
 
 
@@ -32,7 +31,17 @@ class Options(NamedTuple):
 
 ALONE = [*(Options(window=w) for w in WINDOWS), Options(sinks=True), Options(softcap=3.0)]
 TOGETHER = [Options(7, True), Options(7, False, 3.0), Options(None, True, 3.0), Options(64, True, 3.0)]
-every_option = pytest.mark.parametrize("options", [*ALONE, *TOGETHER], ids=str)
+# Interpreted float32 takes minutes in all, for other products than the rest: all options at once are its share.
+every_case = pytest.mark.parametrize(
+    ("backend", "device", "dtype", "options"),
+    [
+        pytest.param(*param.values, dtype, options, id=f"{param.id}-{name}-{options}", marks=param.marks)
+        for param in BACKENDS
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+        for options in [*ALONE, *TOGETHER]
+        if param.values != ("triton", "cpu") or name == "bf16" or options == TOGETHER[-1]
+    ],
+)
 
 
 def inputs_of(
@@ -91,13 +100,13 @@ def check(inputs: list[Tensor], mask: TrajectoryMask, backend: str, options: Opt
     return got
 
 
-def reencoded(n: int = 6) -> TrajectoryMask:
+def reencoded(turns: int = 3, prompt: int = 97) -> TrajectoryMask:
     """Two trajectories of blocks whose prompt stands further away in the stream than in position."""
     layouts = [
         TrajectoryLayout.from_segments(
-            mem1_segments(turns, prompt=prompt, internal_state=21, query=9, info=35), regime="reencode"
+            mem1_segments(count, prompt=tokens, internal_state=21, query=9, info=35), regime="reencode"
         )
-        for turns, prompt in ((n, 97), (3, 20))
+        for count, tokens in ((turns, prompt), (2, 20))
     ]
     return TrajectoryLayout.pack(layouts).mask
 
@@ -105,18 +114,14 @@ def reencoded(n: int = 6) -> TrajectoryMask:
 # ------------------------------------------------------------------------------------------- the function
 
 
-@every_backend
-@both_dtypes
-@every_option
+@every_case
 def test_random_lifetimes(backend: str, device: str, dtype: torch.dtype, options: Options) -> None:
     evict = torch.stack([random_evict(200, seed) for seed in range(2)])
     inputs = inputs_of(200, (4, 2), 32, 32, options, batch=2, dtype=dtype, device=device)
     check(inputs, TrajectoryMask.from_evict(evict.to(device)), backend, options)
 
 
-@every_backend
-@both_dtypes
-@every_option
+@every_case
 def test_blocks_of_a_reencoded_stream(
     backend: str, device: str, dtype: torch.dtype, options: Options
 ) -> None:
@@ -144,8 +149,8 @@ def test_lengths_and_drawn_positions(backend: str, device: str, n: int, window: 
 @pytest.mark.parametrize("dims", [(192, 128), (16, 40), (64, 8), (40, 256)], ids=str)
 def test_values_of_another_size(backend: str, device: str, dtype: torch.dtype, dims: tuple[int, int]) -> None:
     mask = TrajectoryMask.from_evict(random_evict(131).to(device))
-    for options in (Options(), Options(64, True, 3.0)):
-        check(inputs_of(131, (4, 2), *dims, options, dtype=dtype, device=device), mask, backend, options)
+    options = Options(64, True, 3.0) if dtype == torch.float32 else Options()
+    check(inputs_of(131, (2, 1), *dims, options, dtype=dtype, device=device), mask, backend, options)
 
 
 @every_backend
@@ -192,7 +197,7 @@ def test_gradcheck(options: Options) -> None:
 @both_dtypes
 def test_uninitialised_memory_and_repeats(backend: str, device: str, dtype: torch.dtype) -> None:
     options, mask = Options(40, True, 3.0), reencoded().to(device)
-    inputs = inputs_of(mask.shape[1], (4, 2), 24, 40, options, dtype=dtype, device=device)
+    inputs = inputs_of(mask.shape[1], (2, 1), 24, 40, options, dtype=dtype, device=device)
     want = check(inputs, mask, backend, options)
     with poisoned_memory():
         fresh = TrajectoryMask(mask.evict_at, positions=mask.positions)
@@ -206,7 +211,7 @@ def test_uninitialised_memory_and_repeats(backend: str, device: str, dtype: torc
 @pytest.mark.parametrize("window", [1, 40, 300])
 def test_the_plan_of_a_window_covers_what_is_visible(window: int, blocks: tuple[int, int]) -> None:
     """Live tiles hold every visible pair, full ones nothing else, seen from either side the same."""
-    mask = reencoded(9).windowed(window)
+    mask = reencoded(9, 700).windowed(window)
     plan, n = mask.tile_plan(*blocks), mask.shape[1]
     (bq, bk), (rows, columns) = blocks, (-(-n // blocks[0]), -(-n // blocks[1]))
     visible = torch.zeros(rows * bq, columns * bk, dtype=torch.bool)
@@ -228,8 +233,7 @@ def test_the_plan_of_a_window_covers_what_is_visible(window: int, blocks: tuple[
     assert torch.equal(by_key[0], full) and torch.equal(by_key[1], partial)
     assert not (full & partial).any() and not (full & ~whole).any()
     assert not (tiles.flatten(2).any(-1) & ~(full | partial)).any()
-    without = reencoded(9).tile_plan(*blocks)
-    assert window == 300 or plan.live_tiles < without.live_tiles
+    assert plan.live_tiles < reencoded(9, 700).tile_plan(*blocks).live_tiles, "what is far away is dead"
     assert torch.equal(mask.visible_counts(), mask.dense().sum(-1, dtype=torch.int32))
     assert mask.visible_pairs() == int(mask.dense().sum())
 

@@ -8,7 +8,8 @@ pipeline stages, warpgroup matrix instructions (wgmma) and copy-engine loads (TM
 rows to a file.
 
 A row is one binary. The column `variant` says by what it differs from the plain one of its blocks: "d_lse"
-takes the gradient of a log-sum-exp, in "share" a program of dK/dV sums over several query heads. The launcher
+takes the gradient of a log-sum-exp, in "share" a program of dK/dV sums over several query heads; "window" has
+one over positions, "softcap" sinks as well (which only the forward has), "all" all three. The launcher
 runs as on a GPU, up to each kernel's start, for all of PROBLEMS, none of which may need a binary of its own.
 The loops for keys that are not finite are part of each.
 """
@@ -44,11 +45,11 @@ KERNELS = {  # name: (module, function)
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-MOST = {"forward": "plain", "backward_dq": "d_lse", "backward_dk_dv": "share"}
+MOST = {"forward": ["plain"], "backward_dq": ["d_lse"], "backward_dk_dv": ["share"]}
 VARIANTS = {  # by dtype: the two halves run the same instructions, so that each takes a half of the variants
-    "bf16": dict.fromkeys(KERNELS, "plain"),
+    "bf16": dict.fromkeys(KERNELS, ["plain", "window", "softcap", "all"]),
     "fp16": MOST,
-    "fp32": MOST,
+    "fp32": {kernel: [*variants, "all"] for kernel, variants in MOST.items()},
 }
 
 
@@ -135,13 +136,21 @@ def launch(case: Case, dim: int, problem: Problem) -> None:
     zeros = partial(tensor, dtype=DTYPES[case.dtype], offset=offset)
     q, k = (zeros(batch, tokens, heads, dim) for heads in (2 * group, 2))
     lse, d_lse = (tensor(batch, 2 * group, tokens, dtype=torch.float32, offset=offset) for _ in "ab")
-    mask = TrajectoryMask(tensor(masks, tokens, dtype=torch.int32, offset=offset).fill_(tokens))
+    positions = tensor(masks, tokens, dtype=torch.int32, offset=offset)
+    mask = TrajectoryMask(positions + tokens, positions=positions)
+    window, cap = case.variant in ("window", "all"), float(case.variant in ("softcap", "all"))
+    mask = mask.windowed(64) if window else mask
     tiles = mask.tile_plan(128, 128)
-    plan = attention_launch.Plan(mask.evict_at, *tiles[2:], tiles.block_q, tiles.block_k)
+    over_positions = (mask.positions, mask.limits, *tiles.key_lists) if tiles.key_lists else ()
+    plan = attention_launch.Plan(
+        mask.evict_at, *tiles.tensors, tiles.block_q, tiles.block_k, *over_positions
+    )
     if case.kernel == "forward":
-        attention_launch.forward(q, k, k, plan, 1.0)
+        sinks = tensor(2 * group, dtype=torch.float32, offset=offset) if cap else None
+        attention_launch.forward(q, k, k, plan, 1.0, sinks, cap)
     else:
-        attention_launch.backward(q, d_lse if case.variant == "d_lse" else None, q, k, k, q, lse, plan, 1.0)
+        d_lse = d_lse if case.variant == "d_lse" else None
+        attention_launch.backward(q, d_lse, q, k, k, q, lse, plan, 1.0, cap)
 
 
 def launched(case: Case, capability: int) -> Compiling:
@@ -198,8 +207,9 @@ def compiled(case: Case, capability: int) -> dict[str, Any]:
 
 def report(arch: str, kernels: list[str], dtypes: list[str]) -> Iterator[dict[str, Any]]:
     cases = [
-        Case(kernel, dim, dtype, VARIANTS[dtype][kernel])
+        Case(kernel, dim, dtype, variant)
         for kernel, dim, dtype in itertools.product(kernels, attention_blocks.HEAD_DIMS, dtypes)
+        for variant in VARIANTS[dtype][kernel]
     ]
     with ProcessPoolExecutor() as pool:
         yield from pool.map(partial(compiled, capability=int(re.sub(r"\D", "", arch))), cases)

@@ -155,7 +155,7 @@ def trajectory_attention(
     over_positions = (None, None) if mask.limits is None else (mask.positions, mask.limits)
     sinks = None if sinks is None else sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
     out, lse = op(
-        q, k, v, mask.evict_at, *plan[2:9], plan.block_q, plan.block_k, scale, *over_positions, *lists,
+        q, k, v, mask.evict_at, *plan.tensors, plan.block_q, plan.block_k, scale, *over_positions, *lists,
         sinks, float(softcap or 0.0),
     )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -83,10 +83,10 @@ def _attend_row_backward(
     )  # fmt: skip
 
 
-# Rows of lse, d_lse and evict begin anywhere: to know their first addresses better brings nothing.
+# Rows of lse, d_lse, evict and positions begin anywhere: to know their first addresses better brings nothing.
 @triton.jit(
     do_not_specialize=["copies", "tokens", "heads", "group", "units"],
-    do_not_specialize_on_alignment=["lse", "d_lse"],
+    do_not_specialize_on_alignment=["lse", "d_lse", "positions"],
 )
 def backward_dq(
     q_desc, k_desc, v_desc, evict_desc, positions, limit_desc, out_desc, d_out_desc,
@@ -214,7 +214,7 @@ def _gather_row(
 
 @triton.jit(
     do_not_specialize=["copies", "tokens", "heads", "group", "units", "v_units", "heads_per_program"],
-    do_not_specialize_on_alignment=["evict"],
+    do_not_specialize_on_alignment=["evict", "limits"],
 )
 def backward_dk_dv(
     q_desc, k_desc, v_desc, d_out_desc, row_lse_desc, row_delta_desc, evict, positions_desc, limits,
@@ -254,7 +254,8 @@ def backward_dk_dv(
         SEVERAL_HEADS, BLOCK_Q, BLOCK_K, CHUNK, CHUNKS, V_CHUNKS, LOAD_ON_USE, not LOAD_ON_USE, True,
     )  # fmt: skip
     writers = heads // heads_per_program
-    store(dv, dv_acc, batch, writer, first, tokens, writers, v_units, BLOCK_K, CHUNK, V_CHUNKS)
+    rows = units if v_units is None else v_units  # which plain attention has no register for
+    store(dv, dv_acc, batch, writer, first, tokens, writers, rows, BLOCK_K, CHUNK, V_CHUNKS)
     if LOAD_ON_USE:  # both at once do not fit into the registers
         dk_acc, _ = _gather_row(
             k, v, j, lifetime, limit, queries, live, scale, cap_scale, heads_per_program,

@@ -122,13 +122,32 @@ OTHER_SINGLE: Table = {
 }
 
 
-def blocks(kernel: str, head_dim: int, dtype: torch.dtype, hopper: bool) -> Blocks:
-    """The blocks of `kernel` for a head dim up to 256; dtype bfloat16, float16 or float32."""
-    if dtype == torch.float32:
-        table = HOPPER_SINGLE if hopper else OTHER_SINGLE
-    else:
-        table = HOPPER_HALF if hopper else OTHER_HALF
-    return table[kernel][padded_dim(head_dim)]
+# Of these, what a soft cap or a window over positions needs smaller.
+HOPPER_HALF_OPTIONS: Table = {
+    "forward": {
+        96: Blocks(128, 64, 32, 8, 2),
+        128: Blocks(128, 64, 128, 8, 3),
+        192: Blocks(128, 32, 64, 8, 2),
+    },
+    "backward_dq": {64: Blocks(128, 64, 64, 8, 3)},
+    "backward_dk_dv": {64: Blocks(64, 128, 64, 8, 3), 192: Blocks(32, 64, 64, 8, 3)},
+}
+HOPPER_SINGLE_OPTIONS: Table = {
+    "forward": {},
+    "backward_dq": {64: Blocks(64, 32, 32, 4, 2)},
+    "backward_dk_dv": {},
+}
+
+
+def blocks(kernel: str, head_dim: int, dtype: torch.dtype, hopper: bool, plain: bool = True) -> Blocks:
+    """The blocks of `kernel` for a head dim up to 256; dtype bfloat16, float16 or float32; not `plain`: with a
+    soft cap or a window over positions.
+    """
+    single, dim = dtype == torch.float32, padded_dim(head_dim)
+    if not hopper:
+        return (OTHER_SINGLE if single else OTHER_HALF)[kernel][dim]
+    smaller = {} if plain else (HOPPER_SINGLE_OPTIONS if single else HOPPER_HALF_OPTIONS)[kernel]
+    return smaller.get(dim) or (HOPPER_SINGLE if single else HOPPER_HALF)[kernel][dim]
 
 
 def padded_dim(head_dim: int) -> int:

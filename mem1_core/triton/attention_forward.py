@@ -96,11 +96,14 @@ def _attend_row(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["copies", "tokens", "heads", "group", "v_units"])
+@triton.jit(
+    do_not_specialize=["copies", "tokens", "heads", "group", "units"],
+    do_not_specialize_on_alignment=["positions", "sinks"],
+)
 def forward(
     q_desc, k_desc, v_desc, evict_desc, positions, limit_desc, sinks, out, lse,
     full_offsets, full_tiles, partial_offsets, partial_tiles, order,
-    copies, tokens, heads, group, v_units, scale, cap_scale,
+    copies, tokens, heads, group, units, scale, cap_scale,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, V_CHUNKS: tl.constexpr, LOAD_ON_USE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -132,4 +135,4 @@ def forward(
     at = (batch * heads + head).to(tl.int64) * tokens + i
     tl.store(lse + at, (top + tl.log2(total)) * LN2, mask=i < tokens)  # -inf for a row that sees nothing
     acc = scaled(acc, (1.0 / tl.where(total == 0.0, 1.0, total))[:, None], V_CHUNKS)
-    store(out, acc, batch, head, first, tokens, heads, v_units, BLOCK_Q, CHUNK, V_CHUNKS)
+    store(out, acc, batch, head, first, tokens, heads, units, BLOCK_Q, CHUNK, V_CHUNKS)

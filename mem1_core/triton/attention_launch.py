@@ -194,16 +194,17 @@ class _Launch:
         self.group = self.heads // k.shape[2]
         self.copies = self.batch // plan.evict.shape[0]  # batches that share a row of the plan
         widest = max(self.dim, self.value_dim)
-        self.blocks = blocks(kernel, widest, dtype, hopper=_capability(q.device)[0] == 9)
+        hopper, plain = _capability(q.device)[0] == 9, not softcap and plan.positions is None
+        self.blocks = blocks(kernel, widest, dtype, hopper, plain)
         self.load_on_use = dtype == torch.float32
         # With a cap scores are cap * tanh(cap_scale * q k).
         self.scale = (softcap or scale) * math.log2(math.e)
         self.cap_scale = scale / softcap if softcap else None
-        # Which of the two sizes of rows a kernel writes.
-        step = _step(q)
-        self.units = {} if kernel == "forward" else {"units": triton.cdiv(self.dim, step)}
-        if kernel != "backward_dq":
-            self.units["v_units"] = triton.cdiv(self.value_dim, step)
+        # Of the rows that a kernel writes; both where they differ.
+        units, v_units = (triton.cdiv(dim, _step(q)) for dim in (self.dim, self.value_dim))
+        self.units: dict[str, int | None] = {"units": v_units if kernel == "forward" else units}
+        if kernel == "backward_dk_dv":
+            self.units["v_units"] = None if v_units == units else v_units
         # Of the tokens that a program writes.
         self.block = self.blocks.k if kernel == "backward_dk_dv" else self.blocks.q
 

@@ -217,5 +217,5 @@ def tanh(x):
     """Near 0, where 1 - 2 / (..) cancels, by its series."""
     square = x * x
     near = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
-    far = 1.0 - 2.0 / (1.0 + tl.exp2(2.0 * LOG2E * x))
+    far = 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
     return tl.where(tl.abs(x) < 0.125, near, far)
