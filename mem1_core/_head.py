@@ -21,12 +21,14 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class ChunkedLMHead:
-    """logits = hidden @ weight.T + bias for chosen rows of hidden.
+    """logits = hidden @ weight.T + bias for chosen rows of hidden; with a soft cap, cap * tanh(that / cap).
 
     hidden [T, H], weight [V, H] and bias [V] of one dtype; rows int64 [n]: those to compute, None for all
     (which saves copies). The logits of a chunk take at most `workspace_bytes`, in `workspace`. The expected
     gradients are summed up over the chunks: `d_hidden` (as hidden), `d_weight` and `d_bias`, the latter two
     in fp32 until `gradients` hands them out (on the CPU a single chunk's d_weight is what it will be).
+
+    softcap: 0 is none. rows_bias: what the logits of `logits` lack, the bias unless a soft cap is over it.
 
     kept: the workspace of an earlier head of the same sizes, whose last logits were those of the first chunk.
     """
@@ -40,12 +42,14 @@ class ChunkedLMHead:
         workspace_bytes: int,
         needs_grad: tuple[bool, bool, bool] = (False, False, False),
         kept: Tensor | None = None,
+        softcap: float = 0.0,
     ) -> None:
         on_cpu = hidden.device.type == "cpu"
         self.hidden, self.weight, self.rows = hidden, weight.contiguous() if on_cpu else weight, rows
         self.count = len(hidden) if rows is None else len(rows)
         self.dtype = torch.promote_types(hidden.dtype, torch.float32)
-        self.bias = None if bias is None else bias.to(self.dtype).contiguous()
+        self.softcap, self._bias = softcap, None if bias is None else bias.to(self.dtype).contiguous()
+        self.rows_bias = None if softcap else self._bias
         # What the matrix products of the backward read: where they can, in the dtype of the weight.
         narrow = hidden.dtype == torch.bfloat16 and torch.ops.mem1_core._linear_in_bfloat16()
         self.gradient_dtype = self.dtype if on_cpu and not narrow else hidden.dtype
@@ -71,19 +75,23 @@ class ChunkedLMHead:
         return [slice(begin, min(begin + chunk, self.count)) for begin in range(0, self.count, chunk)]
 
     def logits(self, part: slice) -> Tensor:
-        """fp32 (fp64) [rows of the chunk, V], without the bias; in the workspace, which the next call
+        """fp32 (fp64) [rows of the chunk, V], without `rows_bias`; in the workspace, which the next call
         overwrites.
         """
         self._hidden = (self.hidden[part] if self.rows is None else self.hidden[self.rows[part]]).contiguous()
         out = self.workspace[: len(self._hidden), : self.weight.shape[0]]
         if self._made:
             self._made = False
-        elif self.by_blocks:
+            return out
+        if self.by_blocks:
             torch.ops.mem1_core._linear_logits_(self._hidden, self.weight, out)
         elif self.hidden.dtype != self.dtype:
             torch.mm(self._hidden, self.weight.T, out_dtype=self.dtype, out=out)
         else:
             torch.mm(self._hidden, self.weight.T, out=out)
+        if self.softcap:
+            out = out if self._bias is None else out.add_(self._bias)
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
         return out
 
     def add_gradient(self, part: slice, logits: Tensor) -> None:

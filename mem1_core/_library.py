@@ -237,5 +237,5 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     d_out, d_lse, q, k, v, out, lse = arguments[:7]
     *plan, scale = arguments[7 : _SCALE_AT + 4]
     *window, softcap = _with_defaults(arguments[_SCALE_AT + 4 :], _WINDOW + 1)
-    plan = attention_launch.Plan(*plan, *window)
-    return attention_launch.backward(d_out, d_lse, q, k, v, out, lse, plan, scale, softcap)
+    of_mask = attention_launch.Plan(*plan, *window)
+    return attention_launch.backward(d_out, d_lse, q, k, v, out, lse, of_mask, scale, softcap)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -78,3 +79,25 @@ def _check_whole(name: str, x: Tensor) -> None:
 def describe(value: object) -> str:
     """What an op's error says of an argument that came."""
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_softcap(softcap: float | None) -> float:
+    """As ops take it, 0 for none. Raises ValueError unless it is a finite number > 0 or None."""
+    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < float("inf")):
+        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
+    return float(softcap or 0.0)
+
+
+def check_sinks(sinks: Tensor | None, q: Tensor) -> Tensor | None:
+    """As ops take them, float32 (float64 beside float64). Raises TypeError or ValueError unless they are
+    floating point [heads of q] on its device, or None.
+    """
+    if sinks is None:
+        return None
+    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+        raise TypeError(f"sinks: expected a floating point tensor, got {describe(sinks)}")
+    if sinks.shape != (q.shape[2],):
+        raise ValueError(f"sinks: expected shape [{q.shape[2]}], the heads of q, got {list(sinks.shape)}")
+    if sinks.device != q.device:
+        raise ValueError(f"sinks: expected the device of q, {q.device}, got {sinks.device}")
+    return sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)

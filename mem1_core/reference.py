@@ -182,15 +182,18 @@ def linear_logprob(
     target: Tensor,
     temperature: float | Tensor = 1.0,
     bias: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of `target` and entropy under `softmax((hidden @ weight.T + bias) / temperature)`.
+    """Log-probability of `target` and entropy under `softmax((hidden @ weight.T + bias) / temperature)`, with
+    a soft cap `softcap * tanh(.. / softcap)` of the sum.
 
     hidden [T, H], weight [V, H], bias [V], target int [T], temperature a number or [T] -> logprob and entropy
     [T], fp32 (fp64). A row of nothing but -inf has logprob -inf and entropy 0.
     """
     temperatures = _wide(temperature).reshape(-1, 1) if isinstance(temperature, Tensor) else temperature
     logits = _wide(hidden) @ _wide(weight).T
-    logits = (logits if bias is None else logits + _wide(bias)) / temperatures
+    logits = logits if bias is None else logits + _wide(bias)
+    logits = (logits if softcap is None else softcap * (logits / softcap).tanh()) / temperatures
     dead = (logits == -torch.inf).all(-1)
     every = logits.masked_fill(dead[:, None], 0.0).log_softmax(-1)
     prob = every.exp()
@@ -208,6 +211,7 @@ def fused_linear_ppo_loss(
     loss_mask: Tensor,
     *,
     bias: Tensor | None = None,
+    softcap: float | None = None,
     ref_logprob: Tensor | None = None,
     rollout_logprob: Tensor | None = None,
     sequence_ids: Tensor | None = None,
@@ -234,7 +238,7 @@ def fused_linear_ppo_loss(
     + kl_coef KL(policy | ref_logprob) - entropy_coef entropy        see `kl_estimate`
     ```
     Log-ratios are clamped to +-20. NaN in any of a token's numbers makes its loss and its gradient NaN.
-    Log-probs and entropy are those of `softmax(logits / temperature)`, temperature a number or [T].
+    Log-probs and entropy are those of `linear_logprob`.
 
     The losses' sum is divided by `normalizer`: by default the number of tokens ("token-mean"), of sequences
     ("sequence-mean": each first averaged over its own tokens; `sequence_ids` int [T] says which token is
@@ -248,7 +252,7 @@ def fused_linear_ppo_loss(
     rows = loss_mask.nonzero()[:, 0]  # the others never reach the matrix product
     if isinstance(temperature, Tensor):
         temperature = temperature.expand(target.shape)[rows]
-    logprob, entropy = linear_logprob(hidden[rows], weight, target[rows], temperature, bias)
+    logprob, entropy = linear_logprob(hidden[rows], weight, target[rows], temperature, bias, softcap)
     old, adv = (x.detach()[rows].to(logprob.dtype) for x in (old_logprob, advantage))
     ratio = _ratio(logprob, old)
     plain, clipped = -adv * ratio, -adv * ratio.clamp(1 - clip_low, 1 + clip_high)

@@ -85,10 +85,20 @@ def windowed_plan(plan: TilePlan, positions: Tensor, window: int) -> TilePlan:
     live = (begin <= tile) & (tile < end) & (low - last < window)
     full = (full_begin <= tile) & (tile < full_end) & (high - first < window)
     flags = full, live & ~full
-    by_query = [part for kind in flags for part in _lists(kind.transpose(1, 2))]
-    by_key = [part for kind in flags for part in _lists(kind)]
-    orders = (longest_first(live.sum(1).flatten()), longest_first(live.sum(2).flatten()))
-    return TilePlan(plan.block_q, plan.block_k, plan.key_ranges, *by_query, *orders, KeyLists(*by_key))
+    (full_by_query, partial_by_query), by_key = (_lists(kind.transpose(1, 2)) for kind in flags), []
+    for kind in flags:
+        by_key += _lists(kind)
+    query_order, key_order = (longest_first(live.sum(dim).flatten()) for dim in (1, 2))
+    return TilePlan(
+        plan.block_q,
+        plan.block_k,
+        plan.key_ranges,
+        *full_by_query,
+        *partial_by_query,
+        query_order,
+        key_order,
+        KeyLists(*by_key),
+    )
 
 
 def longest_first(tiles: Tensor) -> Tensor:

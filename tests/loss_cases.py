@@ -65,6 +65,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "kl only reported": {"ref_logprob": NOISE - 1.5},
     "entropy": {"entropy_coef": 0.2},
     "temperature": {"temperature": 0.7, "entropy_coef": 0.2},
+    "soft cap": {"softcap": 1.5, "temperature": 0.7, "entropy_coef": 0.2},
     "temperature per token": {"temperature": NOISE.abs() + 0.5, "entropy_coef": 0.2},
     "stale sampler": {"rollout_logprob": batch()["old_logprob"] + NOISE, "rollout_is_cap": 1.5},
     "sum": {"aggregation": "sum"},
@@ -101,7 +102,7 @@ def cast(given: dict[str, Any], dtype: torch.dtype, device: str = "cpu") -> dict
 
 def logprob_of(given: dict[str, Any]) -> dict[str, Any]:
     """What linear_logprob takes of a batch."""
-    return {name: x for name, x in given.items() if name in (*LEAVES, "target", "temperature")}
+    return {name: x for name, x in given.items() if name in (*LEAVES, "target", "temperature", "softcap")}
 
 
 def eager_logprob(
@@ -110,9 +111,11 @@ def eager_logprob(
     target: Tensor,
     temperature: float | Tensor = 1.0,
     bias: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As one writes it by hand, every step in the dtype of the inputs: the error that the dtype excuses."""
     logits = hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
     if isinstance(temperature, Tensor):
         temperature = temperature.to(logits).reshape(-1, 1)
     every = (logits / temperature).log_softmax(-1)
@@ -131,10 +134,11 @@ def eager_ppo_loss(
     *,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The logits of all rows by `eager_logprob`, the rest in fp32 (fp64)."""
-    logprob, entropy = eager_logprob(hidden, weight, target, temperature, bias)
+    logprob, entropy = eager_logprob(hidden, weight, target, temperature, bias, softcap)
     mask, a = loss_mask.to(logprob), advantage
     tokens = max(int(loss_mask.sum()), 1)
     ratio = (logprob - old_logprob).clamp(-20, 20).exp()

@@ -38,7 +38,7 @@ BAD_INPUTS: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "k of another length": ("k", lambda: {"k": torch.zeros(2, 11, 2, 16)}),
     "v of another length": ("v", lambda: {"v": torch.zeros(2, 9, 2, 16)}),
     "k of another head size": ("k", lambda: {"k": torch.zeros(2, 10, 2, 8)}),
-    "v of another head size": ("v", lambda: {"v": torch.zeros(2, 10, 2, 8)}),
+    "v of no channels": ("v", lambda: {"v": torch.zeros(2, 10, 2, 0)}),
     "v of other heads": ("v", lambda: {"v": torch.zeros(2, 10, 1, 16)}),
     "Hq not a multiple of Hkv": ("k", lambda: dict.fromkeys("kv", torch.zeros(2, 10, 3, 16))),
     "no key heads": ("k", lambda: dict.fromkeys("kv", torch.zeros(2, 10, 0, 16))),

@@ -31,7 +31,7 @@ class Options(NamedTuple):
 
 ALONE = [*(Options(window=w) for w in WINDOWS), Options(sinks=True), Options(softcap=3.0)]
 TOGETHER = [Options(7, True), Options(7, False, 3.0), Options(None, True, 3.0), Options(64, True, 3.0)]
-# Interpreted float32 takes minutes in all, for other products than the rest: all options at once are its share.
+# Interpreted float32 takes minutes in all, for other products than the rest: its share is all at once.
 every_case = pytest.mark.parametrize(
     ("backend", "device", "dtype", "options"),
     [

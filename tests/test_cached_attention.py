@@ -19,7 +19,7 @@ every_backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 LENGTHS = (200, 1, 63, 64, 65, 131)
 NAN, INF = torch.nan, torch.inf
-Case = dict[str, Tensor]  # the arguments of a call
+Case = dict[str, Any]  # the arguments of a call
 
 
 def run(it: Case, backend: str = "cpu", function: Any = cached_attention, **options: Any) -> Tensor:
@@ -38,6 +38,7 @@ def case(
     counts: tuple[int, ...] | None = None,
     heads: tuple[int, int] = (4, 2),
     dim: int = 64,
+    value_dim: int | None = None,
     fill: float = NAN,
 ) -> Case:
     """Random numbers for ragged rows in permuted slots, one in three unused; counts as large as can be."""
@@ -49,6 +50,8 @@ def case(
     fresh.masked_fill_((torch.arange(capacity) >= torch.tensor(lengths)[:, None])[..., None, None], fill)
     cache = fresh.new_full((2, slots, capacity, hkv, dim), fill)
     keys, values = cache.index_copy_(1, rows, fresh).to(dtype)
+    if value_dim is not None:
+        values = values.repeat(1, 1, 1, -(-value_dim // dim))[..., :value_dim]
     counts = counts or tuple(min(queries, n) for n in lengths)
     tables = dict(cache_seqlens=int32(*lengths), cache_batch_idx=rows.int(), query_lens=int32(*counts))
     return dict(q=q.to(dtype), k_cache=keys, v_cache=values, **tables)
@@ -57,15 +60,26 @@ def case(
 def looped(it: Case, dtype: torch.dtype, scale: float | None) -> Tensor:
     """Query after query, every step in `dtype`."""
     q, group, queries = it["q"].to(dtype), it["q"].shape[2] // it["k_cache"].shape[2], it["q"].shape[1]
-    scale, out = q.shape[3] ** -0.5 if scale is None else scale, torch.zeros_like(q)
+    scale, out = (
+        q.shape[3] ** -0.5 if scale is None else scale,
+        q.new_zeros(*q.shape[:3], it["v_cache"].shape[3]),
+    )
+    window, cap, sinks = (it.get(name) for name in ("window", "softcap", "sinks"))
+    places = it.get("positions", torch.arange(it["k_cache"].shape[1]).expand(len(q), -1))
     tables = (it[name].tolist() for name in ("cache_batch_idx", "cache_seqlens", "query_lens"))
     for b, (row, length, count) in enumerate(zip(*tables, strict=True)):
         of_row = (x[row, :length].to(dtype).transpose(0, 1) for x in (it["k_cache"], it["v_cache"]))
         k, v = (x.repeat_interleave(group, 0) for x in of_row)  # [Hq, length, D]
         for t in range(queries - count, queries):
             seen = length - queries + t + 1
-            score = k[:, :seen] @ (q[b, t] * scale)[..., None]
-            out[b, t] = (score.mT.softmax(-1) @ v[:, :seen])[:, 0]
+            first = 0
+            if window is not None:
+                first = int((places[b, seen - 1] - places[b, :seen] >= window).sum())
+            score = (k[:, first:seen] @ (q[b, t] * scale)[..., None]).mT
+            score = score if cap is None else cap * (score / cap).tanh()
+            if sinks is not None:
+                score = torch.cat([score, sinks.to(dtype)[:, None, None]], dim=-1)
+            out[b, t] = (score.softmax(-1)[..., : seen - first] @ v[:, first:seen])[:, 0]
     return out
 
 
@@ -276,6 +290,7 @@ def of(*shape: int, grad: bool = False) -> Tensor:
 
 
 Q, KEYS, CACHE = of(2, 3, 4, 16), of(5, 9, 2, 16), ("k_cache", "v_cache")
+PLACES = torch.arange(9).expand(2, 9)
 GOOD = dict(
     q=Q,
     k_cache=KEYS,
@@ -298,7 +313,7 @@ BAD: dict[str, list[Any]] = {  # values of an argument, or a dict of several
     ]
     + [of(5, 9, 2, 16, grad=True), dict.fromkeys(CACHE, of(5, 9, 2, 8))],
     "v_cache": [of(9, 2, 16), KEYS.double(), of(4, 9, 2, 16), of(5, 8, 2, 16), of(5, 9, 1, 16)]
-    + [of(5, 9, 2, 8), of(5, 9, 16, 2).mT, of(5, 9, 2, 16, grad=True)],
+    + [of(5, 9, 2, 0), of(5, 9, 16, 2).mT, of(5, 9, 2, 16, grad=True)],
     "cache_seqlens": [[9, 4], torch.tensor([9, 4]), int32(9, 4, 4), int32(9, 4).to("meta"), int32(9, 10)]
     + [{"cache_seqlens": int32(9, -1), "query_lens": int32(3, 0)}],
     "cache_batch_idx": [torch.tensor([1, 0]), int32(1), int32(1, 5), int32(1, -1), int32(1, 0).to("meta")]
@@ -306,6 +321,17 @@ BAD: dict[str, list[Any]] = {  # values of an argument, or a dict of several
     "query_lens": [torch.tensor([True, True]), int32(3), int32(3, 3)[:, None], int32(4, 3), int32(3, -1)]
     + [{"cache_seqlens": int32(9, 2)}, {"cache_seqlens": int32(9, 2), "query_lens": None}],
     "scale": [0.0, -1.0, NAN, INF],
+    "window": [0, -1, 2.0, True],
+    "positions": [
+        {"positions": PLACES},
+        {"positions": PLACES[:, :8], "window": 3},
+        {"positions": PLACES[:1], "window": 3},
+        {"positions": PLACES.flip(1), "window": 3},
+        {"positions": PLACES.float(), "window": 3},
+    ],
+    "evict": [PLACES, {"evict": PLACES.int(), "window": 3}, PLACES.int()[:, :8], PLACES.int().to("meta")],
+    "sinks": [[0.0] * 4, of(3), torch.zeros(4, dtype=torch.int32), of(4).to("meta")],
+    "softcap": [0.0, -1.0, NAN, INF, "3"],
     "backend": ["fast", "cuda"],
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,6 +30,8 @@ TOKENS = MASK.shape[1]
 POSITIONS = torch.arange(TOKENS)[None]
 IDS = torch.randint(1, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(1))
 TOLERANCE = 1e-5  # of the largest logit; measured: 1e-6 and less, and 4e-3 and more without pruning
+
+WINDOWLESS = {"moshi"}  # names a window and has none
 
 # Of every version that is supported; the others may come and go.
 WELL_KNOWN = (
@@ -115,16 +116,25 @@ def difference(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
-def additive(mask: TrajectoryMask) -> Tensor:
-    """[1, 1, N, N], what eager attention adds to its scores."""
-    visible = mask.dense()[:, None]
-    return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+def additive(mask: TrajectoryMask, config: Any) -> Tensor | dict[str, Tensor]:
+    """[1, 1, N, N], what eager attention adds to its scores; where layers differ, of each kind."""
+
+    def of(mask: TrajectoryMask) -> Tensor:
+        visible = mask.dense()[:, None]
+        return torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+
+    config = config.get_text_config(decoder=True)
+    if not integration.has_windows(config) or config.model_type in WINDOWLESS:
+        return of(mask)
+    near = of(mask.windowed(config.sliding_window))
+    kinds = getattr(config, "layer_types", None)
+    return {"full_attention": of(mask), "sliding_attention": near} if kinds else near
 
 
 def mask_error(model: PreTrainedModel, eager: PreTrainedModel, full: Tensor) -> float:
     """Against eager attention with the dense mask: alone, and packed after another trajectory."""
     settings = {"position_ids": POSITIONS, "use_cache": False}
-    dense = eager(IDS, attention_mask=additive(MASK), **settings)[0]
+    dense = eager(IDS, attention_mask=additive(MASK, model.config), **settings)[0]
     layout = TrajectoryLayout.pack([TrajectoryLayout.from_segments(s) for s in (SEGMENTS[:6], SEGMENTS)])
     first = layout.mask.shape[1] - TOKENS
     packed = model(
@@ -157,12 +167,12 @@ def slots_errors(model: PreTrainedModel, full: Tensor) -> tuple[float | str, flo
     except ValueError as refusal:
         assert str(refusal).startswith("SlotCache: expected "), refusal
         return str(refusal), str(refusal)
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     parts = []
     for begin, end, keep in rollout():
         if keep is not None:
             cache.prune(keep[None])
-        parts.append(model(IDS[:, begin:end], **{name: cache})[0])
+        kwargs = cache.forward_kwargs(end - begin) if integration.has_windows(model.config) else cache.kwargs
+        parts.append(model(IDS[:, begin:end], **kwargs)[0])
     got, first = torch.cat(parts, dim=1), int(MASK.evict_at.min())
     return (
         checked(f"{model.config.model_type}, cache", difference(got[:, :first], full[:, :first])),
@@ -189,7 +199,21 @@ def engine_error(model: PreTrainedModel, full: Tensor) -> float | str:
 # ------------------------------------------------------------------------------------------------- tests
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe", "gpt2"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "qwen2",
+        "qwen3_moe",
+        "gpt2",
+        "gemma2",
+        "gemma3_text",
+        "gpt_oss",
+        "olmo3",
+        "cohere2",
+        "ministral",
+    ],
+)
 def test_a_family_that_works(family: str) -> None:
     row = examine(family)
     assert row.verdict == "passed" and all(isinstance(error, float) for error in row[1:]), row
@@ -210,7 +234,16 @@ def test_a_family_that_works(family: str) -> None:
         ),
         ("nemotron", "refused", "mem1_mask in NemotronForCausalLM: expected a model that heeds it"),
         ("roberta", "refused", "position_ids in RobertaForCausalLM: expected some that count from 0"),
-        ("deepseek_v3", "refused", "mem1_mask in DeepseekV3Attention (layer 0): expected one head dim"),
+        (
+            "deepseek_v3",
+            "passed",
+            "SlotCache: expected keys and values of heads, got the latent ones of kv_lora_rank=16",
+        ),
+        (
+            "gemma4_text",
+            "mask only",
+            "mem1_cache in Gemma4TextConfig: expected layers alike, got some with another head_dim",
+        ),
         (
             "diffllama",
             "mask only",
@@ -282,4 +315,4 @@ def test_every_family(record_property: Callable[[str, object], None]) -> None:
 def kind(reason: Any) -> str:
     """A refusal without names, shapes and errors; of layers that are not attention, what they are."""
     wanted, got = reason.split(": ", 1)[1].split(", got ", 1)
-    return f"expected full_attention, got {got}" if "layer_types" in wanted else wanted
+    return f"expected full or sliding attention, got {got}" if "layer_types" in wanted else wanted

@@ -206,11 +206,7 @@ def test_compiles_without_a_graph_break() -> None:
 
 # fmt: off
 FULL = {"layer_types": ["full_attention", "full_attention"]}
-WINDOW = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
-LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
-          "v_head_dim": 16, "head_dim": 8, "n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1,
-          "topk_group": 1}
 LINEAR = {"layer_types": ["linear_attention", "full_attention"], "num_experts": 2, "num_experts_per_tok": 1,
           "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
           "linear_num_value_heads": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
@@ -218,16 +214,10 @@ MAMBA = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2}
 JAMBA = MAMBA | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "num_experts_per_tok": 1}
 BIDIRECTIONAL = FULL | {"attn_logit_softcapping": None, "use_bidirectional_attention": True}
 REFUSED = [  # family, settings, which layer says, what
-    ("Qwen2", WINDOW, "Qwen2Attention 0", "full_attention in all of Qwen2Config.layer_types, got sliding_at"),
     ("Qwen2", {"attention_dropout": 0.1}, "Qwen2Attention 0", "expected attention dropout 0, got 0.1"),
-    ("Mistral", {"sliding_window": 16}, "MistralAttention 0", "expected plain attention, got sliding_window"),
-    ("Phimoe", EXPERTS | {"sliding_window": 16}, "PhimoeAttention 0", "got a window of 16 tokens"),
-    ("Gemma2", {}, "Gemma2Attention 0", "Gemma2Config.layer_types, got sliding_attention"),
-    ("Gemma2", FULL, "Gemma2Attention 0", "expected plain attention, got softcap"),
+    ("Phimoe", EXPERTS | {"sliding_window": 16}, "PhimoeAttention 0", "the window of its masks, 16, got sli"),
     ("Gemma2", BIDIRECTIONAL, "Gemma2Attention 0", "expected causal self-attention, got is_causal=False"),
     ("Llama", {"is_causal": False}, "LlamaAttention 0", "expected causal self-attention, got is_causal="),
-    ("GptOss", EXPERTS | FULL, "GptOssAttention 0", "expected no sinks, got s_aux"),
-    ("DeepseekV3", LATENT, "DeepseekV3Attention 0", "expected one head dim, got 24 for queries and keys"),
     ("Llama4", {}, "Llama4TextAttention 0", "Llama4TextConfig.layer_types, got chunked_attention"),
     ("Qwen3Next", LINEAR, "Qwen3NextAttention 1", "Qwen3NextConfig.layer_types, got linear_attention"),
     ("Jamba", JAMBA, "JambaAttention 1", "JambaConfig.layer_types, got linear_attention"),
@@ -263,10 +253,6 @@ def test_a_mask_of_another_kind_is_refused() -> None:
         model(ids[:, :-1], mem1_mask=mask, use_cache=False)
     with pytest.raises(TypeError, match="mask: expected a TrajectoryMask, got Tensor"):
         model(ids, mem1_mask=mask.dense(), use_cache=False)
-    with pytest.raises(
-        ValueError, match="expected no sinks, got s_aux"
-    ):  # which sdpa would drop, mask or not
-        build("GptOss", **EXPERTS)(ids)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -90,10 +90,13 @@ def test_temperature(backend: str, device: str, dtype: torch.dtype, kind: str) -
 @both_dtypes
 @pytest.mark.parametrize("rows", CHUNKS)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_chunks(backend: str, device: str, dtype: torch.dtype, rows: str, bias: bool) -> None:
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["", "soft cap"])
+def test_chunks(
+    backend: str, device: str, dtype: torch.dtype, rows: str, bias: bool, softcap: float | None
+) -> None:
     """Many chunks, the last of them shorter; 1,001 columns are not aligned in memory."""
     for vocabulary in (1000, 1001):
-        given = inputs(37, 48, vocabulary, dtype=dtype, device=device, bias=bias)
+        given = inputs(37, 48, vocabulary, dtype=dtype, device=device, bias=bias) | {"softcap": softcap}
         check(linear_logprob, given, backend=backend, workspace_bytes=CHUNKS[rows])
 
 
@@ -126,12 +129,15 @@ def test_integers_of_any_size(backend: str, device: str, dtype: torch.dtype) -> 
 @every_backend
 @pytest.mark.parametrize("workspace_bytes", [1, 2 * 14 * 8, None], ids=["one row", "2 rows", "at once"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-def test_gradcheck(backend: str, device: str, workspace_bytes: int | None, bias: bool) -> None:
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["", "soft cap"])
+def test_gradcheck(
+    backend: str, device: str, workspace_bytes: int | None, bias: bool, softcap: float | None
+) -> None:
     given = inputs(5, 4, 13, dtype=torch.float64, device=device, bias=bias)
     target, temperatures = given.pop("target"), (draw(5, seed=7).abs() + 0.3).to(device)
 
     def function(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        options: dict[str, Any] = {"workspace_bytes": workspace_bytes, "backend": backend}
+        options: dict[str, Any] = {"workspace_bytes": workspace_bytes, "backend": backend, "softcap": softcap}
         return linear_logprob(hidden, weight, target, temperatures, bias=bias, **options)
 
     assert torch.autograd.gradcheck(function, tuple(x.requires_grad_() for x in given.values()))

@@ -290,7 +290,7 @@ def flat(given: dict[str, Any], wanted: list[bool]) -> tuple[Any, ...]:
     tensors = (
         "hidden weight bias target old_logprob advantage loss_mask ref_logprob rollout_logprob sequence_ids"
     )
-    settings = (0.2, 0.2, 3.0, 2.0, 0.1, "k3", 0.01, "sequence-mean", 5 * 32, wanted)
+    settings = (0.2, 0.2, 3.0, 2.0, 0.1, "k3", 0.01, "sequence-mean", 2.0, 5 * 32, wanted)
     return *(given.get(n) for n in tensors.split()), given["temperature"], None, *settings
 
 
@@ -305,16 +305,16 @@ def test_opcheck(dtype: torch.dtype, wanted: tuple[int, ...], bias: bool) -> Non
         if w:
             given[name].requires_grad_()
     names = ("hidden", "weight", "bias", "target", "temperature")
-    alone = (*(given.get(n) for n in names), 5 * 32)
+    alone = (*(given.get(n) for n in names), 2.0, 5 * 32)
     torch.library.opcheck(ops.fused_linear_ppo_loss.default, flat(given, want))
-    saved = [x.detach() if isinstance(x, Tensor) else x for x in alone[:-1]]
+    saved = [x.detach() if isinstance(x, Tensor) else x for x in alone[:-2]]
     for keep in (False, True):
         torch.library.opcheck(ops.linear_logprob.default, (*alone, keep, False))
         with torch.no_grad():
             _, entropy, max_logit, log_sum_exp, kept = ops.linear_logprob(*alone, keep, True)
         assert len(kept) == (5 if keep else 0)
         d_out = torch.ones_like(entropy), torch.ones_like(entropy)
-        backward = (*d_out, *saved, max_logit, log_sum_exp, entropy, kept, 5 * 32, want)
+        backward = (*d_out, *saved, max_logit, log_sum_exp, entropy, kept, 2.0, 5 * 32, want)
         torch.library.opcheck(ops.linear_logprob_backward.default, backward)
 
 

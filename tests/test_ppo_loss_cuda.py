@@ -161,7 +161,7 @@ def test_the_alignment_of_a_row_does_not_show(vocabulary: int, gradient: torch.d
             _library.ops._rows_logprob, rows.device, rows, bias, target, temperatures
         )
         assert torch.equal(rows, logits)
-        given = rows, bias, target, temperatures, stats[2], stats[3], stats[1], a, b, gradient
+        given = rows, bias, target, temperatures, stats[2], stats[3], stats[1], a, b, gradient, 0.0
         _library.on_current_stream(_library.ops._rows_backward_, rows.device, *given)
         made.append([*stats, rows.view(gradient)[:, :vocabulary]])
         assert (space[:, vocabulary:] == 77).all()

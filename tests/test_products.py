@@ -163,7 +163,7 @@ def test_narrow_gradients_are_the_wide_ones_rounded(vocabulary: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         rows = logits.clone()
         given = rows[:, :vocabulary], None, target, torch.ones(5), *of_rows
-        torch.ops.mem1_core._rows_backward_(*given, dtype, 0)
+        torch.ops.mem1_core._rows_backward_(*given, dtype, 0.0, 0)
         made[dtype] = rows.view(dtype)[:, :vocabulary]
         assert torch.equal(rows[:, vocabulary:], logits[:, vocabulary:])
     wide, narrow = made.values()

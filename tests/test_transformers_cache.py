@@ -242,17 +242,14 @@ def test_a_forward_that_fails_leaves_nothing_behind() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (
-            lambda: transformers.Qwen2Config(use_sliding_window=True, max_window_layers=1),
-            "got sliding_attention",
-        ),
-        (lambda: transformers.MistralConfig(sliding_window=64), "sliding_window=64"),
+        (lambda: transformers.Llama4TextConfig(), "got chunked_attention"),
+        (lambda: transformers.DeepseekV3Config(), "got the latent ones of kv_lora_rank=512"),
         (lambda: transformers.T5Config(), "is_encoder_decoder=True"),
         (lambda: transformers.MambaConfig(), "got linear_attention"),
         (lambda: transformers.RwkvConfig(), "RwkvConfig without num_attention_heads"),
         (lambda: build("Mpt", "eager"), "AttentionInterface"),  # positions as a bias on where a key lies
     ],
-    ids=["layer types", "window", "encoder", "state space", "no attention", "own attention"],
+    ids=["layer types", "latent", "encoder", "state space", "no attention", "own attention"],
 )
 def test_models_that_no_slot_can_hold(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"SlotCache: .*{message}"):
@@ -295,7 +292,7 @@ def test_refusals() -> None:
     refused("positions: expected 'keep'", cache.prune, torch.ones(2, 6).bool(), "compact")
     model.config._attn_implementation = "flash_attention_2"
     refused(
-        "'sdpa', 'eager' or 'mem1' for rows that differ, got 'flash_attention_2'",
+        "'sdpa', 'eager' or 'mem1' for rows that differ and windows, got 'flash_attention_2'",
         cache.forward_kwargs,
         [1, 1],
     )

@@ -142,9 +142,7 @@ def launch(case: Case, dim: int, problem: Problem) -> None:
     mask = mask.windowed(64) if window else mask
     tiles = mask.tile_plan(128, 128)
     over_positions = (mask.positions, mask.limits, *tiles.key_lists) if tiles.key_lists else ()
-    plan = attention_launch.Plan(
-        mask.evict_at, *tiles.tensors, tiles.block_q, tiles.block_k, *over_positions
-    )
+    plan = attention_launch.Plan(mask.evict_at, *tiles.tensors, tiles.block_q, tiles.block_k, *over_positions)
     if case.kernel == "forward":
         sinks = tensor(2 * group, dtype=torch.float32, offset=offset) if cap else None
         attention_launch.forward(q, k, k, plan, 1.0, sinks, cap)

@@ -3,6 +3,8 @@
 
 #include "common/check.h"
 
+#include <cfloat>
+
 namespace mem1::ppo_loss {
 namespace {
 
@@ -50,6 +52,8 @@ mem1_status validate(const mem1_logit_rows_params* params, mem1_error* error) {
              "got %lld",
              static_cast<long long>(p.vocabulary), static_cast<long long>(p.stride_row));
   MEM1_CHECK(p.entropy != nullptr, error, "entropy: expected a pointer, got NULL");
+  MEM1_CHECK(p.softcap >= 0 && p.softcap <= DBL_MAX, error, "softcap: expected 0 for none, or > 0, got %g", p.softcap);
+  MEM1_CHECK(p.softcap == 0 || p.bias == nullptr, error, "bias: expected NULL beside softcap");
   if (p.task == MEM1_ROWS_BACKWARD) {
     MEM1_CHECK(p.d_logprob != nullptr && p.d_entropy != nullptr, error,
                "d_logprob, d_entropy: expected pointers, got NULL");

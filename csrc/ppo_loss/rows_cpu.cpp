@@ -72,6 +72,23 @@ MEM1_INLINE void gradient_of(Real* logits, const Real* bias, int64_t count, Real
   }
 }
 
+// What a soft cap makes of a gradient: 1 - tanh^2 of it.
+template <typename Real>
+MEM1_INLINE Real slope_of(Real logit, Real per_cap) {
+  return 1 - (logit * per_cap) * (logit * per_cap);
+}
+
+template <typename Real>
+MEM1_INLINE void capped_gradient_of(Real* logits, int64_t count, Real shift, Real scale, Real offset, Real slope,
+                                    Real per_cap) {
+#pragma omp simd
+  for (int64_t v = 0; v < count; ++v) {
+    Real x = (logits[v] - shift) * scale;
+    x = x < Real(kSmall) ? Real(kSmall) : x;
+    logits[v] = exp2_of(x) * (offset + slope * x) * slope_of(logits[v], per_cap);
+  }
+}
+
 // The same numbers as bfloat16, at the same address. What is written lies before what is still to be read.
 MEM1_CLONES void narrow(float* row, int64_t count) {
   constexpr int64_t kPiece = 256;
@@ -101,6 +118,10 @@ void narrow(double*, int64_t) {}  // never asked for
                             Real slope) {                                                                       \
     return bias == nullptr ? gradient_of<Real>(logits, nullptr, count, shift, scale, offset, slope)             \
                            : gradient_of(logits, bias, count, shift, scale, offset, slope);                     \
+  }                                                                                                             \
+  MEM1_CLONES void capped_gradient(Real* logits, int64_t count, Real shift, Real scale, Real offset, Real slope, \
+                                   Real per_cap) {                                                              \
+    capped_gradient_of(logits, count, shift, scale, offset, slope, per_cap);                                    \
   }
 MEM1_PASSES(float)
 MEM1_PASSES(double)
@@ -163,10 +184,17 @@ void row(const mem1_logit_rows_params& p, int64_t i) {
   }
   const double inv_sum_exp = std::exp(-log_sum_exp), d_logprob = grads.logprob / temperature;
   const double d_entropy = grads.entropy / temperature;
-  gradient(logits, bias, p.vocabulary, max_logit, scale,
-           static_cast<Real>(inv_sum_exp * (-d_logprob - d_entropy * (entropy - log_sum_exp))),
-           static_cast<Real>(-inv_sum_exp * d_entropy * kLn2));
-  logits[target] += static_cast<Real>(d_logprob);
+  const Real offset = static_cast<Real>(inv_sum_exp * (-d_logprob - d_entropy * (entropy - log_sum_exp)));
+  const Real slope = static_cast<Real>(-inv_sum_exp * d_entropy * kLn2);
+  Real at_target = static_cast<Real>(d_logprob);
+  if (p.softcap == 0) {
+    gradient(logits, bias, p.vocabulary, max_logit, scale, offset, slope);
+  } else {
+    const Real per_cap = static_cast<Real>(1 / p.softcap);
+    at_target *= slope_of(logits[target], per_cap);
+    capped_gradient(logits, p.vocabulary, max_logit, scale, offset, slope, per_cap);
+  }
+  logits[target] += at_target;
   done();
 }
 

@@ -78,6 +78,8 @@ __device__ Sums<Real> sum_over_block(Sums<Real> own, Real scale) {
   return own;
 }
 
+enum class Logits { kPlain, kBiased, kCapped };
+
 // z = logit + bias of a tile of the row; -inf past its end.
 template <typename Real, bool kBias>
 struct Tile {
@@ -110,8 +112,9 @@ __device__ void store(double* to, double value) { *to = value; }
 __device__ void store(__nv_bfloat16* to, float value) { *to = __float2bfloat16(value); }
 __device__ void store(__half* to, float value) { *to = __float2half(value); }
 
-template <typename Real, typename Gradient, bool kBias>
+template <typename Real, typename Gradient, Logits kLogits>
 __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const mem1_logit_rows_params p) {
+  constexpr bool kBias = kLogits == Logits::kBiased;
   const int64_t i = blockIdx.x, count = p.vocabulary;
   const auto in = [i](const void* array) { return static_cast<const Real*>(array)[i]; };
   const auto out = [i](void* array, Real value) { static_cast<Real*>(array)[i] = value; };
@@ -196,6 +199,10 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const mem1_logit_rows
         x = x < small ? small : x;
         Real value = nothing ? Real(0) : power_of_two(x) * (offset + slope * x);
         if (at + m == target && !nothing) value += d_logprob;
+        if (kLogits == Logits::kCapped && at + m < count) {
+          const Real tanh = tile.z[n + m] / static_cast<Real>(p.softcap);
+          value *= 1 - tanh * tanh;
+        }
         store(made + m, valid ? value : static_cast<Real>(NAN));
       }
       if (aligned && at + kVector<Real> <= count) {
@@ -213,7 +220,9 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(const mem1_logit_rows
 
 template <typename Real, typename Gradient>
 void launch(const mem1_logit_rows_params& p, cudaStream_t stream) {
-  const auto kernel = p.bias != nullptr ? rows_kernel<Real, Gradient, true> : rows_kernel<Real, Gradient, false>;
+  const auto kernel = p.softcap != 0      ? rows_kernel<Real, Gradient, Logits::kCapped>
+                      : p.bias != nullptr ? rows_kernel<Real, Gradient, Logits::kBiased>
+                                          : rows_kernel<Real, Gradient, Logits::kPlain>;
   kernel<<<static_cast<unsigned>(p.rows), kThreads, 0, stream>>>(p);
 }
 

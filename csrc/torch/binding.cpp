@@ -265,15 +265,14 @@ TORCH_LIBRARY_FRAGMENT(mem1_core, m) {
   m.def(torch::schema(("_rows_logprob(Tensor logits, " + rows + "int stream) -> Tensor").c_str()));
   m.def(torch::schema(("_rows_backward_(Tensor(a!) logits, " + rows +
                        "Tensor max_logit, Tensor log_sum_exp, Tensor entropy, Tensor d_logprob, Tensor d_entropy, "
-                       "ScalarType gradient_dtype, "
-                       "int stream) -> ()")
+                       "ScalarType gradient_dtype, float softcap, int stream) -> ()")
                           .c_str()));
   m.def(torch::schema(
       ("_rows_ppo_(Tensor(a!) logits, " + rows +
        "Tensor old_logprob, Tensor advantage, Tensor scale, Tensor? ref_logprob, "
        "Tensor? rollout_logprob, float clip_low, float clip_high, float? dual_clip, float rollout_is_cap, "
        "float kl_coef, str kl_estimator, float entropy_coef, bool with_gradient, "
-       "ScalarType gradient_dtype, int stream) -> Tensor")
+       "ScalarType gradient_dtype, float softcap, int stream) -> Tensor")
           .c_str()));
   m.def("_linear_in_bfloat16() -> bool", &mem1::cpu::linear_in_bfloat16);
   m.def("_linear_logits_(Tensor hidden, Tensor weight, Tensor(a!) logits) -> ()");

@@ -66,7 +66,7 @@ at::Tensor rows_logprob(const at::Tensor& logits, const std::optional<at::Tensor
 void rows_backward_(const at::Tensor& logits, const std::optional<at::Tensor>& bias, const at::Tensor& target,
                     const at::Tensor& temperature, const at::Tensor& max_logit, const at::Tensor& log_sum_exp,
                     const at::Tensor& entropy, const at::Tensor& d_logprob, const at::Tensor& d_entropy,
-                    at::ScalarType gradient_dtype, int64_t cuda_stream);
+                    at::ScalarType gradient_dtype, double softcap, int64_t cuda_stream);
 // Likewise; returns loss, logprob, entropy, ratio, clipped and kl, [6, rows].
 at::Tensor rows_ppo_(const at::Tensor& logits, const std::optional<at::Tensor>& bias, const at::Tensor& target,
                      const at::Tensor& temperature, const at::Tensor& old_logprob, const at::Tensor& advantage,
@@ -74,7 +74,7 @@ at::Tensor rows_ppo_(const at::Tensor& logits, const std::optional<at::Tensor>& 
                      const std::optional<at::Tensor>& rollout_logprob, double clip_low, double clip_high,
                      std::optional<double> dual_clip, double rollout_is_cap, double kl_coef,
                      c10::string_view kl_estimator, double entropy_coef, bool with_gradient,
-                     at::ScalarType gradient_dtype, int64_t cuda_stream);
+                     at::ScalarType gradient_dtype, double softcap, int64_t cuda_stream);
 // Advantage and returns.
 std::tuple<at::Tensor, at::Tensor> gae(const at::Tensor& reward, const at::Tensor& value, const at::Tensor& mask,
                                        double gamma, double lam, int64_t cuda_stream);

@@ -114,8 +114,9 @@ Tensor rows_logprob(const Tensor& logits, const OptionalTensor& bias, const Tens
 
 void rows_backward_(const Tensor& logits, const OptionalTensor& bias, const Tensor& target, const Tensor& temperature,
                     const Tensor& max_logit, const Tensor& log_sum_exp, const Tensor& entropy, const Tensor& d_logprob,
-                    const Tensor& d_entropy, at::ScalarType gradient_dtype, int64_t stream) {
+                    const Tensor& d_entropy, at::ScalarType gradient_dtype, double softcap, int64_t stream) {
   Rows rows(logits, bias, target, temperature, MEM1_ROWS_BACKWARD);
+  rows.p.softcap = softcap;
   rows.p.gradient_dtype = dtype_of("gradient_dtype", gradient_dtype);
   rows.p.max_logit = const_cast<void*>(rows.of_rows("max_logit", max_logit));
   rows.p.log_sum_exp = const_cast<void*>(rows.of_rows("log_sum_exp", log_sum_exp));
@@ -130,11 +131,12 @@ Tensor rows_ppo_(const Tensor& logits, const OptionalTensor& bias, const Tensor&
                  const OptionalTensor& ref_logprob, const OptionalTensor& rollout_logprob, double clip_low,
                  double clip_high, std::optional<double> dual_clip, double rollout_is_cap, double kl_coef,
                  c10::string_view kl_estimator, double entropy_coef, bool with_gradient, at::ScalarType gradient_dtype,
-                 int64_t stream) {
+                 double softcap, int64_t stream) {
   Rows rows(logits, bias, target, temperature, MEM1_ROWS_PPO_LOSS);
   mem1_logit_rows_params& p = rows.p;
   p.gradient_dtype = dtype_of("gradient_dtype", gradient_dtype);
   p.with_gradient = with_gradient;
+  p.softcap = softcap;
   p.old_logprob = rows.of_rows("old_logprob", old_logprob);
   p.advantage = rows.of_rows("advantage", advantage);
   p.scale = rows.of_rows("scale", scale);

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -28,6 +28,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from mem1_core.integrations.scores import Scores, dense_attention
 from mem1_core.mask import TrajectoryMask
 from mem1_core.ops import trajectory_attention
 from mem1_core.versions import warn_if_untested
@@ -41,15 +42,6 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _OF_A_MODEL = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError,
 )  # fmt: skip
-
-
-class Scores(NamedTuple):
-    """What a layer makes of queries times keys: see `mem1_core.ops.trajectory_attention`."""
-
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
 
 
 class LayerCache(Protocol):
@@ -93,17 +85,16 @@ def check_model(model: PreTrainedModel) -> None:
             f"{name}: expected attn_implementation={NAME!r}, got {config._attn_implementation!r}"
         )
     with _refusing(f"mem1_mask in {name}: expected a forward that runs with it"):
-        embedding = model.get_input_embeddings()
+        embedding: Any = model.get_input_embeddings()
         device = next(embedding.parameters()).device
-        embeds = embedding(torch.zeros(2, 3, dtype=torch.int64, device=device))
-        hidden = torch.tensor([[True, False, False], [False, False, True]], device=embeds.device)
-        embeds[hidden] = torch.nan
-        mask = TrajectoryMask.from_evict(torch.tensor([1, 3, 3], device=embeds.device))
-        places = torch.arange(3, device=embeds.device).expand(2, 3)
-        out, placed = (
-            _repeatable(model, embeds, mem1_mask=mask, use_cache=False, **positions)
-            for positions in ({}, {"position_ids": places})
-        )
+        hidden = torch.tensor([[True, False, False], [False, False, True]], device=device)
+        mask = TrajectoryMask.from_evict(torch.tensor([1, 3, 3], device=device))
+        places = torch.arange(3, device=device).expand(2, 3)
+        with _nan_at(embedding, hidden):
+            out, placed = (
+                _repeatable(model, hidden, mem1_mask=mask, use_cache=False, **positions)
+                for positions in ({}, {"position_ids": places})
+            )
     if not torch.equal(out.isnan().any(-1), hidden.to(out.device)):
         raise ValueError(f"mem1_mask in {name}: expected a model that heeds it, got one that ignores it")
     rounding = 0.01 * float(out.nan_to_num().abs().max())
@@ -111,11 +102,27 @@ def check_model(model: PreTrainedModel) -> None:
         raise ValueError(f"position_ids in {name}: expected some that count from 0, got others by default")
 
 
-def _repeatable(model: PreTrainedModel, embeds: Tensor, **settings: Any) -> Tensor:
-    """Logits with the same dropout in each call. `embeds` stays as it is: some models scale it in place."""
+@contextmanager
+def _nan_at(embedding: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """What the embedding says of the tokens in bool [B, N] is NaN. (Models that look up more by a token's id
+    want to be given ids.)
+    """
+
+    def hide(module: nn.Module, given: Any, embeds: Tensor) -> Tensor:
+        return embeds.masked_fill(hidden.to(embeds.device)[..., None], torch.nan)
+
+    handle = embedding.register_forward_hook(hide)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _repeatable(model: PreTrainedModel, like: Tensor, **settings: Any) -> Tensor:
+    """Logits [B, N, V] of the first token of the vocabulary, with the same dropout in each call."""
     devices = {parameter.device for parameter in model.parameters()} - {torch.device("cpu")}
-    with torch.random.fork_rng(devices, device_type=embeds.device.type):
-        return model(inputs_embeds=embeds.clone(), **settings)[0]
+    with torch.random.fork_rng(devices, device_type=like.device.type):
+        return model(torch.zeros_like(like, dtype=torch.int64), **settings)[0]
 
 
 @torch.no_grad()
@@ -168,8 +175,9 @@ class _Calls:
         self.seen: list[tuple[int | None, int, int]] = []
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
-        self.seen.append((getattr(module, "layer_idx", None), key.shape[1], key.shape[3]))
-        return query.transpose(1, 2)
+        dim = max(key.shape[3], value.shape[3])
+        self.seen.append((getattr(module, "layer_idx", None), key.shape[1], dim))
+        return value.transpose(1, 2).repeat_interleave(query.shape[1] // value.shape[1], dim=2)
 
 
 def attention_forward(
@@ -188,13 +196,12 @@ def attention_forward(
 
     query [B, Hq, N, D], key and value [B, Hkv, S, D]; returns ([B, N, Hq, D], None). With `mem1_mask` S = N:
     a KV cache must be empty before the call. Without it the call is transformers' own
-    `sdpa_attention_forward`.
+    `sdpa_attention_forward`, with soft caps or sinks `dense_attention`.
 
     Windows (`sliding_window`), soft caps (`softcap`), sinks (`s_aux`) and values of another size than the
     keys are the layer's own. Raises ValueError, naming the layer and the reason, when `mem1_mask` comes to a
     layer that is more than that (a bias, dropout), to a model that has other layers beside it (linear
-    attention, state space, an encoder), with a filled cache, or together with an `attention_mask`. Sinks and
-    soft caps raise without the mask, as "sdpa" drops them.
+    attention, state space, an encoder), with a filled cache, or together with an `attention_mask`.
 
     With `mem1_cache` the mask is its business (`attention_mask` is not looked at); the rest as above.
     """
@@ -210,22 +217,17 @@ def attention_forward(
             raise ValueError(f"mem1_cache in {_where(module)}: {problem}")
         return mem1_cache.attend(module, query, key, value, scores), None
     if mem1_mask is None:
-        dropped = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
-        if dropped:
-            raise ValueError(
-                f"attn_implementation={NAME!r} in {_where(module)}: expected a mem1_mask or a mem1_cache, as "
-                f"sdpa drops {dropped[0]}, got neither"
-            )
         mask = attention_mask() if isinstance(attention_mask, DeferredMask) else attention_mask
+        if scores.softcap is not None or scores.sinks is not None:  # which sdpa would drop
+            return dense_attention(query, key, value, mask, scores, dropout), None
         return sdpa_attention_forward(
             module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs
         )
     problem = _problem(module, query, key, attention_mask, dropout, kwargs)
     if problem:
         raise ValueError(f"mem1_mask in {_where(module)}: {problem}")
-    tokens = (x.transpose(1, 2) for x in (query, key, value))
-    out = trajectory_attention(*tokens, mem1_mask, **scores._asdict())
-    return out, None
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return trajectory_attention(q, k, v, mem1_mask, **scores._asdict()), None
 
 
 def _where(module: nn.Module) -> str:
@@ -288,11 +290,28 @@ def _problem(
 
 
 def cache_shape(config: Any) -> tuple[int, int, int]:
-    """Layers, KV heads and head dim of a decoder's KV cache."""
+    """Layers, KV heads and head dim of a decoder's KV cache; where values are narrower than keys, the keys'.
+
+    Latent attention (DeepSeek-V2, arXiv 2405.04434) is cached expanded: a key and a value of each head.
+    Raises ValueError for layers that differ.
+    """
     config = config.get_text_config(decoder=True)
+    if varies := varying_shape(config):
+        raise ValueError(
+            f"mem1_cache in {type(config).__name__}: expected layers alike, got some with another {varies}"
+        )
+    if getattr(config, "kv_lora_rank", None) and getattr(config, "qk_rope_head_dim", None):
+        dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+        return config.num_hidden_layers, config.num_attention_heads, max(dim, config.v_head_dim)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_hidden_layers, heads, dim
+
+
+def varying_shape(config: Any) -> str:
+    """What of a layer's cache differs between the layers of a decoder, by the names of its fields."""
+    varying = getattr(config, "per_layer_attributes", None) or ()
+    return ", ".join(sorted({"head_dim", "num_key_value_heads"} & {*varying}))
 
 
 def has_windows(config: Any) -> bool:

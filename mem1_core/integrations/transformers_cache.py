@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from mem1_core.integrations.transformers import NAME, cache_shape, config_problem, has_windows
+from mem1_core.integrations.transformers import NAME, cache_shape, config_problem, has_windows, varying_shape
 from mem1_core.ops.kv_cache import Keep, Positions, prune_kv_cache_
 
 # What a cache is called by models, `generate` and their outputs: transformers 5.24 renamed it.
@@ -57,7 +58,7 @@ class SlotCache(Cache):
         config: Any = config_or_model if model is None else model.config
         problem = config_problem(config)
         config = config.get_text_config(decoder=True)
-        problem = problem or config_problem(config) or _window_problem(config)
+        problem = problem or config_problem(config) or _layers_problem(config)
         if not problem and model is not None and not model._supports_attention_backend:
             problem = f"expected attention through the AttentionInterface, got {type(model).__name__}'s own"
         if problem:
@@ -77,7 +78,8 @@ class SlotCache(Cache):
         self.run_lengths: list[list[int]] = [[] for _ in range(batch)]
         self._columns = torch.arange(capacity, device="cpu")
         self._config, self._inv_freq = config, None if model is None else _frequencies(model)
-        self._window: int | None = config.sliding_window if has_windows(config) else None
+        windowed = has_windows(config) and (model is None or _masks_windows(model))
+        self._window: int | None = config.sliding_window if windowed else None
         self._step: _Step | None = None  # of the forward that is announced or under way
         self._announced = False
         super().__init__(layers=[_SlotLayer(self, layer) for layer in range(shape[0])])
@@ -119,7 +121,8 @@ class SlotCache(Cache):
         counts = torch.as_tensor(new_tokens, dtype=torch.int32, device="cpu").expand(self.batch)
         if int(counts.min()) < 0 or int(counts.max()) < 1:
             raise ValueError(f"new_tokens: expected 0 or more for each row, not all 0, got {counts.tolist()}")
-        step, mask, device = self._plan(counts), None, self.kv.device
+        step, device = self._plan(counts), self.kv.device
+        mask: Tensor | dict[str, Tensor] | None = None
         column = self._columns[: step.width]
         window = self._window if int((self.positions + counts).max()) > (self._window or 0) else None
         if not step.alike or window is not None:
@@ -146,6 +149,11 @@ class SlotCache(Cache):
         entries[rows, slots] = self.positions[rows] + columns.int()
         tokens = self.positions[:, None] + self._columns[: step.width]
         return (tokens[:, None, :, None] - entries[:, None, None] < window).to(self.kv.device)
+
+    def _in_order(self, length: int) -> bool:
+        """Whether the entries of the rows, which are alike, stand side by side up to the next token."""
+        places = self._columns[:length] + (self.positions[:, None] - length)
+        return torch.equal(self.entries[:, :length], places.int())
 
     def _as_mask(self, seen: Tensor, added: bool) -> Tensor:
         """As "sdpa" takes it, or, `added`, as "eager" does."""
@@ -289,6 +297,19 @@ class _SlotLayer(CacheLayerMixin):
         self.batch_size, self.dtype, self.device = cache.batch, cache.kv.dtype, cache.kv.device
         self.is_initialized = True
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SlotLayer:
+        """With its cache. A model that copies a layer alone, for another pass, would store into it beside the
+        slots.
+        """
+        if id(self.cache) not in memo:
+            raise ValueError(
+                f"SlotCache: expected a model that attends once in each of its {len(self.cache.layers)} "
+                f"layers, got one that copies layer {self.layer}"
+            )
+        copied = _SlotLayer.__new__(_SlotLayer)
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the cache allocates."""
 
@@ -337,6 +358,11 @@ class _SlotLayer(CacheLayerMixin):
                 "position, got one made by transformers"
             )
         length = int(cache.lengths[0])
+        if cache._window is not None and not cache._in_order(length):
+            raise ValueError(
+                "SlotCache: expected the attention_mask of `SlotCache.forward_kwargs`, as a window counts "
+                "positions and entries have left, got one made by transformers"
+            )
         return length + query_length, int(cache.positions[0]) - length
 
     def get_seq_length(self) -> int:
@@ -354,15 +380,28 @@ def _in_ranges(ranges: Any, used: int) -> Tensor:
     return mask
 
 
-def _window_problem(config: Any) -> str | None:
-    """What `layer_types` would say of configs that have none."""
+def _layers_problem(config: Any) -> str | None:
+    """What `layer_types` does not say, or would say of configs that have none."""
     if not getattr(config, "num_attention_heads", None):
         return f"expected attention layers, got {type(config).__name__} without num_attention_heads"
-    if getattr(config, "layer_types", None) is None:
-        if getattr(config, "attention_chunk_size", None) is not None:
-            expected = "full attention or windows"
-            return f"expected {expected}, got attention_chunk_size={config.attention_chunk_size}"
+    if varies := varying_shape(config):
+        return f"expected layers alike, got some with another {varies}"
+    if rank := getattr(config, "kv_lora_rank", None):
+        return f"expected keys and values of heads, got the latent ones of kv_lora_rank={rank}"
+    if shared := getattr(config, "num_kv_shared_layers", 0):
+        return f"expected keys and values of every layer's own, got num_kv_shared_layers={shared}"
+    if (loops := getattr(config, "n_recurrent_loops", 1)) > 1:
+        return f"expected layers that attend once each, got n_recurrent_loops={loops}"
+    chunk = getattr(config, "attention_chunk_size", None)
+    if chunk is not None and getattr(config, "layer_types", None) is None:
+        return f"expected full attention or windows, got attention_chunk_size={chunk}"
     return None
+
+
+def _masks_windows(model: PreTrainedModel) -> bool:
+    """Whether the code of a model whose configuration names a window looks at it."""
+    codes = (sys.modules[type(part).__module__] for part in (model, model.get_decoder()))
+    return any(hasattr(code, "create_sliding_window_causal_mask") for code in codes)
 
 
 def _frequencies(model: PreTrainedModel) -> Tensor | None:

@@ -6,11 +6,10 @@ import importlib.util
 import math
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from mem1_core import _library, reference
-from mem1_core.backend import check_whole, choose_backend, describe
+from mem1_core.backend import check_sinks, check_softcap, check_whole, choose_backend
 from mem1_core.mask import DEFAULT_BLOCKS, TrajectoryMask
 
 _AVAILABLE = ("cpu", *(["triton"] if importlib.util.find_spec("triton") else []), "reference")
@@ -129,10 +128,7 @@ def trajectory_attention(
             f"got {list(mask.evict_at.shape)}"
         )
     mask = _windowed(mask, window, positions)
-    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):
-        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
-    if sinks is not None:
-        _check_sinks(sinks, q)
+    cap, of_sinks = check_softcap(softcap), check_sinks(sinks, q)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
     elif not isinstance(scale, (int, float)):
@@ -153,10 +149,9 @@ def trajectory_attention(
         op, plan = _library.ops.trajectory_attention, mask.plan
     lists = (None,) * 4 if plan.key_lists is None else plan.key_lists
     over_positions = (None, None) if mask.limits is None else (mask.positions, mask.limits)
-    sinks = None if sinks is None else sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
     out, lse = op(
         q, k, v, mask.evict_at, *plan.tensors, plan.block_q, plan.block_k, scale, *over_positions, *lists,
-        sinks, float(softcap or 0.0),
+        of_sinks, cap,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -169,15 +164,6 @@ def _windowed(mask: TrajectoryMask, window: int | None, positions: Tensor | None
     if not isinstance(window, int) or isinstance(window, bool):
         raise TypeError(f"window: expected an integer or None, got {type(window).__name__}")
     return (mask if positions is None else mask.at_positions(positions)).windowed(window)
-
-
-def _check_sinks(sinks: Tensor, q: Tensor) -> None:
-    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
-        raise TypeError(f"sinks: expected a floating point tensor, got {describe(sinks)}")
-    if sinks.shape != (q.shape[2],):
-        raise ValueError(f"sinks: expected shape [{q.shape[2]}], the heads of q, got {list(sinks.shape)}")
-    if sinks.device != q.device:
-        raise ValueError(f"sinks: expected the device of q, {q.device}, got {sinks.device}")
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:

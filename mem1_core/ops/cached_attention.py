@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mem1_core import _library, reference
-from mem1_core.backend import check_whole, choose_backend, describe
+from mem1_core.backend import check_sinks, check_softcap, check_whole, choose_backend, describe
 from mem1_core.eviction import window_evict
 
 _AVAILABLE = ("cpu", "reference")
@@ -93,8 +93,9 @@ def cached_attention(
             )
         if tensor.device != q.device:
             raise ValueError(f"{name}: expected the device of q, {q.device}, got {tensor.device}")
-    if q.shape[3] == 0:
-        raise ValueError(f"q: expected a head dim >= 1, got shape {list(q.shape)}")
+    for name, tensor in (("q", q), ("v_cache", v_cache)):
+        if tensor.shape[3] == 0:
+            raise ValueError(f"{name}: expected a head dim >= 1, got shape {list(tensor.shape)}")
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
         raise ValueError(
             "q, k_cache, v_cache: expected tensors without gradients, got one that requires them"
@@ -116,10 +117,7 @@ def cached_attention(
     if not scale > 0 or not math.isfinite(scale):
         raise ValueError(f"scale: expected a finite number > 0, got {scale}")
     evict = _lifetimes(cache_seqlens, window, positions, evict)
-    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < math.inf):
-        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
-    if sinks is not None and (not isinstance(sinks, Tensor) or sinks.shape != (q.shape[2],)):
-        raise TypeError(f"sinks: expected a tensor [{q.shape[2]}], got {describe(sinks)}")
+    cap, of_sinks = check_softcap(softcap), check_sinks(sinks, q)
     chosen = choose_backend("cached_attention", q, backend, _AVAILABLE)
     arguments = (
         q,
@@ -132,8 +130,7 @@ def cached_attention(
     )
     if chosen == "reference":
         return reference.cached_attention(*arguments, evict, sinks, softcap)
-    sinks = None if sinks is None else sinks.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
-    return _library.ops.cached_attention(*arguments, None, evict, sinks, float(softcap or 0.0))
+    return _library.ops.cached_attention(*arguments, None, evict, of_sinks, cap)
 
 
 def _lifetimes(
@@ -142,19 +139,31 @@ def _lifetimes(
     if window is None:
         if positions is not None:
             raise ValueError("positions: expected None without a window, got a tensor")
+        if evict is not None:
+            _check_entries("evict", evict, cache_seqlens)
+            if evict.dtype != torch.int32:
+                raise TypeError(f"evict: expected int32, got {evict.dtype}")
         return evict
     if evict is not None:
         raise ValueError("evict: expected None beside a window, got a tensor")
     if not isinstance(window, int) or isinstance(window, bool) or window < 1:
         raise ValueError(f"window: expected an integer >= 1 or None, got {window!r}")
-    batch, entries = cache_seqlens.shape[0], int(cache_seqlens.max()) if cache_seqlens.numel() else 0
     if positions is None:
+        batch, entries = cache_seqlens.shape[0], int(cache_seqlens.max()) if cache_seqlens.numel() else 0
         positions = torch.arange(entries, device=cache_seqlens.device).expand(batch, entries).contiguous()
-    elif positions.dim() != 2 or positions.shape[0] != batch or positions.shape[1] < entries:
-        raise ValueError(
-            f"positions: expected shape [{batch}, entries] with {entries} or more, got {describe(positions)}"
-        )
+    _check_entries("positions", positions, cache_seqlens)
     past = torch.arange(positions.shape[1] - 1, device=positions.device) + 1 >= cache_seqlens[:, None]
     if not bool((past | (positions.diff(dim=1) > 0)).all()):
         raise ValueError("positions: expected ascending ones in each row, got others")
     return window_evict(positions, window, cache_seqlens)
+
+
+def _check_entries(name: str, x: Tensor, cache_seqlens: Tensor) -> None:
+    """TypeError or ValueError unless x is an integer tensor that has a number for each entry of each row."""
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.dtype == torch.bool:
+        raise TypeError(f"{name}: expected an integer tensor, got {describe(x)}")
+    if x.device != cache_seqlens.device:
+        raise ValueError(f"{name}: expected the device of q, {cache_seqlens.device}, got {x.device}")
+    batch, entries = cache_seqlens.shape[0], int(cache_seqlens.max()) if cache_seqlens.numel() else 0
+    if x.dim() != 2 or x.shape[0] != batch or x.shape[1] < entries:
+        raise ValueError(f"{name}: expected shape [{batch}, {entries} or more], got {describe(x)}")

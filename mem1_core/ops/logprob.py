@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mem1_core import _library, reference
 from mem1_core._head import ChunkedLMHead, check_head, check_targets, workspace_shape
-from mem1_core.backend import check_whole, choose_backend
+from mem1_core.backend import check_softcap, check_whole, choose_backend
 
 AVAILABLE = ("cpu", *(["cuda"] if _library.cuda_architectures() else []), "reference")
 WORKSPACE_BYTES = 512 * 2**20
@@ -23,6 +23,7 @@ def linear_logprob(
     temperature: float | Tensor = 1.0,
     *,
     bias: Tensor | None = None,
+    softcap: float | None = None,
     workspace_bytes: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -45,6 +46,8 @@ def linear_logprob(
         target: integers [T], below V.
         temperature: a number > 0 or a tensor [T] or []; it gets no gradient.
         bias: [V], of the same dtype. -inf rules a token out.
+        softcap: a number > 0: z becomes `softcap * tanh(z / softcap)` (Gemma 2, arXiv 2408.00118), also where
+            the bias is -inf.
         workspace_bytes: of the logits, also of those that are kept; 512 MiB when None. At least one row is
             computed at a time.
         backend: see `mem1_core.backend`. "cuda" is there if the package was built with nvcc.
@@ -59,19 +62,22 @@ def linear_logprob(
         NotImplementedError: no such backend for this device.
 
     Equivalent to:
-        >>> logprobs = ((hidden.float() @ weight.float().T + bias) / temperature[:, None]).log_softmax(-1)
+        >>> logits = hidden.float() @ weight.float().T + bias
+        >>> logits = softcap * torch.tanh(logits / softcap)  # with a soft cap
+        >>> logprobs = (logits / temperature[:, None]).log_softmax(-1)
         >>> logprob = logprobs.gather(1, target[:, None])[:, 0]
         >>> entropy = -(logprobs.exp() * logprobs).sum(-1)
     """
     check_whole(hidden=hidden, weight=weight, bias=bias, target=target, temperature=temperature)
     temperatures = check_head(hidden, weight, bias, target, temperature)
+    cap = check_softcap(softcap)
     chosen = choose_backend("linear_logprob", hidden, backend, AVAILABLE)
     if chosen == "reference":
-        return reference.linear_logprob(hidden, weight, target, temperatures, bias)
+        return reference.linear_logprob(hidden, weight, target, temperatures, bias, softcap)
     space = workspace(workspace_bytes, WORKSPACE_BYTES)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     logprob, entropy, *_ = _library.ops.linear_logprob(
-        hidden, weight, bias, target.long(), temperatures, space, keep, True
+        hidden, weight, bias, target.long(), temperatures, cap, space, keep, True
     )
     return logprob, entropy
 
@@ -88,15 +94,16 @@ def workspace(workspace_bytes: int | None, default: int) -> int:
 # With `overwrite` the backward may make its gradients in `kept`: nobody else may then read it.
 torch.library.define(
     "mem1_core::linear_logprob",
-    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor temperature, int workspace_bytes, "
-    "bool keep, bool overwrite) -> "
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor temperature, float softcap, "
+    "int workspace_bytes, bool keep, bool overwrite) -> "
     "(Tensor logprob, Tensor entropy, Tensor max_logit, Tensor log_sum_exp, Tensor kept)",
 )
 torch.library.define(
     "mem1_core::linear_logprob_backward",
     "(Tensor d_logprob, Tensor d_entropy, Tensor hidden, Tensor weight, Tensor? bias, Tensor target, "
     "Tensor temperature, Tensor max_logit, Tensor log_sum_exp, Tensor entropy, Tensor kept, "
-    "int workspace_bytes, bool[] needs_grad) -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
+    "float softcap, int workspace_bytes, bool[] needs_grad) -> "
+    "(Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
 )
 
 
@@ -107,15 +114,16 @@ def _(
     bias: Tensor | None,
     target: Tensor,
     temperature: Tensor,
+    softcap: float,
     space: int,
     keep: bool,
     overwrite: bool,
 ) -> tuple[Tensor, ...]:
     check_targets(target, weight.shape[0])
-    head = ChunkedLMHead(hidden, weight, bias, None, space)
+    head = ChunkedLMHead(hidden, weight, bias, None, space, softcap=softcap)
     out = temperature.new_empty(4, head.count)
     for part in reversed(head.chunks()):  # the first, which is a whole one, stays in the workspace
-        given = head.logits(part), head.bias, target[part].contiguous(), temperature[part].contiguous()
+        given = head.logits(part), head.rows_bias, target[part].contiguous(), temperature[part].contiguous()
         out[:, part] = _library.on_current_stream(_library.ops._rows_logprob, hidden.device, *given)
     kept = head.workspace if keep else temperature.new_empty(0, head.workspace.shape[1])
     kept[:, weight.shape[0] :] = 0  # an op's results are never uninitialised,
@@ -134,29 +142,29 @@ def _gradients(
     log_sum_exp: Tensor,
     entropy: Tensor,
     kept: Tensor,
+    softcap: float,
     space: int,
     needs_grad: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d_hidden, d_weight, d_bias. Of the logits in `kept` nothing is left."""
     given = needs_grad[0], needs_grad[1], needs_grad[2]
-    head = ChunkedLMHead(hidden, weight, bias, None, space, given, kept if len(kept) else None)
+    head = ChunkedLMHead(hidden, weight, bias, None, space, given, kept if len(kept) else None, softcap)
     for part in head.chunks():
         of_rows = (
             x[part].contiguous()
             for x in (target, temperature, max_logit, log_sum_exp, entropy, d_logprob, d_entropy)
         )
         logits = head.logits(part)
-        _library.on_current_stream(
-            _library.ops._rows_backward_, hidden.device, logits, head.bias, *of_rows, head.gradient_dtype
-        )
+        arguments = logits, head.rows_bias, *of_rows, head.gradient_dtype, softcap
+        _library.on_current_stream(_library.ops._rows_backward_, hidden.device, *arguments)
         head.add_gradient(part, logits)
     return head.gradients()
 
 
 @torch.library.impl("mem1_core::linear_logprob_backward", ("cpu", "cuda"))
 def _(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *tensors, kept, space, needs_grad = given
-    arguments: list[Any] = [*tensors, kept.clone(), space, needs_grad]
+    *tensors, kept, softcap, space, needs_grad = given
+    arguments: list[Any] = [*tensors, kept.clone(), softcap, space, needs_grad]
     return _gradients(*arguments)
 
 
@@ -164,7 +172,7 @@ def _(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperatures: Tensor, *rest: Any
 ) -> Any:
-    space, keep, _ = rest
+    _, space, keep, _ = rest
     rows, columns = workspace_shape(len(hidden), weight, space)
     kept = temperatures.new_empty(rows if keep else 0, columns)
     return *(temperatures.new_empty(len(hidden)) for _ in range(4)), kept
@@ -184,7 +192,7 @@ def _(d_logprob: Tensor, d_entropy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.space, _, ctx.overwrite = inputs
+    *tensors, ctx.softcap, ctx.space, _, ctx.overwrite = inputs
     _, entropy, max_logit, log_sum_exp, kept = output
     ctx.mark_non_differentiable(max_logit, log_sum_exp, kept)
     ctx.save_for_backward(*tensors, max_logit, log_sum_exp, entropy, kept)
@@ -200,8 +208,8 @@ def _backward(
     d_logprob, d_entropy = (torch.zeros_like(entropy) if d is None else d for d in (d_logprob, d_entropy))
     in_place = ctx.overwrite and last_backward(d_logprob) and not torch.is_grad_enabled()
     backward: Any = _gradients if in_place else _library.ops.linear_logprob_backward
-    made = backward(d_logprob, d_entropy, *saved, ctx.space, needs_grad)
-    return *(x if want else None for x, want in zip(made, needs_grad, strict=True)), *(None,) * 5
+    made = backward(d_logprob, d_entropy, *saved, ctx.softcap, ctx.space, needs_grad)
+    return *(x if want else None for x, want in zip(made, needs_grad, strict=True)), *(None,) * 6
 
 
 def last_backward(gradient: Tensor) -> bool:

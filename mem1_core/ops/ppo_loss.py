@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mem1_core import _library, reference
 from mem1_core._head import ChunkedLMHead, check_head, check_normalizer, check_rows, check_targets
-from mem1_core.backend import check_whole, choose_backend
+from mem1_core.backend import check_softcap, check_whole, choose_backend
 from mem1_core.ops.logprob import AVAILABLE, fake_gradients, last_backward, no_second_derivative, workspace
 from mem1_core.reference import Aggregation, KLEstimator
 
@@ -27,6 +27,7 @@ def fused_linear_ppo_loss(
     loss_mask: Tensor,
     *,
     bias: Tensor | None = None,
+    softcap: float | None = None,
     ref_logprob: Tensor | None = None,
     rollout_logprob: Tensor | None = None,
     sequence_ids: Tensor | None = None,
@@ -60,8 +61,8 @@ def fused_linear_ppo_loss(
     recomputation takes 8, and no [T, V] tensor. Rows outside of `loss_mask` are not computed.
 
     Args:
-        hidden, weight, target, temperature, bias, workspace_bytes, backend: as for `linear_logprob`. The
-            weight's gradient is summed up in float32 and, for half precision, narrowed where it lies: its
+        hidden, weight, target, temperature, bias, softcap, workspace_bytes, backend: as for `linear_logprob`.
+            The weight's gradient is summed up in float32 and, for half precision, narrowed where it lies: its
             storage stays twice its size. (Not on the CPU, if the logits of all rows fit the workspace: 192
             MiB when None, 512 MiB on CUDA.)
         old_logprob: floating point [T]: log-probs of the policy before the update.
@@ -112,7 +113,7 @@ def fused_linear_ppo_loss(
         sequence_ids=sequence_ids,
         normalizer=normalizer,
     )
-    temperatures = check_head(hidden, weight, bias, target, temperature)
+    temperatures, cap = check_head(hidden, weight, bias, target, temperature), check_softcap(softcap)
     check_rows("old_logprob", old_logprob, hidden)
     check_rows("advantage", advantage, hidden)
     check_rows("loss_mask", loss_mask, hidden, "a bool")
@@ -134,6 +135,7 @@ def fused_linear_ppo_loss(
             advantage,
             loss_mask,
             bias=bias,
+            softcap=softcap,
             ref_logprob=ref_logprob,
             rollout_logprob=rollout_logprob,
             sequence_ids=sequence_ids,
@@ -160,6 +162,7 @@ def fused_linear_ppo_loss(
         normalizer,
         *settings,
         aggregation,
+        cap,
         workspace(workspace_bytes, WORKSPACE_BYTES[hidden.device.type]),
         [x is not None and with_grad and x.requires_grad for x in (hidden, weight, bias)],
     )
@@ -219,7 +222,7 @@ torch.library.define(
     "Tensor loss_mask, Tensor? ref_logprob, Tensor? rollout_logprob, Tensor? sequence_ids, "
     "Tensor temperature, Tensor? normalizer, float clip_low, float clip_high, float? dual_clip, "
     "float rollout_is_cap, float kl_coef, str kl_estimator, float entropy_coef, str aggregation, "
-    "int workspace_bytes, bool[] needs_grad) -> "
+    "float softcap, int workspace_bytes, bool[] needs_grad) -> "
     "(Tensor loss, Tensor means, Tensor logprob, Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
 )
 
@@ -240,11 +243,12 @@ def _(
     normalizer: Tensor | None,
     *rest: Any,
 ) -> tuple[Tensor, ...]:
-    *settings, aggregation, space, needs_grad = rest
+    *settings, aggregation, softcap, space, needs_grad = rest
     rows = loss_mask.nonzero()[:, 0]  # where the host learns how many there are
     check_targets(target, weight.shape[0], rows)
     chosen = None if len(rows) == len(hidden) else rows
-    head = ChunkedLMHead(hidden, weight, bias, chosen, space, (needs_grad[0], needs_grad[1], needs_grad[2]))
+    wanted = needs_grad[0], needs_grad[1], needs_grad[2]
+    head = ChunkedLMHead(hidden, weight, bias, chosen, space, wanted, softcap=softcap)
     dtype = temperature.dtype
     scale = 1 / _divisor(sequence_ids, rows, aggregation, normalizer, dtype)
     of_rows = [
@@ -259,7 +263,7 @@ def _(
         tensors = (
             None if x is None else x[part] for x in (target, temperature, old, adv, scale, ref, rollout)
         )
-        given = logits, head.bias, *tensors, *settings, any(needs_grad), head.gradient_dtype
+        given = logits, head.rows_bias, *tensors, *settings, any(needs_grad), head.gradient_dtype, softcap
         stats[:, part] = _library.on_current_stream(_library.ops._rows_ppo_, hidden.device, *given)
         if any(needs_grad):
             head.add_gradient(part, logits)

@@ -140,8 +140,8 @@ HOPPER_SINGLE_OPTIONS: Table = {
 
 
 def blocks(kernel: str, head_dim: int, dtype: torch.dtype, hopper: bool, plain: bool = True) -> Blocks:
-    """The blocks of `kernel` for a head dim up to 256; dtype bfloat16, float16 or float32; not `plain`: with a
-    soft cap or a window over positions.
+    """The blocks of `kernel` for a head dim up to 256; dtype bfloat16, float16 or float32. Not `plain`: with
+    a soft cap or a window over positions.
     """
     single, dim = dtype == torch.float32, padded_dim(head_dim)
     if not hopper:

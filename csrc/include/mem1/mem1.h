@@ -193,6 +193,8 @@ MEM1_API mem1_status mem1_prune_pages(const mem1_prune_pages_params* params, voi
  *            times min(exp(old_logprob - rollout_logprob), rollout_is_cap)
  *   kl     = d (K1), d^2 / 2 (K2) or exp(-d) - 1 + d (K3)
  *   loss   = scale (policy + kl_coef kl - entropy_coef entropy)
+ * With softcap, logits are z = softcap tanh(y / softcap) already and bias is NULL: the gradient is that with respect to
+ * y, (1 - (z / softcap)^2) df/dz.
  * A row of nothing but -inf has logprob and max_logit -inf, log_sum_exp, entropy and gradient 0. A target outside of
  * the vocabulary is refused on the CPU; on CUDA, where no value is known to the host, its row becomes NaN.
  */
@@ -244,6 +246,7 @@ typedef struct mem1_logit_rows_params {
   void* kl;      /* with ref_logprob */
   void* ratio;   /* r */
   void* clipped; /* 1 where the clipped term was the larger, else 0 */
+  double softcap; /* 0: none */
 } mem1_logit_rows_params;
 
 MEM1_API mem1_status mem1_logit_rows(const mem1_logit_rows_params* params, void* cuda_stream, mem1_error* error);

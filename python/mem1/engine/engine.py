@@ -176,10 +176,11 @@ class Engine:
 
         As the trainer makes them: in bf16 their rounding alone would hide whether the two agree.
         """
-        weight, bias, scale = self.head
-        logits = ChunkedLMHead(hidden, weight, None, None, sys.maxsize).logits(slice(0, len(hidden)))
-        if bias is not None:
-            logits += bias
+        weight, bias, scale, cap = self.head
+        head = ChunkedLMHead(hidden, weight, bias, None, sys.maxsize, softcap=cap or 0.0)
+        logits = head.logits(slice(0, len(hidden)))
+        if head.rows_bias is not None:
+            logits += head.rows_bias
         return logits if scale == 1.0 else logits.mul_(scale)
 
     @torch.inference_mode()

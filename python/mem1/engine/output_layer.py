@@ -12,15 +12,16 @@ _LOGITS_BYTES = 32 * 2**20  # at a time
 
 
 class OutputLayer(NamedTuple):
-    """`logits = scale * (hidden @ weight.T + bias)`.
+    """`logits = scale * cap(hidden @ weight.T + bias)`; cap(x): `softcap * tanh(x / softcap)`, or x.
 
     A scale of logits is nothing but a temperature: where the log-probs of `logits / t` are wanted, those of
-    `(hidden @ weight.T + bias) / temperature(t)` are the same.
+    `cap(hidden @ weight.T + bias) / temperature(t)` are the same.
     """
 
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
     scale: float = 1.0
+    softcap: float | None = None
 
     def temperature(self, temperature: float) -> float:
         return temperature / self.scale
@@ -34,8 +35,9 @@ class OutputLayer(NamedTuple):
 
 
 def output_layer(model: PreTrainedModel) -> OutputLayer:
-    """Of a causal language model: Cohere multiplies its logits, Granite divides them."""
+    """Of a causal language model: Cohere multiplies its logits, Granite divides them, Gemma 2 caps them."""
     head: Any = model.get_output_embeddings()
     config: Any = model.config.get_text_config(decoder=True)
     times, over = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
-    return OutputLayer(head.weight, getattr(head, "bias", None), times / over)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return OutputLayer(head.weight, getattr(head, "bias", None), times / over, cap)

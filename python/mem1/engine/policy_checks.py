@@ -30,9 +30,6 @@ def check_policy(model: PreTrainedModel) -> None:
     if model.get_output_embeddings() is None:
         raise InputError(f"model: expected one with an output layer, got {type(model).__name__}")
     config: Any = model.config.get_text_config(decoder=True)
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap is not None:
-        raise InputError(f"model: expected plain logits, got final_logit_softcapping={cap}")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
         raise InputError(f"model: expected frequencies that stay as they are, got rope_type={rope!r}")
@@ -48,7 +45,7 @@ def check_repeatable(model: nn.Module) -> None:
 @torch.inference_mode()
 def _check_logits(model: PreTrainedModel) -> None:
     """Configurations name what is done to logits in many ways: this looks at them."""
-    weight, bias, scale = output_layer(model)
+    weight, bias, scale, cap = output_layer(model)
     ids = torch.arange(1, 4, device=weight.device)[None] % len(weight)  # 0 may be padding, whose state is 0
     hidden = cast(Any, model.get_decoder())(input_ids=ids, use_cache=False).last_hidden_state
     if hidden.dtype != weight.dtype:
@@ -56,7 +53,8 @@ def _check_logits(model: PreTrainedModel) -> None:
         raise InputError(f"model: expected {expected}, got {weight.dtype}")
     own = model(input_ids=ids, use_cache=False).logits[0, -1].float()
     fits = hidden.shape[-1] == weight.shape[1]
-    plain = scale * nn.functional.linear(hidden[0, -1], weight, bias).float() if fits else own.new_zeros(0)
+    plain = nn.functional.linear(hidden[0, -1], weight, bias).float() if fits else own.new_zeros(0)
+    plain = scale * (plain if cap is None else cap * (plain / cap).tanh())
     allowed = _TOLERANCE.get(weight.dtype, _HALF_TOLERANCE) * float(own.abs().max())
     if plain.shape != own.shape or not float((plain - own).abs().max()) <= allowed:
         expected = "logits that are hidden states times the output weight"

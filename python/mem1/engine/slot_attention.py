@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from mem1_core.eviction import window_evict
-from mem1_core.integrations.transformers import Scores
+from mem1_core.integrations.scores import Scores, dense_attention
 from mem1_core.ops import cached_attention
 
 
@@ -87,7 +87,7 @@ class AttentionMetadata:
         scores: Scores,
         flash: Callable[..., Tensor] | None,
     ) -> Tensor:
-        """query [tokens, Hq, D], keys and values [slots, capacity, Hkv, D] -> [tokens, Hq, D].
+        """query [tokens, Hq, D], keys and values [slots, capacity, Hkv, D] -> [tokens, Hq, D of the values].
 
         Query t of a row sees the entries of its slot before `cache_seqlens - query_lens + t + 1`, and of
         these in a window those whose positions are in it.
@@ -110,19 +110,24 @@ class AttentionMetadata:
                 softcap=scores.softcap,
                 sinks=scores.sinks,
             )
-        elif flash is not None and scores.window is None and scores.sinks is None:
+        elif (
+            flash is not None
+            and scores.window is None
+            and scores.sinks is None
+            and keys.shape == values.shape
+        ):
             out = self._flash(flash, padded, keys, values, scores)
-        elif scores.softcap is None and scores.sinks is None:
-            out = self._sdpa(padded, keys, values, scores)
         else:
-            out = self._eager(padded, keys, values, scores)
+            out = self._dense(padded, keys, values, scores)
         return out.flatten(0, 1) if self.valid is None else out[self.valid]
 
-    def _sdpa(self, query: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
+    def _dense(self, query: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
         b, new, heads, dim = query.shape
         rows = self.cache_batch_idx if self.contiguous is None else self.contiguous
         query, keys, values = (x.transpose(1, 2) for x in (query, keys[rows], values[rows]))
         keys, values = keys[:, :, : self.max_cache_seqlen], values[:, :, : self.max_cache_seqlen]
+        if scores.softcap is not None or scores.sinks is not None:  # which SDPA does not have
+            return dense_attention(query, keys, values, self.visible(scores.window), scores)
         group = heads // keys.shape[1]
         if new == 1:  # the query heads of a KV head stand as so many queries: nothing is repeated
             query = query.reshape(b, heads // group, group, dim)
@@ -131,23 +136,7 @@ class AttentionMetadata:
         out = scaled_dot_product_attention(
             query, keys, values, attn_mask=self.visible(scores.window), scale=scores.scale
         )
-        return out.reshape(b, heads, new, dim).transpose(1, 2)
-
-    def _eager(self, query: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
-        """For soft caps and sinks, which SDPA does not have."""
-        b, new, heads, dim = query.shape
-        rows = self.cache_batch_idx if self.contiguous is None else self.contiguous
-        keys, values = (x[rows, : self.max_cache_seqlen] for x in (keys, values))
-        query = query.unflatten(2, (keys.shape[2], -1))  # [b, T, Hkv, group, D]
-        score = torch.einsum("btkgd,bskd->bkgts", query, keys).float() * scores.scale
-        if scores.softcap is not None:
-            score = scores.softcap * (score / scores.softcap).tanh()
-        score = score.masked_fill(~self.visible(scores.window)[:, :, None], -torch.inf)
-        if scores.sinks is not None:
-            sink = scores.sinks.float().view(1, keys.shape[2], -1, 1, 1)
-            score = torch.cat([score, sink.expand(b, -1, -1, new, -1)], dim=-1)
-        weight = score.softmax(-1)[..., : keys.shape[1]].to(values.dtype)
-        return torch.einsum("bkgts,bskd->btkgd", weight, values).reshape(b, new, heads, dim)
+        return out.reshape(b, heads, new, -1).transpose(1, 2)
 
     def _flash(
         self, flash: Callable[..., Tensor], query: Tensor, keys: Tensor, values: Tensor, scores: Scores
@@ -184,11 +173,17 @@ class Step:
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """Store key and value [1, Hkv, N, D] and let each query attend to all that its row's slot holds.
 
-        query [1, Hq, N, D] -> [1, N, Hq, D].
+        query [1, Hq, N, D] -> [1, N, Hq, D of the values]. Values narrower than keys leave channels unused.
         """
         layer: Any = module.layer_idx
-        self.kv[layer][:, self.slots, self.columns] = torch.cat((key, value)).transpose(1, 2)
-        (keys, values), out, begin = self.kv[layer], [], 0
+        keys, values = self.kv[layer]
+        values = values[..., : value.shape[3]]
+        if value.shape[3] == key.shape[3]:
+            self.kv[layer][:, self.slots, self.columns] = torch.cat((key, value)).transpose(1, 2)
+        else:
+            keys[self.slots, self.columns] = key[0].transpose(0, 1)
+            values[self.slots, self.columns] = value[0].transpose(0, 1)
+        out, begin = [], 0
         for part in self.parts:
             of_part = query[0, :, begin : begin + part.num_tokens].transpose(0, 1)
             out.append(part.attend(of_part, keys, values, scores, self.flash))

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from mem1_core.integrations.scores import Scores
+
 _PROBE = 16  # tokens: tensors grow with them, and so few are read in no time
 # glibc maps larger blocks one by one; smaller ones come from a heap whose holes were measured to take as much
 # again (12 layers, H 512: 198 MB for 105 MB of tensors, 106 with every block mapped).
@@ -44,8 +46,8 @@ class Activations:
 class _NoCache:
     """A LayerCache that keeps nothing."""
 
-    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return query.transpose(1, 2).clone()
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        return value.transpose(1, 2).repeat_interleave(query.shape[1] // value.shape[1], dim=2)
 
 
 class _Allocations(TorchDispatchMode):

@@ -83,4 +83,6 @@ def recompute_logprobs(model: Any, batch: PackedBatch, temperature: float = 1.0)
     """Log-probs fp32 [M] of the policy's tokens under `model`, by one forward over the batch."""
     head = output_layer(model)
     hidden, temperature = label_hidden(model, batch), head.temperature(temperature)
-    return linear_logprob(hidden, head.weight, batch.targets, temperature, bias=head.bias)[0]
+    return linear_logprob(
+        hidden, head.weight, batch.targets, temperature, bias=head.bias, softcap=head.softcap
+    )[0]

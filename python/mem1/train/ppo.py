@@ -238,6 +238,7 @@ class PPO:
                 ref_logprob=torch.cat([e.ref_logprob for e in part]),
                 rollout_logprob=None if drawn is None else torch.cat(drawn),
                 bias=head.bias,
+                softcap=head.softcap,
                 temperature=head.temperature(self.temperature),
                 clip_low=config.clip_ratio,
                 clip_high=config.clip_ratio,

@@ -149,5 +149,7 @@ def label_logprobs(
     tokens = torch.tensor([token for e in batch for token in e.tokens], device=device)
     stream, head = PackedBatch(tokens, layout), output_layer(actor)
     hidden = label_hidden(actor, stream)
-    logprob, _ = linear_logprob(hidden, head.weight, stream.targets, head.temperature(1.0), bias=head.bias)
+    logprob, _ = linear_logprob(
+        hidden, head.weight, stream.targets, head.temperature(1.0), bias=head.bias, softcap=head.softcap
+    )
     return logprob, head.likeliest(hidden.detach()) == stream.targets
