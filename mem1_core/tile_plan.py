@@ -85,9 +85,8 @@ def windowed_plan(plan: TilePlan, positions: Tensor, window: int) -> TilePlan:
     live = (begin <= tile) & (tile < end) & (low - last < window)
     full = (full_begin <= tile) & (tile < full_end) & (high - first < window)
     flags = full, live & ~full
-    (full_by_query, partial_by_query), by_key = (_lists(kind.transpose(1, 2)) for kind in flags), []
-    for kind in flags:
-        by_key += _lists(kind)
+    full_by_query, partial_by_query = (_lists(kind.transpose(1, 2)) for kind in flags)
+    full_by_key, partial_by_key = (_lists(kind) for kind in flags)
     query_order, key_order = (longest_first(live.sum(dim).flatten()) for dim in (1, 2))
     return TilePlan(
         plan.block_q,
@@ -97,7 +96,7 @@ def windowed_plan(plan: TilePlan, positions: Tensor, window: int) -> TilePlan:
         *partial_by_query,
         query_order,
         key_order,
-        KeyLists(*by_key),
+        KeyLists(*full_by_key, *partial_by_key),
     )
 
 

@@ -121,9 +121,6 @@ SPECIAL = {
         {"num_layers": 1, "head_dim": 8, "zero_expert_num": 2},
     ),
     "mamba2": Special("Heads times head dim is twice the hidden size.", {"num_heads": 8, "n_groups": 2}),
-    "mistral": Special(
-        "Only the first release had a window, which is the default.", {"sliding_window": None}
-    ),
     "musicgen": _CODEBOOKS,
     "musicgen_melody": _CODEBOOKS,
     "reformer": Special(

@@ -1,4 +1,4 @@
-"""Windows, sinks, soft caps, values of another size over a KV cache, by the rules of test_cached_attention."""
+"""Windows, sinks, soft caps, other sizes of values over a KV cache, by the rules of test_cached_attention."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Who may import whom. The rules are the tables; the code below them reads sources only, it imports nothing of
-the project. Each rule is also shown to catch a violation.
+"""Who may import whom. The rules are the tables; the code below them reads sources only, it imports nothing
+of the project. Each rule is also shown to catch a violation.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Scores(NamedTuple):
 def dense_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scores: Scores, dropout: float = 0.0
 ) -> Tensor:
-    """Soft caps and sinks in eager mode, the softmax in float32.
+    """Soft caps and sinks in eager mode, the softmax in float32 (float64).
 
     query [B, Hq, N, D], key [B, Hkv, S, D], value [B, Hkv, S, Dv] -> [B, N, Hq, Dv]. mask [B or 1, 1, N, S]:
     bool, True where a query sees a key, or added to the scores; None: causal with N = S, or N = 1 sees all.
@@ -28,16 +28,20 @@ def dense_attention(
     """
     new, length = query.shape[2], key.shape[2]
     grouped = query.unflatten(1, (key.shape[1], -1))
-    score = torch.einsum("bhgnd,bhsd->bhgns", grouped, key).float() * scores.scale
+    wide = torch.promote_types(query.dtype, torch.float32)
+    score = torch.einsum("bhgnd,bhsd->bhgns", grouped, key).to(wide) * scores.scale
     if scores.softcap is not None:
         score = scores.softcap * (score / scores.softcap).tanh()
     if mask is None and new > 1:
         mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril()[None, None]
     if mask is not None:
         mask = mask[:, :, None, :, :length]
-        score = score.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else score + mask
+        if mask.dtype == torch.bool:  # padding may see nothing, and must not become NaN
+            score = score.masked_fill(~mask, torch.finfo(wide).min)
+        else:
+            score = score + mask
     if scores.sinks is not None:
-        sinks = scores.sinks.float().view(1, key.shape[1], -1, 1, 1)
+        sinks = scores.sinks.to(wide).view(1, key.shape[1], -1, 1, 1)
         score = torch.cat([score, sinks.expand(*score.shape[:2], -1, new, -1)], dim=-1)
     weight = score.softmax(-1)[..., :length].to(value.dtype)
     weight = torch.nn.functional.dropout(weight, dropout) if dropout else weight

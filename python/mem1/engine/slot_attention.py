@@ -152,8 +152,8 @@ class AttentionMetadata:
             cache_seqlens=self.cache_seqlens,
             cache_batch_idx=rows,
             softmax_scale=scores.scale,
-            softcap=scores.softcap or 0.0,
             causal=True,
+            **({} if scores.softcap is None else {"softcap": scores.softcap}),  # since its version 2.6
         )
 
 

@@ -13,11 +13,15 @@ import torch
 from mem1.engine import slot_attention, slots
 from mem1.engine.slot_attention import AttentionMetadata, Step, find_flash_attention
 from mem1.engine.slots import Slots
+from mem1_core.integrations.scores import Scores
 
 
-def filled(lengths: list[int], capacity: int = 24) -> Slots:
-    cache = Slots(2, len(lengths), 2, 8, torch.float32, torch.device("cpu"))
+def filled(lengths: list[int], capacity: int = 24, windows: bool = False) -> Slots:
+    cache = Slots(2, len(lengths), 2, 8, torch.float32, torch.device("cpu"), keep_positions=windows)
     cache.reserve(capacity)
+    if windows:  # with gaps, where entries have left
+        steps = torch.randint(1, 4, cache.positions.shape, generator=torch.Generator().manual_seed(2))
+        cache.positions.copy_(steps.cumsum(1))
     cache.kv.copy_(torch.randn(cache.kv.shape, generator=torch.Generator().manual_seed(0)))
     cache.lengths = list(lengths)
     return cache
@@ -69,6 +73,21 @@ def test_a_copy_has_the_first_entries_of_its_source():
             cache.copy(1, 0, wrong)
 
 
+def test_positions_of_entries_follow_them():
+    cache = filled([10, 7, 3], windows=True)
+    before, keep = cache.positions.clone(), torch.arange(10) % 3 > 0
+    cache.prune({0: keep})
+    assert torch.equal(cache.positions[0, :6], before[0, :10][keep])
+    cache.copy(0, 2, 5)
+    assert torch.equal(cache.positions[2, :5], before[0, :10][keep][:5])
+    assert torch.equal(cache.positions[1], before[1])
+    wider = cache.capacity + 1
+    held = cache.positions.clone()
+    assert cache.reserve(wider) and cache.positions.shape[1] == cache.capacity >= wider
+    assert torch.equal(cache.positions[:, : held.shape[1]], held)
+    assert filled([1]).positions is None
+
+
 def test_prune_is_one_call_for_all_slots_and_moves_nothing_else(monkeypatch):
     cache = filled([10, 7, 20])
     before, address = cache.kv.clone(), cache.kv.data_ptr()
@@ -94,36 +113,46 @@ def test_a_wrong_mask_is_refused_before_anything_moves():
     assert torch.equal(cache.kv, before) and cache.lengths == [10, 7]
 
 
-def naive_step(cache: Slots, rows, counts, query, key, value, scale):
-    """What a forward must compute, row by row and query by query: query [N, Hq, D] -> [N, Hq, D]."""
-    out, group = torch.empty_like(query), query.shape[1] // key.shape[1]
+def naive_step(cache: Slots, rows, counts, query, key, value, scores):
+    """What a forward must compute, row by row and query by query: query [N, Hq, D] -> [N, Hq, Dv]."""
+    out, group = query.new_empty(*query.shape[:2], value.shape[2]), query.shape[1] // key.shape[1]
     begin = 0
     for row, count in zip(rows, counts, strict=True):
         length, new = cache.lengths[row], slice(begin, begin + count)
         begin += count
         keys, values = (
-            torch.cat([cache.kv[0, which, row, :length], x[new]]) for which, x in enumerate((key, value))
+            torch.cat([cache.kv[0, which, row, :length, :, : x.shape[2]], x[new]])
+            for which, x in enumerate((key, value))
         )
         for t in range(count):
             seen = length + t + 1
+            places = torch.arange(seen) if cache.positions is None else cache.positions[row, :seen]
+            near = places > places[-1] - (scores.window or 10**6)
             for head in range(query.shape[1]):
-                score = keys[:seen, head // group] @ query[new][t, head] * scale
-                out[new][t, head] = score.softmax(0) @ values[:seen, head // group]
+                score = keys[:seen, head // group] @ query[new][t, head] * scores.scale
+                score = score if scores.softcap is None else scores.softcap * (score / scores.softcap).tanh()
+                score = score.masked_fill(~near, -torch.inf)
+                if scores.sinks is not None:
+                    score = torch.cat([score, scores.sinks[head, None]])
+                out[new][t, head] = score.softmax(0)[:seen] @ values[:seen, head // group]
     return out
 
 
-def documented_flash(q, k_cache, v_cache, *, cache_seqlens, cache_batch_idx, softmax_scale, causal):
+def documented_flash(
+    q, k_cache, v_cache, *, cache_seqlens, cache_batch_idx, softmax_scale, causal, softcap=0.0
+):
     """flash_attn_with_kvcache as its docstring has it: caches [B, S, Hkv, D], causal masks aligned to the
     bottom right corner, a query that sees nothing gives 0.
     """
     assert causal and k_cache.stride(-1) == 1 and cache_seqlens.dtype == torch.int32
     rows = range(q.shape[0]) if cache_batch_idx is None else cache_batch_idx.tolist()
-    out, group = torch.zeros_like(q), q.shape[2] // k_cache.shape[2]
+    out, group = q.new_zeros(*q.shape[:3], v_cache.shape[3]), q.shape[2] // k_cache.shape[2]
     for i, row in enumerate(rows):
         for t in range(q.shape[1]):
             seen = int(cache_seqlens[i]) - q.shape[1] + t + 1
             for head in range(q.shape[2] if seen > 0 else 0):
                 score = k_cache[row, :seen, head // group] @ q[i, t, head] * softmax_scale
+                score = softcap * (score / softcap).tanh() if softcap else score
                 out[i, t, head] = score.softmax(0) @ v_cache[row, :seen, head // group]
     return out
 
@@ -138,29 +167,50 @@ def attend_like_a_gpu(monkeypatch, parts: list[AttentionMetadata], flash: bool) 
     """Let `AttentionMetadata.attend` go the way it goes on a GPU, on the CPU."""
     monkeypatch.setattr(slot_attention, "scaled_dot_product_attention", transposed_sdpa)
 
-    def cached(query, k_cache, v_cache, cache_seqlens, *, cache_batch_idx, query_lens, scale):
+    def cached(
+        query, k_cache, v_cache, cache_seqlens, *, cache_batch_idx, query_lens, scale, evict, softcap, sinks
+    ):
         (part,) = (part for part in parts if part.cache_batch_idx is cache_batch_idx)
+        windows = [window for window, made in part.lifetimes.items() if made is evict]
+        scores = Scores(scale, windows[0] if windows else None, softcap, sinks)
         if flash:
-            return part._flash(documented_flash, query, k_cache, v_cache, scale)
-        return part._sdpa(query, k_cache, v_cache, scale)
+            return part._flash(documented_flash, query, k_cache, v_cache, scores)
+        return part._dense(query, k_cache, v_cache, scores)
 
     monkeypatch.setattr(slot_attention, "cached_attention", cached)
 
 
-@pytest.mark.parametrize("backend", ["op", "sdpa", "flash"])
+SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
+SCORES = {
+    "plain": Scores(0.3),
+    "window": Scores(0.3, window=6),
+    "soft cap": Scores(0.3, softcap=0.4),
+    "sinks": Scores(0.3, sinks=SINKS),
+    "all": Scores(0.3, 6, 0.4, SINKS),
+}
+OF_FLASH = ("plain", "soft cap")
+
+
+@pytest.mark.parametrize(
+    ("backend", "option"),
+    [(b, o) for b in ("op", "dense", "flash") for o in SCORES if b != "flash" or o in OF_FLASH],
+)
 @pytest.mark.parametrize(
     ("rows", "counts"),
     [([0, 1, 2], [1, 1, 1]), ([1, 2], [3, 5]), ([0, 2], [4, 2]), ([2], [6]), ([3, 0, 1, 2], [1, 1, 5, 3])],
 )
-def test_a_step_stores_and_attends(monkeypatch, backend, rows, counts):
-    """The three ways of attention; what a GPU takes is run here on the CPU."""
-    cache, generator = filled([10, 7, 15, 0]), torch.Generator().manual_seed(1)
-    query, key, value = (torch.randn(sum(counts), heads, 8, generator=generator) for heads in (4, 2, 2))
-    expected = naive_step(cache, rows, counts, query, key, value, 0.3)
+@pytest.mark.parametrize("value_dim", [8, 5])
+def test_a_step_stores_and_attends(monkeypatch, backend, option, rows, counts, value_dim):
+    """The ways of attention; what a GPU takes is run here on the CPU."""
+    cache, generator = filled([10, 7, 15, 0], windows=True), torch.Generator().manual_seed(1)
+    sizes = ((4, 8), (2, 8), (2, value_dim))
+    query, key, value = (torch.randn(sum(counts), *size, generator=generator) for size in sizes)
+    scores = SCORES[option]
+    expected = naive_step(cache, rows, counts, query, key, value, scores)
     ends = [cache.lengths[row] + count for row, count in zip(rows, counts, strict=True)]
     ones = counts.count(1)
     parts = [
-        AttentionMetadata.build(rows[part], counts[part], ends[part], torch.device("cpu"))
+        AttentionMetadata.build(rows[part], counts[part], ends[part], torch.device("cpu"), cache.positions)
         for part in (slice(0, ones), slice(ones, None))
         if rows[part]
     ]
@@ -170,9 +220,10 @@ def test_a_step_stores_and_attends(monkeypatch, backend, rows, counts):
         attend_like_a_gpu(monkeypatch, parts, backend == "flash")
     step = Step(cache.kv, None, where, columns, parts)
     packed = (x.transpose(0, 1)[None] for x in (query, key, value))
-    out = step.attend(SimpleNamespace(layer_idx=0), *packed, 0.3)
+    out = step.attend(SimpleNamespace(layer_idx=0), *packed, scores)
     torch.testing.assert_close(out, expected[None])
-    assert torch.equal(cache.kv[0, :, where, columns], torch.stack([key, value]))
+    for stored, new in zip(cache.kv[0], (key, value), strict=True):
+        assert torch.equal(stored[where, columns][..., : new.shape[2]], new)
 
 
 def test_slots_that_follow_one_another_are_named_by_a_slice():

@@ -1,0 +1,155 @@
+"""Models whose layers have windows, sinks, soft caps or values of another size, against eager attention in
+transformers: small ones with random weights, contexts longer than their window of 16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_families import IDS, MASK, POSITIONS, engine_error, mask_error, slots_errors
+from test_integration_transformers import EXPERTS, LAYOUT, SEGMENTS, additive, build, tokens, twin
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mem1_core.integrations.transformers import check_model, has_windows
+from mem1_core.integrations.transformers_cache import SlotCache
+from mem1_core.layout import TrajectoryLayout
+from mem1_core.mask import TrajectoryMask
+from mem1_core.testing import assert_accurate, gradients
+
+BOTH = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Gemma2": BOTH | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    "Gemma3": BOTH | {"query_pre_attn_scalar": 40},  # two RoPE bases, norms of queries and keys
+    "Mistral": {"sliding_window": 16},  # every layer
+    "GptOss": BOTH | EXPERTS | {"num_local_experts": 1},  # sinks
+    "Phi3": {"sliding_window": 16},  # queries, keys and values are one product
+    "Olmo3": BOTH,
+    "Cohere2": BOTH,  # full layers without positions
+    "DeepseekV3": {  # 24 channels of queries and keys, 16 of values
+        "kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+        "v_head_dim": 16, "head_dim": 8, "num_key_value_heads": 4, "first_k_dense_replace": 2,
+    },
+}  # fmt: skip
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def small(family: str, implementation: str = "mem1") -> PreTrainedModel:
+    return build(family, implementation, **FAMILIES[family])
+
+
+def dense(mask: TrajectoryMask, config: Any, dtype: torch.dtype | None = None) -> Any:
+    """bool [B, 1, N, N], of each kind of layers; with a dtype what is added to scores."""
+
+    def of(mask: TrajectoryMask) -> Tensor:
+        return mask.dense()[:, None] if dtype is None else additive(mask, dtype)
+
+    if not has_windows(config):
+        return of(mask)
+    near = of(mask.windowed(16))
+    kinds = getattr(config, "layer_types", None)
+    return {"full_attention": of(mask), "sliding_attention": near} if kinds else near
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_parity_with_eager(family: str, dtype: torch.dtype) -> None:
+    """Logits and the gradient of every parameter, by the rule of two eager errors; carried contexts and
+    re-encoded ones, whose prompts stand further away in the stream than in position.
+    """
+    mask, positions = LAYOUT.mask, LAYOUT.position_ids[None]
+    model = small(family).to(dtype)
+    check_model(model)
+
+    def run(model: PreTrainedModel, **masks: Any) -> dict[str, Tensor]:
+        logits = model(tokens(mask), position_ids=positions, use_cache=False, **masks).logits
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        return {"logits": logits} | dict(zip(names, gradients(logits, parameters), strict=True))
+
+    got = run(model, mem1_mask=mask)
+    eager = run(twin(model, "eager"), attention_mask=dense(mask, model.config, dtype))
+    # Not "eager": its softmax is fp32 whatever the model's dtype is.
+    double = twin(model, "mem1", torch.float64)
+    double.set_experts_implementation("eager")  # grouped products have no fp64
+    exact = run(double, attention_mask=dense(mask, model.config))
+    for name in exact:
+        assert_accurate(got[name], eager[name], exact[name], name=name)
+    if has_windows(model.config) and dtype == torch.float32:
+        everywhere = twin(model, "eager")(
+            tokens(mask), position_ids=positions, use_cache=False, attention_mask=additive(mask, dtype)
+        )
+        assert (everywhere.logits - got["logits"]).abs().max() > 1e-3, "the window shows"
+
+
+@every_family
+@torch.no_grad()
+def test_reencoded_contexts_are_contexts(family: str) -> None:
+    """A policy's token is predicted as transformers does, by itself, from the tokens that it sees."""
+    layout = TrajectoryLayout.from_segments(SEGMENTS, regime="reencode")
+    model, eager = small(family), small(family, "eager")
+    ids = tokens(TrajectoryLayout.from_segments(SEGMENTS).mask)[:, layout.token_index]
+    got = model(ids, position_ids=layout.position_ids[None], mem1_mask=layout.mask, use_cache=False).logits[0]
+    visible, longest = layout.mask.dense()[0], 0
+    for row in layout.logit_rows[::3].tolist():
+        seen = visible[row].nonzero()[:, 0]
+        context = seen[layout.position_ids[seen].argsort()]
+        assert torch.equal(layout.position_ids[context], torch.arange(len(context)))
+        wanted = eager(ids[:, context], use_cache=False).logits[0, -1]
+        torch.testing.assert_close(got[row], wanted, atol=2e-5, rtol=2e-5)
+        longest = max(longest, len(context))
+    assert longest > 2 * 16
+
+
+@every_family
+@torch.no_grad()
+def test_caches(family: str) -> None:
+    """Decoding over a SlotCache and by an engine, with entries that leave, is the forward under the mask."""
+    model = build(family, "mem1", **FAMILIES[family] | {"vocab_size": 97})
+    eager = twin(model, "eager")
+    full = model(IDS, position_ids=POSITIONS, mem1_mask=MASK, use_cache=False)[0]
+    assert mask_error(model, eager, full) <= 1e-5
+    engine_error(model, full)
+    slots = slots_errors(model, full)
+    assert (family == "DeepseekV3") == isinstance(slots[0], str), slots
+
+
+@torch.no_grad()
+def test_a_window_counts_positions_in_a_cache() -> None:
+    """Also where entries have left, or stand closer than they did: transformers' masks count places."""
+    model = small("Mistral", "sdpa")
+    ids = tokens(TrajectoryLayout.from_segments(SEGMENTS).mask)
+    caches = SlotCache(model, 2, 64), SlotCache(model, 2, 64)
+    for cache, positions in zip(caches, ("keep", "compact"), strict=True):
+        model(ids[:, :24].expand(2, -1), **cache.kwargs)
+        keep = torch.ones(2, 24, dtype=torch.bool)
+        keep[:, 4:12] = False
+        keep[1, 20] = False
+        cache.prune(keep, positions)
+    kept, compact = (cache.forward_kwargs([2, 1])["attention_mask"][:, 0] for cache in caches)
+    places = torch.cat([torch.arange(4), torch.arange(12, 26)])  # of the first row's entries and tokens
+    for t in (0, 1):
+        assert torch.equal(kept[0, t], (places <= 24 + t) & (24 + t - places < 16))
+        assert torch.equal(compact[0, t], (torch.arange(18) <= 16 + t) & (16 + t - torch.arange(18) < 16))
+    assert kept[1, 0, :16].sum() == 12 and compact[1, 0, :16].sum() == 16
+    alone = SlotCache(model, 1, 64)
+    model(ids[:, :24], **alone.kwargs)
+    alone.prune(torch.arange(24)[None] % 5 > 0)
+    with pytest.raises(ValueError, match="as a window counts positions and entries have left"):
+        model(ids[:, 24:25], **alone.kwargs)
+    model(ids[:, 24:25], **alone.forward_kwargs(1))
+
+
+@torch.no_grad()
+def test_soft_caps_and_sinks_without_a_mask_are_those_of_eager() -> None:
+    for family in ("Gemma2", "GptOss"):
+        model, ids = small(family), tokens(TrajectoryLayout.from_segments(SEGMENTS).mask, rows=2)
+        eager = twin(model, "eager")
+        torch.testing.assert_close(model(ids).logits, eager(ids).logits, atol=2e-5, rtol=2e-5)
+        padding = torch.ones_like(ids)
+        padding[1, :9] = 0
+        got, wanted = (m(ids, attention_mask=padding).logits for m in (model, eager))
+        torch.testing.assert_close(got[1, 9:], wanted[1, 9:], atol=2e-5, rtol=2e-5)
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(model.generate(ids, **options), eager.generate(ids, **options))
