@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from mem1_core.mask import TrajectoryMask
 from mem1_core.ops import trajectory_attention
-from mem1_core.testing import assert_accurate, eager_attention, visible_rows
+from mem1_core.testing import assert_accurate, eager_attention
 
 OURS, DENSE, FLEX, EAGER, CAUSAL = (
     "trajectory_attention", "SDPA dense mask", "FlexAttention", "eager dense mask", "SDPA causal",
@@ -68,7 +68,7 @@ class Task:
 
         self.tensors = [draw(hq), draw(hkv), draw(hkv), draw(hq)]  # q, k, v, the gradient of out
         self.rows = torch.randperm(n, generator=generator, device=device)[:128].sort().values
-        visible = visible_rows(mask.evict_at, self.rows)
+        visible = mask.visible(self.rows)
         self.seen = visible[0].any(dim=0)
         self._visible = visible[:, :, self.seen]
         self.exact, self.eager = self._sampled(torch.float64), self._sampled(dtype)
@@ -166,5 +166,9 @@ class Task:
 
 def held_bytes(mask: TrajectoryMask | BlockMask) -> int:
     """What a mask keeps in memory between calls."""
-    parts = (mask.evict_at, *mask.plan) if isinstance(mask, TrajectoryMask) else mask.as_tuple()
+    parts: tuple[object, ...]
+    if isinstance(mask, TrajectoryMask):
+        parts = (mask.evict_at, mask.positions, *mask.plan, *(mask.plan.key_lists or ()))
+    else:
+        parts = mask.as_tuple()
     return sum(x.nbytes for x in parts if isinstance(x, Tensor))

@@ -9,12 +9,13 @@ each direction apart, and all peers of `peers.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from attention_task import CAUSAL, DENSE, FLEX, FLOPS, OURS, Task, held_bytes
+from attention_task import CAUSAL, DENSE, FLEX, FLOPS, OURS, SCALE, Task, held_bytes
 from measure import Candidate
 from peers import (
     FLASH_ATTENTION,
@@ -116,6 +117,41 @@ def test_attention(bench: Any, tokens: int, dtype: torch.dtype, direction: str) 
             bench.goal_speedup(results, OURS, FLEX, 1.5)
     if tokens == 3_396 and backward:
         bench.goal_speedup(results, OURS, DENSE, 4 if bf16 else 3)
+
+
+# Where a window is looked at: in one copy it is a shorter lifetime, in re-encoded blocks it counts positions.
+STREAMS: dict[str, Callable[[bool], TrajectoryMask]] = {
+    "MEM1": trajectories(1),
+    "causal 16k": synthetic(causal_evict, 16_384),
+    "MEM1 re-encoded": lambda full: (
+        TrajectoryLayout.from_segments(
+            MEM1_TRAJECTORIES[11_852] if full else shortened(MEM1_TRAJECTORIES[11_852]), regime="reencode"
+        ).mask
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # small shapes only
+@pytest.mark.parametrize("direction", ["forward", "forward+backward"])
+@pytest.mark.parametrize("window", [512, 4_096])
+@pytest.mark.parametrize("stream", STREAMS)
+def test_window(bench: Any, stream: str, window: int, direction: str) -> None:
+    """Layers with a window; in the same run the same stream without one, as a scale."""
+    heads = MEM1_HEADS if bench.measuring else (4, 2, 32)
+    mask = STREAMS[stream](bench.measuring)
+    whole = Task(mask, heads, torch.float32)
+    task = Task(mask.windowed(window), heads, torch.float32, f"{stream}, window {window}")
+    candidates = [
+        task.ours(direction),
+        replace(whole.ours(direction), name="without the window", note=SCALE),
+    ]
+    if direction == "forward":
+        candidates.append(task.flex(direction, compiled=bench.measuring))
+        dense: Attention = partial(scaled_dot_product_attention, attn_mask=task.dense, enable_gqa=True)
+        candidates.append(task.peer(DENSE, dense, direction, held_bytes=task.dense.nbytes))
+    results = bench.compare(task.title(direction), candidates, flops=task.flops(direction))
+    if direction == "forward":
+        bench.goal_speedup(results, OURS, FLEX, 1.5)
 
 
 def long_evict(table: str, full: bool) -> Tensor:

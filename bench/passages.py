@@ -1,8 +1,5 @@
-"""Questions with real passages as an environment for `mem1 rollout --environment passages:PassageEnv`, run in
-this folder.
-
-A query is answered with passages that support one of the questions, or with any others: what a retriever
-would find costs the same tokens.
+"""Questions with real passages as environments for `mem1 rollout --environment passages:PassageEnv`, run in
+this folder: one without an end, for measurements, one with an expert and answers that count.
 """
 
 from __future__ import annotations
@@ -13,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mem1.envs.base import Action, Observation
+from mem1.envs.base import Action, ExpertAction, Observation
 
 INSTRUCTION = """\
 You are given several questions and have to answer all of them. You work in turns, and after each turn
@@ -31,9 +28,16 @@ next turn, take into your notes what matters, and forget the rest. If you know a
 Questions:
 """
 
+QUESTIONS = """\
+Answer the questions. In each turn note between <IS> and </IS> what is known, then search with <query> or,
+once all is known, write the answers with <answer>, separated by semicolons.
+"""
+
 
 class PassageEnv:
-    """`objectives` questions of `data`/qa.jsonl an episode; `passages` of `data`/corpus.jsonl a query."""
+    """`objectives` questions of `data`/qa.jsonl an episode; `passages` of `data`/corpus.jsonl a query, which
+    support one of the questions, or are any others: what a retriever would find costs the same tokens.
+    """
 
     def __init__(self, data: str, objectives: int = 4, passages: int = 3) -> None:
         self.objectives, self.passages = objectives, passages
@@ -52,6 +56,65 @@ class PassageEnv:
 
     def score(self) -> dict[str, float]:
         return {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
+
+
+class QuestionEnv:
+    """Questions of `data`/qa.jsonl that one passage answers, and an expert who asks for each in turn.
+
+    A query gets the passage of the question whose words it shares most of. episodes: how many there are,
+    which come again for other seeds; None: any number.
+    """
+
+    def __init__(self, data: str, objectives: int = 2, episodes: int | None = None) -> None:
+        self.objectives, self.episodes = objectives, episodes
+        self.corpus = _lines(f"{data}/corpus.jsonl")
+        self.rows = [row for row in _lines(f"{data}/qa.jsonl") if row["dataset"] == "nq"]
+
+    def reset(self, seed: int) -> str:
+        rng = random.Random(seed if self.episodes is None else seed % self.episodes)
+        self.asked = rng.sample(self.rows, self.objectives)
+        self.found: dict[int, str] = {}
+        self.answers: list[str] = []
+        self.turns = self.malformed = 0
+        return QUESTIONS + "".join(f"{n}. {row['question']}?\n" for n, row in enumerate(self.asked, 1))
+
+    def step(self, action: Action) -> Observation:
+        self.turns += 1
+        if action.kind == "answer":
+            self.answers = [part.strip() for part in action.text.split(";")]
+            return Observation("", self.score()["reward"], True)
+        if action.kind != "query":
+            self.malformed += 1
+            return Observation("Write <query> or <answer>.", 0.0, False)
+        words = set(action.text.lower().split())
+        shared = [len(words & set(row["question"].lower().split())) for row in self.asked]
+        n = max(range(len(shared)), key=shared.__getitem__)
+        self.found[n] = self.asked[n]["golden_answers"][0]
+        return Observation(self.corpus[self.asked[n]["support"][0]]["contents"], 0.0, False)
+
+    def score(self) -> dict[str, float]:
+        """`well_formed`: turns in which there was an action, of `turns`."""
+        given = [*self.answers, *[""] * self.objectives]
+        right = sum(
+            _plain(given[n]) in map(_plain, row["golden_answers"]) for n, row in enumerate(self.asked)
+        )
+        tally = {"turns": self.turns, "well_formed": self.turns - self.malformed}
+        return {"reward": right / self.objectives, "exact_match": right, "f1": float(right), **tally}
+
+    def expert_action(self) -> ExpertAction:
+        notes = [
+            f"{n + 1}. {row['question']}: {self.found.get(n, 'open')}" for n, row in enumerate(self.asked)
+        ]
+        missing = [n for n in range(self.objectives) if n not in self.found]
+        if missing:
+            return ExpertAction("\n".join(notes), Action("query", self.asked[missing[0]]["question"]))
+        return ExpertAction(
+            "\n".join(notes), Action("answer", "; ".join(self.found[n] for n in range(self.objectives)))
+        )
+
+
+def _plain(answer: str) -> str:
+    return " ".join(answer.lower().split())
 
 
 @cache

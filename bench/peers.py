@@ -119,11 +119,16 @@ def block_mask(mask: TrajectoryMask) -> BlockMask:
         lists[taken] = members[: int(offsets[-1])]  # on CUDA the list is longer than what is filled of it
         return counts.int().view(batch, 1, tiles), lists.view(batch, 1, tiles, tiles)
 
-    evict = mask.evict_at
+    evict, places, limits = mask.evict_at, mask.positions, mask.limits
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        alive = (j <= i) & (i < evict[b, j])
+        return alive if places is None or limits is None else alive & (places[b, i] < limits[b, j])
+
     return BlockMask.from_kv_blocks(
         *padded(plan.partial_offsets, plan.partial_tiles),
         *padded(plan.full_offsets, plan.full_tiles),
         BLOCK_SIZE=FLEX_BLOCK,
-        mask_mod=lambda b, h, i, j: (j <= i) & (i < evict[b, j]),
+        mask_mod=visible,
         seq_lengths=(tokens, tokens),
     )

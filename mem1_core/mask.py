@@ -211,10 +211,10 @@ class TrajectoryMask:
 
     def dense(self) -> Tensor:
         """bool [B, N, N], True where query `i` (dim 1) sees key `j` (dim 2). O(N^2): references and tests."""
-        return self._sees(torch.arange(self.evict_at.shape[1], device=self.device))
+        return self.visible(torch.arange(self.evict_at.shape[1], device=self.device))
 
-    def _sees(self, i: Tensor) -> Tensor:
-        """bool [B, len(i), N], the rows of `dense()` for the queries i."""
+    def visible(self, i: Tensor) -> Tensor:
+        """bool [B, len(i), N], the rows of `dense()` for the queries i, integers [n]."""
         j = torch.arange(self.evict_at.shape[1], device=self.device)
         visible = (j <= i[:, None]) & (i[:, None] < self.evict_at[:, None, :])
         if (limits := self.limits) is not None:
@@ -232,7 +232,7 @@ class TrajectoryMask:
             return live_counts(self.evict_at, counted)
         counted = torch.ones_like(self.evict_at, dtype=torch.bool) if counted is None else counted
         pieces = torch.arange(self.evict_at.shape[1], device=self.device).split(1024)
-        seen = [(self._sees(i) & counted[:, None]).sum(-1, dtype=torch.int32) for i in pieces]
+        seen = [(self.visible(i) & counted[:, None]).sum(-1, dtype=torch.int32) for i in pieces]
         return torch.cat(seen, dim=1) if seen else self.evict_at.clone()
 
     def visible_pairs(self) -> int:

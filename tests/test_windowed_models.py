@@ -10,11 +10,14 @@ import pytest
 import torch
 from test_families import IDS, MASK, POSITIONS, engine_error, mask_error, slots_errors
 from test_integration_transformers import EXPERTS, LAYOUT, SEGMENTS, additive, build, tokens, twin
+from test_transformers_generate import CODEC, FOUR_TURNS, PROMPTS, distance, generate, no_prune
+from test_transformers_generate import ids as ids_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mem1.parsing.turn_eviction import TurnEviction
 from mem1_core.integrations.transformers import check_model, has_windows
-from mem1_core.integrations.transformers_cache import SlotCache
+from mem1_core.integrations.transformers_cache import CACHE, SlotCache
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.mask import TrajectoryMask
 from mem1_core.testing import assert_accurate, gradients
@@ -113,6 +116,23 @@ def test_caches(family: str) -> None:
     engine_error(model, full)
     slots = slots_errors(model, full)
     assert (family == "DeepseekV3") == isinstance(slots[0], str), slots
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "DeepseekV3"])  # which no SlotCache holds
+@pytest.mark.parametrize("implementation", ["mem1", "eager"])
+def test_prune_generate(family: str, implementation: str) -> None:
+    """What is written over a cache that forgets has the log-probs of one forward under the mask."""
+    model, prompts = small(family, implementation), [ids_of(n, seed=n) for n in PROMPTS]
+    rule = TurnEviction(CODEC, "action")
+    torch.manual_seed(0)
+    out = generate(model, prompts, FOUR_TURNS, eviction_policy=rule, max_new_tokens=44)
+    for row, prompt in enumerate(prompts):
+        given, written = out[CACHE].run_lengths[row]
+        tokens_of_row = prompt + out.sequences[row, max(PROMPTS) : max(PROMPTS) + written].tolist()
+        mask = TrajectoryLayout.from_segments(rule.segments(tokens_of_row, (given, written))).mask
+        logits = {given + step: out.logits[step][row] for step in range(written)}
+        assert distance(model, tokens_of_row, mask, logits) <= 5e-5
+        assert distance(model, tokens_of_row, no_prune(mask), logits) > 1e-3
 
 
 @torch.no_grad()

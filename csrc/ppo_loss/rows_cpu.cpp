@@ -106,22 +106,22 @@ MEM1_CLONES void narrow(float* row, int64_t count) {
 }
 void narrow(double*, int64_t) {}  // never asked for
 
-#define MEM1_PASSES(Real)                                                                                       \
-  MEM1_CLONES Real highest(const Real* logits, const Real* bias, int64_t count) {                               \
-    return bias == nullptr ? highest_of<Real>(logits, nullptr, count) : highest_of(logits, bias, count);        \
-  }                                                                                                             \
-  MEM1_CLONES Sums sums(const Real* logits, const Real* bias, int64_t count, Real shift, Real scale) {          \
-    return bias == nullptr ? sums_of<Real>(logits, nullptr, count, shift, scale)                                \
-                           : sums_of(logits, bias, count, shift, scale);                                        \
-  }                                                                                                             \
-  MEM1_CLONES void gradient(Real* logits, const Real* bias, int64_t count, Real shift, Real scale, Real offset, \
-                            Real slope) {                                                                       \
-    return bias == nullptr ? gradient_of<Real>(logits, nullptr, count, shift, scale, offset, slope)             \
-                           : gradient_of(logits, bias, count, shift, scale, offset, slope);                     \
-  }                                                                                                             \
+#define MEM1_PASSES(Real)                                                                                        \
+  MEM1_CLONES Real highest(const Real* logits, const Real* bias, int64_t count) {                                \
+    return bias == nullptr ? highest_of<Real>(logits, nullptr, count) : highest_of(logits, bias, count);         \
+  }                                                                                                              \
+  MEM1_CLONES Sums sums(const Real* logits, const Real* bias, int64_t count, Real shift, Real scale) {           \
+    return bias == nullptr ? sums_of<Real>(logits, nullptr, count, shift, scale)                                 \
+                           : sums_of(logits, bias, count, shift, scale);                                         \
+  }                                                                                                              \
+  MEM1_CLONES void gradient(Real* logits, const Real* bias, int64_t count, Real shift, Real scale, Real offset,  \
+                            Real slope) {                                                                        \
+    return bias == nullptr ? gradient_of<Real>(logits, nullptr, count, shift, scale, offset, slope)              \
+                           : gradient_of(logits, bias, count, shift, scale, offset, slope);                      \
+  }                                                                                                              \
   MEM1_CLONES void capped_gradient(Real* logits, int64_t count, Real shift, Real scale, Real offset, Real slope, \
-                                   Real per_cap) {                                                              \
-    capped_gradient_of(logits, count, shift, scale, offset, slope, per_cap);                                    \
+                                   Real per_cap) {                                                               \
+    capped_gradient_of(logits, count, shift, scale, offset, slope, per_cap);                                     \
   }
 MEM1_PASSES(float)
 MEM1_PASSES(double)

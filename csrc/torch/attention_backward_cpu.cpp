@@ -79,8 +79,8 @@ void differentiate(const Shape& shape, const Plan& plan, const Task& task, const
     gemm<T>(rows, columns, dim, k_rows + at, dim, w.q_transposed.data(), columns, w.scores.data(), columns, false);
     gemm<T>(rows, columns, v_dim, v_rows + v_at, v_dim, w.do_transposed.data(), columns, w.dp.data(), columns, false);
     finish_scores(shape, plan, task, run, keys.poison_of(task.pair), scores, w.scores.data());
-    gradients(w.scores.data(), w.dp.data(), rows, columns, static_cast<S>(scores.base2()), scores.cap > 0,
-              w.lse.data(), w.delta.data(), p, ds, ds_operand);
+    gradients(w.scores.data(), w.dp.data(), rows, columns, static_cast<S>(scores.base2()), scores.cap > 0, w.lse.data(),
+              w.delta.data(), p, ds, ds_operand);
     gemm<T>(rows, v_dim, columns, p, columns, do_operand, v_dim, dv + v_at, v_dim, true);
     gemm<T>(rows, dim, columns, ds, columns, q_operand, dim, dk + at, dim, true);
     const T* k_run = k_chunks + run.begin / shape.chunk * shape.chunk * dim + run.begin % shape.chunk;

@@ -260,9 +260,8 @@ at::Tensor last_queries(const at::Tensor& q, const at::Tensor& k, const at::Tens
   at::Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)},
                              q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat));
   if (q.numel() == 0) return lse.fill_(-std::numeric_limits<double>::infinity());
-  dispatch(q.scalar_type(), [&](auto in, auto t) {
-    forward<decltype(in), decltype(t)>(plan, q, k, v, scores, sinks, out, lse);
-  });
+  dispatch(q.scalar_type(),
+           [&](auto in, auto t) { forward<decltype(in), decltype(t)>(plan, q, k, v, scores, sinks, out, lse); });
   return lse;
 }
 

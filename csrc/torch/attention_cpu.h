@@ -92,10 +92,10 @@ std::vector<Run> live_runs(const Shape& shape, const Plan& plan, int64_t batch, 
 // Cuts the tasks into contiguous ranges of about equal work, one per thread: [threads + 1] boundaries.
 std::vector<int64_t> balanced_ranges(const Shape& shape, const Plan& plan);
 
-// Keys and values of all pairs as left operands: rows [pairs, padded_length, padded_dim] (values: padded_value_dim), and
-// transposed in chunks [pairs, padded_length / chunk, padded_dim, chunk]. A row with a NaN or an infinity is zero here and marked in
-// `poison` [pairs, padded_length]: products then stay finite for the queries that do not see it, and mask_scores turns
-// it into a NaN for those that do.
+// Keys and values of all pairs as left operands: rows [pairs, padded_length, padded_dim] (values: padded_value_dim),
+// and transposed in chunks [pairs, padded_length / chunk, padded_dim, chunk]. A row with a NaN or an infinity is zero
+// here and marked in `poison` [pairs, padded_length]: products then stay finite for the queries that do not see it, and
+// mask_scores turns it into a NaN for those that do.
 struct PackedKeys {
   at::Tensor k_rows, k_chunks, v_rows, v_chunks, poison;
   const uint8_t* poison_of(int64_t pair) const { return poison.const_data_ptr<uint8_t>() + pair * poison.size(1); }
@@ -140,8 +140,8 @@ View<const T> const_view_of(const at::Tensor& t) {
 
 // Rows of the queries of a task, of `dim` elements, as dense rows [columns, padded]; zero for those there are not.
 template <typename In, typename T>
-void pack_queries(const Shape& shape, const Plan& plan, const Task& task, View<const In> in, int64_t dim, int64_t padded,
-                  T* rows) {
+void pack_queries(const Shape& shape, const Plan& plan, const Task& task, View<const In> in, int64_t dim,
+                  int64_t padded, T* rows) {
   for (int64_t c = 0; c < shape.columns; ++c) {
     const int64_t i = task.first_query + c % plan.block_q;
     T* out = rows + c * padded;

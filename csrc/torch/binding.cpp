@@ -53,11 +53,19 @@ cpu::Plan checked_plan(const Tensor& q, const Tensor& evict, const Tensor& full_
     TORCH_CHECK_TYPE((*t)->scalar_type() == at::kInt && (*t)->is_contiguous() && (*t)->device() == q.device(),
                      "positions, limits: expected contiguous int32 tensors on ", q.device(), ", got ",
                      (*t)->scalar_type(), " on ", (*t)->device());
-    TORCH_CHECK_VALUE((*t)->dim() == 2 && (*t)->size(1) == q.size(1) && ((*t)->size(0) == 1 || (*t)->size(0) == q.size(0)),
-                      "positions, limits: expected shape [", q.size(0), " or 1, ", q.size(1), "], got ", (*t)->sizes());
+    TORCH_CHECK_VALUE(
+        (*t)->dim() == 2 && (*t)->size(1) == q.size(1) && ((*t)->size(0) == 1 || (*t)->size(0) == q.size(0)),
+        "positions, limits: expected shape [", q.size(0), " or 1, ", q.size(1), "], got ", (*t)->sizes());
   }
-  return {evict,   full_offsets, full_tiles, partial_offsets,                partial_tiles,
-          block_q, block_k,      positions.value_or(Tensor()), limits.value_or(Tensor())};
+  return {evict,
+          full_offsets,
+          full_tiles,
+          partial_offsets,
+          partial_tiles,
+          block_q,
+          block_k,
+          positions.value_or(Tensor()),
+          limits.value_or(Tensor())};
 }
 
 void check_input(const char* name, const Tensor& t, const Tensor& q) {
@@ -67,8 +75,8 @@ void check_input(const char* name, const Tensor& t, const Tensor& q) {
                    t.scalar_type());
   TORCH_CHECK_VALUE(t.dim() == 4, name, ": expected [batch, length, heads, dim], got ", t.dim(), " dimensions");
   TORCH_CHECK_VALUE(t.size(3) > 0, name, ": expected dim >= 1, got 0");
-  TORCH_CHECK_VALUE(t.size(0) == q.size(0) && t.size(1) == q.size(1), name,
-                    ": expected batch and length of q, ", q.sizes(), ", got ", t.sizes());
+  TORCH_CHECK_VALUE(t.size(0) == q.size(0) && t.size(1) == q.size(1), name, ": expected batch and length of q, ",
+                    q.sizes(), ", got ", t.sizes());
   TORCH_CHECK_VALUE(t.stride(3) == 1 || t.size(3) <= 1, name, ": expected a contiguous last dimension, got stride ",
                     t.stride(3));
 }
@@ -122,16 +130,12 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   return cpu::trajectory_attention(q, k, v, plan, checked_scores(scale, softcap), checked_sinks(sinks, q));
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& d_out, const std::optional<Tensor>& d_lse,
-                                                      const Tensor& q, const Tensor& k, const Tensor& v,
-                                                      const Tensor& out, const Tensor& lse, const Tensor& evict,
-                                                      const Tensor&, const Tensor& full_offsets,
-                                                      const Tensor& full_tiles, const Tensor& partial_offsets,
-                                                      const Tensor& partial_tiles, const Tensor&, const Tensor&,
-                                                      int64_t block_q, int64_t block_k, double scale,
-                                                      const OptionalTensor& positions, const OptionalTensor& limits,
-                                                      const OptionalTensor&, const OptionalTensor&,
-                                                      const OptionalTensor&, const OptionalTensor&, double softcap) {
+std::tuple<Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& d_out, const std::optional<Tensor>& d_lse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& out, const Tensor& lse, const Tensor& evict, const Tensor&, const Tensor& full_offsets,
+    const Tensor& full_tiles, const Tensor& partial_offsets, const Tensor& partial_tiles, const Tensor&, const Tensor&,
+    int64_t block_q, int64_t block_k, double scale, const OptionalTensor& positions, const OptionalTensor& limits,
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, double softcap) {
   check_inputs(q, k, v);
   check_input("d_out", d_out, q);
   check_input("out", out, q);

@@ -23,8 +23,8 @@ struct Running {
 };
 
 // `count` keys of one KV head and the values to them, for `heads` query heads. queries: [heads, padded], times the
-// softmax scale and log2(e), zero-padded to whole vectors; sums likewise [heads, padded_value], not yet divided by those
-// of `running`.
+// softmax scale and log2(e), zero-padded to whole vectors; sums likewise [heads, padded_value], not yet divided by
+// those of `running`.
 template <typename In>
 struct Block {
   const In *keys, *values;
@@ -252,9 +252,8 @@ at::Tensor cached_attention(const at::Tensor& q, const at::Tensor& keys, const a
     if (count[b] == 0) continue;
     const auto of_slot = [&](const at::Tensor& cache) { return cache.narrow(0, row[b], 1).narrow(1, 0, length[b]); };
     at::Tensor own = out.narrow(0, b, 1).narrow(1, pieces - count[b], count[b]);
-    const at::Tensor lifetimes = evict.defined()
-                                     ? evict.narrow(0, b, 1).narrow(1, 0, length[b]).clamp_max(length[b])
-                                     : at::full({1, length[b]}, length[b], lengths.options());
+    const at::Tensor lifetimes = evict.defined() ? evict.narrow(0, b, 1).narrow(1, 0, length[b]).clamp_max(length[b])
+                                                 : at::full({1, length[b]}, length[b], lengths.options());
     prefill(q.narrow(0, b, 1).narrow(1, pieces - count[b], count[b]), of_slot(keys), of_slot(values), lifetimes, scores,
             sinks, own);
   }

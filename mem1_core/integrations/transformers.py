@@ -8,10 +8,11 @@
 
 With `mem1_mask` (a `TrajectoryMask`) every layer runs `mem1_core.ops.trajectory_attention`; with `mem1_cache`
 (a `LayerCache`) it hands over to that, as a rollout engine with a KV cache of its own wants it; without
-either the model behaves exactly as with `attn_implementation="sdpa"`. So one model object serves all.
+either the model behaves exactly as with `attn_implementation="sdpa"`, or, where that would drop a soft cap or
+sinks, as with "eager". So one model object serves all.
 
-A layer that is more than plain causal attention refuses the mask, and so does a model whose config tells of
-layers that are not attention. `check_model` finds the models that would drop the mask without a word,
+Windows, soft caps, sinks and values of another size are the layers' own. A layer that is more than that
+refuses the mask, and so does a model whose config tells of layers that are not attention. `check_model` finds the models that would drop the mask without a word,
 `check_cache` those that a cache cannot follow.
 """
 

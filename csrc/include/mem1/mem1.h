@@ -243,9 +243,9 @@ typedef struct mem1_logit_rows_params {
   void* max_logit;
   void* log_sum_exp;
   void* loss;
-  void* kl;      /* with ref_logprob */
-  void* ratio;   /* r */
-  void* clipped; /* 1 where the clipped term was the larger, else 0 */
+  void* kl;       /* with ref_logprob */
+  void* ratio;    /* r */
+  void* clipped;  /* 1 where the clipped term was the larger, else 0 */
   double softcap; /* 0: none */
 } mem1_logit_rows_params;
 
