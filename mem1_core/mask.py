@@ -36,13 +36,15 @@ class TrajectoryMask:
 
     Attributes: `evict_at` int32 [B, N], contiguous; `positions` int32 [B, N], contiguous, of the tokens where
     these are not their places in the stream, which only windows look at; `window`, None or how many positions
-    a query sees at most, its own included; `plan` TilePlan; `segments`, what the stream consists of, where
+    a query sees at most, its own included; `limits`, in a window over positions int32 [B, N], the first
+    position that does not see each key; `plan` TilePlan; `segments`, what the stream consists of, where
     known (batch of one of a layout): the picture and `peak_tokens(prompt=False)` need it, nothing else does.
     """
 
     evict_at: Tensor
     positions: Tensor | None
     window: int | None
+    limits: Tensor | None
     plan: TilePlan
     segments: tuple[Segment, ...]
 
@@ -54,6 +56,7 @@ class TrajectoryMask:
         window: int | None = None,
     ) -> None:
         self.evict_at, self.positions, self.window = evict, positions, window
+        self.limits = None if window is None or positions is None else positions + window
         self.segments = tuple(segments)
         self._plans: dict[tuple[int, int], TilePlan] = {}
         self._windowed: dict[int, TrajectoryMask] = {}
@@ -177,11 +180,6 @@ class TrajectoryMask:
             placed = TrajectoryMask(self.evict_at, self.segments, places)
             self._placed = positions, placed
         return self._placed[1]
-
-    @property
-    def limits(self) -> Tensor | None:
-        """int32 [B, N]: the first position that does not see each key, where a window has positions."""
-        return None if self.window is None or self.positions is None else self.positions + self.window
 
     def _places(self) -> Tensor:
         """int32 [B or 1, N]: positions, or places in the stream."""

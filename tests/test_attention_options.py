@@ -204,6 +204,41 @@ def test_uninitialised_memory_and_repeats(backend: str, device: str, dtype: torc
         assert equal(check(inputs, fresh, backend, options), want)
 
 
+@pytest.mark.parametrize("made", [True, False], ids=["window made before", "window made inside"])
+def test_compiles_without_a_graph_break(made: bool) -> None:
+    torch.compiler.reset()
+
+    def layers(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, mask: TrajectoryMask) -> Tensor:
+        near = trajectory_attention(q.sin(), k, v, mask, window=40, sinks=sinks, softcap=3.0)
+        return near + trajectory_attention(q, k, v, mask)
+
+    mask, fresh = reencoded(), reencoded()
+    if made:
+        fresh.windowed(40)
+    leaves = inputs_of(mask.shape[1], (2, 1), 16, 16, Options(sinks=True))
+    leaves = [x.requires_grad_() for x in leaves]
+    got = torch.compile(layers, backend="aot_eager", fullgraph=made)(*leaves, fresh)
+    want = layers(*leaves, mask)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(gradients([got], leaves), gradients([want], leaves))
+
+
+def test_opcheck() -> None:
+    """The registered op with all of its arguments."""
+    ops, mask = torch.ops.mem1_core, reencoded(2, 20).windowed(40)
+    leaves = inputs_of(mask.shape[1], (2, 1), 16, 24, Options(sinks=True), dtype=torch.float64)
+    q, k, v, sinks = (x.requires_grad_() for x in leaves)
+    plan = mask.plan
+    assert plan.key_lists is not None
+    window = (mask.positions, mask.limits, *plan.key_lists)
+    arguments = (mask.evict_at, *plan.tensors, plan.block_q, plan.block_k, 0.25, *window)
+    torch.library.opcheck(ops.trajectory_attention.default, (q, k, v, *arguments, sinks, 3.0))
+    with torch.no_grad():
+        out, lse = ops.trajectory_attention(q, k, v, *arguments, sinks, 3.0)
+    saved = (torch.ones_like(out), None, *(t.detach() for t in (q, k, v)), out, lse, *arguments, 3.0)
+    torch.library.opcheck(ops.trajectory_attention_backward.default, saved)
+
+
 # ------------------------------------------------------------------------------------------ tiles, refusals
 
 

@@ -12,8 +12,8 @@ either the model behaves exactly as with `attn_implementation="sdpa"`, or, where
 sinks, as with "eager". So one model object serves all.
 
 Windows, soft caps, sinks and values of another size are the layers' own. A layer that is more than that
-refuses the mask, and so does a model whose config tells of layers that are not attention. `check_model` finds the models that would drop the mask without a word,
-`check_cache` those that a cache cannot follow.
+refuses the mask, and so does a model whose config tells of layers that are not attention. `check_model` finds
+the models that would drop the mask without a word, `check_cache` those that a cache cannot follow.
 """
 
 from __future__ import annotations
