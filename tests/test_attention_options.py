@@ -31,17 +31,24 @@ class Options(NamedTuple):
 
 ALONE = [*(Options(window=w) for w in WINDOWS), Options(sinks=True), Options(softcap=3.0)]
 TOGETHER = [Options(7, True), Options(7, False, 3.0), Options(None, True, 3.0), Options(64, True, 3.0)]
-# Interpreted float32 takes minutes in all, for other products than the rest: its share is all at once.
-every_case = pytest.mark.parametrize(
-    ("backend", "device", "dtype", "options"),
-    [
-        pytest.param(*param.values, dtype, options, id=f"{param.id}-{name}-{options}", marks=param.marks)
-        for param in BACKENDS
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
-        for options in [*ALONE, *TOGETHER]
-        if param.values != ("triton", "cpu") or name == "bf16" or options == TOGETHER[-1]
-    ],
+quick_backends = pytest.mark.parametrize(
+    ("backend", "device"), [param for param in BACKENDS if param.values != ("triton", "cpu")]
 )
+INTERPRETED = [Options(7), Options(sinks=True), Options(softcap=3.0), TOGETHER[-1]]
+
+
+def cases(options: list[Options], interpreted: list[Options]) -> Any:
+    """Interpreted kernels take seconds a case: some options for them, in float32 all at once alone."""
+    return pytest.mark.parametrize(
+        ("backend", "device", "dtype", "options"),
+        [
+            pytest.param(*param.values, dtype, option, id=f"{param.id}-{name}-{option}", marks=param.marks)
+            for param in BACKENDS
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+            for option in (interpreted if param.values == ("triton", "cpu") else options)
+            if param.values != ("triton", "cpu") or name == "bf16" or option == TOGETHER[-1]
+        ],
+    )
 
 
 def inputs_of(
@@ -114,14 +121,14 @@ def reencoded(turns: int = 3, prompt: int = 97) -> TrajectoryMask:
 # ------------------------------------------------------------------------------------------- the function
 
 
-@every_case
+@cases([*ALONE, *TOGETHER], INTERPRETED[1:3])
 def test_random_lifetimes(backend: str, device: str, dtype: torch.dtype, options: Options) -> None:
     evict = torch.stack([random_evict(200, seed) for seed in range(2)])
     inputs = inputs_of(200, (4, 2), 32, 32, options, batch=2, dtype=dtype, device=device)
     check(inputs, TrajectoryMask.from_evict(evict.to(device)), backend, options)
 
 
-@every_case
+@cases([*ALONE, *TOGETHER], [INTERPRETED[0], INTERPRETED[3]])
 def test_blocks_of_a_reencoded_stream(
     backend: str, device: str, dtype: torch.dtype, options: Options
 ) -> None:
@@ -133,9 +140,16 @@ def test_blocks_of_a_reencoded_stream(
     check(inputs, mask.to(device), backend, options)
 
 
-@every_backend
-@pytest.mark.parametrize("n", [1, 2, 63, 65, 127, 131, 257])
-@pytest.mark.parametrize("window", [1, 7, 64, 512])
+@pytest.mark.parametrize(
+    ("backend", "device", "n", "window"),
+    [
+        pytest.param(*param.values, n, window, id=f"{param.id}-{n}-{window}", marks=param.marks)
+        for param in BACKENDS
+        for n in (1, 2, 63, 65, 127, 131, 257)
+        for window in WINDOWS
+        if param.values != ("triton", "cpu") or (n in (1, 131) and window in (7, 64))
+    ],
+)
 def test_lengths_and_drawn_positions(backend: str, device: str, n: int, window: int) -> None:
     """Positions in no order at all."""
     options = Options(window, True, 3.0)
@@ -144,16 +158,23 @@ def test_lengths_and_drawn_positions(backend: str, device: str, n: int, window: 
     check(inputs_of(n, (2, 1), 16, 24, options, device=device), mask, backend, options)
 
 
-@every_backend
-@both_dtypes
-@pytest.mark.parametrize("dims", [(192, 128), (16, 40), (64, 8), (40, 256)], ids=str)
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "dims"),
+    [
+        pytest.param(*param.values, dtype, dims, id=f"{param.id}-{name}-{dims}", marks=param.marks)
+        for param in BACKENDS
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+        for dims in ((192, 128), (16, 40), (64, 8), (40, 256))
+        if param.values != ("triton", "cpu") or dims == ((16, 40) if name == "fp32" else (192, 128))
+    ],
+)
 def test_values_of_another_size(backend: str, device: str, dtype: torch.dtype, dims: tuple[int, int]) -> None:
     mask = TrajectoryMask.from_evict(random_evict(131).to(device))
     options = Options(64, True, 3.0) if dtype == torch.float32 else Options()
     check(inputs_of(131, (2, 1), *dims, options, dtype=dtype, device=device), mask, backend, options)
 
 
-@every_backend
+@quick_backends
 def test_a_window_that_holds_everything_changes_nothing(backend: str, device: str) -> None:
     mask = reencoded().to(device)
     inputs = inputs_of(mask.shape[1], (2, 1), 16, 16, Options(), device=device)
@@ -193,7 +214,7 @@ def test_gradcheck(options: Options) -> None:
     assert torch.autograd.gradcheck(attend, leaves)
 
 
-@every_backend
+@quick_backends
 @both_dtypes
 def test_uninitialised_memory_and_repeats(backend: str, device: str, dtype: torch.dtype) -> None:
     options, mask = Options(40, True, 3.0), reencoded().to(device)

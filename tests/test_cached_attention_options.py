@@ -35,9 +35,12 @@ def with_options(it: Case, window: int | None, sinks: bool, softcap: float | Non
 @every_dtype
 @pytest.mark.parametrize("queries", [1, 3, 65, 130])
 def test_every_option(backend: str, dtype: torch.dtype, queries: int) -> None:
-    for window in [None, *WINDOWS]:
-        for sinks, softcap, gaps in itertools.product((False, True), (None, 3.0), (False, True)):
-            check(with_options(case(dtype, queries, dim=32), window, sinks, softcap, gaps), backend)
+    options = list(itertools.product([7], (False, True), (None, 3.0), (False, True)))
+    options += [
+        (window, both, 3.0 if both else None, True) for window in (None, 1, 64, 512) for both in (0, 1)
+    ]
+    for option in options:
+        check(with_options(case(dtype, queries, dim=32), *option), backend)
 
 
 @every_backend

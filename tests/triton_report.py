@@ -48,8 +48,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MOST = {"forward": "plain", "backward_dq": "d_lse", "backward_dk_dv": "share"}
 VARIANTS = {  # by dtype: the two halves run the same instructions, so that each takes a half of the variants
     "bf16": dict.fromkeys(KERNELS, ("plain", "all")),
-    "fp16": {kernel: (variant, "window", "softcap") for kernel, variant in MOST.items()},
-    "fp32": {kernel: (variant, "all") for kernel, variant in MOST.items()},
+    "fp16": {kernel: (variant, "softcap") for kernel, variant in MOST.items()},
+    "fp32": {kernel: (variant, "window", "all") for kernel, variant in MOST.items()},
 }
 
 
