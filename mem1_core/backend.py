@@ -82,8 +82,9 @@ def describe(value: object) -> str:
 
 
 def check_softcap(softcap: float | None) -> float:
-    """As ops take it, 0 for none. Raises ValueError unless it is a finite number > 0 or None."""
-    if softcap is not None and not (isinstance(softcap, (int, float)) and 0 < softcap < float("inf")):
+    """As ops take it, 0 for none. Raises ValueError unless it is a number > 0, finite in float32, or None."""
+    number = isinstance(softcap, (int, float)) and not isinstance(softcap, bool)
+    if softcap is not None and not (number and 0 < softcap < 1e38):
         raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
     return float(softcap or 0.0)
 

@@ -160,7 +160,7 @@ def window_evict(positions: Tensor, window: int, lengths: Tensor | None = None) 
     positions = positions.long()
     if lengths is not None:
         positions = positions.masked_fill(places >= lengths[:, None], 2**62)
-    return torch.searchsorted(positions, positions + window).to(torch.int32)
+    return torch.searchsorted(positions, positions + min(window, 2**32)).to(torch.int32)
 
 
 def live_counts(evict: Tensor, counted: Tensor | None = None) -> Tensor:

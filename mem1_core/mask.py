@@ -21,6 +21,17 @@ from mem1_core.tile_plan import TilePlan, longest_first, windowed_plan
 # (block_q, block_k) of the plan that the attention backend of a device reads.
 DEFAULT_BLOCKS = {"cpu": (64, 64), "cuda": (128, 128)}
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_FAR = 2**30  # positions are nearer than that, and their differences fit int32
+
+
+def check_window(window: int) -> None:
+    """Raise TypeError or ValueError unless it is an integer >= 1."""
+    if not isinstance(window, int) or isinstance(window, bool):
+        raise TypeError(f"window: expected an integer, got {type(window).__name__}")
+    if window < 1:
+        raise ValueError(f"window: expected an integer >= 1, got {window}")
+
 
 class TrajectoryMask:
     """An attention mask in O(N) memory: `visible[b, i, j] = j <= i < evict[b, j]`, with its tile plan.
@@ -56,11 +67,13 @@ class TrajectoryMask:
         window: int | None = None,
     ) -> None:
         self.evict_at, self.positions, self.window = evict, positions, window
-        self.limits = None if window is None or positions is None else positions + window
+        self.limits = None
+        if window is not None and positions is not None:  # in int32, which the kernels compare
+            self.limits = (positions.long() + min(window, _FAR)).clamp(max=2**31 - 1).to(torch.int32)
         self.segments = tuple(segments)
         self._plans: dict[tuple[int, int], TilePlan] = {}
         self._windowed: dict[int, TrajectoryMask] = {}
-        self._placed: tuple[Tensor, TrajectoryMask] | None = None
+        self._placed: tuple[Tensor, int, TrajectoryMask] | None = None
         self.plan = self.tile_plan(*DEFAULT_BLOCKS.get(evict.device.type, (128, 128)))
 
     @classmethod
@@ -94,7 +107,7 @@ class TrajectoryMask:
     def pack(cls, masks: Sequence[TrajectoryMask]) -> TrajectoryMask:
         """Many trajectories, each a batch of one, in one stream [1, sum of N]. They do not see each other.
 
-        Raises ValueError when a mask has B != 1 or the devices differ.
+        Raises ValueError when a mask has B != 1 or a window over positions, or the devices differ.
         """
         if not masks:
             return cls(torch.empty(1, 0, dtype=torch.int32))
@@ -103,6 +116,8 @@ class TrajectoryMask:
                 raise ValueError(
                     f"masks[{i}]: expected a batch of one, got evict of shape {list(mask.evict_at.shape)}"
                 )
+            if mask.window is not None:
+                raise ValueError(f"masks[{i}]: expected one without a window, got one of {mask.window}")
             if mask.device != masks[0].device:
                 raise ValueError(
                     f"masks[{i}]: expected device {masks[0].device} like masks[0], got {mask.device}"
@@ -146,12 +161,12 @@ class TrajectoryMask:
         """This mask with a window, `pos[i] - pos[j] < window`; made on first use and kept, with its plan.
 
         Where positions are places in the stream, that is a shorter lifetime, `min(evict[j], j + window)`.
-        Raises ValueError for a window below 1, or of a mask that has one.
+        Raises TypeError or ValueError unless the window is an integer >= 1, ValueError for a mask that has
+        one over positions.
         """
+        check_window(window)
         found = self._windowed.get(window)
         if found is None:
-            if window < 1:
-                raise ValueError(f"window: expected an integer >= 1, got {window}")
             if self.window is not None:
                 raise ValueError(f"mask: expected one without a window, got one of {self.window}")
             if self.positions is None:
@@ -163,23 +178,35 @@ class TrajectoryMask:
         return found
 
     def at_positions(self, positions: Tensor) -> TrajectoryMask:
-        """This mask with other positions of its tokens, integers [B, N] or [1, N]; that of the last tensor is
-        kept. Raises TypeError or ValueError for a tensor that is not as said.
+        """This mask with other positions of its tokens, integers [B, N] or [1, N] of less than 2^30, which
+        is looked at on the CPU alone; a mask for all batches gets as many rows. The mask of the last tensor
+        is kept, until it changes. Raises TypeError or ValueError for a tensor that is not as said, ValueError
+        for a mask that has a window over positions.
         """
-        if self._placed is None or self._placed[0] is not positions:
-            if not isinstance(positions, Tensor) or positions.is_floating_point():
-                raise TypeError(f"positions: expected an integer tensor, got {type(positions).__name__}")
+        if self.window is not None:
+            raise ValueError(f"mask: expected one without a window, got one of {self.window}")
+        if not isinstance(positions, Tensor) or positions.dtype not in _INTEGERS:
+            got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
+            raise TypeError(f"positions: expected an integer tensor, got {got}")
+        version = -1 if positions.is_inference() else positions._version
+        kept = self._placed
+        if kept is None or kept[0] is not positions or kept[1] != version or version < 0:
             batch, length = self.evict_at.shape
-            if positions.shape not in ((1, length), (batch, length)):
+            rows = len(positions) if positions.dim() == 2 and positions.shape[1] == length else 0
+            if rows != batch and (rows < 1 or 1 not in (rows, batch)):
+                wanted = "B" if batch == 1 else f"{batch} or 1"
                 raise ValueError(
-                    f"positions: expected shape [{batch} or 1, {length}], got {list(positions.shape)}"
+                    f"positions: expected shape [{wanted}, {length}], got {list(positions.shape)}"
                 )
             if positions.device != self.device:
                 raise ValueError(f"positions: expected device {self.device}, got {positions.device}")
-            places = positions.to(torch.int32, copy=True).expand_as(self.evict_at).contiguous()
-            placed = TrajectoryMask(self.evict_at, self.segments, places)
-            self._placed = positions, placed
-        return self._placed[1]
+            if not positions.is_cuda and positions.numel() and int(positions.abs().max()) >= _FAR:
+                raise ValueError(f"positions: expected less than 2^30, got {int(positions.abs().max())}")
+            rows = max(batch, rows) if batch else 0
+            evict = self.evict_at.expand(rows, -1).contiguous()
+            places = positions.to(torch.int32, copy=True).expand(rows, -1).contiguous()
+            kept = self._placed = positions, version, TrajectoryMask(evict, self.segments, places)
+        return kept[2]
 
     def _places(self) -> Tensor:
         """int32 [B or 1, N]: positions, or places in the stream."""

@@ -77,6 +77,7 @@ def windowed_plan(plan: TilePlan, positions: Tensor, window: int) -> TilePlan:
     positions: int32 [B, N]. O(B * QT * KT), on the device of the plan and without a wait for it. Told by the
     extremes of a tile's positions: a full one is full, but a partial one may hold no visible pair.
     """
+    window = min(window, 2**31 - 1)  # as far as positions go
     low, high = (_of_tiles(positions, plan.block_q, extreme)[:, None] for extreme in ("amin", "amax"))
     first, last = (_of_tiles(positions, plan.block_k, extreme)[..., None] for extreme in ("amin", "amax"))
     tile = torch.arange(low.shape[-1], device=positions.device)

@@ -305,14 +305,19 @@ def test_refusals() -> None:
     q, k, v = attention_inputs(1, 20, 4, 2, 16)
     for wrong, kind, message in [
         ({"window": 0}, ValueError, "window: expected an integer >= 1, got 0"),
-        ({"window": 2.0}, TypeError, "window: expected an integer or None, got float"),
+        ({"window": 2.0}, TypeError, "window: expected an integer, got float"),
+        ({"window": True}, TypeError, "window: expected an integer, got bool"),
         ({"positions": torch.arange(20)[None]}, ValueError, "positions: expected None without a window"),
         (
             {"window": 3, "positions": torch.arange(9)[None]},
             ValueError,
-            r"positions: expected shape \[1 or 1, 20\]",
+            r"positions: expected shape \[B, 20\], got \[1, 9\]",
         ),
-        ({"window": 3, "positions": torch.rand(1, 20)}, TypeError, "positions: expected an integer tensor"),
+        ({"window": 3, "positions": torch.rand(1, 20)}, TypeError, "integer tensor, got torch.float32"),
+        ({"window": 3, "positions": torch.ones(1, 20).bool()}, TypeError, "integer tensor, got torch.bool"),
+        ({"window": 3, "positions": torch.full((1, 20), 2**30)}, ValueError, "expected less than 2\\^30"),
+        ({"softcap": True}, ValueError, "softcap: expected a finite number > 0 or None, got True"),
+        ({"softcap": 1e39}, ValueError, "softcap: expected a finite number > 0 or None"),
         ({"sinks": torch.zeros(2)}, ValueError, r"sinks: expected shape \[4\], the heads of q, got \[2\]"),
         ({"sinks": torch.zeros(4, dtype=torch.int64)}, TypeError, "sinks: expected a floating point tensor"),
         ({"softcap": 0.0}, ValueError, "softcap: expected a finite number > 0 or None, got 0.0"),
@@ -325,4 +330,47 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="v: expected batch and length of q"):
         trajectory_attention(q, k, v[:, :9], mask)
     with pytest.raises(ValueError, match="mask: expected one without a window, got one of 3"):
-        TrajectoryMask(mask.evict_at, positions=torch.arange(20)[None].int()).windowed(3).windowed(2)
+        placed = TrajectoryMask(mask.evict_at, positions=torch.arange(20)[None].int()).windowed(3)
+        placed.windowed(2)
+    with pytest.raises(ValueError, match=r"masks\[0\]: expected one without a window, got one of 3"):
+        TrajectoryMask.pack([placed])
+    with pytest.raises(ValueError, match="mask: expected one without a window, got one of 3"):
+        placed.at_positions(torch.arange(20)[None])
+
+
+@quick_backends
+def test_positions_that_change_and_rows_of_them(backend: str, device: str) -> None:
+    mask = TrajectoryMask.from_evict(random_evict(40))
+    q, k, v = attention_inputs(2, 40, 4, 2, 16)
+    positions = torch.arange(40)[None].repeat(2, 1)
+    positions[1] *= 2
+
+    def dense(positions: Tensor) -> Tensor:
+        rows = [TrajectoryMask(mask.evict_at, positions=row[None].int()).windowed(9) for row in positions]
+        parts = [
+            trajectory_attention(*(x[n : n + 1] for x in (q, k, v)), row, backend="reference")
+            for n, row in enumerate(rows)
+        ]
+        return torch.cat(parts)
+
+    for _ in range(2):
+        got = trajectory_attention(q, k, v, mask, window=9, positions=positions, backend=backend)
+        torch.testing.assert_close(got, dense(positions))
+        positions += torch.arange(40)  # in place
+    with torch.inference_mode():
+        fresh = positions.clone()
+        got = trajectory_attention(q, k, v, mask, window=9, positions=fresh, backend=backend)
+        torch.testing.assert_close(got, dense(fresh))
+
+
+@quick_backends
+@pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**70])
+def test_windows_beyond_int32(backend: str, device: str, window: int) -> None:
+    mask = reencoded()
+    assert mask.positions is not None
+    q, k, v = attention_inputs(1, mask.shape[1], 2, 1, 16)
+    far = (mask.positions - 5).long() * (2**20 // 200)
+    want = trajectory_attention(q, k, v, mask, backend=backend)
+    for positions in (None, mask.positions, far):
+        got = trajectory_attention(q, k, v, mask, window=window, positions=positions, backend=backend)
+        assert torch.equal(got, want)

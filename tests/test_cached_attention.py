@@ -328,10 +328,11 @@ BAD: dict[str, list[Any]] = {  # values of an argument, or a dict of several
         {"positions": PLACES[:1], "window": 3},
         {"positions": PLACES.flip(1), "window": 3},
         {"positions": PLACES.float(), "window": 3},
+        {"positions": PLACES.to(torch.complex64), "window": 3},
     ],
     "evict": [PLACES, {"evict": PLACES.int(), "window": 3}, PLACES.int()[:, :8], PLACES.int().to("meta")],
-    "sinks": [[0.0] * 4, of(3), torch.zeros(4, dtype=torch.int32), of(4).to("meta")],
-    "softcap": [0.0, -1.0, NAN, INF, "3"],
+    "sinks": [[0.0] * 4, of(3), of(4, grad=True), torch.zeros(4, dtype=torch.int32), of(4).to("meta")],
+    "softcap": [0.0, -1.0, NAN, INF, "3", True, 1e39],
     "backend": ["fast", "cuda"],
 }
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cached_attention import Case, case, check, every_backend, every_dtype, run
+from test_cached_attention import LENGTHS, Case, case, check, every_backend, every_dtype, run
 
 from mem1_core.eviction import window_evict
 from mem1_core.testing import poisoned_memory
@@ -90,10 +90,33 @@ def test_what_a_window_hides_is_not_read() -> None:
 
 
 @every_backend
-def test_a_wide_window_changes_no_bit(backend: str) -> None:
+@pytest.mark.parametrize("window", [10**6, 2**63 - 1, 2**70])
+def test_a_wide_window_changes_no_bit(backend: str, window: int) -> None:
     it = case(torch.float32, 3)
     with poisoned_memory():
-        assert torch.equal(run(it, backend), run(it, backend, window=10**6))
+        assert torch.equal(run(it, backend), run(it, backend, window=window))
+        expanded = torch.full((1, 1), 300, dtype=torch.int32).expand(len(LENGTHS), 205)
+        assert torch.equal(run(it, backend), run(it, backend, evict=expanded))
+
+
+@every_backend
+def test_nothing_in_a_window(backend: str) -> None:
+    cache = torch.zeros(2, 9, 2, 16)
+    for batch in (0, 2):
+        q, lengths = torch.ones(batch, 3, 4, 16), torch.zeros(batch, dtype=torch.int32)
+        got = run(
+            {},
+            backend,
+            q=q,
+            k_cache=cache,
+            v_cache=cache,
+            cache_seqlens=lengths,
+            query_lens=lengths,
+            window=5,
+        )
+        assert got.shape == q.shape and not got.any()
+    with pytest.raises(ValueError, match="cache_seqlens"):
+        run(case(torch.float32, 3, (9,)) | {"cache_seqlens": torch.tensor([-3]).int()}, "cpu", window=5)
 
 
 def test_lifetimes_of_a_window() -> None:

@@ -15,6 +15,7 @@ from test_transformers_generate import ids as ids_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mem1.engine.engine import Engine
 from mem1.parsing.turn_eviction import TurnEviction
 from mem1_core.integrations.transformers import check_model, has_windows
 from mem1_core.integrations.transformers_cache import CACHE, SlotCache
@@ -159,6 +160,54 @@ def test_a_window_counts_positions_in_a_cache() -> None:
     with pytest.raises(ValueError, match="as a window counts positions and entries have left"):
         model(ids[:, 24:25], **alone.kwargs)
     model(ids[:, 24:25], **alone.forward_kwargs(1))
+
+
+@every_family
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "mem1"])
+@torch.no_grad()
+def test_a_text_shorter_than_the_window_is_pruned_like_any_other(family: str, implementation: str) -> None:
+    if family == "DeepseekV3" or (implementation == "sdpa" and family in ("Gemma2", "GptOss")):
+        return  # which no SlotCache holds; what "sdpa" drops
+    model, exact = small(family, implementation), small(family)
+    ids = tokens(TrajectoryLayout.from_segments(SEGMENTS).mask)[:, :14]
+    evict = torch.full((14,), 14)
+    evict[[2, 3]], evict[5] = 8, 10
+    want = exact(ids, mem1_mask=TrajectoryMask.from_evict(evict), use_cache=False).logits
+    for announced in (False, True):
+        cache, parts = SlotCache(model, 1, 32), []
+        for begin, end, keep in ((0, 8, None), (8, 10, [0, 1, 4, 5, 6, 7]), (10, 14, [0, 1, 2, 4, 5, 6, 7])):
+            if keep is not None:
+                cache.prune(torch.zeros(1, cache.used).bool().index_fill(1, torch.tensor(keep), True))
+            kwargs = cache.forward_kwargs(end - begin) if announced else cache.kwargs
+            parts.append(model(ids[:, begin:end], **kwargs).logits)
+        torch.testing.assert_close(torch.cat(parts, dim=1), want, atol=2e-5, rtol=2e-5)
+
+
+def test_compact_positions_are_for_layers_that_are_alike() -> None:
+    for family in ("Gemma3", "Olmo3", "Cohere2"):
+        cache = SlotCache(small(family), 1, 32)
+        with pytest.raises(ValueError, match="by fixed ones, in all layers alike, got None"):
+            cache.prune(torch.ones(1, 0).bool(), "compact")
+    settings = {"no_rope_layers": [1, 0], "num_key_value_heads": 2}
+    with pytest.raises(ValueError, match="in all layers alike, got None"):
+        SlotCache(build("SmolLM3", **settings), 1, 32).prune(torch.ones(1, 0).bool(), "compact")
+
+
+@torch.no_grad()
+def test_kinds_of_layers_that_a_model_does_not_look_at() -> None:
+    """Mistral's configuration takes them, and its layers have the window all the same."""
+    model = small("Mistral", "sdpa")
+    plain = SlotCache(model, 2, 64)
+    model.config.layer_types = ["full_attention"] * 2
+    lying, ids = (
+        SlotCache(model, 2, 64),
+        tokens(TrajectoryLayout.from_segments(SEGMENTS).mask, rows=2)[:, :30],
+    )
+    got = [model(ids, **cache.forward_kwargs([30, 25])).logits[0] for cache in (plain, lying)]
+    assert torch.equal(*got)
+    engine = Engine(twin(model, "mem1"), 1)
+    hidden = engine.feed([0], [ids[0].tolist()], [list(range(30))])
+    torch.testing.assert_close(engine.logits(hidden)[0], got[0][-1], atol=2e-5, rtol=2e-5)
 
 
 @torch.no_grad()

@@ -316,11 +316,8 @@ def varying_shape(config: Any) -> str:
 
 
 def has_windows(config: Any) -> bool:
-    """Whether any layer of a decoder sees a window only."""
-    config = config.get_text_config(decoder=True)
-    kinds = getattr(config, "layer_types", None)
-    windowed = getattr(config, "sliding_window", None) is not None
-    return windowed if kinds is None else windowed and "sliding_attention" in kinds
+    """Whether a layer of a decoder may see a window only: some do though `layer_types` lists none."""
+    return (getattr(config.get_text_config(decoder=True), "sliding_window", None) or 0) > 0
 
 
 def deferred_mask(**kwargs: Any) -> DeferredMask | Tensor | None:

@@ -78,7 +78,11 @@ class SlotCache(Cache):
         self.run_lengths: list[list[int]] = [[] for _ in range(batch)]
         self._columns = torch.arange(capacity, device="cpu")
         self._config, self._inv_freq = config, None if model is None else _frequencies(model)
+        kinds = getattr(config, "layer_types", None) or ()
+        self._by_kind = bool(kinds) if model is None else _masks_by_kind(model)
         windowed = has_windows(config) and (model is None or _masks_windows(model))
+        if self._by_kind and "sliding_attention" not in kinds:
+            windowed = False
         self._window: int | None = config.sliding_window if windowed else None
         self._step: _Step | None = None  # of the forward that is announced or under way
         self._announced = False
@@ -135,8 +139,7 @@ class SlotCache(Cache):
             near = seen if window is None else seen & self._in_window(step, window)
             mask, near = (self._as_mask(x, implementation == "eager") for x in (seen, near))
             if self._window is not None:
-                kinds = getattr(self._config, "layer_types", None)
-                mask = {"full_attention": mask, "sliding_attention": near} if kinds else near
+                mask = {"full_attention": mask, "sliding_attention": near} if self._by_kind else near
         # Padding repeats a position in use: where positions are looked up, it must exist.
         place = (self.positions[:, None] + torch.minimum(column, counts[:, None] - 1)).clamp(min=0)
         self._step, self._announced = step, True
@@ -180,7 +183,8 @@ class SlotCache(Cache):
             inv_freq = self._inv_freq if inv_freq is None else inv_freq
             if inv_freq is None:
                 expected = (
-                    "RoPE's frequencies, or a cache made from a model that rotates halves by fixed ones"
+                    "RoPE's frequencies, or a cache made from a model that rotates halves by fixed ones, "
+                    "in all layers alike"
                 )
                 raise ValueError(f"inv_freq: expected {expected}, got None")
             inv_freq = inv_freq.to(self.kv.device)
@@ -358,7 +362,8 @@ class _SlotLayer(CacheLayerMixin):
                 "position, got one made by transformers"
             )
         length = int(cache.lengths[0])
-        if cache._window is not None and not cache._in_order(length):
+        reached = query_length + int(cache.positions[0])
+        if cache._window is not None and reached > cache._window and not cache._in_order(length):
             raise ValueError(
                 "SlotCache: expected the attention_mask of `SlotCache.forward_kwargs`, as a window counts "
                 "positions and entries have left, got one made by transformers"
@@ -404,8 +409,23 @@ def _masks_windows(model: PreTrainedModel) -> bool:
     return any(hasattr(code, "create_sliding_window_causal_mask") for code in codes)
 
 
+def _masks_by_kind(model: PreTrainedModel) -> bool:
+    """Whether the code of a model looks at a list of kinds in its configuration: then each attention keeps
+    the window of its own kind. (Mistral's and others go by `sliding_window` alone.)
+    """
+    listed = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
+    return bool(listed) and any(hasattr(part, "sliding_window") for part in model.modules())
+
+
 def _frequencies(model: PreTrainedModel) -> Tensor | None:
-    """RoPE's angular frequencies; None where they change with the length, or where not halves are rotated."""
+    """RoPE's angular frequencies; None where they change with the length, where not halves are rotated, and
+    where layers differ: of mixed kinds, some have other frequencies or none.
+    """
+    config: Any = model.config.get_text_config(decoder=True)
+    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+        return None
+    if not all(getattr(config, "no_rope_layers", None) or (True,)):
+        return None
     decoder = model.get_decoder()
     rotary: Any = getattr(decoder, "rotary_emb", None)
     rotate = getattr(sys.modules[type(decoder).__module__], "rotate_half", None)

@@ -101,7 +101,8 @@ def trajectory_attention(
         out [B, N, Hq, Dv] in the dtype of q; with `return_lse` also lse [B, Hq, N], float32 (float64 for
         float64). A row that sees no key is 0 with lse -inf. A query that sees a NaN or infinite key or value
         becomes NaN; such keys do not touch the queries that do not see them. (On CUDA a score of -inf that an
-        infinite key makes is no NaN: it leaves the key out.) There is no second derivative.
+        infinite key makes is no NaN: it leaves the key out, and with a soft cap an infinite score is the
+        cap.) There is no second derivative.
 
     Raises:
         TypeError, ValueError: a dtype, shape, stride or device that is not as above; the message names the
@@ -161,8 +162,6 @@ def _windowed(mask: TrajectoryMask, window: int | None, positions: Tensor | None
         if positions is not None:
             raise ValueError("positions: expected None without a window, got a tensor")
         return mask
-    if not isinstance(window, int) or isinstance(window, bool):
-        raise TypeError(f"window: expected an integer or None, got {type(window).__name__}")
     return (mask if positions is None else mask.at_positions(positions)).windowed(window)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from mem1_core import _library, reference
 from mem1_core.backend import check_sinks, check_softcap, check_whole, choose_backend, describe
 from mem1_core.eviction import window_evict
+from mem1_core.mask import check_window
 
 _AVAILABLE = ("cpu", "reference")
 
@@ -100,6 +101,8 @@ def cached_attention(
         raise ValueError(
             "q, k_cache, v_cache: expected tensors without gradients, got one that requires them"
         )
+    if torch.is_grad_enabled() and isinstance(sinks, Tensor) and sinks.requires_grad:
+        raise ValueError("sinks: expected a tensor without gradients, got one that requires them")
     batch = q.shape[0]
     if cache_batch_idx is None:
         cache_batch_idx = torch.arange(batch, dtype=torch.int32, device=q.device)
@@ -143,16 +146,16 @@ def _lifetimes(
             _check_entries("evict", evict, cache_seqlens)
             if evict.dtype != torch.int32:
                 raise TypeError(f"evict: expected int32, got {evict.dtype}")
+            evict = evict.contiguous()
         return evict
     if evict is not None:
         raise ValueError("evict: expected None beside a window, got a tensor")
-    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-        raise ValueError(f"window: expected an integer >= 1 or None, got {window!r}")
+    check_window(window)
     if positions is None:
-        batch, entries = cache_seqlens.shape[0], int(cache_seqlens.max()) if cache_seqlens.numel() else 0
+        batch, entries = len(cache_seqlens), _entries(cache_seqlens)
         positions = torch.arange(entries, device=cache_seqlens.device).expand(batch, entries).contiguous()
     _check_entries("positions", positions, cache_seqlens)
-    past = torch.arange(positions.shape[1] - 1, device=positions.device) + 1 >= cache_seqlens[:, None]
+    past = torch.arange(1, max(positions.shape[1], 1), device=positions.device) >= cache_seqlens[:, None]
     if not bool((past | (positions.diff(dim=1) > 0)).all()):
         raise ValueError("positions: expected ascending ones in each row, got others")
     return window_evict(positions, window, cache_seqlens)
@@ -160,10 +163,15 @@ def _lifetimes(
 
 def _check_entries(name: str, x: Tensor, cache_seqlens: Tensor) -> None:
     """TypeError or ValueError unless x is an integer tensor that has a number for each entry of each row."""
-    if not isinstance(x, Tensor) or x.is_floating_point() or x.dtype == torch.bool:
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise TypeError(f"{name}: expected an integer tensor, got {describe(x)}")
     if x.device != cache_seqlens.device:
         raise ValueError(f"{name}: expected the device of q, {cache_seqlens.device}, got {x.device}")
-    batch, entries = cache_seqlens.shape[0], int(cache_seqlens.max()) if cache_seqlens.numel() else 0
+    batch, entries = len(cache_seqlens), _entries(cache_seqlens)
     if x.dim() != 2 or x.shape[0] != batch or x.shape[1] < entries:
         raise ValueError(f"{name}: expected shape [{batch}, {entries} or more], got {describe(x)}")
+
+
+def _entries(cache_seqlens: Tensor) -> int:
+    """Of the longest row."""
+    return max(0, int(cache_seqlens.max())) if cache_seqlens.numel() else 0

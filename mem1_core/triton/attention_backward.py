@@ -101,7 +101,9 @@ def backward_dq(
     row, batch, head, first = program(order, copies, tokens, heads, BLOCK_Q)
     lists = tile_lists(full_offsets, full_tiles, partial_offsets, partial_tiles, row)
     i = first + tl.arange(0, BLOCK_Q)
-    places = positions_of(positions, batch // copies, i, tokens)
+    places = None
+    if positions is not None:
+        places = positions_of(positions, batch // copies, i, tokens)
     out = operand(out_desc, batch, head, first, BLOCK_Q, CHUNK, V_CHUNKS, LOAD_ON_USE)
     d_out = operand(d_out_desc, batch, head, first, BLOCK_Q, CHUNK, V_CHUNKS, LOAD_ON_USE)
     delta = tl.zeros([BLOCK_Q], tl.float32)
@@ -241,7 +243,9 @@ def backward_dk_dv(
         live = (full_tiles, full_begin, full_end, tiles, begin, end, end, end)
     j = first + tl.arange(0, BLOCK_K)
     lifetime = tl.load(evict + (batch // copies).to(tl.int64) * tokens + j, mask=j < tokens, other=0)
-    limit = positions_of(limits, batch // copies, j, tokens)
+    limit = None
+    if limits is not None:
+        limit = positions_of(limits, batch // copies, j, tokens)
     kv_head = writer * heads_per_program // group
     k = operand(k_desc, batch, kv_head, first, BLOCK_K, CHUNK, CHUNKS, LOAD_ON_USE)
     v = operand(v_desc, batch, kv_head, first, BLOCK_K, CHUNK, V_CHUNKS, LOAD_ON_USE)

@@ -129,8 +129,13 @@ HOPPER_HALF_OPTIONS: Table = {
         128: Blocks(128, 64, 128, 8, 3),
         192: Blocks(128, 32, 64, 8, 2),
     },
-    "backward_dq": {64: Blocks(128, 64, 64, 8, 3)},
-    "backward_dk_dv": {64: Blocks(64, 128, 64, 8, 3), 192: Blocks(32, 64, 64, 8, 3)},
+    "backward_dq": {64: Blocks(128, 64, 64, 8, 3), 256: Blocks(64, 32, 128, 8, 2)},
+    "backward_dk_dv": {
+        64: Blocks(64, 128, 64, 8, 3),
+        128: Blocks(32, 128, 128, 8, 3),
+        192: Blocks(32, 64, 64, 8, 3),
+        256: Blocks(32, 64, 256, 8, 2),
+    },
 }
 HOPPER_SINGLE_OPTIONS: Table = {
     "forward": {},

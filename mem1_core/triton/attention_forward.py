@@ -114,7 +114,9 @@ def forward(
     lists = tile_lists(full_offsets, full_tiles, partial_offsets, partial_tiles, row)
     keys = (k_desc, v_desc, (evict_desc, limit_desc), batch, head // group, batch // copies)
     i = first + tl.arange(0, BLOCK_Q)
-    places = positions_of(positions, batch // copies, i, tokens)
+    places = None
+    if positions is not None:
+        places = positions_of(positions, batch // copies, i, tokens)
     q = operand(q_desc, batch, head, first, BLOCK_Q, CHUNK, CHUNKS, LOAD_ON_USE)
     acc, total, top = _attend_row(
         q, i, places, keys, lists, scale, cap_scale,

@@ -204,12 +204,9 @@ def visible_pairs(i, places, first, keys_of_mask, row, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def positions_of(positions, row, tokens_of_block, tokens):
-    """The positions of some tokens of a row of positions; None where there are none."""
-    if positions is None:
-        return None
-    else:
-        at = positions + row.to(tl.int64) * tokens + tokens_of_block
-        return tl.load(at, mask=tokens_of_block < tokens, other=0)
+    """The positions of some tokens of a row of positions."""
+    at = positions + row.to(tl.int64) * tokens + tokens_of_block
+    return tl.load(at, mask=tokens_of_block < tokens, other=0)
 
 
 @triton.jit

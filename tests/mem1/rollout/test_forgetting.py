@@ -13,7 +13,7 @@ import pytest
 import torch
 from scripted import ScriptedEnv
 from small_tokenizers import SMALL
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from mem1.checks import InputError
 from mem1.config import RolloutConfig, TrainConfig
@@ -68,9 +68,35 @@ def model_of(tokenizer, dtype=torch.float32) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config).to(dtype).eval()
 
 
-def play(tokenizer, config: RolloutConfig, dtype=torch.float32, seeds=range(32), **how) -> list[Trajectory]:
+def windowed_model(tokenizer) -> Gemma2ForCausalLM:
+    """Windows of 24 in two layers of three, soft caps of scores and of logits."""
+    register()
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer) + 7,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        query_pre_attn_scalar=16,
+        sliding_window=24,
+        max_position_embeddings=65536,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=8.0,
+        initializer_range=0.1,
+        attn_implementation="mem1",
+    )
+    return Gemma2ForCausalLM(config).eval()
+
+
+def play(
+    tokenizer, config: RolloutConfig, dtype=torch.float32, seeds=range(32), model=None, **how
+) -> list[Trajectory]:
     make = lambda: ScriptedEnv(config.format, words=6)  # noqa: E731
-    return list(rollout(model_of(tokenizer, dtype), tokenizer, make, seeds, config, **how))
+    return list(rollout(model or model_of(tokenizer, dtype), tokenizer, make, seeds, config, **how))
 
 
 def assert_parity(tokenizer, played: list[Trajectory], regime: str, dtype: torch.dtype) -> None:
@@ -92,6 +118,18 @@ def test_what_is_sampled_is_what_is_recomputed(tokenizer, prune, format, regime,
     assert_parity(tokenizer, played, regime, dtype)
     if prune != "never":
         assert any((t.mask.evict_at < t.tokens.numel()).any() for t in played)
+
+
+@every_rule
+@pytest.mark.parametrize("regime", ["carry", "reencode"])
+def test_windows_count_positions_under_every_rule(tokenizer, prune, format, regime):
+    """Entries leave, positions do not move: what a window holds is the same in rollout and training."""
+    model, config = windowed_model(tokenizer), replace(CONFIG, prune=prune, format=format, regime=regime)
+    played = play(tokenizer, config, seeds=range(8), model=model, expert=True)
+    assert {t.finish_reason for t in played} == {"answered"}
+    assert min(t.peak_tokens() for t in played) > 2 * 24
+    measured = parity(model, played, regime)
+    assert measured.max_dlogp <= 5e-5, measured
 
 
 @pytest.mark.parametrize("regime", ["carry", "reencode"])
