@@ -37,7 +37,10 @@ def by_hand(given: dict[str, Any], options: dict[str, Any]) -> tuple[float, dict
     for t in given["loss_mask"].nonzero()[:, 0].tolist():
         temperatures = options.get("temperature", 1.0)
         temperatures = float(temperatures[t]) if torch.is_tensor(temperatures) else temperatures
-        logits = given["weight"] @ given["hidden"][t] / temperatures
+        logits = given["weight"] @ given["hidden"][t]
+        if cap := options.get("softcap"):
+            logits = cap * (logits / cap).tanh()
+        logits = logits / temperatures
         logprobs = (logits - logits.exp().sum().log()).tolist()
         logprob, old, a = (
             logprobs[given["target"][t]],
@@ -89,7 +92,9 @@ def test_ppo_loss_token_by_token(case: str) -> None:
     )
     assert not any(value.requires_grad for value in metrics.values())
     temperatures = options.get("temperature", 1.0)
-    every, _ = reference.linear_logprob(given["hidden"], given["weight"], given["target"], temperatures)
+    every, _ = reference.linear_logprob(
+        given["hidden"], given["weight"], given["target"], temperatures, softcap=options.get("softcap")
+    )
     torch.testing.assert_close(logprob, torch.where(given["loss_mask"], every, 0.0))
 
     def of(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -219,7 +219,7 @@ def test_what_the_kernels_cannot_do_is_refused(device: str, monkeypatch: pytest.
     q, k, v = inputs = attention_inputs(1, 70, 4, 2, 16, device=device)
 
     def call(op: Any, *tensors: Tensor | None, block: int = 128, scale: float = 0.25) -> None:
-        op(*tensors, mask.evict_at, *mask.tile_plan(block, block)[2:], block, block, scale)
+        op(*tensors, mask.evict_at, *mask.tile_plan(block, block).tensors, block, block, scale)
 
     ops = torch.ops.mem1_core
     forward = partial(call, ops.trajectory_attention_triton, q, k, v)
@@ -263,6 +263,7 @@ def test_direct_calls_are_checked(
     plan = mask.tile_plan(128, 128)
     q, k, v = attention_inputs(1, 300, 4, 2, 16, device=device)
     arguments = {"q": q, "k": k, "v": v, "evict": mask.evict_at, **plan._asdict(), "scale": 0.25}
+    del arguments["key_lists"]  # which are arguments of their own
     arguments[argument] = change(arguments[argument])
     with pytest.raises(error, match=f"^{argument}: {message}"):
         torch.ops.mem1_core.trajectory_attention_triton(**arguments)
@@ -281,7 +282,7 @@ def test_cpu_tensors_are_refused_but_by_the_interpreter(monkeypatch: pytest.Monk
 def test_opcheck(device: str) -> None:
     ops = torch.ops.mem1_core
     mask = mask_of(random_evict(70).to(device))
-    arguments = mask.evict_at, *mask.tile_plan(128, 128)[2:], 128, 128, 0.25
+    arguments = mask.evict_at, *mask.tile_plan(128, 128).tensors, 128, 128, 0.25
     inputs = attention_inputs(1, 70, 4, 2, 16, dtype=torch.float16, device=device, requires_grad=True)
     torch.library.opcheck(ops.trajectory_attention_triton.default, (*inputs, *arguments))
     inputs = tuple(x.detach() for x in inputs)

@@ -41,7 +41,8 @@ class SlotCache(Cache):
     `entries` int32 [B, capacity], the position id of each entry; `run_lengths`, of each row how many tokens
     were given, written, given, ... (`prune_generate` keeps it).
 
-    Raises ValueError for a model that is not a decoder of full attention layers only.
+    Raises ValueError for a model that is not a decoder of layers with full or windowed attention only, alike
+    in heads and head dim, each with keys and values of its own.
     """
 
     def __init__(
@@ -117,10 +118,11 @@ class SlotCache(Cache):
         `new_tokens` int [B], or one number for all; the forward has `max(new_tokens)` columns. Padding is
         neither stored nor seen; a row with 0 stays as it is. Returns what the model wants beside its tokens:
         `kwargs`, `position_ids` [B, T] and `attention_mask`: bool [B, 1, T, used], True where a
-        token sees an entry ("eager" gets what it adds), or None where plain causality says the same.
+        token sees an entry ("eager" gets what it adds), in models with windows one for each kind of layers;
+        or None where plain causality says the same.
 
         Raises ValueError, the cache being as it was, when a slot is too small for its tokens, or for ragged
-        rows under an attention implementation that takes no such mask.
+        rows and windows under an attention implementation that takes no such mask.
         """
         counts = torch.as_tensor(new_tokens, dtype=torch.int32, device="cpu").expand(self.batch)
         if int(counts.min()) < 0 or int(counts.max()) < 1:

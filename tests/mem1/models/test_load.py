@@ -200,7 +200,7 @@ def test_weights_that_are_not_there_are_not_drawn_at_random(saved):
     ("family", "settings", "reason"),
     [
         ("falcon", {}, "model: expected one that takes attention 'mem1', got no 'mem1'"),
-        ("qwen2", {"use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, "full_attention"),
+        ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "got chunked_attention"),
     ],
 )
 def test_what_an_engine_would_refuse_is_refused(saved, family, settings, reason):
