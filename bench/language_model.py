@@ -14,7 +14,6 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -49,7 +48,7 @@ def main(path: str, data: str, steps: int = 40) -> None:
         began = time.perf_counter()
         seeds = range(UNSEEN, UNSEEN + episodes)
         played = list(rollout(model.eval(), tokenizer, make, seeds, config))
-        say("rollout", seconds=time.perf_counter() - began, **described(played, time.perf_counter() - began))
+        say("rollout", **described(played, time.perf_counter() - began))
         return played
 
     # The untrained model writes no action: two turns say that.
@@ -69,10 +68,10 @@ def main(path: str, data: str, steps: int = 40) -> None:
     say("learned", **ppo.learn(batch, torch.Generator().manual_seed(0)), seconds=time.perf_counter() - began)
 
 
-def described(played: Iterable[Trajectory], seconds: float) -> dict[str, Any]:
-    played = list(played)
+def described(played: list[Trajectory], seconds: float) -> dict[str, Any]:
     written = sum(int(t.policy_mask.sum()) for t in played)
     return {
+        "seconds": seconds,
         "episodes": len(played),
         "turns": sum(t.score["turns"] for t in played),
         "well_formed": sum(t.score["well_formed"] for t in played),

@@ -48,8 +48,7 @@ def trajectory_attention(
     bad_key = visible & ~key.isfinite().all(-1)[:, :, None]
     bad_value = visible.to(value.dtype) @ (~value.isfinite()).to(value.dtype) > 0
     key, value = (x.nan_to_num(0.0, 0.0, 0.0) for x in (key, value))
-    score = query @ key.mT * scale
-    score = score if softcap is None else softcap * (score / softcap).tanh()
+    score = _capped(query @ key.mT * scale, softcap)
     score = score.masked_fill(~visible, -torch.inf).masked_fill(bad_key, torch.nan)
     if sinks is not None:
         sink = sinks.to(score.dtype)[None, :, None, None].expand(*score.shape[:3], 1)
@@ -88,8 +87,7 @@ def cached_attention(
         hidden = torch.arange(length, device=q.device) > last[:, None]
         if evict is not None:
             hidden |= evict[b, :length] <= last[:, None]
-        score = score if softcap is None else softcap * (score / softcap).tanh()
-        score = score.masked_fill(hidden, -torch.inf)
+        score = _capped(score, softcap).masked_fill(hidden, -torch.inf)
         if sinks is not None:
             score = torch.cat([score, sinks.to(score.dtype)[:, None, None].expand(-1, count, 1)], dim=-1)
         prob = score.softmax(-1)[..., :length]
@@ -193,7 +191,7 @@ def linear_logprob(
     temperatures = _wide(temperature).reshape(-1, 1) if isinstance(temperature, Tensor) else temperature
     logits = _wide(hidden) @ _wide(weight).T
     logits = logits if bias is None else logits + _wide(bias)
-    logits = (logits if softcap is None else softcap * (logits / softcap).tanh()) / temperatures
+    logits = _capped(logits, softcap) / temperatures
     dead = (logits == -torch.inf).all(-1)
     every = logits.masked_fill(dead[:, None], 0.0).log_softmax(-1)
     prob = every.exp()
@@ -353,6 +351,10 @@ def clipped_value_loss(
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * (scores / softcap).tanh()
 
 
 def _ratio(logprob: Tensor, old: Tensor) -> Tensor:

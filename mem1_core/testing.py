@@ -78,19 +78,13 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: flo
     """Attention as one writes it by hand, every step in the dtype of the inputs: the yardstick of accuracy.
 
     q [B, R, Hq, D], k and v [B, N, Hkv, D], visible bool [B or 1, R, N] -> [B, R, Hq, D]. R < N takes a
-    sample of the query rows (see `visible_rows`), which is how a result that is too large for an N x N matrix
-    is checked.
+    sample of the query rows (see `TrajectoryMask.visible`), which is how a result that is too large for an
+    N x N matrix is checked.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     scores = torch.einsum("bihd,bjhd->bhij", q * scale, k).masked_fill(~visible[:, None], float("-inf"))
     return torch.einsum("bhij,bjhd->bihd", scores.softmax(dim=-1), v)
-
-
-def visible_rows(evict: Tensor, rows: Tensor) -> Tensor:
-    """Rows of a dense mask: evict int [B, N], rows int [R] -> bool [B, R, N]: j <= rows[r] < evict[b, j]."""
-    keys = torch.arange(evict.shape[1], device=evict.device)
-    return (keys <= rows[:, None]) & (rows[:, None] < evict[:, None, :])
 
 
 def gradients(out: Tensor | Sequence[Tensor], inputs: Sequence[Tensor], seed: int = 1) -> tuple[Tensor, ...]:

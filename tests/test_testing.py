@@ -15,7 +15,7 @@ from mem1_core.sample_inputs import (
     attention_inputs,
     prefix_tree_evict,
 )
-from mem1_core.testing import assert_accurate, eager_attention, machine, poisoned_memory, visible_rows
+from mem1_core.testing import assert_accurate, eager_attention, machine, poisoned_memory
 
 
 def test_accuracy_rule() -> None:
@@ -83,7 +83,7 @@ def test_eager_is_the_reference() -> None:
     assert isinstance(exact, torch.Tensor)
     torch.testing.assert_close(eager_attention(q, k, v, mask.dense()), exact)
     rows = torch.tensor([0, 3, 69])
-    sample = eager_attention(q[:, rows], k, v, visible_rows(mask.evict_at, rows))
+    sample = eager_attention(q[:, rows], k, v, mask.visible(rows))
     torch.testing.assert_close(sample, exact[:, rows])
 
 
