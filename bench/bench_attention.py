@@ -46,9 +46,9 @@ from mem1_core.segments import Segment
 MIB = 2**20
 
 # --- the GPU tables -----------------------------------------------------------------------------------------
-# A run has to end in minutes, and most of it is not timing: FlexAttention compiles for each of five shapes
-# (the three masks of 16k tokens share one), references and checks take seconds each. 7 masks x 3 directions x
-# 1.5 s of timing is half a minute. The important masks come first: a run that is cut short has them.
+# A run has to end in minutes, and most of it is not timing: FlexAttention compiles for each of seven
+# kinds (masks of 16k tokens share one), references and checks take seconds each. 10 masks x 3 directions x
+# 1.5 s of timing is most of a minute. The important masks come first: a run that is cut short has them.
 GPU_BUDGET_S = 1.5
 GQA, MEM1_HEADS = (64, 8, 128), (12, 2, 128)
 LONGEST_CAUSAL, LONGEST_DENSE = 2**16, 2**14  # tokens to which peers that see every pair are taken
@@ -71,11 +71,30 @@ def trajectories(copies: int) -> Callable[[bool], TrajectoryMask]:
     return packed
 
 
+# Where a window is looked at: in one copy it is a shorter lifetime, in re-encoded blocks it counts positions.
+STREAMS: dict[str, Callable[[bool], TrajectoryMask]] = {
+    "MEM1": trajectories(1),
+    "causal 16k": synthetic(causal_evict, 16_384),
+    "MEM1 re-encoded": lambda full: (
+        TrajectoryLayout.from_segments(
+            MEM1_TRAJECTORIES[11_852] if full else shortened(MEM1_TRAJECTORIES[11_852]), regime="reencode"
+        ).mask
+    ),
+}
+
+
+def windowed(stream: str, window: int) -> Callable[[bool], TrajectoryMask]:
+    return lambda full: STREAMS[stream](full).windowed(window)
+
+
 # Name -> (Hq, Hkv, D) and the mask, at full size or small.
 GPU_TABLES: dict[str, tuple[tuple[int, int, int], Callable[[bool], TrajectoryMask]]] = {
     "causal 16k": (GQA, synthetic(causal_evict, 16_384)),
     "MEM1": (MEM1_HEADS, trajectories(1)),
     "MEM1 x 64 packed": (MEM1_HEADS, trajectories(64)),
+    "MEM1, window 512": (MEM1_HEADS, windowed("MEM1", 512)),
+    "MEM1 re-encoded, window 512": (MEM1_HEADS, windowed("MEM1 re-encoded", 512)),
+    "causal 16k, window 4,096": (GQA, windowed("causal 16k", 4_096)),
     "random eviction 16k": (GQA, synthetic(random_evict, 16_384)),
     "prefix tree 16k": (GQA, synthetic(prefix_tree_evict, 16_384)),
     "causal 8k": (GQA, synthetic(causal_evict, 8_192)),
@@ -117,18 +136,6 @@ def test_attention(bench: Any, tokens: int, dtype: torch.dtype, direction: str) 
             bench.goal_speedup(results, OURS, FLEX, 1.5)
     if tokens == 3_396 and backward:
         bench.goal_speedup(results, OURS, DENSE, 4 if bf16 else 3)
-
-
-# Where a window is looked at: in one copy it is a shorter lifetime, in re-encoded blocks it counts positions.
-STREAMS: dict[str, Callable[[bool], TrajectoryMask]] = {
-    "MEM1": trajectories(1),
-    "causal 16k": synthetic(causal_evict, 16_384),
-    "MEM1 re-encoded": lambda full: (
-        TrajectoryLayout.from_segments(
-            MEM1_TRAJECTORIES[11_852] if full else shortened(MEM1_TRAJECTORIES[11_852]), regime="reencode"
-        ).mask
-    ),
-}
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # small shapes only

@@ -19,7 +19,7 @@ stages() {
 build      80 200 CUDA code for this chip alone, in place, and Triton's; packed for a second machine
 smoke      50 110 one case per kernel
 sanitize   60 110 the same under compute-sanitizer, where it is found
-tests     180 300 all other tests that need a GPU, in eight processes that are replaced when they die
+tests     180 300 all other tests that need a GPU, in 14 processes that are replaced when they die
 cache      40  80 pruning against a device copy
 attention  90 150 trajectory_attention against its peers
 loss       70 120 the output layer and gae against their peers
@@ -60,7 +60,7 @@ pytest_() {
   if python3 -c 'import pytest_timeout' 2>/dev/null; then each=(--timeout 90 --timeout-method thread); fi
   python3 -m pytest -p no:cacheprovider -p bench.on_gpu_report --on-gpu-report "$out" "${each[@]}" "$@"
 }
-spread() { pytest_ tests -n 8 --dist worksteal --max-worker-restart 40 -m "$1"; }
+spread() { pytest_ tests -n 14 --dist worksteal --max-worker-restart 40 -m "$1"; }
 # Without pytest-benchmark, of whatever version: the run file is the same.
 bench() { python3 -m pytest "bench/bench_$1.py" -p no:cacheprovider -p no:benchmark --benchmark -k gpu --benchmark-out="$out/bench.json"; }
 
@@ -84,7 +84,8 @@ PYTHON
   # The Triton kernels, side by side, into the cache where the tests find most of them.
   python3 tests/triton_report.py "sm_$arch" >"$out/triton_report" 2>&1 || echo "tests/triton_report.py: status $?, see $out/triton_report"
   tar czf "$out/built.tgz" mem1_core/_C.*.so mem1_core/lib mem1_core/include
-  tar czf "$out/triton.tgz" build/triton
+  # What a start from the cache reads of it, at the paths that it names.
+  tar czf "$out/triton.tgz" --exclude='*.tt*ir' --exclude='*.llir' --exclude='*.source' build/triton/
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
   python3 bench/ledger.py
 }

@@ -112,7 +112,7 @@ def faked(tmp_path: Path) -> Path:
     for name in ("bench", "tests", "bin", "mem1_core/lib", "mem1_core/include"):
         (tmp_path / name).mkdir(parents=True)
     script = (ROOT / "bench" / "on_gpu.sh").read_text()
-    for real, short in (("--timeout 90", "--timeout 5"), (" 40  80", " 40   8"), ("-n 8", "-n 2")):
+    for real, short in (("--timeout 90", "--timeout 5"), (" 40  80", " 40   8"), ("-n 14", "-n 2")):
         assert script.count(real) == 1
         script = script.replace(real, short)
     files = {
