@@ -33,6 +33,7 @@ PACKAGES = (
 
 
 TRITON = "attention_tiles.py", "attention_blocks.py", "attention_launch.py"
+ATTENTION_TESTS = "attention.py", "attention_options.py", "triton_attention.py"
 # Kernel, as LOG.md names it: its sources, and what the names of its tests begin with.
 KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tile plan (CUDA)": (
@@ -41,11 +42,11 @@ KERNELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "`forward` (Triton)": (
         ("attention_forward.py", *TRITON),
-        ("attention.py", "triton_attention.py", "smoke_gpu.py::test_attention_forward"),
+        (*ATTENTION_TESTS, "smoke_gpu.py::test_attention_forward"),
     ),
     "`backward_dq`, `backward_dk_dv` (Triton)": (
         ("attention_backward.py", *TRITON),
-        ("attention.py", "triton_attention.py", "smoke_gpu.py::test_attention_backward"),
+        (*ATTENTION_TESTS, "smoke_gpu.py::test_attention_backward"),
     ),
     "`prune_kv_cache_` (CUDA)": (
         ("prune_cuda.cu", "prune_move.cuh", "prune_device.cuh", "prune.h"),

@@ -190,11 +190,14 @@ def check(function: Any, given: dict[str, Any], **options: Any) -> dict[str, Ten
     for name, x in got.items():
         atol = None
         # Differences of nearly equal numbers, however small they come out: the KL of two log-probs, and the
-        # gradients of one or two tokens.
+        # gradients of one or two tokens. And what one token has for its own: the few units in the last place
+        # of its log-sum-exp are a factor of all its gradients, which eager code may have by luck or not.
         if (name == "kl" and want[name].abs() < 1e-3) or (
             len(given["weight"]) <= 2 and x.dtype == torch.float32
         ):
             atol = 1e-7 + 2e-6 * want[name].abs().max().item() if x.numel() else 0.0
+        elif given["target"].numel() == 1 and x.dtype == torch.float32:
+            atol = 4e-5 * want[name].abs().max().item()
         assert_accurate(x, theirs[name], want[name], atol=atol, name=name)
     return got
 

@@ -340,9 +340,10 @@ def test_refusals() -> None:
 
 @quick_backends
 def test_positions_that_change_and_rows_of_them(backend: str, device: str) -> None:
-    mask = TrajectoryMask.from_evict(random_evict(40))
-    q, k, v = attention_inputs(2, 40, 4, 2, 16)
-    positions = torch.arange(40)[None].repeat(2, 1)
+    mask = TrajectoryMask.from_evict(random_evict(40).to(device))
+    q, k, v = attention_inputs(2, 40, 4, 2, 16, device=device)
+    steps = torch.arange(40, device=device)
+    positions = steps[None].repeat(2, 1)
     positions[1] *= 2
 
     def dense(positions: Tensor) -> Tensor:
@@ -356,7 +357,7 @@ def test_positions_that_change_and_rows_of_them(backend: str, device: str) -> No
     for _ in range(2):
         got = trajectory_attention(q, k, v, mask, window=9, positions=positions, backend=backend)
         torch.testing.assert_close(got, dense(positions))
-        positions += torch.arange(40)  # in place
+        positions += steps  # in place
     with torch.inference_mode():
         fresh = positions.clone()
         got = trajectory_attention(q, k, v, mask, window=9, positions=fresh, backend=backend)
@@ -366,9 +367,9 @@ def test_positions_that_change_and_rows_of_them(backend: str, device: str) -> No
 @quick_backends
 @pytest.mark.parametrize("window", [2**31 - 1, 2**31, 2**70])
 def test_windows_beyond_int32(backend: str, device: str, window: int) -> None:
-    mask = reencoded()
+    mask = reencoded().to(device)
     assert mask.positions is not None
-    q, k, v = attention_inputs(1, mask.shape[1], 2, 1, 16)
+    q, k, v = attention_inputs(1, mask.shape[1], 2, 1, 16, device=device)
     far = (mask.positions - 5).long() * (2**20 // 200)
     want = trajectory_attention(q, k, v, mask, backend=backend)
     for positions in (None, mask.positions, far):

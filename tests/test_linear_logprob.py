@@ -258,7 +258,7 @@ def test_banned_tokens(backend: str, device: str, dtype: torch.dtype, which: str
         banned[given["target"][0]] = False
     given["bias"] = given["bias"].masked_fill(banned, -math.inf)
     got = results(linear_logprob, given, backend=backend)
-    want = results(reference.linear_logprob, cast(given, torch.float64))
+    want = results(reference.linear_logprob, cast(given, torch.float64, device))
     for name, x in got.items():
         tolerance = 0.02 if x.dtype == torch.bfloat16 else 1e-4
         torch.testing.assert_close(x.double(), want[name], rtol=tolerance, atol=tolerance)

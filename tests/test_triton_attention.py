@@ -413,7 +413,9 @@ def test_a_million_tokens() -> None:
         torch.stack([part.sum((0, 1, 2), dtype=torch.float64) for part in x.split(2**15, dim=1)]).sum(0)
         for x in (dv, d_out)
     ]
-    torch.testing.assert_close(*total, rtol=0, atol=2.0)  # d_out sums to some 4,000
+    # d_out sums to some 4,000. Cut off in fp32 instead of rounded, as tensor cores do, a sum of a million
+    # tokens is 0.15 % off.
+    torch.testing.assert_close(*total, rtol=0, atol=16.0)
 
     evict, keys = mask.evict_at[0], torch.arange(tokens, device="cuda")
     for first in (0, tokens // 2 - 1_000, tokens - 2_048):

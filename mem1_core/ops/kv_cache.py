@@ -70,8 +70,9 @@ def prune_kv_cache_(
 
     Raises:
         TypeError, ValueError: an argument that is not as above; the message names it, and nothing has been
-            touched. Values on a CUDA device are not known to the host: there, a sequence whose length or
-            ranges are wrong is left as it is, with new length -1.
+            touched. Values on a CUDA device are not known to the host, nor those of ranges on the host in a
+            compiled graph: then a sequence whose length or ranges are wrong is left as it is, with new
+            length -1.
         NotImplementedError: no such backend for this device.
 
     The formula for a key of angle `a_d = (new - old) * inv_freq_d` (Su et al., RoFormer, arXiv 2104.09864),
@@ -96,7 +97,7 @@ def prune_kv_cache_(
     bases = [] if base_keys is None else _unsqueezed(base_keys)
     if bases and positions != "compact":
         raise ValueError(f"base_keys: expected None for positions={positions!r}, got keys")
-    if bool(bases) != (base_positions is not None):
+    if (len(bases) > 0) != (base_positions is not None):
         raise ValueError("base_keys, base_positions: expected both or neither, got one of them")
     chosen = choose_backend("prune_kv_cache_", keys[0], backend, _AVAILABLE)
     if chosen == "reference":
@@ -285,8 +286,9 @@ def _keep(keep: Keep, batch: int, slots: int, like: Tensor) -> tuple[Tensor | No
         )
     if ranges.device.type == "cpu":
         ranges = _integers("keep", ranges, ranges)
-        if like.device.type != "cpu":
-            _check_ranges(ranges, slots)  # while they can be read without a wait
+        # While they can be read without a wait; in a graph they have no values yet.
+        if like.device.type != "cpu" and not torch.compiler.is_compiling():
+            _check_ranges(ranges, slots)
     return None, _integers("keep", ranges.to(like.device, non_blocking=True), like).contiguous()
 
 
