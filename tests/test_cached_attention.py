@@ -320,12 +320,12 @@ BAD: dict[str, list[Any]] = {  # values of an argument, or a dict of several
     + [dict.fromkeys(CACHE, of(1, 9, 2, 16)) | {"cache_batch_idx": None}],
     "query_lens": [torch.tensor([True, True]), int32(3), int32(3, 3)[:, None], int32(4, 3), int32(3, -1)]
     + [{"cache_seqlens": int32(9, 2)}, {"cache_seqlens": int32(9, 2), "query_lens": None}],
-    "scale": [0.0, -1.0, NAN, INF],
+    "scale": [0.0, -1.0, NAN, INF, "3", True],
     "window": [0, -1, 2.0, True],
     "positions": [
         {"positions": PLACES},
         {"positions": PLACES[:, :8], "window": 3},
-        {"positions": PLACES[:1], "window": 3},
+        {"positions": PLACES.repeat(2, 1)[:3], "window": 3},
         {"positions": PLACES.flip(1), "window": 3},
         {"positions": PLACES.float(), "window": 3},
         {"positions": PLACES.to(torch.complex64), "window": 3},

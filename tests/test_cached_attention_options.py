@@ -10,6 +10,7 @@ import torch
 from test_cached_attention import LENGTHS, Case, case, check, every_backend, every_dtype, run
 
 from mem1_core.eviction import window_evict
+from mem1_core.ops import cached_attention
 from mem1_core.testing import poisoned_memory
 
 WINDOWS = [1, 7, 64, 512]
@@ -127,3 +128,15 @@ def test_lifetimes_of_a_window() -> None:
         for j in range(length):
             hidden = [i for i in range(j, length) if positions[row, i] - positions[row, j] >= 5]
             assert min(evict[row, j], length) == (hidden[0] if hidden else length)
+
+
+def test_positions_of_all_rows() -> None:
+    q, (k, v) = torch.randn(2, 1, 4, 16), torch.randn(2, 2, 9, 2, 16)
+    lengths, positions = torch.tensor([9, 5], dtype=torch.int32), torch.arange(9)[None] * 2
+    got, want = (
+        cached_attention(q, k, v, lengths, window=5, positions=x) for x in (positions, positions.repeat(2, 1))
+    )
+    assert torch.equal(got, want)
+    positions[0, 4] = 6
+    with pytest.raises(ValueError, match=r"positions\[0, 4\]: expected more than the 6 before it, got 6"):
+        cached_attention(q, k, v, lengths, window=5, positions=positions)

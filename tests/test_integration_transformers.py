@@ -270,6 +270,11 @@ class Shifted(torch.nn.Module):
         return hidden + torch.nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1]
 
 
+def test_check_model_wants_a_model() -> None:
+    with pytest.raises(TypeError, match="model: expected a model of transformers, got str"):
+        integration.check_model("gpt2")
+
+
 def test_check_model_finds_what_drops_the_mask() -> None:
     with pytest.raises(ValueError, match="Qwen2ForCausalLM: expected attn_implementation='mem1', got 'sdpa'"):
         integration.check_model(build("Qwen2", "sdpa"))

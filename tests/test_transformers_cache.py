@@ -266,8 +266,10 @@ def test_refusals() -> None:
             call(*args, **kwargs)
         assert same_state(cache, before)
 
-    with pytest.raises(ValueError, match="batch, capacity: expected 1 or more, got 0 and 4"):
+    with pytest.raises(ValueError, match="batch: expected an integer >= 1, got 0"):
         SlotCache(model, 0, 4)
+    with pytest.raises(ValueError, match=r"capacity: expected an integer >= 1, got 64\.0"):
+        SlotCache(model, 1, 64.0)
     assert (cache.kv.dtype, cache.kv.device.type) == (torch.float32, "cpu")
     refused("new_tokens: expected 0 or more", cache.forward_kwargs, [0, 0])
     refused("new_tokens: expected 0 or more", cache.forward_kwargs, [2, -1])

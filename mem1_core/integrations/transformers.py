@@ -70,8 +70,11 @@ def check_model(model: PreTrainedModel) -> None:
     of three tokens, one of them NaN, which the mask hides from the others in the one row and causality in the
     other; and whether `position_ids`, which packed trajectories need, count from 0. Two small forwards; the
     model, its gradients and torch's random numbers stay as they are. What else a model's code raises on the
-    way (on meeting a mask that it wants to compute with, say) is chained to the ValueError.
+    way (on meeting a mask that it wants to compute with, say) is chained to the ValueError. TypeError for
+    what is no model.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
     name = type(model).__name__
     config = model.config.get_text_config()
     problem = config_problem(config)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -32,9 +33,9 @@ class SlotCache(Cache):
     """One slot per row of the batch, all layers in one tensor that is allocated once.
 
     Rows of equal length without padding (a batch of one, always) go through any model as they are:
-    `model(ids, **cache.kwargs)`. For ragged rows, or tokens padded on the right, it is
-    `model(ids, **cache.forward_kwargs(counts))`, under the attention implementations "sdpa", "eager" and
-    "mem1".
+    `model(ids, **cache.kwargs)`, where no layer has a window or nothing has left yet. For ragged rows, tokens
+    padded on the right, or windows after a prune, it is `model(ids, **cache.forward_kwargs(counts))`, under
+    the attention implementations "sdpa", "eager" and "mem1".
 
     kv: [L, 2, B, capacity, Hkv, D]. On the host: `lengths` int32 [B], the entries of each slot; `positions`
     int32 [B], the position id of a row's next token, which is not the length once entries have left;
@@ -64,8 +65,10 @@ class SlotCache(Cache):
             problem = f"expected attention through the AttentionInterface, got {type(model).__name__}'s own"
         if problem:
             raise ValueError(f"SlotCache: {problem}")
-        if batch < 1 or capacity < 1:
-            raise ValueError(f"batch, capacity: expected 1 or more, got {batch} and {capacity}")
+        for name, size in (("batch", batch), ("capacity", capacity)):
+            if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {size!r}")
+        batch, capacity = int(batch), int(capacity)
         layers, heads, dim = cache_shape(config)
         dtype = dtype or (config.dtype if model is None else model.dtype) or torch.get_default_dtype()
         device = device or ("cpu" if model is None else model.device)

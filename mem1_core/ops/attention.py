@@ -9,7 +9,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from mem1_core import _library, reference
-from mem1_core.backend import check_sinks, check_softcap, check_whole, choose_backend
+from mem1_core.backend import check_sinks, check_softcap, check_whole, choose_backend, is_number
 from mem1_core.mask import DEFAULT_BLOCKS, TrajectoryMask
 
 _AVAILABLE = ("cpu", *(["triton"] if importlib.util.find_spec("triton") else []), "reference")
@@ -112,7 +112,8 @@ def trajectory_attention(
     Equivalent to:
         >>> s = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(Hq // Hkv, 2)) * scale
         >>> s = softcap * torch.tanh(s / softcap)  # with a soft cap
-        >>> s = s.masked_fill(~mask.windowed(window).dense()[:, None], -torch.inf)
+        >>> mask = mask.at_positions(positions).windowed(window)  # with a window; with positions
+        >>> s = s.masked_fill(~mask.dense()[:, None], -torch.inf)
         >>> s = torch.cat([s, sinks[None, :, None, None].expand(B, Hq, N, 1)], -1)  # with sinks
         >>> p = s.softmax(-1)[..., :N]
         >>> out = torch.einsum("bhij,bjhd->bihd", p, v.repeat_interleave(Hq // Hkv, 2))
@@ -132,10 +133,9 @@ def trajectory_attention(
     cap, of_sinks = check_softcap(softcap), check_sinks(sinks, q)
     if scale is None:
         scale = 1.0 / math.sqrt(q.shape[-1])
-    elif not isinstance(scale, (int, float)):
-        raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
-    elif not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+    elif not is_number(scale):
+        raise ValueError(f"scale: expected a finite number or None, got {scale!r}")
+    scale = float(scale)
     chosen = choose_backend("trajectory_attention", q, backend, _AVAILABLE)
     if chosen == "reference":
         return reference.trajectory_attention(q, k, v, mask, scale, return_lse, sinks, softcap)

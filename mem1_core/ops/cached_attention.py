@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mem1_core import _library, reference
-from mem1_core.backend import check_sinks, check_softcap, check_whole, choose_backend, describe
+from mem1_core.backend import check_sinks, check_softcap, check_whole, choose_backend, describe, is_number
 from mem1_core.eviction import window_evict
 from mem1_core.mask import check_window
 
@@ -49,9 +49,10 @@ def cached_attention(
         cache_seqlens: int32 [B], entries of each row's slot, q's tokens among them.
         cache_batch_idx: int32 [B], the slot of each row; 0 .. B-1 when None.
         query_lens: int32 [B], how many of a row's T queries are real; T when None.
-        scale: 1 / sqrt(D) when None.
+        scale: a number > 0; 1 / sqrt(D) when None.
         window, sinks, softcap: as in `trajectory_attention`.
-        positions: integer [B, entries], of the entries of each row's slot, ascending; their places when None.
+        positions: integer [B, entries] or [1, entries] for all rows, of the entries of each row's slot, each
+            greater than the one before it; their places when None.
         evict: in place of the two, int32 [B, entries], what `mem1_core.eviction.window_evict` makes of them:
             the first entry whose query does not see each entry, ascending. Once for many layers.
         backend: see `mem1_core.backend`. There is none for CUDA, where flash-attn's `flash_attn_with_kvcache`
@@ -116,9 +117,9 @@ def cached_attention(
             raise TypeError(f"{name}: expected int32 [{batch}], got {describe(tensor)}")
         if tensor.device != q.device:
             raise ValueError(f"{name}: expected the device of q, {q.device}, got {tensor.device}")
-    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
-    if not scale > 0 or not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number > 0, got {scale}")
+    scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else scale
+    if not (is_number(scale) and scale > 0):
+        raise ValueError(f"scale: expected a finite number > 0 or None, got {scale!r}")
     evict = _lifetimes(cache_seqlens, window, positions, evict)
     cap, of_sinks = check_softcap(softcap), check_sinks(sinks, q)
     chosen = choose_backend("cached_attention", q, backend, _AVAILABLE)
@@ -129,7 +130,7 @@ def cached_attention(
         cache_batch_idx.contiguous(),
         cache_seqlens.contiguous(),
         query_lens.contiguous(),
-        scale,
+        float(scale),
     )
     if chosen == "reference":
         return reference.cached_attention(*arguments, evict, sinks, softcap)
@@ -154,10 +155,15 @@ def _lifetimes(
     if positions is None:
         batch, entries = len(cache_seqlens), _entries(cache_seqlens)
         positions = torch.arange(entries, device=cache_seqlens.device).expand(batch, entries).contiguous()
+    if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[0] == 1:
+        positions = positions.expand(len(cache_seqlens), -1).contiguous()
     _check_entries("positions", positions, cache_seqlens)
     past = torch.arange(1, max(positions.shape[1], 1), device=positions.device) >= cache_seqlens[:, None]
-    if not bool((past | (positions.diff(dim=1) > 0)).all()):
-        raise ValueError("positions: expected ascending ones in each row, got others")
+    follows = past | (positions.diff(dim=1) > 0)
+    if not bool(follows.all()):
+        row, at = (int(x) for x in (~follows).nonzero()[0])
+        before, got = positions[row, at : at + 2].tolist()
+        raise ValueError(f"positions[{row}, {at + 1}]: expected more than the {before} before it, got {got}")
     return window_evict(positions, window, cache_seqlens)
 
 

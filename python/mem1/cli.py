@@ -217,6 +217,8 @@ def _rollout(options: argparse.Namespace, progress: Progress) -> None:
     _log_failures(failed, progress)
     if options.out:
         progress.log(f"trajectories are in {options.out}")
+    if len(failed) == episodes:
+        raise InputError(f"environment: expected an episode that can be played, got {episodes} that failed")
 
 
 def _log_failures(trajectories: Iterable[Trajectory], progress: Progress) -> None:

@@ -287,6 +287,19 @@ def test_rollout_prints_transcripts_or_saves_trajectories(capsys, model, tmp_pat
     assert "3 episodes, " in out and f"trajectories are in {saved}" in out
 
 
+def test_a_rollout_of_which_nothing_is_left_has_failed(capsys, model, tmp_path, monkeypatch):
+    def down(self, seed):
+        raise KeyError("x")
+
+    monkeypatch.setattr("mem1.options.MultiHopEnv.reset", down)
+    saved = tmp_path / "t.jsonl"
+    assert main(["rollout", "--model", model, "--episodes", "2", "--out", str(saved)]) == 2
+    told = capsys.readouterr()
+    assert "environment: expected an episode that can be played, got 2 that failed" in told.err
+    assert "KeyError: 'x' (line " in told.out and " of test_cli.py, in down)" in told.out
+    assert len(saved.read_text().splitlines()) == 2
+
+
 def test_rollout_replays_an_episode_of_a_training_run(capsys, model, tmp_path):
     saved = tmp_path / "t.jsonl"
     few = ["--episodes", "1", "--max-turns", "1", "--max-action-tokens", "4", "--out", str(saved)]

@@ -28,7 +28,7 @@ from mem1.config import DTYPES
 from mem1.engine.policy_checks import check_policy
 from mem1.models.memory_plan import size, weights_bytes
 from mem1.runtime.device import pick_device
-from mem1_core.integrations.transformers import NAME, cache_shape, register
+from mem1_core.integrations.transformers import NAME, cache_shape, has_windows, register
 
 _JSON = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 _INDEX = "model.safetensors.index.json"
@@ -57,12 +57,13 @@ class LoadReport:
     kv_heads: int
     head_dim: int
     kv_bytes_per_token: int
+    window: str  # " (15 with a window of 512)", or "" where no layer has one
 
     def __str__(self) -> str:
         context = "any number of" if self.context_length is None else f"{self.context_length:,}"
         stops = " ".join(f"{text} ({token})" for text, token in self.stops) or "no token"
         weights = f"{self.parameters:,} parameters, {size(self.weights_bytes)} of {self.dtype}"
-        heads = f"{self.layers} layers of {self.kv_heads} KV heads of {self.head_dim}"
+        heads = f"{self.layers} layers{self.window} of {self.kv_heads} KV heads of {self.head_dim}"
         cache = f"{size(self.kv_bytes_per_token)} of KV cache a token"
         known = f"{self.tokens:,} known to the tokenizer"
         return (
@@ -141,7 +142,15 @@ def load_report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name
         kv_heads=kv_heads,
         head_dim=head_dim,
         kv_bytes_per_token=2 * layers * kv_heads * head_dim * weight.element_size(),
+        window=_window(config),
     )
+
+
+def _window(config: Any) -> str:
+    if not has_windows(config):
+        return ""
+    some = (getattr(config, "layer_types", None) or []).count("sliding_attention") or ""
+    return f" ({some} with a window of {config.sliding_window:,})".replace("( ", "(")
 
 
 @contextmanager
@@ -162,7 +171,7 @@ def check_json(path: Path) -> None:
         try:
             json.loads(path.read_text())
         except ValueError as error:
-            raise InputError(f"path: expected a readable {path.name}, got {str(path)!r}: {error}") from error
+            raise InputError(f"model: expected a readable {path.name}, got {str(path)!r}: {error}") from error
 
 
 def _model(path: Path, dtype: str, attention: str) -> Any:
@@ -173,18 +182,20 @@ def _model(path: Path, dtype: str, attention: str) -> Any:
             model, found = AutoModelForCausalLM.from_pretrained(path, **settings)
     except SafetensorError as error:
         raise InputError(
-            f"path: expected a readable model.safetensors in {str(path)!r}, got {error}"
+            f"model: expected a readable model.safetensors in {str(path)!r}, got {error}"
         ) from error
     except KeyError as error:  # from a table of its own, as some models have one
-        raise InputError(f"model: expected one that takes attention {attention!r}, got no {error}") from error
+        kind = " ".join(json.loads((path / "config.json").read_text()).get("architectures") or ["one"])
+        expected = f"one that takes attention {attention!r} through transformers' AttentionInterface"
+        raise InputError(f"model: expected {expected}, got {kind}, whose own table has no {error}") from error
     # No weights at all, of another shape, or of an architecture that is not known.
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n", 1)[0]
-        raise InputError(f"path: expected a whole model in {str(path)!r}, got {reason}") from error
+        raise InputError(f"model: expected a whole model in {str(path)!r}, got {reason}") from error
     missing = sorted(found["missing_keys"])
     if missing:  # transformers draws them at random
         raise InputError(
-            f"path: expected all weights in {str(path)!r}, got none for {', '.join(missing[:3])}"
+            f"model: expected all weights in {str(path)!r}, got none for {', '.join(missing[:3])}"
         )
     return model
 
@@ -199,24 +210,25 @@ def _folder(path_or_id: str | os.PathLike[str]) -> Path:
     if (path / "config.json").is_file():
         return path
     if path.exists() or not _ID.fullmatch(str(path_or_id)):
-        raise InputError(f"path: expected a model folder with a config.json, got {str(path)!r}")
+        raise InputError(f"model: expected a model folder with a config.json, got {str(path)!r}")
     try:
         found = snapshot_download(str(path_or_id), allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0]
         expected = "a model folder with a config.json or the id of a model in the local cache or on the hub"
-        raise InputError(f"path: expected {expected}, got {str(path_or_id)!r}: {reason}") from error
+        got = f"{str(path_or_id)!r}, which is no folder here"
+        raise InputError(f"model: expected {expected}, got {got}: {reason}") from error
     return Path(found)
 
 
 def _check_files(path: Path) -> None:
     """InputError for what from_pretrained would say at length or not at all."""
     if not any((path / name).is_file() for name in _TOKENIZERS):
-        raise InputError(f"path: expected a tokenizer.json in {str(path)!r}, got none")
+        raise InputError(f"model: expected a tokenizer.json in {str(path)!r}, got none")
     for name in (*_JSON, _INDEX):
         check_json(path / name)
     if (path / _INDEX).is_file():
         shards = set(json.loads((path / _INDEX).read_text()).get("weight_map", {}).values())
         missing = sorted(shard for shard in shards if not (path / shard).is_file())
         if missing:
-            raise InputError(f"path: expected {missing[0]} in {str(path)!r}, got none")
+            raise InputError(f"model: expected {missing[0]} in {str(path)!r}, got none")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import textwrap
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +28,7 @@ from mem1_core.eviction_policies import short_form
 from mem1_core.segments import Segment
 
 _MAX_MESSAGE = 200  # characters of an exception's message
+_OURS = Path(__file__).parents[1]
 _UNIFORM_BATCH = 64  # random numbers at a time
 
 
@@ -247,7 +250,13 @@ class Episode:
 
 
 def _describe(error: BaseException) -> str:
+    """Type, message and, of code that is not ours, the line that raised it."""
     message = try_call(str, error)
     text = message if isinstance(message, str) else "(no message: its __str__ raised)"
     printable = text.encode(errors="replace").decode()
-    return f"{type(error).__name__}: {textwrap.shorten(printable, _MAX_MESSAGE)}"
+    said = f"{type(error).__name__}: {textwrap.shorten(printable, _MAX_MESSAGE)}"
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or Path(frames[-1].filename).is_relative_to(_OURS):
+        return said
+    last = frames[-1]
+    return f"{said} (line {last.lineno} of {Path(last.filename).name}, in {last.name})"

@@ -152,6 +152,17 @@ def test_a_report_says_what_was_loaded(saved):
     ]
 
 
+def test_a_report_says_which_layers_have_a_window(saved):
+    settings = {"sliding_window": 16, "head_dim": 16}
+    kinds = ["sliding_attention", "full_attention"]
+    for family, types, said in (
+        ("gemma3_text", kinds, "(1 with a window of 16)"),
+        ("mistral", None, "(with a window"),
+    ):
+        path = saved(family, **settings, **({"layer_types": types} if types else {}))
+        assert f"2 layers {said}" in str(load(path, device="cpu").report)
+
+
 def test_a_tokenizer_may_know_fewer_tokens_than_the_model_but_not_more(saved):
     tokenizer = byte_level()
     last = len(tokenizer)
@@ -183,7 +194,7 @@ def broken(path: Path, name: str, text: str | None) -> None:
 def test_what_is_wrong_with_a_folder_is_named(saved, name, text, message):
     path = saved()
     broken(path, name, text)
-    with pytest.raises(InputError, match=f"^path: {message}") as error:
+    with pytest.raises(InputError, match=f"^model: {message}") as error:
         load(path, device="cpu")
     assert "\n" not in str(error.value)
 
@@ -199,7 +210,7 @@ def test_weights_that_are_not_there_are_not_drawn_at_random(saved):
 @pytest.mark.parametrize(
     ("family", "settings", "reason"),
     [
-        ("falcon", {}, "model: expected one that takes attention 'mem1', got no 'mem1'"),
+        ("falcon", {}, "'mem1' through .* AttentionInterface, got FalconForCausalLM, whose own table has no"),
         ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "got chunked_attention"),
     ],
 )
@@ -270,7 +281,9 @@ def test_an_id_is_looked_for_in_the_cache(saved, tmp_path):
     lines = done.stdout.splitlines()
     assert len(lines) == 6, done.stderr
     assert lines[0].startswith("small/model: Qwen2ForCausalLM")
-    unknown = "path: expected a model folder with a config.json or the id of a model in the local cache or on"
+    unknown = (
+        "model: expected a model folder with a config.json or the id of a model in the local cache or on"
+    )
     assert lines[3].startswith(unknown) and "'small/other'" in lines[3]
-    assert lines[4] == "path: expected a model folder with a config.json, got 'a/b/c'"
-    assert lines[5].startswith("path: expected a model folder with a config.json, got ")
+    assert lines[4] == "model: expected a model folder with a config.json, got 'a/b/c'"
+    assert lines[5].startswith("model: expected a model folder with a config.json, got ")

@@ -7,9 +7,9 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from checkout import ROOT
 from real_tokenizers import PACKAGES
 from small_tokenizers import SMALL, byte_level, sentence_piece
 from tokenizers import normalizers
@@ -20,7 +20,6 @@ from mem1.parsing.codec import Codec
 from mem1.parsing.env_text import PlainEncoder
 
 NAMES = [*SMALL, *PACKAGES]
-CORPUS = ROOT.parent / "shared" / "data" / "qa" / "corpus.jsonl"
 CodecOf = Callable[[str], Codec]
 
 
@@ -72,11 +71,9 @@ def test_what_looks_like_an_added_token_keeps_its_text(name: str, codec_of: Code
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_passages_are_encoded_as_by_the_tokenizer(name: str, codec_of: CodecOf) -> None:
-    if not CORPUS.exists():
-        pytest.skip(f"needs passages at {CORPUS}")
+def test_passages_are_encoded_as_by_the_tokenizer(name: str, codec_of: CodecOf, data_dir: Path) -> None:
     codec = codec_of(name)
-    with CORPUS.open(encoding="utf-8") as lines:
+    with (data_dir / "qa" / "corpus.jsonl").open(encoding="utf-8") as lines:
         passages = [json.loads(next(lines))["contents"] for _ in range(200)]
     own = codec.tokenizer.encode
     start = len(own("\n", add_special_tokens=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from math import inf
 from types import SimpleNamespace
@@ -226,9 +227,10 @@ class Faulty(MultiHopEnv):
 def test_a_faulty_environment_ends_its_own_episode_only(make_model, tokenizer):
     model = make_model()
     played = {t.seed: t for t in rollout(model, tokenizer, lambda: Faulty(2), range(6), CONFIG)}
-    assert played[1].error == "ConnectionError: no route to the knowledge base"
+    where = r" \(line \d+ of test_rollout.py, in (reset|step)\)"
+    assert re.fullmatch("ConnectionError: no route to the knowledge base" + where, played[1].error)
     assert played[1].tokens.numel() == 0
-    assert played[3].error == "TimeoutError: search took too long"
+    assert re.fullmatch("TimeoutError: search took too long" + where, played[3].error)
     assert played[3].turns == 2
     assert all(played[seed].reward == 0.0 for seed in (1, 3, 5))
     sound = {t.seed: t for t in rollout(model, tokenizer, lambda: MultiHopEnv(2), range(6), CONFIG)}

@@ -295,7 +295,7 @@ def test_a_run_that_cannot_be_deletes_nothing(tmp_path, unbroken, make_model):
         ),
         (CONFIG, {"tokenizer": None}, "tokenizer: expected one for a model with random weights, got none"),
         (CONFIG, {"init": other}, "tokenizer: expected one that can write <IS>"),
-        (CONFIG, {"init": tmp_path / "nothing"}, "path: expected a model folder"),
+        (CONFIG, {"init": tmp_path / "nothing"}, "model: expected a model folder"),
     ):
         with pytest.raises(InputError, match=message):
             run(config, tmp_path, overwrite=True, **how)
