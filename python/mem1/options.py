@@ -31,6 +31,13 @@ _SIZES = " ".join(map(str, OBJECTIVES))
 _RULES = ["a number of tokens", *(rule.name + "=N" * len(fields(rule)) for rule in RULES)]
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """With defaults, but for those that say nothing: None."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
     """runs: what each command does with its options."""
     parser = argparse.ArgumentParser(
@@ -48,11 +55,11 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
             parents=[]
             if name == "demo"
             else [_environment_options(), _format_options(), _sampling_options()],
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
         )
         new.set_defaults(run=runs[name])
         group = new.add_argument_group(name)
-        group.add_argument("--threads", type=_threads, help="CPU threads; None leaves torch's choice")
+        group.add_argument("--threads", type=_threads, help="CPU threads (default: torch's choice)")
         if name != "demo":
             group.add_argument("--device", default=config.device, help="auto, cpu, cuda or cuda:N")
             group.add_argument(
