@@ -15,7 +15,7 @@ import pytest
 import torch
 from checkout import ROOT
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from mem1.config import RolloutConfig
 from mem1.envs.base import Action, ExpertAction, Observation
@@ -23,7 +23,7 @@ from mem1.models.load import load
 from mem1.rollout.rollout_loop import rollout
 from mem1.train.batches import PackedBatch, pack, recompute_logprobs
 from mem1.train.parity import parity
-from mem1_core.integrations.transformers_cache import SlotCache
+from mem1_core.integrations.transformers_cache import CACHE, SlotCache
 from mem1_core.integrations.transformers_generate import prune_generate
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.mask import TrajectoryMask
@@ -135,11 +135,35 @@ class Reader:
         return {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
 
 
+@pytest.fixture(scope="module")
+def rounding(folder: Path, passages: list[str]) -> tuple[float, float]:
+    """How far transformers' own cached steps are from its own forward in bfloat16: the mean gap of log-probs,
+    and the KL, of 200 tokens of passages. (Both are as far from float32: 0.02 to 0.03 on average.)
+    """
+    model, tokenizer = model_of(folder, "sdpa", torch.bfloat16)
+    ids = tokenizer("\n".join(passages), return_tensors="pt").input_ids[:, :801]
+    with torch.no_grad():
+        whole = model.model(ids[:, :800], use_cache=False).last_hidden_state[0, 600:]
+        cache, steps = DynamicCache(config=model.config), []
+        for begin, end in [(0, 600), *((n, n + 1) for n in range(600, 800))]:
+            places = torch.arange(begin, end)[None]
+            kept = {CACHE: cache, "use_cache": True, "position_ids": places}
+            steps.append(model.model(ids[:, begin:end], **kept).last_hidden_state[0, -1])
+        written = torch.stack(steps[1:])
+        new, old = (
+            model.lm_head(hidden).float().log_softmax(-1).gather(1, ids[0, 601:, None])
+            for hidden in (whole, written)
+        )
+    gap = new - old
+    return float(gap.abs().mean()), float((gap.exp() - 1 - gap).mean())
+
+
 @both_dtypes
 @pytest.mark.parametrize("regime", ["carry", "reencode"])
 def test_what_is_sampled_is_what_is_recomputed(
-    folder: Path, passages: list[str], regime: Any, dtype: torch.dtype
+    folder: Path, passages: list[str], regime: Any, dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
+    """In bfloat16, whose rounding is more here than the gates of small models, by the rule of two errors."""
     model, tokenizer = model_of(folder, "mem1", dtype)
     config = RolloutConfig(
         num_slots=3, max_turns=5, max_action_tokens=128, max_info_tokens=2048, regime=regime, kv_memory=0.3
@@ -150,7 +174,8 @@ def test_what_is_sampled_is_what_is_recomputed(
     assert min(t.peak_tokens() for t in played) > 512
     if dtype == torch.bfloat16:
         measured = parity(model, played, regime)
-        assert measured.mean_dlogp <= 5e-3 and measured.kl <= 1e-4, measured
+        mean, kl = request.getfixturevalue("rounding")
+        assert measured.mean_dlogp <= 2 * mean and measured.kl <= 2 * kl, (measured, mean, kl)
         return
     # A forced token of log-prob -9 is 6e-5 from fp64 in the rollout, 4e-5 in one forward: rounding, which
     # grows with the logits, is 2e-6 on average.
@@ -161,7 +186,9 @@ def test_what_is_sampled_is_what_is_recomputed(
 
 
 @both_dtypes
-def test_prune_generate(folder: Path, passages: list[str], dtype: torch.dtype) -> None:
+def test_prune_generate(
+    folder: Path, passages: list[str], dtype: torch.dtype, request: pytest.FixtureRequest
+) -> None:
     """Four calls over one cache; the passages of a turn leave it when the turn has been written."""
     model, tokenizer = model_of(folder, "mem1", dtype)
     reader = Reader(passages)
@@ -189,7 +216,10 @@ def test_prune_generate(folder: Path, passages: list[str], dtype: torch.dtype) -
     exact = model(torch.tensor([tokens]), mem1_mask=mask, use_cache=False).logits[0].float().log_softmax(-1)
     gaps = torch.tensor([float(row[tokens[n]] - exact[n - 1, tokens[n]]) for n, row in written.items()])
     largest, mean = float(gaps.abs().max()), float(gaps.abs().mean())
-    assert largest <= 5e-5 if dtype == torch.float32 else mean <= 5e-3, (largest, mean)
+    if dtype == torch.float32:
+        assert largest <= 5e-5, (largest, mean)
+    else:
+        assert mean <= 2 * request.getfixturevalue("rounding")[0], (largest, mean)
 
 
 def lifetimes(evict: list[int], prompt: int, tokens: int) -> Tensor:
