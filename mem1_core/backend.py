@@ -4,7 +4,7 @@ insist, and what is not there is an error that says so; never a silent fallback.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -85,8 +85,11 @@ def describe(value: object) -> str:
 
 
 def is_number(x: Any) -> bool:
-    """A finite number of Python or numpy."""
-    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
+    """A number of Python or numpy that a float can be. (math.isfinite breaks the graph of torch.compile.)"""
+    if not isinstance(x, Real) or isinstance(x, bool):
+        return False
+    number: Any = x
+    return bool(abs(number) <= sys.float_info.max)
 
 
 def check_softcap(softcap: float | None) -> float:

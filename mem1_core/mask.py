@@ -40,7 +40,7 @@ class TrajectoryMask:
     Build one per batch with `from_evict`, `pack` or `TrajectoryLayout` and hand it to every layer, head,
     forward and backward. It is immutable, and a plain object whose attributes are tensors, so it can be an
     argument of a function under `torch.compile(fullgraph=True)`: the plan of the device's default tile sizes
-    is made here, eagerly, never while tracing.
+    is made here, so that no graph makes one which is given its masks.
 
     The constructor trusts its argument, an `evict` as below with `j < evict[b, j] <= N`, and keeps it. It is
     the way without a wait: on CUDA the plan is made on the device and the host does not synchronise, so that
@@ -181,9 +181,9 @@ class TrajectoryMask:
 
     def at_positions(self, positions: Tensor) -> TrajectoryMask:
         """This mask with other positions of its tokens, integers [B, N] or [1, N] of less than 2^30, which
-        is looked at on the CPU alone; a mask for all batches gets as many rows. The mask of the last tensor
-        is kept, until it changes. Raises TypeError or ValueError for a tensor that is not as said, ValueError
-        for a mask that has a window over positions.
+        is looked at on the CPU alone, and not in a graph; a mask for all batches gets as many rows. The mask
+        of the last tensor is kept, until it changes. Raises TypeError or ValueError for a tensor that is not
+        as said, ValueError for a mask that has a window over positions (one over places stays in force).
         """
         if self.window is not None:
             raise ValueError(f"mask: expected one without a window, got one of {self.window}")
@@ -194,7 +194,7 @@ class TrajectoryMask:
         known = not torch.compiler.is_compiling() and not positions.is_inference()
         version = positions._version if known else -1
         kept = self._placed
-        if kept is None or kept[0] is not positions or kept[1] != version or version < 0:
+        if version < 0 or kept is None or kept[0] is not positions or kept[1] != version:
             batch, length = self.evict_at.shape
             rows = len(positions) if positions.dim() == 2 and positions.shape[1] == length else 0
             if rows != batch and (rows < 1 or 1 not in (rows, batch)):

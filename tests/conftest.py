@@ -47,8 +47,11 @@ def shared_cpus() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder of the public question sets: MEM1_DATA, by default ../shared/data beside the checkout."""
+    """The folder of the public question sets, qa/qa.jsonl and qa/corpus.jsonl among them: MEM1_DATA, by
+    default ../shared/data beside the checkout.
+    """
     path = Path(os.environ.get("MEM1_DATA", ROOT.parent / "shared" / "data"))
-    if not path.is_dir():
-        pytest.skip(f"no data: {path} is not a folder (MEM1_DATA names another)")
+    missing = [file for file in ("qa/qa.jsonl", "qa/corpus.jsonl") if not (path / file).is_file()]
+    if missing:
+        pytest.skip(f"no data: {path} has no {missing[0]} (MEM1_DATA names another folder)")
     return path

@@ -190,8 +190,8 @@ def check(function: Any, given: dict[str, Any], **options: Any) -> dict[str, Ten
     for name, x in got.items():
         atol = None
         # Differences of nearly equal numbers, however small they come out: the KL of two log-probs, and the
-        # gradients of one or two tokens. And what one token has for its own: the few units in the last place
-        # of its log-sum-exp are a factor of all its gradients, which eager code may have by luck or not.
+        # gradients of one or two tokens. And all that one token has for its own: a few units in the last
+        # place of its log-sum-exp are in its loss and its gradients, by luck or not in eager code.
         if (name == "kl" and want[name].abs() < 1e-3) or (
             len(given["weight"]) <= 2 and x.dtype == torch.float32
         ):

@@ -344,7 +344,9 @@ def test_compile(compiler: str, dynamic: bool) -> None:
         torch.testing.assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves))
 
 
-@pytest.mark.parametrize("name", ["kl_coef", "entropy_coef", "clip_high", "rollout_is_cap", "normalizer"])
+@pytest.mark.parametrize(
+    "name", ["kl_coef", "entropy_coef", "clip_high", "rollout_is_cap", "normalizer", "softcap"]
+)
 def test_compile_with_a_number_that_changes(name: str) -> None:
     """As a controller of the KL coefficient does: torch.compile traces such a number as a symbol."""
     torch.compiler.reset()

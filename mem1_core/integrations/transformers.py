@@ -73,7 +73,7 @@ def check_model(model: PreTrainedModel) -> None:
     way (on meeting a mask that it wants to compute with, say) is chained to the ValueError. TypeError for
     what is no model.
     """
-    if not isinstance(model, torch.nn.Module):
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
         raise TypeError(f"model: expected a model of transformers, got {type(model).__name__}")
     name = type(model).__name__
     config = model.config.get_text_config()

@@ -1,6 +1,6 @@
 """The block shapes of the attention kernels: a small table by architecture, kernel, dtype and head dim.
 
-Hopper's in half precision without options are the fastest of those measured on an H200, but for head dim 96.
+Hopper's for bfloat16 without options are the fastest of those measured on an H200, but for head dim 96.
 The others are chosen from the compiler's report (`python tests/triton_report.py` prints it), under Triton 3.6
 and 3.9: the largest blocks whose loops do not spill. That says less than it seems to: those that were
 fastest for head dim 256 spill 200 to 340 bytes.
@@ -76,7 +76,8 @@ HOPPER_SINGLE: Table = {
     },
 }
 
-# Every other GPU from compute capability 8.0 on: 99 KB of shared memory, descriptors become pointers.
+# Every other GPU from compute capability 8.0 on: 99 KB of shared memory, descriptors become pointers. None of
+# these has run; that 64 rows for 8 warps with steps of 16 went wrong was with a warpgroup's tensor cores.
 OTHER_HALF: Table = {
     "forward": {
         64: Blocks(128, 32, 64, 8, 2),
@@ -125,7 +126,7 @@ OTHER_SINGLE: Table = {
 }
 
 
-# Of these, what a soft cap or a window over positions needs smaller.
+# Of these, what is another with a soft cap or a window over positions: mostly smaller.
 HOPPER_HALF_OPTIONS: Table = {
     "forward": {
         64: Blocks(128, 128, 64, 8, 3),

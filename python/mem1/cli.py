@@ -218,7 +218,10 @@ def _rollout(options: argparse.Namespace, progress: Progress) -> None:
     if options.out:
         progress.log(f"trajectories are in {options.out}")
     if len(failed) == episodes:
-        raise InputError(f"environment: expected an episode that can be played, got {episodes} that failed")
+        first = f"{failed[0].finish_reason}: {failed[0].error}"
+        raise InputError(
+            f"rollout: expected an episode that can be played, got {episodes} that failed, by {first}"
+        )
 
 
 def _log_failures(trajectories: Iterable[Trajectory], progress: Progress) -> None:

@@ -79,7 +79,7 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("--objectives", type=_interval, help="questions per episode: 2 or 1-4 (default: 1-4)")
     add("--max-updates", type=int, default=config.max_updates, help="PPO updates")
     add("--batch-size", type=_positive, default=config.batch_size, help="episodes per update")
-    add("--warmstart-steps", type=int, help=f"supervised steps; None: {config.warmstart.steps}")
+    add("--warmstart-steps", type=int, help=f"supervised steps (default: {config.warmstart.steps})")
     add("--actor-lr", type=float, default=config.ppo.actor_lr, help="learning rate of the policy")
     add("--critic-lr", type=float, default=config.ppo.critic_lr, help="learning rate of the critic")
     add("--kl-coef", type=float, default=config.ppo.kl_coef, help="weight of the KL to the start of PPO")
@@ -121,7 +121,7 @@ def _environment_options() -> argparse.ArgumentParser:
         "--environment",
         type=_imported,
         metavar="MODULE:NAME",
-        help="what makes one, found from the current folder; None: questions over drawn facts",
+        help="what makes one, found from the current folder (default: questions over drawn facts)",
     )
     add("--environment-args", type=_json, default={}, metavar="JSON", help="its keyword arguments")
     add("--hops", type=_positive, help="relations to follow per question of drawn facts (default: 2)")
@@ -144,9 +144,9 @@ def _format_options() -> argparse.ArgumentParser:
     add("--system", help="system message of a chat")
     add("--max-prompt-tokens", type=_positive, default=default.max_prompt_tokens, help="tokens of a task")
     add("--max-action-tokens", type=_positive, default=default.max_action_tokens, help="tokens of one action")
-    add("--max-state-tokens", type=_positive, help="of its state; None: no limit of its own")
-    add("--max-info-tokens", type=_positive, help="tokens of one observation; None: room for a passage")
-    add("--max-turns", type=_positive, help="turns of one episode; None: at least twice the expert's")
+    add("--max-state-tokens", type=_positive, help="of its state (default: no limit of its own)")
+    add("--max-info-tokens", type=_positive, help="tokens of one observation (default: room for a passage)")
+    add("--max-turns", type=_positive, help="turns of one episode (default: at least twice the expert's)")
     add("--observation-role", default=default.observation_role, help="of observations with --chat turns")
     add("--context-limit", type=_positive, help="live tokens beyond which a summary is asked for")
     return parser

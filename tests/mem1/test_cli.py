@@ -295,7 +295,7 @@ def test_a_rollout_of_which_nothing_is_left_has_failed(capsys, model, tmp_path, 
     saved = tmp_path / "t.jsonl"
     assert main(["rollout", "--model", model, "--episodes", "2", "--out", str(saved)]) == 2
     told = capsys.readouterr()
-    assert "environment: expected an episode that can be played, got 2 that failed" in told.err
+    assert "rollout: expected an episode that can be played, got 2 that failed, by environment" in told.err
     assert "KeyError: 'x' (line " in told.out and " of test_cli.py, in down)" in told.out
     assert len(saved.read_text().splitlines()) == 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sysconfig
 import textwrap
 import time
 import traceback
@@ -29,6 +30,7 @@ from mem1_core.segments import Segment
 
 _MAX_MESSAGE = 200  # characters of an exception's message
 _OURS = Path(__file__).parents[1]
+_LIBRARIES = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
 _UNIFORM_BATCH = 64  # random numbers at a time
 
 
@@ -250,13 +252,18 @@ class Episode:
 
 
 def _describe(error: BaseException) -> str:
-    """Type, message and, of code that is not ours, the line that raised it."""
+    """Type, message and the last line of the environment's own code on the way to it."""
     message = try_call(str, error)
     text = message if isinstance(message, str) else "(no message: its __str__ raised)"
-    printable = text.encode(errors="replace").decode()
-    said = f"{type(error).__name__}: {textwrap.shorten(printable, _MAX_MESSAGE)}"
+    said = f"{type(error).__name__}: {textwrap.shorten(_printable(text), _MAX_MESSAGE)}"
     frames = traceback.extract_tb(error.__traceback__)
-    if not frames or Path(frames[-1].filename).is_relative_to(_OURS):
+    theirs = [frame for frame in frames if not Path(frame.filename).is_relative_to(_OURS)]
+    if not theirs:
         return said
-    last = frames[-1]
-    return f"{said} (line {last.lineno} of {Path(last.filename).name}, in {last.name})"
+    own = [frame for frame in theirs if not any(Path(frame.filename).is_relative_to(x) for x in _LIBRARIES)]
+    last = (own or theirs)[-1]
+    return f"{said} (line {last.lineno} of {_printable(Path(last.filename).name)}, in {last.name})"
+
+
+def _printable(text: str) -> str:
+    return text.encode(errors="replace").decode()
