@@ -142,8 +142,9 @@ def test_what_cannot_be_used_is_one_line(model, capsys, arguments, message):
 def test_episodes_that_fail_say_why(model, capsys):
     command = ["rollout", "--model", model, "--episodes", "2", "--out", "played.jsonl", *SMALL]
     command += ["--environment", "own_world:Guess", "--max-prompt-tokens", "5"]
-    assert main(command) == 0
-    said = capsys.readouterr().out
+    assert main(command) == 2
+    said, blamed = capsys.readouterr()
+    assert "got 2 that failed, by environment_error: ValueError: reset: expected a prompt" in blamed
     assert "2 episodes failed, seed " in said
     assert " by environment_error: ValueError: reset: expected a prompt of at least one token and" in said
     assert "at most max_prompt_tokens=5, got more than 5" in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -201,7 +202,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(model, tokenizer, tmp_
         (damaged / name).unlink()
     loaded, _, told = run.resume(SETTINGS)
     assert loaded.trainer["step"] == 1 and names(run) == ["ppo-000001"]
-    assert len(told) == 2 and told[0].startswith("ppo-000002 is damaged and now ppo-000002.damaged: path: ")
+    assert len(told) == 2
+    assert re.match("ppo-000002 is damaged and now ppo-000002.damaged: (path|model): expected ", told[0])
     assert os.readlink(run.path / "last") == "checkpoints/ppo-000001"
     save(run, 2, model, tokenizer)
     (run.path / "checkpoints" / "ppo-000001" / name).unlink()
