@@ -218,17 +218,18 @@ def _rollout(options: argparse.Namespace, progress: Progress) -> None:
     if options.out:
         progress.log(f"trajectories are in {options.out}")
     if len(failed) == episodes:
-        first = f"{failed[0].finish_reason}: {failed[0].error}"
-        raise InputError(
-            f"rollout: expected an episode that can be played, got {episodes} that failed, by {first}"
-        )
+        expected = "an episode that can be played"
+        raise InputError(f"rollout: expected {expected}, got {episodes} that failed, by {_reason(failed[0])}")
 
 
 def _log_failures(trajectories: Iterable[Trajectory], progress: Progress) -> None:
     failed = [trajectory for trajectory in trajectories if trajectory.error_kind]
     if failed:
-        first = f"{failed[0].finish_reason}: {failed[0].error}"
-        progress.log(f"{len(failed)} episodes failed, seed {failed[0].seed} by {first}")
+        progress.log(f"{len(failed)} episodes failed, seed {failed[0].seed} by {_reason(failed[0])}")
+
+
+def _reason(failed: Trajectory) -> str:
+    return f"{failed.finish_reason}: {failed.error}"
 
 
 def transcript(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -149,8 +149,9 @@ def load_report(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name
 def _window(config: Any) -> str:
     if not has_windows(config):
         return ""
-    some = (getattr(config, "layer_types", None) or []).count("sliding_attention") or ""
-    return f" ({some} with a window of {config.sliding_window:,})".replace("( ", "(")
+    listed = (getattr(config, "layer_types", None) or []).count("sliding_attention")
+    some = f"{listed} " if listed else ""
+    return f" ({some}with a window of {config.sliding_window:,})"
 
 
 @contextmanager
