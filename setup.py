@@ -109,6 +109,18 @@ class CMakeBuild(build_ext):
 
 TRITON = f"{at_least('triton')}; platform_system == 'Linux'"  # a CUDA build of torch brings its own
 
+BM25 = ["bm25s>=0.3.9", "PyStemmer>=3"]
+EXTRAS = {
+    "plot": [at_least("matplotlib")],
+    "triton": [TRITON],
+    "data": ["pyarrow>=17"],  # Parquet files
+    "retrieval": [*BM25, "aiohttp>=3.11"],  # BM25, its server and client
+    "dense": ["sentence-transformers>=5", "faiss-cpu>=1.11", "aiohttp>=3.11"],
+    "web": ["aiohttp>=3.11", "trafilatura>=2"],
+    "webshop": [*BM25, "rapidfuzz>=3.10", "textblob>=0.19"],
+    "gym": ["gymnasium>=1"],
+}
+
 setup(
     version=project_version(),
     install_requires=[
@@ -116,17 +128,16 @@ setup(
         *map(at_least, ("numpy", "transformers", "tokenizers", "safetensors", "rich")),
     ],
     extras_require={
-        "plot": [at_least("matplotlib")],
-        "triton": [TRITON],
+        **EXTRAS,
         "test": [
-            at_least("matplotlib"),
-            TRITON,
+            *(one for name, needed in EXTRAS.items() if name != "dense" for one in needed),
             "accelerate>=1.1",
             "hypothesis>=6.100",
             "pytest>=8.1",
             "pytest-benchmark>=5.3.1",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6.1",
+            "playwright>=1.50",  # drives a browser where the machine has one
         ],
         "lint": ["ruff>=0.17,<0.18", "mypy>=2.4", "clang-format>=23,<24", "pre-commit>=4"],
         "peers": ["flash-attn>=2.7"],  # a peer in the benches; a long build, never required

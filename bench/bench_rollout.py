@@ -20,7 +20,7 @@ from rollout_task import RandomWords, Workload, check_generated, check_ours, gen
 
 from mem1.config import EvictionPolicy, ModelConfig, Regime
 from mem1.engine.engine import Engine
-from mem1.envs.base import Action, Observation
+from mem1.envs.base import Action, Step
 from mem1.envs.toy.tokenizer import build_tokenizer
 from mem1.models.build import build_model
 from mem1.rollout.rollout_loop import rollout
@@ -147,7 +147,7 @@ class MeteredWords(RandomWords):
         super().__init__(workload)
         self.engines, self.sizes = engines, sizes
 
-    def step(self, action: Action) -> Observation:
+    def step(self, action: Action) -> Step:
         self.sizes.append(Memory(resident_bytes(), held_bytes(self.engines[-1])))
         return super().step(action)
 

@@ -73,10 +73,10 @@ def described(played: list[Trajectory], seconds: float) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "episodes": len(played),
-        "turns": sum(t.score["turns"] for t in played),
-        "well_formed": sum(t.score["well_formed"] for t in played),
+        "turns": sum(t.turns for t in played),
+        "well_formed": sum(t.turns - t.invalid_actions for t in played),
         "answered": sum(t.finish_reason == "answered" for t in played),
-        "exact_match": sum(t.score["exact_match"] for t in played),
+        "exact_match": sum(t.score.get("exact_match", 0.0) for t in played),
         "peak_tokens": max(t.peak_tokens() for t in played),
         "policy_tokens": written,
         "policy_tokens_per_second": written / seconds,

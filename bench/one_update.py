@@ -17,7 +17,7 @@ from mem1.config import PPOConfig
 from mem1.models.build import build_critic
 from mem1.models.load import load
 from mem1.train.ppo import PPO
-from mem1.trajectory import Trajectory
+from mem1.trajectory import TokenReward, Trajectory
 
 
 def main(path: str, file: str, episodes: int | None = None) -> None:
@@ -25,7 +25,7 @@ def main(path: str, file: str, episodes: int | None = None) -> None:
     played = [Trajectory.from_dict(json.loads(line)) for line in lines]
     # Random weights get no reward: give some, so that there is something to learn.
     for trajectory in played:
-        trajectory.score["reward"] = float(trajectory.seed % 2)
+        trajectory.rewards = [TokenReward(trajectory.tokens.numel() - 1, float(trajectory.seed % 2))]
     actor, _, report = load(path)
     print(report)
     config = PPOConfig(critic_only_updates=0, kl_coef=0.0, max_tokens_per_micro_batch=4096)

@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mem1.envs.base import Action, ExpertAction, Observation
+from mem1.envs.base import Action, ExpertAction, Step
+from mem1.metrics import UNANSWERED, grade
 
 INSTRUCTION = """\
 You are given several questions and have to answer all of them. You work in turns, and after each turn
@@ -43,19 +44,16 @@ class PassageEnv:
         self.objectives, self.passages = objectives, passages
         self.rows, self.corpus = _lines(f"{data}/qa.jsonl"), _lines(f"{data}/corpus.jsonl")
 
-    def reset(self, seed: int) -> str:
+    def reset(self, seed: int, task=None) -> str:
         self.rng = random.Random(seed)
         self.asked = self.rng.sample(self.rows, self.objectives)
         return INSTRUCTION + "".join(f"{n}. {row['question']}\n" for n, row in enumerate(self.asked, 1))
 
-    def step(self, action: Action) -> Observation:
+    def step(self, action: Action) -> Step:
         support = self.rng.choice(self.asked)["support"][: self.passages]
         found = support + self.rng.sample(range(len(self.corpus)), self.passages - len(support))
         text = "\n".join(f"Doc {n}: {self.corpus[i]['contents']}" for n, i in enumerate(found, 1))
-        return Observation(text, 0.0, action.kind == "answer")
-
-    def score(self) -> dict[str, float]:
-        return {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
+        return Step(text, 0.0, action.kind == "answer")
 
 
 class QuestionEnv:
@@ -70,36 +68,23 @@ class QuestionEnv:
         self.corpus = _lines(f"{data}/corpus.jsonl")
         self.rows = [row for row in _lines(f"{data}/qa.jsonl") if row["dataset"] == "nq"]
 
-    def reset(self, seed: int) -> str:
+    def reset(self, seed: int, task=None) -> str:
         rng = random.Random(seed if self.episodes is None else seed % self.episodes)
         self.asked = rng.sample(self.rows, self.objectives)
         self.found: dict[int, str] = {}
-        self.answers: list[str] = []
-        self.turns = self.malformed = 0
         return QUESTIONS + "".join(f"{n}. {row['question']}?\n" for n, row in enumerate(self.asked, 1))
 
-    def step(self, action: Action) -> Observation:
-        self.turns += 1
+    def step(self, action: Action) -> Step:
         if action.kind == "answer":
-            self.answers = [part.strip() for part in action.text.split(";")]
-            return Observation("", self.score()["reward"], True)
+            graded = grade(action.text, [row["golden_answers"] for row in self.asked])
+            return Step("", graded.exact_match / self.objectives, True, info=graded.info())
         if action.kind != "query":
-            self.malformed += 1
-            return Observation("Write <query> or <answer>.", 0.0, False)
+            return Step("Write <query> or <answer>.", info=UNANSWERED)
         words = set(action.text.lower().split())
         shared = [len(words & set(row["question"].lower().split())) for row in self.asked]
         n = max(range(len(shared)), key=shared.__getitem__)
         self.found[n] = self.asked[n]["golden_answers"][0]
-        return Observation(self.corpus[self.asked[n]["support"][0]]["contents"], 0.0, False)
-
-    def score(self) -> dict[str, float]:
-        """`well_formed`: turns in which there was an action, of `turns`."""
-        given = [*self.answers, *[""] * self.objectives]
-        right = sum(
-            _plain(given[n]) in map(_plain, row["golden_answers"]) for n, row in enumerate(self.asked)
-        )
-        tally = {"turns": self.turns, "well_formed": self.turns - self.malformed}
-        return {"reward": right / self.objectives, "exact_match": right, "f1": float(right), **tally}
+        return Step(self.corpus[self.asked[n]["support"][0]]["contents"], info=UNANSWERED)
 
     def expert_action(self) -> ExpertAction:
         notes = [
@@ -111,10 +96,6 @@ class QuestionEnv:
         return ExpertAction(
             "\n".join(notes), Action("answer", "; ".join(self.found[n] for n in range(self.objectives)))
         )
-
-
-def _plain(answer: str) -> str:
-    return " ".join(answer.lower().split())
 
 
 @cache

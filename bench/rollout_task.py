@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 
 from mem1.config import Regime, RolloutConfig
 from mem1.engine.engine import Engine
-from mem1.envs.base import Action, ExpertAction, Observation
+from mem1.envs.base import Action, ExpertAction, Step
 from mem1.envs.toy.tokenizer import build_tokenizer
 from mem1.envs.toy.words import FILLER
 from mem1.rollout.rollout_loop import rollout
@@ -79,18 +79,15 @@ class RandomWords:
     def __init__(self, workload: Workload) -> None:
         self.workload = workload
 
-    def reset(self, seed: int) -> str:
+    def reset(self, seed: int, task=None) -> str:
         self.lengths, self.turn, self._words = self.workload.lengths(seed), 0, random.Random(seed)
         return self._text(self.lengths.prompt)
 
-    def step(self, action: Action) -> Observation:
+    def step(self, action: Action) -> Step:
         self.turn += 1
         # Two tokens of an info are its tags, four of an action.
         text = self._text(self.lengths.infos[self.turn - 1] - 2)
-        return Observation(text, 0.0, self.turn == self.workload.turns)
-
-    def score(self) -> dict[str, float]:
-        return {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
+        return Step(text, 0.0, self.turn == self.workload.turns)
 
     def expert_action(self) -> ExpertAction:
         words = self.lengths.actions[self.turn] - 4

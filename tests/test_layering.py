@@ -30,10 +30,16 @@ class May(NamedTuple):
 
 
 # What rollout, evaluation and train build on.
-LOOP = "mem1.checks mem1.config mem1.engine mem1.envs mem1.parsing mem1.rollout mem1.seeds mem1.trajectory"
+LOOP = (
+    "mem1.checks mem1.config mem1.engine mem1.envs mem1.parsing mem1.rollout mem1.runtime.event_loop "
+    "mem1.seeds mem1.trajectory"
+)
 
 # Whose own __init__ loads nothing.
-ROOMS = [f"mem1.{room}" for room in "parsing engine rollout envs train evaluation models runtime".split()]
+ROOMS = [
+    f"mem1.{room}"
+    for room in "parsing engine rollout envs data train evaluation models runtime commands".split()
+]
 
 # The first row whose pattern matches a module's name counts; a module without a row is an error.
 PYTHON = {
@@ -92,7 +98,23 @@ PYTHON = {
     "mem1.parsing.*": May("tokenizers transformers mem1.checks mem1.parsing"),
     "mem1.envs.toy.tokenizer": May("tokenizers transformers mem1.envs.toy"),
     "mem1.envs.toy.training": May("mem1.config mem1.envs.toy"),
-    "mem1.envs.*": May("mem1.checks mem1.envs mem1.parsing mem1_core.eviction_policies mem1_core.segments"),
+    "mem1.envs.tasks": May("mem1.checks", call="pyarrow"),
+    "mem1.envs.search.*": May(
+        "numpy aiohttp yarl bm25s Stemmer sentence_transformers faiss mem1.checks mem1.envs.search "
+        "mem1.envs.tasks mem1.io",
+    ),
+    "mem1.envs.web.*": May(
+        "aiohttp yarl trafilatura lxml mem1.checks mem1.envs.base mem1.envs.web mem1.metrics mem1.parsing"
+    ),
+    "mem1.envs.webshop.*": May(
+        "numpy mem1.checks mem1.envs mem1.parsing", call="bm25s Stemmer rapidfuzz textblob spacy"
+    ),
+    "mem1.envs.adapters.*": May("mem1.checks mem1.envs mem1.metrics mem1.parsing", call="gymnasium"),
+    "mem1.envs.*": May(
+        "mem1.checks mem1.envs mem1.metrics mem1.parsing mem1_core.eviction_policies mem1_core.segments"
+    ),
+    "mem1.data.*": May("mem1.checks mem1.data mem1.envs mem1.io"),
+    "mem1.metrics": May("numpy mem1.trajectory"),
     "mem1.engine.slots": May("torch mem1_core.ops"),
     "mem1.engine.slot_attention": May(
         "torch mem1_core.eviction mem1_core.integrations.scores mem1_core.ops", call="flash_attn"
@@ -116,18 +138,30 @@ PYTHON = {
         + LOOP
     ),
     "mem1.evaluation.plots": May("mem1.evaluation mem1.trajectory mem1_core.plot", call="matplotlib"),
-    "mem1.evaluation.results": May("mem1.trajectory"),
+    "mem1.evaluation.results": May("mem1.metrics mem1.trajectory"),
+    "mem1.evaluation.tables": May("mem1.evaluation.results"),
+    "mem1.evaluation.eval_run": May(
+        "mem1.checks mem1.envs.tasks mem1.evaluation mem1.io mem1.runtime mem1.trajectory"
+    ),
+    "mem1.evaluation.baselines": May(""),
+    "mem1.evaluation.baselines.external_memory": May("bm25s mem1.envs"),
+    "mem1.evaluation.baselines.agents": May(
+        "mem1.checks mem1.config mem1.envs mem1.parsing mem1.seeds mem1_core.eviction_policies",
+        call="mem1.evaluation.baselines",
+    ),
+    "mem1.evaluation.viewer": May(""),
+    "mem1.evaluation.viewer.*": May(
+        "numpy torch transformers mem1.checks mem1.envs.tasks mem1.evaluation.viewer mem1.io mem1.metrics "
+        "mem1.parsing mem1.trajectory mem1_core"
+    ),
     "mem1.evaluation.*": May(f"torch transformers mem1.evaluation.results mem1.runtime {LOOP}"),
     "mem1.train.*": May(
         f"torch transformers mem1_core mem1.io mem1.models mem1.runtime mem1.train mem1.evaluation {LOOP}"
     ),
     "mem1.agent": May("transformers mem1"),
     "mem1.demo": May("torch transformers mem1"),
-    "mem1.options": May(
-        "mem1.checks mem1.config mem1.envs mem1.evaluation mem1.parsing mem1.runtime mem1.seeds "
-        "mem1_core.eviction_policies"
-    ),
-    "mem1.cli": May("torch transformers mem1 mem1_core"),
+    "mem1.commands.*": May("torch transformers mem1 mem1_core"),
+    "mem1.cli": May("mem1"),
     **dict.fromkeys(ROOMS, May("")),
 }
 PACKAGES = {"mem1_core": ROOT / "mem1_core", "mem1": ROOT / "python" / "mem1"}
@@ -233,7 +267,7 @@ def test_python_table_has_no_dead_row() -> None:
         ("mem1_core.plot", "def f():\n    import matplotlib.pyplot as plt", ""),
         ("mem1.demo", "def f():\n    import matplotlib", "matplotlib"),
         ("mem1.demo", "from mem1_core import _library", "mem1_core._library"),
-        ("mem1.cli", "from mem1_core.layout import TrajectoryLayout", ""),
+        ("mem1.commands.eval_command", "from mem1_core.layout import TrajectoryLayout", ""),
         ("mem1_core.unheard_of", "", "has no row"),
         ("mem1.unheard_of", "", "has no row"),
         ("mem1.engine", "from mem1.train import ppo", "mem1.train.ppo"),

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from mem1.config import RolloutConfig
-from mem1.envs.base import Action, Environment, Observation
+from mem1.envs.base import Action, Environment, Step
 from mem1.rollout.rollout_loop import make_engine, rollout
 from mem1.train import checkpoint
 from mem1.trajectory import Trajectory
@@ -51,10 +51,14 @@ class MemoryEfficientAgent:
         loaded = checkpoint.load(path)
         return cls(loaded.model, loaded.tokenizer, config)
 
-    def run(self, environment: Environment, seed: int = 0) -> Trajectory:
-        """One episode at a time. The same seed gives the same episode and the same samples."""
-        make, engine = (lambda: environment), self._engine
-        return next(rollout(self.model, self.tokenizer, make, [seed], self.config, engine=engine))
+    def run(self, environment: Environment, seed: int = 0, task: Any = None) -> Trajectory:
+        """One episode at a time. The same seed gives the same episode and the same samples. The environment
+        is the caller's to close.
+        """
+        make, engine = (lambda: _Lent(environment)), self._engine
+        tasks = None if task is None else [task]
+        played = rollout(self.model, self.tokenizer, make, [seed], self.config, tasks=tasks, engine=engine)
+        return next(played)
 
     def answer(self, question: str, tool: Callable[[str], str], seed: int = 0) -> Reply:
         """Answer a question with a tool that takes the text of a query and returns the text the agent is
@@ -65,25 +69,30 @@ class MemoryEfficientAgent:
         return Reply(environment.answer, trajectory)
 
 
+class _Lent:
+    """An environment without its `close`."""
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "close":
+            raise AttributeError(name)
+        return getattr(self._environment, name)
+
+
 class _ToolEnvironment:
     """A question and a tool as an environment; there is no grade, so the reward is 0."""
-
-    objectives = 1
 
     def __init__(self, question: str, tool: Callable[[str], str]) -> None:
         self.question, self.tool = question, tool
         self.answer: str | None = None
 
-    def reset(self, seed: int) -> str:
+    def reset(self, seed: int, task: Any = None) -> str:
         return self.question
 
-    def step(self, action: Action) -> Observation:
+    def step(self, action: Action) -> Step:
         if action.kind == "answer":
             self.answer = action.text
-            return Observation("", 0.0, True)
-        if action.kind == "malformed":
-            return Observation(MALFORMED, 0.0, False)
-        return Observation(self.tool(action.text), 0.0, False)
-
-    def score(self) -> dict[str, float]:
-        return {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
+            return Step("", terminated=True)
+        return Step(MALFORMED if action.kind == "malformed" else self.tool(action.text))

@@ -219,8 +219,8 @@ class PPOConfig:
     critic_lr_warmup_steps: int = 2
     critic_only_updates: int = 2  # first updates in which only the critic learns
     max_grad_norm: float = 1.0
-    # An episode that the turn limit ended: False, its last reward is all; True, the critic's value of what
-    # would have followed is added to it.
+    # An episode that the turn limit ended, or its environment before the task was over: False, its rewards
+    # are all; True, the critic's value of what would have followed is added to the last one.
     bootstrap_turn_limit: bool = False
     # Truncated importance weights, for tokens that top_p, top_k or stale weights drew from another
     # distribution than the one trained on: the most that a weight can be. None: no weights.

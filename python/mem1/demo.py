@@ -109,8 +109,9 @@ def demo(
     log(table(measured))
 
     report = {
-        name: [without_nan(asdict(row)) for row in rows]
-        for name, rows in (("trained", results), ("expert", expert), ("parity", measured))
+        "trained": [row.to_dict() for row in results],
+        "expert": [row.to_dict() for row in expert],
+        "parity": [without_nan(asdict(row)) for row in measured],
     }
     with atomic_write(out / "results.json") as file:
         json.dump(report, file, indent=2, allow_nan=False)
@@ -155,12 +156,12 @@ def expert_results(tokenizer: PreTrainedTokenizerBase, config: RolloutConfig) ->
 def growth(results: list[Result]) -> str:
     """How peak memory grows from 2 to 16 objectives, a line per agent."""
     peaks = {(r.agent, r.objectives): r for r in results}
-    lines = []
+    lines, bare = [], "peak_tokens_without_prompt"
     for agent in dict.fromkeys(r.agent for r in results):
         small, large = peaks[agent, 2], peaks[agent, 16]
         lines.append(
-            f"{agent}: 16 objectives need {large.peak_tokens / small.peak_tokens:.2f}x the peak of 2, "
-            f"{large.peak_tokens_without_prompt / small.peak_tokens_without_prompt:.2f}x without the prompt"
+            f"{agent}: 16 objectives need {large['peak_tokens'] / small['peak_tokens']:.2f}x the peak of 2, "
+            f"{large[bare] / small[bare]:.2f}x without the prompt"
         )
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -23,6 +24,7 @@ class FinishReason(str, Enum):
 
     ANSWERED = "answered"
     ENVIRONMENT = "environment"  # which said so, without an answer
+    TRUNCATED = "truncated"  # by the environment: the task was not over
     TURN_LIMIT = "turn_limit"
     END_OF_TURN = "end_of_turn"  # the policy ended its message without a complete action
     # The environment raised, took too long, or gave something else than the protocol asks for. Such an
@@ -32,6 +34,17 @@ class FinishReason(str, Enum):
 
     def __str__(self) -> str:
         return self.value
+
+
+# Ends that say nothing of what would have followed.
+CUT_OFF = (FinishReason.TURN_LIMIT, FinishReason.TRUNCATED)
+
+
+class TokenReward(NamedTuple):
+    """A reward, and the token of the stream behind which it came."""
+
+    token: int
+    reward: float
 
 
 class Failure(NamedTuple):
@@ -53,6 +66,8 @@ class Trajectory:
     vocabulary: what a trainer recomputes. rollout_logprobs: float32 [n], that with which it was drawn: from
     what `top_k` and `top_p` left, scaled to a sum of 1; 0 for a token of `greedy`, which was certain; None:
     the same. Both 0 for tokens of the environment.
+    rewards: those that are not 0, in order; each counts for the last token that the policy wrote up to its
+    own. score: the other numbers that the environment reported, the latest of each.
     prune, regime, temperature, top_p, top_k, greedy: the rules under which it was rolled out.
     """
 
@@ -60,11 +75,13 @@ class Trajectory:
     segments: list[Segment]
     logprobs: Tensor
     prune: EvictionPolicy
+    rewards: list[TokenReward] = field(default_factory=list)
     score: dict[str, float] = field(default_factory=dict)
     finish_reason: FinishReason = FinishReason.ANSWERED
     error: str = ""  # what went wrong, as in "TimeoutError: no answer in 60 s"
     seconds: float = 0.0  # wall time from the environment's reset to the end, in a batch with others
     objectives: int = 1
+    task: str = ""  # the id of the row that was played, "" where the seed is all there is
     seed: int = 0
     regime: Regime = "carry"
     temperature: float = 1.0
@@ -75,7 +92,9 @@ class Trajectory:
     model: str = ""  # the name of the policy, or the path of its weights
     rollout_logprobs: Tensor | None = None
     failures: list[Failure] = field(default_factory=list)  # earlier attempts at this episode
-    notes: dict[str, Any] = field(default_factory=dict)  # what the environment's score says beside numbers
+    notes: dict[str, Any] = field(default_factory=dict)  # what the environment reported beside numbers
+    invalid_actions: int = 0  # malformed ones, and those that the environment called invalid
+    model_tokens: int = 0  # that went through the model; those of a prompt that another read, not
 
     def __post_init__(self) -> None:
         self.finish_reason = FinishReason(self.finish_reason)
@@ -87,6 +106,9 @@ class Trajectory:
             value = getattr(self, name)
             if value is not None and value.shape != self.tokens.shape:
                 raise ValueError(f"{name}: expected shape {[n]}, got {list(value.shape)}")
+        for token, _ in self.rewards:
+            if not 0 <= token < n:
+                raise ValueError(f"rewards: expected tokens from 0 to {n - 1}, got {token}")
 
     @property
     def error_kind(self) -> str:
@@ -115,7 +137,22 @@ class Trajectory:
 
     @property
     def reward(self) -> float:
-        return self.score.get("reward", 0.0)
+        """The sum of the rewards."""
+        return math.fsum(reward for _, reward in self.rewards)
+
+    def policy_rewards(self) -> Tensor:
+        """float32 [policy tokens]: what came behind each, environment text between them or not.
+
+        Raises ValueError for a reward before the policy's first token.
+        """
+        written = self.policy_mask.long().cumsum(0)
+        rewards = torch.zeros(int(self.policy_mask.sum()), dtype=torch.float64)
+        for token, reward in self.rewards:
+            place = int(written[token]) - 1
+            if place < 0:
+                raise ValueError(f"rewards: expected none before the policy's first token, got token {token}")
+            rewards[place] += reward
+        return rewards.float()
 
     def layout(self, regime: Regime = "carry") -> TrajectoryLayout:
         """The stream on which a trainer recomputes this trajectory's log-probs."""
@@ -139,6 +176,8 @@ class Trajectory:
             # Of a function of one's own, what it has decided: any program can read that.
             "prune": short_form(self.prune) or asdict(eviction_table(self.segments, self.prune).recorded()),
             "finish_reason": self.finish_reason.value,
+            "reward": self.reward,
+            "rewards": [list(reward) for reward in self.rewards],
             "peak_tokens": self.peak_tokens(),
             "dependency_length": self.dependency_length(),
             "failures": [failure._asdict() for failure in self.failures],
@@ -161,6 +200,7 @@ class Trajectory:
             segments=[Segment(*segment) for segment in data["segments"]],
             logprobs=torch.tensor(data["logprobs"], dtype=torch.float32),
             rollout_logprobs=None if rollout_logprobs is None else torch.tensor(rollout_logprobs),
+            rewards=[TokenReward(*reward) for reward in data["rewards"]],
             failures=[Failure(**failure) for failure in data.get("failures", [])],
             finish_reason=FinishReason(data["finish_reason"]),
             prune=Recorded(tuple(prune["lifetimes"]), prune["rule"]) if isinstance(prune, dict) else prune,
@@ -170,6 +210,6 @@ class Trajectory:
 
 # The fields that are as they are in JSON.
 _PLAIN = (
-    *("seed", "sampling_seed", "model", "objectives", "error", "score", "notes", "seconds"),
-    *("regime", "temperature", "top_p", "top_k", "greedy"),
+    *("task", "seed", "sampling_seed", "model", "objectives", "error", "score", "notes", "seconds"),
+    *("regime", "temperature", "top_p", "top_k", "greedy", "invalid_actions", "model_tokens"),
 )

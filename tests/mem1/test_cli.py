@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from mem1.checks import InputError
-from mem1.cli import main
+from mem1.cli import RUNS, main
+from mem1.commands.options import build_parser
+from mem1.commands.world_options import rollout_config
 from mem1.config import ModelConfig, PPOConfig, RolloutConfig, TrainConfig, WarmStartConfig
-from mem1.options import build_parser, rollout_config
 from mem1.runtime.device import whereabouts
 from mem1.seeds import LARGEST, derive_seed
 from mem1.train import checkpoint
@@ -29,7 +30,9 @@ def model(make_model, tokenizer, tmp_path) -> str:
 def trained(monkeypatch) -> list[tuple[TrainConfig, Path, dict[str, Any]]]:
     """What `mem1 train` calls `train` with; nothing is trained."""
     calls: list[tuple[TrainConfig, Path, dict[str, Any]]] = []
-    monkeypatch.setattr("mem1.cli.train", lambda config, out, **rest: calls.append((config, out, rest)))
+    monkeypatch.setattr(
+        "mem1.commands.train_command.train", lambda config, out, **rest: calls.append((config, out, rest))
+    )
     return calls
 
 
@@ -37,13 +40,14 @@ def test_every_command_has_help(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    assert {"train", "eval", "rollout", "demo"} <= set(capsys.readouterr().out.replace(",", " ").split())
-    for command in ("train", "eval", "rollout", "demo"):
+    assert {*RUNS} <= set(capsys.readouterr().out.replace(",", " ").split())
+    for command in RUNS:
         with pytest.raises(SystemExit):
             main([command, "--help"])
         said = capsys.readouterr().out
-        assert "--seed" in said and "-seconds" not in said and "(default: None)" not in said
-        assert ("--device" in said) == (command != "demo")
+        assert "-seconds" not in said and "(default: None)" not in said
+        assert ("--seed" in said) == (command in ("train", "eval", "rollout", "demo"))
+        assert ("--device" in said) == (command in ("train", "eval", "rollout"))
 
 
 def test_the_settings_of_a_training_run(trained, tmp_path):
@@ -138,10 +142,12 @@ def test_a_setting_out_of_range_is_one_line(capsys, tmp_path, trained, arguments
         (["--device", "cuda:99"], "device: expected one of auto, cpu"),
     ],
 )
-def test_a_world_or_a_device_that_cannot_be_is_one_line(capsys, model, command, arguments, message):
-    assert main([command, "--model", model, *arguments]) == 2
+def test_a_world_or_a_device_that_cannot_be_is_one_line(capsys, model, tmp_path, command, arguments, message):
+    where = ["--out", str(tmp_path / "results")] if command == "eval" else []
+    assert main([command, "--model", model, *where, *arguments]) == 2
     said = capsys.readouterr()
     assert message in said.err and said.err.count("\n") == 1 and said.out == ""
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(
@@ -157,10 +163,19 @@ def test_the_parser_refuses(capsys, arguments):
     assert f"argument {arguments[0]}: expected" in capsys.readouterr().err
 
 
-def test_a_window_of_no_tokens_is_refused(capsys):
+@pytest.mark.parametrize(
+    ("agent", "message"),
+    [
+        ("truncate=0", "tokens: expected an integer >= 1, got 0"),
+        ("truncate=", "agents: expected one of mem1, mem1-reencode, full-context, truncate[=N]"),
+        ("mem1=3", "agents: expected one of mem1, mem1-reencode"),
+        ("", "agents: expected one of mem1, mem1-reencode"),
+    ],
+)
+def test_an_agent_that_is_none_is_refused(capsys, agent, message):
     with pytest.raises(SystemExit):
-        main(["eval", "--model", "somewhere", "--truncate", "0"])
-    assert "argument --truncate: expected an integer >= 1, got 0" in capsys.readouterr().err
+        main(["eval", "--model", "somewhere", "--agents", agent])
+    assert f"argument --agents: {message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["eval", "rollout"])
@@ -194,7 +209,7 @@ def test_what_is_no_error_of_the_user_keeps_its_traceback(monkeypatch, error):
     def breaks(*arguments, **settings):
         raise error
 
-    monkeypatch.setattr("mem1.cli.train", breaks)
+    monkeypatch.setattr("mem1.commands.train_command.train", breaks)
     with pytest.raises(type(error), match=str(error)):
         main(["train"])
 
@@ -218,14 +233,15 @@ def test_the_exit_status_says_how_it_ended(capsys, monkeypatch, error, status, l
     def stops(*arguments, **settings):
         raise error
 
-    monkeypatch.setattr("mem1.cli.train", stops)
+    monkeypatch.setattr("mem1.commands.train_command.train", stops)
     assert main(["train"]) == status
     assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize("command", ["eval", "rollout"])
-def test_the_first_line_says_where_it_runs(capsys, model, command):
-    few = [
+def test_the_first_line_says_where_it_runs(capsys, model, tmp_path, command):
+    few = ["--out", str(tmp_path / "eval")] if command == "eval" else []
+    few += [
         "--episodes",
         "1",
         "--max-turns",
@@ -247,33 +263,6 @@ def test_the_first_line_says_where_it_runs(capsys, model, command):
     assert ", 1 thread; float32" in expected
 
 
-def test_eval_compares_the_agents(capsys, model):
-    sizes = ["--objectives", "1", "2", "--episodes", "2", "--max-turns", "3", "--max-action-tokens", "24"]
-    assert main(["eval", "--model", model, *sizes, "--truncate", "30"]) == 0
-    out = capsys.readouterr().out
-    assert out.count("full context") >= 3
-    assert out.count("truncated to 30") == 3, "the title of its parity, and a row for 1 and 2 objectives"
-    assert "peak_tokens_without_prompt" in out and "max_dlogp" in out and " errors |" in out
-
-
-def test_eval_refuses_a_row_that_the_model_has_no_positions_for(capsys, make_model, tokenizer, tmp_path):
-    model = checkpoint.save(tmp_path / "small", make_model(max_position_embeddings=16384), tokenizer)
-    assert main(["eval", "--model", str(model), "--objectives", "1", "16"]) == 2
-    said = capsys.readouterr()
-    assert "max_position_embeddings: expected at least" in said.err and "objectives 1/" not in said.out
-    assert said.out.count("\n") == 4, "where it runs and what was loaded, and no row"
-
-
-def test_eval_with_a_world_that_is_down_shows_it(capsys, model, monkeypatch):
-    def down(self, seed):
-        raise ConnectionError("no answer")
-
-    monkeypatch.setattr("mem1.options.MultiHopEnv.reset", down)
-    assert main(["eval", "--model", model, "--objectives", "1", "--episodes", "2"]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if "2: ConnectionError 2" in line]
-    assert len(rows) == 2 and all(row.count(" - |") == 11 for row in rows)
-
-
 def test_rollout_prints_transcripts_or_saves_trajectories(capsys, model, tmp_path):
     assert main(["rollout", "--model", model, "--episodes", "1", "--max-turns", "40", "--expert"]) == 0
     assert "answered, reward 1.000" in capsys.readouterr().out
@@ -288,10 +277,10 @@ def test_rollout_prints_transcripts_or_saves_trajectories(capsys, model, tmp_pat
 
 
 def test_a_rollout_of_which_nothing_is_left_has_failed(capsys, model, tmp_path, monkeypatch):
-    def down(self, seed):
+    def down(self, seed, task=None):
         raise KeyError("x")
 
-    monkeypatch.setattr("mem1.options.MultiHopEnv.reset", down)
+    monkeypatch.setattr("mem1.envs.worlds.MultiHopEnv.reset", down)
     saved = tmp_path / "t.jsonl"
     assert main(["rollout", "--model", model, "--episodes", "2", "--out", str(saved)]) == 2
     told = capsys.readouterr()
@@ -318,7 +307,7 @@ def test_trajectories_are_written_whole_or_not_at_all(capsys, model, tmp_path, m
         raise OSError("disk")
         yield
 
-    monkeypatch.setattr("mem1.cli.rollout", breaks)
+    monkeypatch.setattr("mem1.commands.rollout_command.rollout", breaks)
     with pytest.raises(OSError, match="disk"):
         main(["rollout", "--model", model, "--out", str(saved)])
     assert saved.read_text() == "old"

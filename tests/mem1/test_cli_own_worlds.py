@@ -13,7 +13,7 @@ from mem1.train import checkpoint
 from mem1.trajectory import Trajectory
 
 WORLD = '''
-from mem1.envs.base import ExpertAction, Observation
+from mem1.envs.base import ExpertAction, Step
 from mem1.parsing.action import Action
 
 class Guess:
@@ -24,15 +24,13 @@ class Guess:
     def __init__(self, words="north", boss="ada"):
         self.words, self.boss, self.reward = words, boss, 0.0
 
-    def reset(self, seed):
+    def reset(self, seed, task=None):
         return f"who is the boss of {self.words} ?"
 
     def step(self, action):
         self.reward = float(action.kind == "answer")
-        return Observation(f"the boss is {self.boss}", self.reward, self.reward > 0)
-
-    def score(self):
-        return {"reward": self.reward, "exact_match": self.reward, "f1": self.reward}
+        info = {"exact_match": self.reward, "f1": self.reward}
+        return Step(f"the boss is {self.boss}", self.reward, self.reward > 0, info=info)
 
 class Taught(Guess):
     def expert_action(self):

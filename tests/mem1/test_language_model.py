@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from mem1.config import RolloutConfig
-from mem1.envs.base import Action, ExpertAction, Observation
+from mem1.envs.base import Action, ExpertAction, Step
 from mem1.models.load import load
 from mem1.rollout.rollout_loop import rollout
 from mem1.train.batches import PackedBatch, pack, recompute_logprobs
@@ -115,7 +115,7 @@ class Reader:
     def __init__(self, passages: list[str]) -> None:
         self.passages = passages
 
-    def reset(self, seed: int) -> str:
+    def reset(self, seed: int, task=None) -> str:
         self.rng, self.turn, self.read = random.Random(seed), 0, ""
         return "Read on, and note what you read.\n" + self.text(2)
 
@@ -127,12 +127,9 @@ class Reader:
         kind = "answer" if self.turn == 4 else "query"
         return ExpertAction(self.read[:150], Action(kind, self.read[-40:]))
 
-    def step(self, action: Action) -> Observation:
+    def step(self, action: Action) -> Step:
         self.turn += 1
-        return Observation(self.text(self.rng.randint(3, 5)), 0.0, action.kind == "answer")
-
-    def score(self) -> dict[str, float]:
-        return {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
+        return Step(self.text(self.rng.randint(3, 5)), 0.0, action.kind == "answer")
 
 
 @pytest.fixture(scope="module")
@@ -236,10 +233,10 @@ def test_greedy_text_is_that_of_generate(folder: Path, passages: list[str]) -> N
     model, tokenizer = model_of(folder, "mem1", torch.float32)
 
     class Whole(Reader):
-        def step(self, action: Action) -> Observation:
-            return Observation("", 0.0, True)
+        def step(self, action: Action) -> Step:
+            return Step("", 0.0, True)
 
-        def reset(self, seed: int) -> str:
+        def reset(self, seed: int, task=None) -> str:
             return "\n".join(self.passages[10 * seed : 10 * seed + 8])
 
     config = RolloutConfig(num_slots=2, max_turns=1, max_action_tokens=48, greedy=True, kv_memory=0.3)

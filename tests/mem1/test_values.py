@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mem1.config import RolloutConfig
-from mem1.envs.base import Action, ExpertAction, Observation
+from mem1.envs.base import Action, ExpertAction, Step
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.parsing.codec import Codec
 from mem1.rollout.call_pool import try_call
@@ -21,7 +21,7 @@ from mem1.rollout.rollout_loop import rollout
 from mem1.trajectory import Trajectory
 
 CONFIG = RolloutConfig(max_action_tokens=8, max_turns=2, env_retries=0)
-SCORE = {"reward": 0.5, "exact_match": 1, "f1": 1.0}
+INFO = {"exact_match": 1, "f1": 1.0}
 
 
 class Word(str):
@@ -38,20 +38,18 @@ class World:
 
     objectives: object = 2
 
-    def __init__(self, prompt: object = "ada boss ?", text: object = "anna", score: object = None, **other):
+    def __init__(self, prompt: object = "ada boss ?", text: object = "anna", **other):
         self.prompt, self.text, self.steps = prompt, text, 0
-        self.given, self.done = SCORE if score is None else score, other.get("done", (False, True))
-        self.objectives = other.get("objectives", 2)
+        self.reward, self.info = other.get("reward", 0.5), other.get("info", INFO)
+        self.done, self.objectives = other.get("done", (False, True)), other.get("objectives", 2)
 
-    def reset(self, seed: int) -> object:
+    def reset(self, seed: int, task=None) -> object:
         return self.prompt
 
-    def step(self, action) -> Observation:
+    def step(self, action) -> Step:
         self.steps += 1
-        return Observation(self.text, 0.0, self.done[self.steps - 1])
-
-    def score(self) -> object:
-        return self.given
+        done = self.done[self.steps - 1]
+        return Step(self.text, self.reward if self.steps == 2 else 0.0, done, info=self.info)
 
 
 def play(tokenizer, **values) -> Trajectory:
@@ -74,16 +72,14 @@ WRONG = [
     ("reset", 3, "TypeError: reset: expected str, got int 3"),
     ("reset", None, "TypeError: reset: expected str, got NoneType None"),
     ("reset", " ", "ValueError: reset: expected a prompt of at least one token and at most max_prompt"),
-    ("step", None, "TypeError: step: expected Observation, got NoneType None"),
-    ("step", Observation(None, 0.0, False), "TypeError: step: text: expected str, got NoneType None"),
-    ("step", Observation("anna", 0.0, "no"), "TypeError: step: done: expected bool, got str 'no'"),
-    ("score", None, "TypeError: score: expected dict, got NoneType None"),
-    (
-        "score",
-        {"reward": 1.0},
-        "ValueError: score: expected numbers, finite in float32, for reward, exact_match",
-    ),
-    ("score", {"reward": "1", "exact_match": 1, "f1": 1}, "ValueError: score: expected numbers, finite"),
+    ("step", None, "TypeError: step: expected a Step, or another tuple of five, got NoneType None"),
+    ("step", ("anna", 0.0, False), "TypeError: step: expected a Step, or another tuple of five, got tuple"),
+    ("step", Step(None), "TypeError: step: observation: expected str, got NoneType None"),
+    ("step", Step("anna", 0.0, "no"), "TypeError: step: terminated: expected bool, got str 'no'"),
+    ("step", Step("anna", truncated=None), "TypeError: step: truncated: expected bool, got NoneType None"),
+    ("step", Step("anna", "1"), "ValueError: step: reward: expected a number with which the square of all"),
+    ("step", Step("anna", info=None), "TypeError: step: info: expected Mapping, got NoneType None"),
+    ("step", Step("anna", info={"f1": 1e39}), "ValueError: step: info: expected numbers that are finite"),
     ("expert_action", None, "TypeError: expert_action: expected ExpertAction, got NoneType None"),
     (
         "expert_action",
@@ -102,7 +98,7 @@ def test_a_wrong_value_ends_its_own_episode_only(make_model, tokenizer, method, 
     config = RolloutConfig(max_action_tokens=24, max_turns=6, episode_retries=0)
     played = {t.seed: t for t in rollout(make_model(), tokenizer, make, range(3), config, expert=True)}
     assert played[1].error.startswith(message)
-    assert played[1].score == {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
+    assert played[1].score == {} and played[1].reward == 0.0
     assert played[1].to_json()
     assert played[0].reward == played[2].reward == 1.0
 
@@ -124,7 +120,7 @@ def test_flags(tokenizer, done):
 @pytest.mark.parametrize("done", [2, -1, None, "no", 1.0, np.array([True]), []])
 def test_no_flags(tokenizer, done):
     error = play(tokenizer, done=(done, True)).error
-    assert error.startswith("TypeError: step: done: expected bool, got ")
+    assert error.startswith("TypeError: step: terminated: expected bool, got ")
 
 
 @pytest.mark.parametrize("objectives", [3, np.int64(3), np.array(3), torch.tensor(3)])
@@ -167,8 +163,9 @@ def test_texts(tokenizer, text):
     ],
 )
 def test_numbers(tokenizer, reward, expected):
-    played = play(tokenizer, score=SCORE | {"reward": reward, "calls": np.int64(7)})
-    assert played.score == {"reward": expected, "exact_match": 1.0, "f1": 1.0, "calls": 7.0}
+    played = play(tokenizer, reward=reward, info=INFO | {"calls": np.int64(7), "share": reward})
+    assert played.reward == expected and type(played.rewards[0].reward) is float
+    assert played.score == {"exact_match": 1.0, "f1": 1.0, "calls": 7.0, "share": expected}
     assert {type(value) for value in played.score.values()} == {float}
 
 
@@ -187,14 +184,15 @@ def test_numbers(tokenizer, reward, expected):
 )
 @pytest.mark.parametrize("name", ["reward", "calls"])
 def test_numbers_beyond_float32_end_their_episode(tokenizer, name, number):
-    played = play(tokenizer, score=SCORE | {name: number})
-    assert played.error.startswith("ValueError: score: expected numbers, finite in float32")
-    assert played.score == {"reward": 0.0, "exact_match": 0.0, "f1": 0.0} and played.notes == {}
+    given = {"reward": number} if name == "reward" else {"info": INFO | {name: number}}
+    played = play(tokenizer, **given)
+    assert played.error.startswith("ValueError: step: ") and "finite in float32" in played.error
+    assert played.score == {} and played.notes == {} and played.rewards == []
 
 
 @pytest.mark.parametrize("reward", [None, "1", [1.0], 1j, torch.ones(2)])
 def test_no_rewards(tokenizer, reward):
-    assert play(tokenizer, score=SCORE | {"reward": reward}).error_kind == "ValueError"
+    assert play(tokenizer, reward=reward).error_kind == "ValueError"
 
 
 def test_what_is_no_number_is_a_note(tokenizer):
@@ -212,8 +210,8 @@ def test_what_is_no_number_is_a_note(tokenizer):
         "circle": circle,
         5: "five",
     }
-    played = play(tokenizer, score=SCORE | given)
-    assert played.finish_reason == "environment" and played.score == SCORE
+    played = play(tokenizer, info=INFO | given)
+    assert played.finish_reason == "environment" and played.score == INFO
     assert played.notes == {
         "judge": "good",
         "detail": None,

@@ -1,4 +1,7 @@
-"""What the loop asks of an environment: text in, text out, a reward at the end.
+"""What the loop asks of an environment: text in, text out, rewards at any step.
+
+    observation = environment.reset(seed, task)
+    observation, reward, terminated, truncated, info = environment.step(action)
 
 An environment never sees tokens. The loop reads actions from what the policy wrote, and from nothing else: a
 tag that occurs in an environment's text is only a word.
@@ -6,21 +9,34 @@ tag that occurs in an environment's text is only a word.
 
 from __future__ import annotations
 
+import random
+from collections.abc import Awaitable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from mem1.parsing.action import Action
 from mem1_core.eviction_policies import EvictionPolicy
 from mem1_core.segments import Segment
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-class Observation(NamedTuple):
-    """What the environment says to an action: `text` goes into `<info>`, without its tags. `reward` is for
-    whoever steps an environment by hand: the loop takes the episode's from `score()`.
+
+class Step(NamedTuple):
+    """What comes of an action; any tuple of five in this order will do.
+
+    observation: goes into `<info>`, without its tags; nobody reads that of the last step. reward: of this
+    step; those of an episode are added up, and each counts for the last token that the policy wrote before
+    it. terminated: the task is over. truncated: it is not, but goes on no further. info: numbers, which go to
+    `Trajectory.score` under their names (the latest of each counts), and all else,
+    which goes to `Trajectory.notes`; a true `invalid_action` counts the action in
+    `Trajectory.invalid_actions`.
     """
 
-    text: str
-    reward: float
-    done: bool
+    observation: str
+    reward: float = 0.0
+    terminated: bool = False
+    truncated: bool = False
+    info: Mapping[str, Any] = NOTHING
 
 
 class ExpertAction(NamedTuple):
@@ -41,41 +57,33 @@ class Example(NamedTuple):
 
 
 class Environment(Protocol):
-    """A task of one or more objectives that is worked on in turns.
+    """A task that is worked on in turns. Methods may be coroutines (`async def`).
 
-    `objectives` is the number of objectives of the current episode (before the first `reset`: the most there
-    can be). `step` answers every text, malformed ones included, and never raises because of what the policy
-    wrote.
+    May have more than the two methods: `objectives`, the number of objectives of the current episode (1);
+    `close()`, called when the episode is over, whatever ended it.
 
     In a rollout, methods are called on a thread while other episodes go on (an environment with an attribute
-    `run_inline = True`, which computes its answers in microseconds and cannot hang, is called directly). An
-    answer that takes longer than `RolloutConfig.env_timeout`, retries included, and whatever a method raises
-    or gives against its signature ends this episode, with reward 0, `finish_reason`
-    "environment_error" and an `error` that names it; the episode is then played again in a new environment,
-    `episode_retries` times. Numbers may be numpy's or torch's.
+    `run_inline = True`, which computes its answers in microseconds and cannot hang, is called directly);
+    coroutines share one event loop, which none of them may block. An answer that takes longer than
+    `RolloutConfig.env_timeout`, retries included, and whatever a method raises or gives against its signature
+    ends this episode, with reward 0, `finish_reason` "environment_error" and an `error` that names it; the
+    episode is then played again in a new environment, `episode_retries` times. Numbers may be numpy's or
+    torch's, finite in float32, and the square of all rewards together as well.
 
     A call that raises one of the exception types in an attribute `retryable` is made again, `env_retries`
-    times: it must have changed nothing. Without that attribute it is `(OSError,)`, to which ConnectionError
-    and TimeoutError belong; the time-outs of httpx and aiohttp's client do not.
+    times: it must have changed nothing. Without that attribute it is `(OSError,)`, to which ConnectionError,
+    TimeoutError and the errors of aiohttp's connections belong.
     """
 
-    objectives: int
-
-    def reset(self, seed: int) -> str:
-        """Start an episode, all of which follows from `seed` and the actions; return the prompt: at least one
-        token.
+    def reset(self, seed: int, task: Any = None) -> str | Awaitable[str]:
+        """Start an episode, all of which follows from `seed`, `task` and the actions; return the prompt: at
+        least one token. task: a row of a task set (`mem1.envs.tasks`), None where there is none.
         """
         ...
 
-    def step(self, action: Action) -> Observation:
-        """Take one action. Raises RuntimeError only if there is no running episode."""
-        ...
-
-    def score(self) -> dict[str, Any]:
-        """`reward`, usually in [0, 1]; `exact_match`, `f1` summed over objectives. All 0 before the answer.
-
-        More entries may follow: numbers go with these to `Trajectory.score`, all else to `Trajectory.notes`.
-        Numbers must be finite in float32.
+    def step(self, action: Action) -> Step | Awaitable[Step]:
+        """Take one action. Answers every text, malformed ones included, and never raises because of what the
+        policy wrote. Raises RuntimeError only if there is no running episode.
         """
         ...
 
@@ -85,4 +93,12 @@ class ExpertEnvironment(Environment, Protocol):
 
     def expert_action(self) -> ExpertAction:
         """The expert's next action, given what has been asked so far in this episode."""
+        ...
+
+
+class SampledEnvironment(Environment, Protocol):
+    """An environment that knows what could be done now: for an agent that acts at random."""
+
+    def random_action(self, rng: random.Random) -> ExpertAction:
+        """One of the actions that are possible now."""
         ...

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,23 +37,27 @@ def evaluate(
     objectives: int,
     episodes: int = 16,
     seed: int = 0,
+    tasks: Sequence[Any] | None = None,
     engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> tuple[Result, list[Trajectory]]:
     """Let the policy play `episodes` episodes: a row of the table, named by `agent` and `objectives`.
 
-    The episodes follow from `seed`: every agent gets the same, and training never saw them. engine: one of
-    this model, kept from row to row, as for `rollout`. A row is a phase of `progress`; None says nothing.
+    The episodes follow from `seed`: every agent gets the same, and training never saw them. tasks: a row for
+    each. engine: one of this model, kept from row to row, as for `rollout`. A row is a phase of `progress`;
+    None says nothing.
     """
     require(episodes >= 1, "episodes", "an integer >= 1", episodes)
     progress = progress or Progress(log=lambda line: None)
-    start, played = time.perf_counter(), []
+    played = []
     with progress.phase(f"{agent}, {objectives} objective" + "s" * (objectives > 1), total=episodes) as phase:
         seeds = evaluation_seeds(seed, episodes)
-        for trajectory in rollout(model, tokenizer, make_environment, seeds, config, engine=engine):
+        for trajectory in rollout(
+            model, tokenizer, make_environment, seeds, config, tasks=tasks, engine=engine
+        ):
             played.append(trajectory)
             phase.advance()
-    return summarize(agent, objectives, played, time.perf_counter() - start), played
+    return summarize(agent, objectives, played), played
 
 
 def evaluate_expert(
@@ -66,6 +69,7 @@ def evaluate_expert(
     objectives: int,
     episodes: int = 4,
     seed: int = 0,
+    tasks: Sequence[Any] | None = None,
 ) -> tuple[Result, list[Trajectory]]:
     """The environment's expert in the place of the policy, without a model: what memory a finished job takes.
 
@@ -73,8 +77,12 @@ def evaluate_expert(
     the expert's notes and turns grow with the task, and only what is asked of it may end an episode.
     """
     require(episodes >= 1, "episodes", "an integer >= 1", episodes)
+    seeds = evaluation_seeds(seed, episodes)
+    played = list(play_expert(tokenizer, make_environment, seeds, without_limits(config), tasks))
+    return summarize(agent, objectives, played), played
+
+
+def without_limits(config: RolloutConfig) -> RolloutConfig:
+    """`config` with limits that no episode reaches."""
     limits = dict.fromkeys("max_prompt_tokens max_turns max_action_tokens max_info_tokens".split(), _NO_LIMIT)
-    free = replace(config, max_state_tokens=None, **limits)
-    start = time.perf_counter()
-    played = list(play_expert(tokenizer, make_environment, evaluation_seeds(seed, episodes), free))
-    return summarize(agent, objectives, played, time.perf_counter() - start), played
+    return replace(config, max_state_tokens=None, **limits)

@@ -25,13 +25,42 @@ def plot_peaks(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
     for ax, (name, title) in zip(axes, sides, strict=True):
         for agent in dict.fromkeys(result.agent for result in results):
             rows = sorted((r for r in results if r.agent == agent), key=lambda r: r.objectives)
-            ax.plot([r.objectives for r in rows], [getattr(r, name) for r in rows], marker="o", label=agent)
+            ax.plot([r.objectives for r in rows], [r[name] for r in rows], marker="o", label=agent)
         ticks = sorted({r.objectives for r in results})
         ax.set(xscale="log", yscale="log", xlabel="objectives", ylabel="peak tokens", title=title)
         ax.set_xticks(ticks, [str(tick) for tick in ticks])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.savefig(path)
+
+
+def plot_results(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
+    """Objectives answered right, peak tokens, dependency length and seconds against the number of objectives,
+    a line per agent with 95 % intervals.
+    """
+    figure, axes = _figure(2, 2)
+    panels = {
+        "exact_match": "exact matches (sum)",
+        "peak_tokens": "peak tokens",
+        "dependency_length_without_prompt": "dependency length (token pairs)",
+        "seconds": "seconds an episode",
+    }
+    ticks = sorted({r.objectives for r in results})
+    for ax, (name, title) in zip(axes.flat, panels.items(), strict=True):
+        for agent in dict.fromkeys(result.agent for result in results):
+            known = [(r.objectives, r.means[name]) for r in results if r.agent == agent and name in r.means]
+            points = sorted((n, mean) for n, mean in known if mean.count)
+            values = [mean.value for _, mean in points]
+            ends = [[m.value - m.low for _, m in points], [m.high - m.value for _, m in points]]
+            ax.errorbar([n for n, _ in points], values, ends, marker="o", capsize=2, label=agent)
+        ax.set(xscale="log", xlabel="objectives", title=title)
+        ax.set_xticks(ticks, [str(tick) for tick in ticks])
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+        if name != "exact_match":
+            ax.set_yscale("symlog", linthresh=1.0)
+    figure.legend(*axes.flat[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path)
 
 

@@ -1,21 +1,24 @@
-"""What an evaluation yields: a row for each agent and number of objectives, and the table of them."""
+"""What an evaluation yields: a row for each agent and number of objectives, and tables of them."""
 
 from __future__ import annotations
 
+import csv
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from statistics import fmean
-from typing import Any
+from typing import Any, TextIO
 
-from mem1.trajectory import FinishReason, Trajectory
+from mem1.metrics import Mean, means
+from mem1.trajectory import Trajectory
+
+FACTS = ("agent", "objectives", "episodes", "errors", "replays")  # of a row, beside its means
 
 
 @dataclass(frozen=True)
 class Result:
-    """Means over the sound episodes of one agent at one number of objectives; NaN if there is none. Lengths
-    in tokens, time per episode.
+    """The episodes of one agent at one number of objectives. `row["reward"]` is the mean of a metric of
+    `mem1.metrics`, NaN if no sound episode has it.
     """
 
     agent: str
@@ -23,17 +26,19 @@ class Result:
     episodes: int  # with those that went wrong
     errors: dict[str, int]  # episodes that went wrong, by kind: they are in none of the means
     replays: int  # attempts that the environment ended, and that were played again
-    reward: float  # share of objectives answered right
-    exact_match: float  # objectives answered right, as the paper sums them
-    f1: float
-    answered: float  # share of episodes that ended with an answer
-    turns: float
-    tokens: float
-    peak_tokens: float  # most tokens live at once
-    peak_tokens_without_prompt: float
-    dependency_length: float  # token pairs
-    dependency_length_without_prompt: float  # as the paper counts them
-    seconds: float  # wall time of all episodes, over the sound ones
+    means: dict[str, Mean]
+
+    def __getitem__(self, metric: str) -> float:
+        return self.means[metric].value if metric in self.means else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat, as JSON has it: a mean under its own name, its interval under `..._interval`; null: NaN."""
+        record: dict[str, Any] = {name: getattr(self, name) for name in FACTS}
+        for name, mean in self.means.items():
+            known = mean.count > 0
+            record[name] = mean.value if known else None
+            record[f"{name}_interval"] = [mean.low, mean.high] if known else None
+        return record
 
 
 def error_counts(trajectories: Sequence[Trajectory]) -> dict[str, int]:
@@ -42,50 +47,60 @@ def error_counts(trajectories: Sequence[Trajectory]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def summarize(agent: str, objectives: int, trajectories: Sequence[Trajectory], seconds: float) -> Result:
-    """One row of the table; `seconds` is the wall time of all `trajectories` together."""
+def summarize(agent: str, objectives: int, trajectories: Sequence[Trajectory]) -> Result:
+    """One row of the table."""
     if not trajectories:
         raise ValueError(
             f"trajectories: expected at least one for {agent} at {objectives} objectives, got none"
         )
-    sound = [t for t in trajectories if not t.error_kind]
-
-    def mean(value: Callable[[Trajectory], float]) -> float:
-        return fmean(map(value, sound)) if sound else math.nan
-
     return Result(
         agent=agent,
         objectives=objectives,
         episodes=len(trajectories),
         errors=error_counts(trajectories),
         replays=sum(len(t.failures) for t in trajectories),
-        reward=mean(lambda t: t.reward),
-        exact_match=mean(lambda t: t.score.get("exact_match", 0.0)),
-        f1=mean(lambda t: t.score.get("f1", 0.0)),
-        answered=mean(lambda t: t.finish_reason == FinishReason.ANSWERED),
-        turns=mean(lambda t: t.turns),
-        tokens=mean(lambda t: t.tokens.numel()),
-        peak_tokens=mean(lambda t: t.peak_tokens()),
-        peak_tokens_without_prompt=mean(lambda t: t.peak_tokens(prompt=False)),
-        dependency_length=mean(lambda t: t.dependency_length()),
-        dependency_length_without_prompt=mean(lambda t: t.dependency_length(prompt=False)),
-        seconds=seconds / len(sound) if sound else math.nan,
+        means=means(trajectories),
     )
 
 
+def write_csv(results: Sequence[Result], file: TextIO) -> None:
+    """A line per row: its facts, then each metric with the ends of its interval."""
+    metrics = list(dict.fromkeys(name for row in results for name in row.means))
+    header = [*FACTS, *(column for name in metrics for column in (name, f"{name}_low", f"{name}_high"))]
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(header)
+    nothing = Mean.of([])
+    for row in results:
+        facts = [row.agent, row.objectives, row.episodes, sum(row.errors.values()), row.replays]
+        values = [value for name in metrics for value in row.means.get(name, nothing)[:3]]
+        writer.writerow([*facts, *("" if math.isnan(value) else value for value in values)])
+
+
 def table(rows: Sequence[Any], columns: Sequence[str] | None = None) -> str:
-    """Dataclass instances as a Markdown table, one line each; `columns` picks and orders the fields."""
+    """Dataclass instances as a Markdown table, one line each; `columns` picks and orders the fields, of a
+    `Result` its metrics too, which stand with their intervals.
+    """
     if not rows:
         return "(no rows)"
     names = list(columns or (field.name for field in fields(rows[0])))
-    cells = [[_cell(getattr(row, name)) for name in names] for row in rows]
-    widths = [max(len(line[i]) for line in [names, *cells]) for i in range(len(names))]
+    return markdown(names, [[_cell(_value(row, name)) for name in names] for row in rows])
+
+
+def markdown(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with columns of equal width."""
+    widths = [max(len(line[i]) for line in [header, *cells]) for i in range(len(header))]
     rule = "|".join("-" * (width + 2) for width in widths)
     body = [
         " | ".join(value.rjust(width) for value, width in zip(line, widths, strict=True))
-        for line in [names, *cells]
+        for line in [header, *cells]
     ]
     return "\n".join([f"| {body[0]} |", f"|{rule}|", *(f"| {line} |" for line in body[1:])])
+
+
+def _value(row: Any, name: str) -> Any:
+    if isinstance(row, Result) and name not in FACTS:
+        return row.means.get(name, Mean.of([]))
+    return getattr(row, name)
 
 
 def _cell(value: object) -> str:
@@ -93,6 +108,9 @@ def _cell(value: object) -> str:
     if isinstance(value, dict):
         kinds = ", ".join(f"{name} {count}" for name, count in value.items())
         return f"{sum(value.values())}" + (f": {kinds}" if kinds else "")
+    if isinstance(value, Mean):
+        width = f" [{_cell(value.low)}, {_cell(value.high)}]" if value.low != value.high else ""
+        return "-" if not value.count else f"{_cell(value.value)}{width}"
     if not isinstance(value, float):
         return str(value)
     if math.isnan(value):

@@ -100,10 +100,7 @@ def load(
     _check_files(path)
     register()
     model = _model(path, dtype, attention)
-    # AutoTokenizer puts the tokenizer class of the architecture over the one that was saved (for qwen2 a
-    # byte-level one); tokenizer.json says all there is to say.
-    fast = (path / "tokenizer.json").is_file()
-    tokenizer = (PreTrainedTokenizerFast if fast else AutoTokenizer).from_pretrained(path)
+    tokenizer = load_tokenizer(path)
     known, rows = 1 + max(tokenizer.get_vocab().values(), default=-1), _rows(model)
     if known > rows:
         expected = f"at most {rows} tokens, the rows of the embedding"
@@ -112,6 +109,21 @@ def load(
     if attention == NAME:
         check_policy(model)
     return LoadedModel(model, tokenizer, load_report(model, tokenizer, str(path_or_id)))
+
+
+def load_tokenizer(path_or_id: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, of a folder or an id; of a folder it is all that need be there. InputError if
+    there is none.
+    """
+    path = Path(path_or_id)
+    if not (path / "tokenizer.json").is_file():
+        path = _folder(path_or_id)
+        _check_files(path)
+    # AutoTokenizer puts the tokenizer class of the architecture over the one that was saved (for qwen2 a
+    # byte-level one); tokenizer.json says all there is to say.
+    fast = (path / "tokenizer.json").is_file()
+    check_json(path / "tokenizer.json")
+    return (PreTrainedTokenizerFast if fast else AutoTokenizer).from_pretrained(path)
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -6,6 +6,7 @@ import math
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
@@ -28,6 +29,7 @@ class CallPool(Generic[_Key, _Value]):
         self._pending: dict[int, tuple[_Key, _Call[_Value]]] = {}
         self._finished: queue.SimpleQueue[tuple[int, _Value | BaseException]] = queue.SimpleQueue()
         self._submitted = 0
+        self._detached: list[_Call[None]] = []
 
     @property
     def num_pending(self) -> int:
@@ -48,6 +50,24 @@ class CallPool(Generic[_Key, _Value]):
             _THREADS.submit(call)
         except RuntimeError as error:  # the system gives no thread
             call.finish(RuntimeError(f"{error}; {_THREADS.num_hanging()} calls hang"))
+
+    def detach(self, function: Callable[[float], None]) -> None:
+        """Call `function(deadline)` on a thread; of what it raises there is a warning."""
+        self._detached = [call for call in self._detached if not call.over()]
+        deadline = time.monotonic() + self.timeout
+        call = _Call[None](0, lambda limit: _warned(function, limit), deadline, queue.SimpleQueue())
+        try:
+            _THREADS.submit(call)
+        except RuntimeError as error:  # the system gives no thread
+            warnings.warn(f"{error}; a call was left out", stacklevel=2)
+        else:
+            self._detached.append(call)
+
+    def wait_detached(self) -> None:
+        """Wait until all detached calls are over, or their time is."""
+        for call in self._detached:
+            call.over(call.deadline - time.monotonic())
+        self._detached = []
 
     def collect(self, at_least: int = 0) -> list[tuple[_Key, _Value | BaseException]]:
         """The results since the last time; waits until there are `at_least` so many, or all that are
@@ -104,8 +124,22 @@ class _Call(Generic[_Value]):
         """Nobody waits any more: a thread that has not begun has nothing left to call."""
         self._function = _nothing
 
+    def over(self, timeout: float = 0.0) -> bool:
+        """Whether it is, within `timeout` seconds; for one whose result is not wanted."""
+        try:
+            self._finished.put(self._finished.get(timeout=max(timeout, 0.0)))
+        except queue.Empty:
+            return False
+        return True
+
     def finish(self, result: _Value | BaseException) -> None:
         self._finished.put((self.number, result))
+
+
+def _warned(function: Callable[[float], None], deadline: float) -> None:
+    result = try_call(function, deadline)
+    if isinstance(result, BaseException):
+        warnings.warn(f"{type(result).__name__}: {result}", RuntimeWarning, stacklevel=2)
 
 
 def _nothing(deadline: float) -> Any:

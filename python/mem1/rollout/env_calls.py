@@ -10,22 +10,24 @@ import json
 import math
 import operator
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import isawaitable
+from math import inf
 from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from mem1.config import RolloutConfig
-from mem1.envs.base import Environment, ExpertAction, Observation
+from mem1.envs.base import Environment, ExpertAction
 from mem1.parsing.boundaries import TurnReader
 from mem1.parsing.codec import Codec
 from mem1.rollout.call_pool import retry
+from mem1.runtime.event_loop import EVENT_LOOP
 from mem1.trajectory import FinishReason
 
 _Value = TypeVar("_Value")
-NO_SCORE = {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
 _LARGEST = torch.finfo(torch.float32).max  # rewards, and their squares in the value loss, are float32
 
 
@@ -35,8 +37,11 @@ class Reply(NamedTuple):
     tokens: list[int]  # of the prompt, or of the info that an action is answered with
     objectives: int
     finish_reason: FinishReason | None = None  # of an episode that is over
-    score: dict[str, float] | None = None  # then
-    notes: dict[str, Any] | None = None  # and what the score says beside numbers
+    reward: float = 0.0
+    total: float = 0.0  # of all rewards so far
+    score: Mapping[str, float] = {}  # numbers of `Step.info`
+    notes: Mapping[str, Any] = {}  # and what it says beside them
+    invalid: bool = False  # whether it calls the action that
     expert_tokens: list[int] | None = None  # tokens of the expert's next action
 
 
@@ -51,42 +56,59 @@ class EnvironmentCalls:
         self.environment, self._codec, self._config = environment, codec, config
         self._expert_plays = expert
 
-    def reset(self, seed: int, deadline: float) -> Reply:
-        text = _text("reset", self._retry(partial(self.environment.reset, seed), deadline))
+    def reset(self, seed: int, task: Any, deadline: float) -> Reply:
+        text = _text("reset", self._ask(partial(self.environment.reset, seed, task), deadline))
         limit = self._config.max_prompt_tokens
         tokens = self._codec.prompt(text, limit)
         if not 0 < len(tokens) <= limit:
             got = f"more than {limit}" if tokens else "none"
             expected = f"a prompt of at least one token and at most max_prompt_tokens={limit}"
             raise ValueError(f"reset: expected {expected}, got {got} for {reprlib.repr(text)}")
-        objectives = _integer("objectives", self.environment.objectives)
-        return Reply(tokens, objectives, expert_tokens=self._expert())
+        objectives = _integer("objectives", getattr(self.environment, "objectives", 1))
+        return Reply(tokens, objectives, expert_tokens=self._expert(deadline))
 
-    def step(self, written: TurnReader, turn: int, context: int, objectives: int, deadline: float) -> Reply:
-        """The reply to a turn of the policy; `context`: the tokens that are live after it."""
+    def step(self, written: TurnReader, turn: int, context: int, reply: Reply, deadline: float) -> Reply:
+        """The reply to a turn of the policy. context: the tokens that are live after it; reply: the one
+        before.
+        """
         config, turns_left = self._config, self._config.max_turns - turn
-        text, done = written.reply, False
+        text, terminated, truncated = written.reply, False, False
+        malformed = written.action.kind == "malformed"
+        reply = Reply([], reply.objectives, total=reply.total, invalid=malformed)
         if text is None:
-            observation = self._retry(partial(self.environment.step, written.action), deadline)
-            text, _, done = _expect("step", observation, Observation)
-            text, done = _text("step: text", text), _flag("step: done", done)
-        if not done and turns_left and written.ended != "eos":
-            full = config.context_limit is not None and context > config.context_limit
-            tokens = self._codec.observation(
-                text, config.max_info_tokens, turns_left=turns_left, context_full=full
+            given = self._ask(partial(self.environment.step, written.action), deadline)
+            text, reward, terminated, truncated, info = _step(given, reply.total)
+            score, notes = _info(info)
+            invalid = malformed or bool(score.pop("invalid_action", False))
+            reply = reply._replace(
+                reward=reward, total=reply.total + reward, score=score, notes=notes, invalid=invalid
             )
-            return Reply(tokens, objectives, expert_tokens=self._expert())
-        score, notes = _score(self._retry(self.environment.score, deadline))
-        how = FinishReason.END_OF_TURN if written.ended == "eos" else FinishReason.TURN_LIMIT
-        if done:
-            answered = written.action.kind == "answer"
-            how = FinishReason.ANSWERED if answered else FinishReason.ENVIRONMENT
-        return Reply([], objectives, how, score, notes)
+        if terminated or truncated or not turns_left or written.ended == "eos":
+            how = FinishReason.END_OF_TURN if written.ended == "eos" else FinishReason.TURN_LIMIT
+            if truncated:
+                how = FinishReason.TRUNCATED
+            if terminated:
+                answered = written.action.kind == "answer"
+                how = FinishReason.ANSWERED if answered else FinishReason.ENVIRONMENT
+            return reply._replace(finish_reason=how)
+        full = config.context_limit is not None and context > config.context_limit
+        tokens = self._codec.observation(
+            text, config.max_info_tokens, turns_left=turns_left, context_full=full
+        )
+        return reply._replace(tokens=tokens, expert_tokens=self._expert(deadline))
 
-    def _expert(self) -> list[int] | None:
+    @property
+    def closes(self) -> bool:
+        """Whether the environment wants to be told that its episode is over."""
+        return callable(getattr(self.environment, "close", None))
+
+    def close(self, deadline: float = inf) -> None:
+        _value(self.environment.close(), deadline)  # type: ignore[attr-defined]
+
+    def _expert(self, deadline: float) -> list[int] | None:
         if not self._expert_plays:
             return None
-        step = self.environment.expert_action()  # type: ignore[attr-defined]
+        step = _value(self.environment.expert_action(), deadline)  # type: ignore[attr-defined]
         tokens = self._codec.expert(*_expect("expert_action", step, ExpertAction))
         limit = self._config.max_action_tokens
         if len(tokens) > limit:  # cut, it would be played as malformed
@@ -94,14 +116,19 @@ class EnvironmentCalls:
             raise ValueError(f"expert_action: expected {expected}, got {len(tokens)} tokens")
         return tokens
 
-    def _retry(self, call: Callable[[], _Value], deadline: float) -> _Value:
+    def _ask(self, call: Callable[[], Any], deadline: float) -> Any:
+        """What the environment answers, be it at once or as a coroutine."""
         errors = getattr(self.environment, "retryable", (OSError,))
         sound = isinstance(errors, tuple) and all(
             isinstance(error, type) and issubclass(error, BaseException) for error in errors
         )
         if not sound:
             raise TypeError(f"retryable: expected a tuple of exception types, got {reprlib.repr(errors)}")
-        return retry(call, self._config.env_retries, errors, deadline)
+        return retry(lambda: _value(call(), deadline), self._config.env_retries, errors, deadline)
+
+
+def _value(answer: Any, deadline: float) -> Any:
+    return EVENT_LOOP.run(answer, deadline) if isawaitable(answer) else answer
 
 
 def _expect(what: str, value: object, kind: type[_Value]) -> _Value:
@@ -138,19 +165,38 @@ def _integer(what: str, value: object) -> int:
     return operator.index(value)  # type: ignore[arg-type]
 
 
-def _score(given: object) -> tuple[dict[str, float], dict[str, Any]]:
-    """The numbers of a score, and the rest of it."""
-    values = {str(name): _plain(value) for name, value in _expect("score", given, dict).items()}
-    score = {name: value for name, value in values.items() if isinstance(value, Real)}
+def _step(given: object, total: float) -> tuple[str, float, bool, bool, Mapping[str, Any]]:
+    """The five parts of a `Step`, checked; `total`: the rewards before it."""
+    if not isinstance(given, tuple) or len(given) != 5:
+        raise TypeError(f"step: expected a Step, or another tuple of five, got {_describe(given)}")
+    observation, reward, terminated, truncated, info = given
+    number = _plain(reward)
+    # Compared before it is added: an int beyond float64 cannot be.
+    most = math.sqrt(_LARGEST)
+    sound = isinstance(number, Real) and -most <= number <= most and abs(total + float(number)) <= most
+    if not sound:
+        expected = "a number with which the square of all rewards together is finite in float32"
+        raise ValueError(f"step: reward: expected {expected}, got {_describe(reward)}")
+    return (
+        _text("step: observation", observation),
+        float(number),
+        _flag("step: terminated", terminated),
+        _flag("step: truncated", truncated),
+        _expect("step: info", info, Mapping),  # type: ignore[type-abstract]
+    )
+
+
+def _info(given: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
+    """The numbers of an info, and the rest of it."""
+    values = {str(name): _plain(value) for name, value in given.items()}
+    numbers = {name: value for name, value in values.items() if isinstance(value, Real)}
     # math.isfinite would raise for an int beyond float64.
-    sound = all(-_LARGEST <= value <= _LARGEST for value in score.values())
-    missing = ", ".join(sorted(NO_SCORE.keys() - score.keys()))
-    if missing or not (sound and abs(score["reward"]) <= math.sqrt(_LARGEST)):
-        expected = f"numbers, finite in float32, for {', '.join(NO_SCORE)}, and a reward whose square is, too"
-        none = f" (none for {missing})" if missing else ""
-        raise ValueError(f"score: expected {expected}, got {reprlib.repr(given)}{none}")
-    notes = {name: _note(value) for name, value in values.items() if name not in score}
-    return {name: float(value) for name, value in score.items()}, notes
+    if not all(-_LARGEST <= value <= _LARGEST for value in numbers.values()):
+        raise ValueError(
+            f"step: info: expected numbers that are finite in float32, got {reprlib.repr(given)}"
+        )
+    notes = {name: _note(value) for name, value in values.items() if name not in numbers}
+    return {name: float(value) for name, value in numbers.items()}, notes
 
 
 def _note(value: object) -> Any:

@@ -19,11 +19,12 @@ from torch import Tensor
 from mem1.checks import InputError
 from mem1.config import RolloutConfig
 from mem1.envs.base import Environment
+from mem1.envs.tasks import task_id
 from mem1.parsing.codec import Codec
 from mem1.rollout.call_pool import try_call
-from mem1.rollout.env_calls import NO_SCORE, EnvironmentCalls, Reply
+from mem1.rollout.env_calls import EnvironmentCalls, Reply
 from mem1.seeds import derive_seed
-from mem1.trajectory import Failure, FinishReason, Trajectory
+from mem1.trajectory import Failure, FinishReason, TokenReward, Trajectory
 from mem1_core.eviction import EvictionError, EvictionTable
 from mem1_core.eviction_policies import short_form
 from mem1_core.segments import Segment
@@ -62,7 +63,9 @@ class Episode:
         expert: bool = False,
         model: str = "",
         failures: Sequence[Failure] = (),
+        task: Any = None,
     ) -> None:
+        self.task = task
         self.seed, self.codec, self.config, self.sampling_seed = seed, codec, config, sampling_seed
         self.model, self.failures = model, [*failures]
         self.tokens: list[int] = []
@@ -71,7 +74,7 @@ class Episode:
         self.segments: list[Segment] = []
         self.turn = 0
         self._calls = EnvironmentCalls(environment, codec, config, expert)
-        self.pending_call: Callable[[float], Reply] | None = partial(self._calls.reset, seed)
+        self.pending_call: Callable[[float], Reply] | None = partial(self._calls.reset, seed, task)
         self.awaiting_reply = True
         self.finish_reason: FinishReason | None = None  # while it goes on
         self.error = ""
@@ -80,7 +83,10 @@ class Episode:
         self._table = EvictionTable(config.prune)
         self._reader = codec.turn(config.max_action_tokens, config.max_state_tokens)
         self._expert_tokens: deque[int] = deque()
-        self._objectives, self._score, self._notes = 1, dict(NO_SCORE), dict[str, Any]()
+        self._reply = Reply([], 1)  # the last one
+        self._rewards: list[TokenReward] = []
+        self._score, self._notes = dict[str, float](), dict[str, Any]()
+        self._invalid_actions = self._model_tokens = 0
         self._began = time.perf_counter()
         self._uniform: list[float] = []  # drawn and not yet used, the next one last
         self._generator = torch.Generator().manual_seed(derive_seed(seed, "sampling", sampling_seed))
@@ -101,6 +107,11 @@ class Episode:
         """The tokens of the prompt, once it is there."""
         return self.tokens[: self.segments[0].length] if self.segments else []
 
+    @property
+    def closing_call(self) -> Callable[[float], None] | None:
+        """What is left to be asked once the episode is over."""
+        return self._calls.close if self._calls.closes else None
+
     def take_call(self) -> Callable[[float], Reply] | None:
         """The pending call, once."""
         call, self.pending_call = self.pending_call, None
@@ -111,11 +122,18 @@ class Episode:
         self.awaiting_reply = False
         if isinstance(reply, BaseException):
             self.error = _describe(reply)
-            reply = Reply([], self._objectives, FinishReason.ENVIRONMENT_ERROR)
-        self._objectives = reply.objectives
+            self.finish_reason = FinishReason.ENVIRONMENT_ERROR
+            self._rewards, self._score, self._notes = [], {}, {}
+            self._stages.clear()
+            return
+        self._reply = reply
+        self._score |= reply.score
+        self._notes |= reply.notes
+        self._invalid_actions += reply.invalid
+        if reply.reward:
+            self._rewards.append(TokenReward(len(self.tokens) - 1, reply.reward))
         if reply.finish_reason:
             self.finish_reason = reply.finish_reason
-            self._score, self._notes = reply.score or self._score, reply.notes or self._notes
             self._stages.clear()
             return
         begin = len(self.tokens)
@@ -144,6 +162,7 @@ class Episode:
         """
         tokens, alive = self._stages[0]
         self.cached += tokens[:count]
+        self._model_tokens += count
         if count < len(tokens):
             self._stages[0] = _Stage(tokens[count:], alive)
             return None
@@ -184,7 +203,7 @@ class Episode:
         if event == "end":  # what leaves need not wait for the environment
             self._close(reader.kind, reader.num_tokens - reader.state_tokens)
             context = int(self._table.alive().sum())
-            self.pending_call = partial(self._calls.step, reader, self.turn, context, self._objectives)
+            self.pending_call = partial(self._calls.step, reader, self.turn, context, self._reply)
             self.awaiting_reply = True
 
     def trajectory(self) -> Trajectory:
@@ -197,11 +216,13 @@ class Episode:
             logprobs=torch.tensor(self.logprobs, dtype=torch.float32),
             # What a function of the user's own has decided, whatever it would say when it is asked again.
             prune=config.prune if short_form(config.prune) is not None else self._table.recorded(),
+            rewards=self._rewards,
             score=self._score,
             finish_reason=self.finish_reason,
             error=self.error,
             seconds=time.perf_counter() - self._began,
-            objectives=self._objectives,
+            objectives=self._reply.objectives,
+            task="" if self.task is None else task_id(self.task),
             seed=self.seed,
             regime=config.regime,
             temperature=float(config.temperature),
@@ -213,6 +234,8 @@ class Episode:
             rollout_logprobs=None if same else torch.tensor(self.rollout_logprobs, dtype=torch.float32),
             failures=self.failures,
             notes=self._notes,
+            invalid_actions=self._invalid_actions,
+            model_tokens=self._model_tokens,
         )
 
     def _extend(self, tokens: list[int], logprobs: list[float], rollout_logprobs: list[float]) -> None:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +21,7 @@ from mem1.config import RolloutConfig
 from mem1.engine.engine import Engine
 from mem1.engine.policy_checks import check_policy
 from mem1.envs.base import Environment, ExpertEnvironment
+from mem1.envs.tasks import task_id
 from mem1.models.load import stop_ids
 from mem1.models.memory_plan import plan_memory
 from mem1.parsing.codec import Codec
@@ -37,6 +38,7 @@ _LIMITS = "max_prompt_tokens max_turns max_action_tokens max_info_tokens".split(
 class _Attempt(NamedTuple):
     """An episode to play, and how often that has failed."""
 
+    task: Any
     seed: int
     sampling_seed: int
     failures: tuple[Failure, ...] = ()
@@ -49,6 +51,7 @@ def rollout(
     seeds: Iterable[int],
     config: RolloutConfig,
     *,
+    tasks: Iterable[Any] | None = None,
     sampling_seed: int = 0,
     group_size: int = 1,
     expert: bool = False,
@@ -56,12 +59,13 @@ def rollout(
 ) -> Iterator[Trajectory]:
     """Yield `group_size` finished trajectories per seed, in the order in which they finish.
 
-    An episode follows from its seed alone: the environment is reset with it, and the sampler has a generator
-    of its own, made of it and `sampling_seed`, so the batch it runs in changes nothing but rounding; with
-    `config.synchronous` the batch, too, follows from the seeds, and the same call gives the same bits. Seeds
-    are integers >= 0. Episodes of a group differ in their `Trajectory.sampling_seed`, the first has
-    `sampling_seed` itself; their prompt is read once. With `expert` the environment's expert writes the
-    actions and the model only reads along (their log-probs are the model's).
+    An episode follows from its seed and its task alone: the environment is reset with these, and the sampler
+    has a generator of its own, made of the seed and `sampling_seed`, so the batch it runs in changes nothing
+    but rounding; with `config.synchronous` the batch, too, follows from the seeds, and the same call gives
+    the same bits. Seeds are integers >= 0; `tasks`, one for each, are rows of a task set (`mem1.envs.tasks`).
+    Episodes of a group differ in their `Trajectory.sampling_seed`, the first has `sampling_seed` itself;
+    their prompt is read once. With `expert` the environment's expert writes the actions and the model only
+    reads along (their log-probs are the model's).
 
     Environments answer on threads, while the other episodes go on (a `run_inline` one at once); whatever
     goes wrong in one ends its own episode. That is then played again from its seed, up to
@@ -81,7 +85,9 @@ def rollout(
     require(isinstance(group_size, int) and group_size >= 1, "group_size", "an integer >= 1", group_size)
     samples = [sampling_seed, *(derive_seed(sampling_seed, "group", i) for i in range(1, group_size))]
     require(isinstance(seeds, Iterable), "seeds", "integers >= 0 to go through", seeds)
-    attempts = deque(_Attempt(_checked_seed("seeds", seed), sample) for seed in seeds for sample in samples)
+    attempts = deque(
+        _Attempt(task, seed, sample) for task, seed in _episodes(seeds, tasks) for sample in samples
+    )
     check_positions(model, config)
     codec = make_codec(tokenizer, config, model)
     engine = engine or make_engine(model, config, len(attempts))
@@ -105,6 +111,7 @@ def rollout(
             expert=expert,
             model=name,
             failures=attempt.failures,
+            task=attempt.task,
         )
         if isinstance(environment, BaseException):
             episode.take_call()
@@ -172,6 +179,16 @@ def check_positions(model: PreTrainedModel, config: RolloutConfig) -> None:
     )
 
 
+def _episodes(seeds: Iterable[int], tasks: Iterable[Any] | None) -> list[tuple[Any, int]]:
+    """A task, None where there are none, for each seed."""
+    checked = [_checked_seed("seeds", seed) for seed in seeds]
+    rows = [None] * len(checked) if tasks is None else [*tasks]
+    require(len(rows) == len(checked), "tasks", f"one for each of {len(checked)} seeds", len(rows))
+    for row in rows if tasks is not None else ():
+        task_id(row)  # refuses what has none
+    return list(zip(rows, checked, strict=True))
+
+
 def _checked_seed(name: str, seed: object) -> int:
     try:
         index = operator.index(seed)  # type: ignore[arg-type]
@@ -184,25 +201,41 @@ def _checked_seed(name: str, seed: object) -> int:
 def _run(
     attempts: deque[_Attempt], start: Callable[[_Attempt], Episode], engine: Engine, config: RolloutConfig
 ) -> Iterator[Trajectory]:
-    with engine.session():
-        active: list[Episode] = []  # slot number and place in this list are the same thing
-        calls: CallPool[Episode, Reply] = CallPool(config.env_timeout)
-        while attempts or active:
-            # 1. Free slots get new episodes.
-            while attempts and len(active) < min(config.num_slots, engine.num_slots):
-                active.append(start(attempts.popleft()))
-            # 2. Actions go to the environments, replies come back.
-            _poll_environments(active, calls, config)
-            # 3. One forward over what is pending, the prunes that are due, one token more.
-            _step(active, engine, config)
-            # 4. Finished episodes leave; one that its environment has failed is played again later.
-            for played in _pop_finished(active, engine):
-                failed = played.finish_reason == FinishReason.ENVIRONMENT_ERROR
-                if failed and len(played.failures) < config.episode_retries:
-                    failure = Failure(played.error_kind, played.turns, played.tokens.numel())
-                    attempts.append(_Attempt(played.seed, played.sampling_seed, (*played.failures, failure)))
-                else:
-                    yield played
+    active: list[Episode] = []  # slot number and place in this list are the same thing
+    calls: CallPool[Episode, Reply] = CallPool(config.env_timeout)
+    try:
+        with engine.session():
+            while attempts or active:
+                # 1. Free slots get new episodes.
+                while attempts and len(active) < min(config.num_slots, engine.num_slots):
+                    active.append(start(attempts.popleft()))
+                # 2. Actions go to the environments, replies come back.
+                _poll_environments(active, calls, config)
+                # 3. One forward over what is pending, the prunes that are due, one token more.
+                _step(active, engine, config)
+                # 4. Finished episodes leave; one that its environment has failed is played again later.
+                for episode in _pop_finished(active, engine):
+                    _close(episode, calls)
+                    played, failures = episode.trajectory(), episode.failures
+                    failed = played.finish_reason == FinishReason.ENVIRONMENT_ERROR
+                    if failed and len(failures) < config.episode_retries:
+                        failure = Failure(played.error_kind, played.turns, played.tokens.numel())
+                        again = _Attempt(
+                            episode.task, played.seed, played.sampling_seed, (*failures, failure)
+                        )
+                        attempts.append(again)
+                    else:
+                        yield played
+    finally:  # it may be given up in the middle
+        for episode in active:
+            _close(episode, calls)
+        calls.wait_detached()
+
+
+def _close(episode: Episode, calls: CallPool[Episode, Reply]) -> None:
+    """Tell the environment, if it wants to know, that its episode is over."""
+    if episode.closing_call is not None:
+        calls.detach(episode.closing_call)
 
 
 def _poll_environments(active: list[Episode], calls: CallPool[Episode, Reply], config: RolloutConfig) -> None:
@@ -292,11 +325,11 @@ def _share_out(lengths: list[int], budget: int) -> list[int]:
     return counts
 
 
-def _pop_finished(active: list[Episode], engine: Engine) -> Iterator[Trajectory]:
+def _pop_finished(active: list[Episode], engine: Engine) -> Iterator[Episode]:
     """Finished episodes leave; the last row takes the free slot."""
     for row in reversed(range(len(active))):
         if active[row].finish_reason:
-            yield active[row].trajectory()
+            finished = active[row]
             # Numbers that are not finite may be among what it held, and masks do not hide these everywhere.
             engine.cache.clear(row)
             last = active.pop()
@@ -304,6 +337,7 @@ def _pop_finished(active: list[Episode], engine: Engine) -> Iterator[Trajectory]
                 engine.cache.move(len(active), row)
                 engine.cache.clear(len(active))
                 active[row] = last
+            yield finished
 
 
 def play_expert(
@@ -311,19 +345,24 @@ def play_expert(
     make_environment: Callable[[], ExpertEnvironment],
     seeds: Iterable[int],
     config: RolloutConfig,
+    tasks: Iterable[Any] | None = None,
 ) -> Iterator[Trajectory]:
     """The expert's trajectories without any model (their log-probs are 0): for warm starts and for measuring
-    memory.
+    memory. seeds, tasks: as for `rollout`.
     """
     codec = make_codec(tokenizer, config)
-    for seed in seeds:
-        episode = Episode(make_environment(), seed, codec, config, expert=True)
-        while not episode.finish_reason:
-            call = episode.take_call()
-            if call is not None:
-                episode.receive(try_call(call, inf))
-                continue
-            while episode.pending:
-                episode.commit_fed(len(episode.pending))
-            episode.write(episode.forced(), 0.0)
+    for task, seed in _episodes(seeds, tasks):
+        episode = Episode(make_environment(), seed, codec, config, expert=True, task=task)
+        try:
+            while not episode.finish_reason:
+                call = episode.take_call()
+                if call is not None:
+                    episode.receive(try_call(call, inf))
+                    continue
+                while episode.pending:
+                    episode.commit_fed(len(episode.pending))
+                episode.write(episode.forced(), 0.0)
+        finally:
+            if episode.closing_call is not None:
+                episode.closing_call(inf)
         yield episode.trajectory()

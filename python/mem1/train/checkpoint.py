@@ -109,12 +109,16 @@ def load(path: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu")
     model on the Hugging Face hub; see `models.load`, whose InputErrors come through. Also raises InputError
     for a damaged trainer's state or score.
     """
-    folder = Path(path)
-    if not (folder / "config.json").is_file():
-        path = next(iter(numbered(folder)), path)
+    path = newest(path)
     check_json(Path(path) / _SCORE)
     model, tokenizer, _ = load_model(path, dtype, device)
     return Checkpoint(model, tokenizer, _load_trainer(Path(path) / _TRAINER))
+
+
+def newest(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """The newest checkpoint of a training run's folder, or `path` itself where it is none."""
+    there = (Path(path) / "config.json").is_file()
+    return path if there else next(iter(numbered(Path(path))), path)
 
 
 def _tensors(tree: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:

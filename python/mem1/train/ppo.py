@@ -23,7 +23,7 @@ from mem1.engine.output_layer import output_layer
 from mem1.models.build import without_dropout
 from mem1.train.batches import label_hidden, pack, recompute_logprobs, split
 from mem1.train.optim import AdamW
-from mem1.trajectory import FinishReason, Trajectory
+from mem1.trajectory import CUT_OFF, Trajectory
 from mem1_core.ops import clipped_value_loss, fused_linear_ppo_loss, gae, masked_whiten
 from mem1_core.reference import kl_estimate
 
@@ -118,8 +118,8 @@ class PPO:
         Changes nothing.
 
         Trajectories that failed or in which the policy wrote nothing are left out; raises ValueError if none
-        is left, or for a reward whose square is not finite in fp32. The reward of an episode belongs to the
-        last token of the policy.
+        is left, or for rewards whose squares are not finite in fp32. A reward belongs to the last token that
+        the policy wrote before it.
 
         The metrics, as means over policy tokens: `dlogp_max`, `dlogp_mean`, the |difference| between the
         sampled log-probs and the trainer's; `kl_reference`, the k3 estimate of KL(policy | reference);
@@ -151,8 +151,7 @@ class PPO:
         old, ref, value = (pad_sequence(list(x), batch_first=True) for x in columns[:3])
         counts = torch.tensor([len(part[0]) for part in parts], device=self.device)
         mask = torch.arange(old.shape[1], device=self.device) < counts[:, None]  # [B, T]
-        score = self._scores(trajectories, torch.stack(columns[3]))
-        reward = torch.zeros_like(old).scatter_(1, counts[:, None] - 1, score[:, None])
+        reward = pad_sequence(self._rewards(trajectories, torch.stack(columns[3])), batch_first=True)
         kl = kl_estimate(old, ref, "k1")
         if self.config.kl_placement == "reward":
             reward = reward - self.config.kl_coef * kl.clamp(min=0) * mask
@@ -171,24 +170,24 @@ class PPO:
             "explained_variance": explained_variance(returns[mask], value[mask]),
         }
 
-    def _scores(self, trajectories: list[Trajectory], last_value: Tensor) -> Tensor:
-        """fp32 [B]: the reward of each episode, with what the critic says of its end where one was cut off.
+    def _rewards(self, trajectories: list[Trajectory], last_value: Tensor) -> list[Tensor]:
+        """fp32 [policy tokens] of each: its rewards, with what the critic says of its end where one was cut
+        off.
 
         last_value: [B], the critic's value after the policy's last token.
         """
-        score = torch.tensor([t.reward for t in trajectories], dtype=torch.float32, device=self.device)
-        for trajectory, square in zip(trajectories, score.square().tolist(), strict=True):
-            if not math.isfinite(square):
+        rewards = [t.policy_rewards().to(self.device) for t in trajectories]
+        for trajectory, given in zip(trajectories, rewards, strict=True):
+            if not math.isfinite(given.square().sum()):
                 raise ValueError(
                     f"trajectories: expected rewards whose squares are finite in float32, got "
                     f"{trajectory.reward} for seed {trajectory.seed}"
                 )
         if self.config.bootstrap_turn_limit:
-            cut = torch.tensor(
-                [t.finish_reason == FinishReason.TURN_LIMIT for t in trajectories], device=self.device
-            )
-            score = score + self.config.gamma * last_value * cut
-        return score
+            for trajectory, given, value in zip(trajectories, rewards, last_value, strict=True):
+                if trajectory.finish_reason in CUT_OFF:
+                    given[-1] += self.config.gamma * value
+        return rewards
 
     def step(
         self, batch: list[Experience], train_actor: bool = True, normalizer: float | None = None

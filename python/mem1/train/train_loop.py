@@ -6,8 +6,9 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
@@ -17,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError, require
 from mem1.config import TrainConfig
-from mem1.engine.engine import Engine
 from mem1.engine.policy_checks import check_policy
 from mem1.envs.base import Environment, ExpertEnvironment
+from mem1.envs.tasks import TaskStream
 from mem1.evaluation.results import error_counts
 from mem1.io import append_json, without_nan
 from mem1.models.build import build_critic, build_model, dropouts
@@ -46,6 +47,7 @@ def train(
     out: str | os.PathLike[str],
     make_environment: Callable[[], Environment],
     *,
+    tasks: Iterable[Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     draw_example: DrawExample | None = None,
     init: Path | None = None,
@@ -59,9 +61,10 @@ def train(
     ppo) and checkpoints. `init` is a checkpoint to start from, in place of random weights and a warm start.
 
     make_environment: makes an environment for each episode of PPO (`config.environment` only keeps on record
-    what it was made with). tokenizer: that of a model with random weights. draw_example: what the warm start
-    learns from, laid out as the rollouts to come, see `warm_start`; by default the episodes of the
-    environment's expert.
+    what it was made with). tasks: the task set, whose rows go to the episodes in an order that follows from
+    the seed, all once before any comes again. tokenizer: that of a model with random weights. draw_example:
+    what the warm start learns from, laid out as the rollouts to come, see `warm_start`; by default the
+    episodes of the environment's expert.
 
     All random numbers follow from `config.seed`, and nothing from time: `resume` goes on from the newest
     checkpoint in `out` to where the unbroken run would have come. Ctrl-C and SIGTERM save the last complete
@@ -78,6 +81,7 @@ def train(
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     settings = config.to_dict() | {"init": init and str(init)}
+    rows = None if tasks is None else TaskStream(tasks, config.seed)
     device, run = pick_device(config.device), RunFolder(Path(out), config.keep)
 
     with Interrupts() as interrupts, closing(run):
@@ -108,7 +112,7 @@ def train(
         examples = draw_example
         if warm and config.warmstart.steps and examples is None:
             examples = expert_examples(
-                tokenizer, cast(Callable[[], ExpertEnvironment], make_environment), config.rollout
+                tokenizer, cast(Callable[[], ExpertEnvironment], make_environment), config.rollout, rows
             )
         if resumed.checkpoint is None:
             run.begin(settings | {"init": resumed.init}, overwrite=overwrite or resume)
@@ -132,7 +136,8 @@ def train(
         )
         if dropped := dropouts(actor):
             progress.log(f"dropout is off during PPO ({', '.join(dropped)})")
-        return _ppo(ppo, engine, tokenizer, make_environment, config, run, state or {}, interrupts, progress)
+        play = partial(rollout, actor, tokenizer, make_environment, config=config.rollout, engine=engine)
+        return _ppo(ppo, tokenizer, play, rows, config, run, state or {}, interrupts, progress)
 
 
 def _warm_start(
@@ -192,9 +197,9 @@ def _warm_start(
 
 def _ppo(
     ppo: PPO,
-    engine: Engine,
     tokenizer: Any,
-    make_environment: Callable[[], Environment],
+    play: Callable[..., Iterator[Trajectory]],
+    rows: TaskStream | None,
     config: TrainConfig,
     run: RunFolder,
     state: dict[str, Any],
@@ -229,13 +234,13 @@ def _ppo(
             update, began = ppo.updates, time.perf_counter()
             seeds = [derive_seed(config.seed, "training", update, i) for i in range(config.batch_size)]
             place = {seed: i for i, seed in enumerate(seeds)}
+            given = rows and [rows[update * config.batch_size + i] for i in range(config.batch_size)]
             # Nothing is lost in these: the same update starts over from its seeds.
             with interrupts.allowed():
                 actor.eval()
                 trajectories = []
                 with progress.phase(f"update {update + 1}: rollout", config.batch_size) as phase:
-                    played = rollout(actor, tokenizer, make_environment, seeds, config.rollout, engine=engine)
-                    for trajectory in played:
+                    for trajectory in play(seeds=seeds, tasks=given):
                         trajectories.append(trajectory)
                         phase.advance(note=trajectory.error_kind)
                 # In the order of the seeds, not of the clock.

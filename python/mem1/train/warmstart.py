@@ -15,6 +15,7 @@ from mem1.checks import InputError
 from mem1.config import RolloutConfig, WarmStartConfig
 from mem1.engine.output_layer import output_layer
 from mem1.envs.base import Example, ExpertEnvironment
+from mem1.envs.tasks import TaskStream
 from mem1.parsing.token_text import unknown_id
 from mem1.rollout.rollout_loop import play_expert
 from mem1.seeds import derive_seed
@@ -106,8 +107,9 @@ def expert_examples(
     tokenizer: PreTrainedTokenizerBase,
     make_environment: Callable[[], ExpertEnvironment],
     config: RolloutConfig,
+    rows: TaskStream | None = None,
 ) -> DrawExample:
-    """Episodes of the environment's own expert, as a warm start draws them.
+    """Episodes of the environment's own expert, each with any of the rows, as a warm start draws them.
 
     InputError for an environment without an expert; where an episode of it does not come to its own end, by
     an error or at a limit of `config`; and where it writes what the tokenizer does not know.
@@ -121,7 +123,8 @@ def expert_examples(
 
     def draw(rng: random.Random, progress: float) -> Example:
         seed = rng.getrandbits(53)
-        (played,) = play_expert(tokenizer, make_environment, [seed], config)
+        tasks = rows and [rng.choice(rows.tasks)]
+        (played,) = play_expert(tokenizer, make_environment, [seed], config, tasks)
         written = played.tokens[played.policy_mask]
         if played.finish_reason not in (FinishReason.ANSWERED, FinishReason.ENVIRONMENT):
             what = played.error or (

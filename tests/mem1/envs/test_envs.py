@@ -4,23 +4,24 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from mem1 import agent
-from mem1.envs.base import Action, Observation
+from mem1.envs.base import Action, Step
 from mem1.envs.toy.expert import expert_example
 from mem1.envs.toy.multihop import INSTRUCTION, MALFORMED, NOTHING_FOUND, MultiHopEnv
 from mem1.envs.toy.words import NAMES
+from mem1.metrics import UNANSWERED
 from mem1.parsing.codec import Codec
 from mem1_core.eviction_policies import EvictionPolicy
 from mem1_core.layout import TrajectoryLayout
 
 
-def play(environment: MultiHopEnv, seed: int) -> tuple[list[str], Observation]:
+def play(environment: MultiHopEnv, seed: int) -> tuple[list[str], Step]:
     """All texts of an episode of the expert, and the last observation."""
     texts = [environment.reset(seed)]
     while True:
         state, action = environment.expert_action()
         observation = environment.step(action)
-        texts += [state, action.text, observation.text]
-        if observation.done:
+        texts += [state, action.text, observation.observation]
+        if observation.terminated:
             return texts, observation
 
 
@@ -31,7 +32,7 @@ def test_expert_solves_every_episode(objectives: int, hops: int) -> None:
     for seed in range(5):
         texts, last = play(environment, seed)
         assert last.reward == 1.0
-        assert environment.score() == {"reward": 1.0, "exact_match": objectives, "f1": objectives}
+        assert last.info == {"exact_match": objectives, "f1": objectives, "answers_missing": 0.0}
         assert len(texts) == 1 + 3 * (objectives * hops + 1)  # a turn per hop, and the answer
 
 
@@ -41,7 +42,7 @@ def test_an_episode_follows_from_its_seed_and_no_two_share_their_facts() -> None
     answers = set()
     for seed in range(20):
         environment.reset(seed)
-        answers.add(environment.step(Action("query", "ada boss")).text)
+        answers.add(environment.step(Action("query", "ada boss")).observation)
     assert len(answers) > 10
 
 
@@ -51,9 +52,9 @@ def test_the_notes_rewrite_each_question_as_far_as_it_is_known() -> None:
     first, second = prompt.removeprefix(f"{INSTRUCTION} ").removesuffix(" .").split(" ; ")
     (head, one, two), (other, three, _) = first.split(), second.split()
     assert environment.expert_action() == (first, Action("query", f"{head} {one}"))
-    found = environment.step(Action("query", f"{head} {one}")).text.removeprefix("found ")
+    found = environment.step(Action("query", f"{head} {one}")).observation.removeprefix("found ")
     assert environment.expert_action() == (f"{head} {found} {two}", Action("query", f"{found} {two}"))
-    answer = environment.step(Action("query", f"{found} {two}")).text.removeprefix("found ")
+    answer = environment.step(Action("query", f"{found} {two}")).observation.removeprefix("found ")
     assert environment.answers[0] == answer
     assert environment.expert_action() == (f"{head} {answer} ; {second}", Action("query", f"{other} {three}"))
 
@@ -73,27 +74,25 @@ def test_ranges_are_drawn_from() -> None:
 def test_a_query_without_an_answer_finds_nothing(text: str) -> None:
     environment = MultiHopEnv(1)
     environment.reset(0)
-    assert environment.step(Action("query", text)) == (NOTHING_FOUND, 0.0, False)
+    assert environment.step(Action("query", text)) == Step(NOTHING_FOUND, info=UNANSWERED)
 
 
 def test_malformed_actions_are_told_the_format_and_the_episode_goes_on() -> None:
     environment = MultiHopEnv(1)
     environment.reset(0)
-    assert environment.step(Action("malformed", "<query> <query> ;")) == (MALFORMED, 0.0, False)
-    found, name = environment.step(environment.expert_action().action).text.split()
+    assert environment.step(Action("malformed", "<query> <query> ;")) == Step(MALFORMED, info=UNANSWERED)
+    found, name = environment.step(environment.expert_action().action).observation.split()
     assert found == "found" and name in NAMES
 
 
 def test_partial_credit() -> None:
     environment = MultiHopEnv(4)
     environment.reset(5)
-    assert environment.score() == {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
     a, b, c, d = environment.answers
-    observation = environment.step(Action("answer", f"{a} ; {b} {c} ; ; {d} ; {d}"))
-    assert observation == ("answered", 0.5, True)
-    assert environment.score() == {"reward": 0.5, "exact_match": 2.0, "f1": pytest.approx(2 + 2 / 3)}
+    step = environment.step(Action("answer", f"{a} ; {b} {c} ; ; {d} ; {d}"))
+    assert step[:4] == ("answered", 0.5, True, False)
+    assert step.info == {"exact_match": 2.0, "f1": pytest.approx(2 + 2 / 3), "answers_missing": 1.0}
     environment.reset(5)
-    assert environment.score()["exact_match"] == 0.0
     assert environment.step(Action("answer", "")).reward == 0.0
 
 
@@ -131,7 +130,7 @@ def test_arguments_out_of_range_are_named(argument: str, value: object) -> None:
 def test_passages_have_their_length_in_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     environment = MultiHopEnv(1, passage_tokens=400)
     environment.reset(0)
-    passage = environment.step(environment.expert_action().action).text
+    passage = environment.step(environment.expert_action().action).observation
     ids = tokenizer.encode(passage)
     assert len(ids) == 400 and tokenizer.unk_token_id not in ids
     assert len([word for word in passage.split() if word in NAMES]) == 1

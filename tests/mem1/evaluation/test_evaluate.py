@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,17 +19,17 @@ from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.evaluation.evaluation_loop import OBJECTIVES, evaluate, evaluate_expert, evaluation_seeds
 from mem1.evaluation.plots import plot_learning, plot_peaks, plot_trajectory
 from mem1.evaluation.results import Result, error_counts, summarize, table
-from mem1.io import without_nan
+from mem1.metrics import Mean
 from mem1.runtime.progress import Progress
 from mem1.seeds import derive_seed
 from mem1.train.parity import Parity, parity
-from mem1.trajectory import Failure, Trajectory
+from mem1.trajectory import Failure, TokenReward, Trajectory
 from mem1_core.segments import Segment
 
 
 def result(agent: str, objectives: int, peak: float) -> Result:
-    lengths = 40.0, peak, peak - 10, 500.0, 400.0
-    return Result(agent, objectives, 1, {}, 0, 0.5, 1.0, 1.0, 1.0, 3.0, *lengths, seconds=0.1)
+    values = {"reward": 0.5, "peak_tokens": peak, "peak_tokens_without_prompt": peak - 10}
+    return Result(agent, objectives, 1, {}, 0, {name: Mean.of([value]) for name, value in values.items()})
 
 
 def handmade(*segments: Segment, **settings) -> Trajectory:
@@ -44,35 +44,43 @@ def test_a_row_is_the_mean_over_the_episodes():
         *(Segment("state", 2, 2), Segment("query", 2, 3), Segment("info", 2, 1)),
         *(Segment("state", 3, 1), Segment("answer", 3, 2)),
         prune="action",
-        score={"reward": 0.5, "exact_match": 2.0, "f1": 3.0},
+        rewards=[TokenReward(22, 0.5)],
+        score={"exact_match": 2.0, "f1": 3.0},
+        invalid_actions=1,
+        model_tokens=25,
+        seconds=4.0,
     )
     short = handmade(
         *(Segment("prompt", 0, 6), Segment("state", 1, 2), Segment("query", 1, 2)),
         prune="action",
         finish_reason="turn_limit",
+        score={"exact_match": 0.0, "f1": 0.0},
+        model_tokens=10,
+        seconds=3.0,
     )
     # Actions: 5 tokens that find the prompt's 4; 5 that find 4 + 10; 3 that find 4 + 6, turn 1 being pruned.
     # At most the prompt, turn 1 and action 2 are live: 4 + 10 + 5. The short one: 4 tokens that find 6.
     dependency = (4 + 5 / 2) * 5 + (14 + 5 / 2) * 5 + (10 + 3 / 2) * 3, (6 + 4 / 2) * 4
-    row = Result(
-        agent="MEM1",
-        objectives=3,
-        episodes=2,
-        errors={},
-        replays=0,
-        reward=0.25,
-        exact_match=1.0,
-        f1=1.5,
-        answered=0.5,
-        turns=(3 + 1) / 2,
-        tokens=(23 + 10) / 2,
-        peak_tokens=(19 + 10) / 2,
-        peak_tokens_without_prompt=(15 + 4) / 2,
-        dependency_length=sum(dependency) / 2,
-        dependency_length_without_prompt=(sum(dependency) - 4 * (5 + 5 + 3) - 6 * 4) / 2,
-        seconds=3.5,
-    )
-    assert summarize("MEM1", 3, [long, short], seconds=7.0) == row
+    expected = {
+        "reward": 0.25,
+        "exact_match": 1.0,
+        "f1": 1.5,
+        "answered": 0.5,
+        "turns": (3 + 1) / 2,
+        "invalid_actions": 0.5,
+        "tokens": (23 + 10) / 2,
+        "model_tokens": (25 + 10) / 2,
+        "peak_tokens": (19 + 10) / 2,
+        "peak_tokens_without_prompt": (15 + 4) / 2,
+        "dependency_length": sum(dependency) / 2,
+        "dependency_length_without_prompt": (sum(dependency) - 4 * (5 + 5 + 3) - 6 * 4) / 2,
+        "seconds": 3.5,
+    }
+    row = summarize("MEM1", 3, [long, short])
+    assert {name: row[name] for name in row.means} == expected
+    assert (row.episodes, row.errors, row.replays) == (2, {}, 0)
+    assert all(mean.count == 2 and mean.low < mean.value < mean.high for mean in row.means.values())
+    assert row.to_dict()["turns_interval"] == [1.0, 3.0]
 
     # Episodes that went wrong are counted and change no mean: their zeros would pull every length down.
     start = handmade(
@@ -80,13 +88,13 @@ def test_a_row_is_the_mean_over_the_episodes():
     )
     lost = [start, start, replace(start, finish_reason="policy_error", error="NaN")]
     long = replace(long, failures=[Failure("TimeoutError", 1, 20), Failure("OSError", 0, 0)])
-    bad = summarize("MEM1", 3, [start, long, *lost[1:], short], seconds=7.0)
+    bad = summarize("MEM1", 3, [start, long, *lost[1:], short])
     assert bad == replace(row, episodes=5, errors={"TimeoutError": 2, "policy": 1}, replays=2)
 
-    none = summarize("MEM1", 3, lost, seconds=7.0)
+    none = summarize("MEM1", 3, lost)
     assert (none.episodes, none.errors) == (3, {"TimeoutError": 2, "policy": 1})
-    means = [v for name, v in vars(none).items() if name not in ("agent", "objectives", "episodes", "errors")]
-    assert means[0] == 0 and all(math.isnan(mean) for mean in means[1:])
+    assert none.replays == 0 and all(math.isnan(none[name]) for name in none.means)
+    assert none.to_dict()["reward"] is None and none.to_dict()["reward_interval"] is None
     assert table([none], ("errors", "replays", "reward")).splitlines()[2] == (
         "| 3: TimeoutError 2, policy 1 |       0 |      - |"
     )
@@ -108,7 +116,7 @@ def test_errors_by_kind():
 class Broken(MultiHopEnv):
     """Fails half of its resets and a query now and then."""
 
-    def reset(self, seed: int) -> str:
+    def reset(self, seed: int, task=None) -> str:
         self.bad = seed % 2 == 0
         if self.bad:
             raise ConnectionError("no answer")
@@ -127,11 +135,11 @@ def test_a_broken_retriever_gets_no_better_number(make_model, tokenizer):
     (good, played), (bad, _) = play(MultiHopEnv), play(Broken)
     lost = sum(seed % 2 == 0 for seed in evaluation_seeds(0, 8))
     assert 0 < lost < 8 and bad.errors == {"ConnectionError": lost} and good.errors == {}
-    same = summarize("MEM1", 2, [t for t in played if t.seed % 2], seconds=0.0)
+    same = summarize("MEM1", 2, [t for t in played if t.seed % 2])
     names = ("turns", "tokens", "peak_tokens", "peak_tokens_without_prompt", "dependency_length", "reward")
     for name in names:
-        assert getattr(bad, name) == pytest.approx(getattr(same, name))
-    assert bad.seconds > 0
+        assert bad[name] == pytest.approx(same[name])
+    assert bad["seconds"] > 0
 
 
 def test_evaluation_seeds_are_its_own():
@@ -177,8 +185,9 @@ def test_parity_of_nothing_is_no_number(make_model):
 
 
 def test_no_number_is_null_in_json():
-    row = replace(result("MEM1", 2, 40.0), reward=math.nan, errors={"OSError": 1})
-    data = json.loads(json.dumps(without_nan(asdict(row)), allow_nan=False))
+    row = result("MEM1", 2, 40.0)
+    row = replace(row, means=row.means | {"reward": Mean.of([])}, errors={"OSError": 1})
+    data = json.loads(json.dumps(row.to_dict(), allow_nan=False))
     assert data["reward"] is None and data["peak_tokens"] == 40.0 and data["errors"] == {"OSError": 1}
 
 
@@ -208,7 +217,9 @@ def test_every_agent_gets_the_same_episodes(make_model, tokenizer):
             played += trajectories
         assert [(r.agent, r.objectives, r.episodes) for r in results] == [(agent, 1, 2), (agent, 3, 2)]
         assert [t.objectives for t in played] == [1, 1, 3, 3]
-        assert all(r.peak_tokens >= r.peak_tokens_without_prompt > 0 and r.seconds > 0 for r in results)
+        assert all(
+            r["peak_tokens"] >= r["peak_tokens_without_prompt"] > 0 and r["seconds"] > 0 for r in results
+        )
         by_seed = sorted(played, key=lambda t: (t.objectives, t.seed))
         prompts.append([t.tokens[: t.segments[0].length].tolist() for t in by_seed])
     assert prompts[0] == prompts[1] == prompts[2]
@@ -244,15 +255,15 @@ def test_no_limit_holds_for_the_expert(tokenizer):
         evaluate_expert(tokenizer, c, make, agent="MEM1", objectives=2, episodes=1)[0]
         for c in (RolloutConfig(), config)
     )
-    assert held.answered == free.answered == 1 and held.turns == free.turns > 1
+    assert held["answered"] == free["answered"] == 1 and held["turns"] == free["turns"] > 1
 
 
 def test_the_expert_answers_everything_at_every_size(tokenizer):
     results, played = expert_rows(tokenizer, RolloutConfig(max_action_tokens=8, max_turns=2), OBJECTIVES)
     assert [r.objectives for r in results] == [1, 2, 4, 8, 16]
-    assert all(r.reward == 1.0 and r.answered == 1.0 for r in results)
-    assert [r.exact_match for r in results] == [1, 2, 4, 8, 16]
-    assert results[-1].turns == 33
+    assert all(r["reward"] == 1.0 and r["answered"] == 1.0 for r in results)
+    assert [r["exact_match"] for r in results] == [1, 2, 4, 8, 16]
+    assert results[-1]["turns"] == 33
     assert len(played) == 5
 
 
@@ -260,7 +271,7 @@ def test_memory_of_the_default_world_grows_far_slower_than_with_the_full_context
     rows = {(r.agent, r.objectives): r for r in expert_results(tokenizer, RolloutConfig())}
 
     def ratio(agent: str, name: str) -> float:
-        return getattr(rows[agent, 16], name) / getattr(rows[agent, 2], name)
+        return rows[agent, 16][name] / rows[agent, 2][name]
 
     assert (
         ratio("MEM1, expert", "peak_tokens_without_prompt")
@@ -275,10 +286,10 @@ def test_the_truncating_agent_holds_its_window_and_a_turn(tokenizer):
     for segment in played.segments[1:]:
         sizes[segment.turn] = sizes.get(segment.turn, 0) + segment.length
     assert sum(sizes.values()) > 4 * 300
-    assert 300 < row.peak_tokens_without_prompt <= 300 + 2 * max(sizes.values()), (
+    assert 300 < row["peak_tokens_without_prompt"] <= 300 + 2 * max(sizes.values()), (
         "full until the action is complete"
     )
-    assert row.answered == 1.0 and row.dependency_length == played.dependency_length()
+    assert row["answered"] == 1.0 and row["dependency_length"] == played.dependency_length()
     again = Trajectory.from_dict(json.loads(played.to_json()))
     assert again.prune == 300 and torch.equal(again.mask.evict_at, played.mask.evict_at)
 
@@ -312,9 +323,7 @@ def test_pictures(tokenizer, tmp_path):
         {"phase": "ppo", "step": 3, "reward": None, "answered": math.nan},
         {"phase": "ppo", "step": 4},
     ]
-    results.append(
-        replace(results[0], objectives=4, peak_tokens=math.nan, peak_tokens_without_prompt=math.nan)
-    )
+    results.append(replace(results[0], objectives=4, means={}))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     plot_peaks(results, tmp_path / "peaks.png")
     plot_learning(tmp_path / "metrics.jsonl", tmp_path / "learning.png")

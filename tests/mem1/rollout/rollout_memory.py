@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from mem1.config import ModelConfig, RolloutConfig
-from mem1.envs.base import Action, Observation
+from mem1.envs.base import Action, Step
 from mem1.envs.toy.tokenizer import build_tokenizer
 from mem1.models.build import build_model
 from mem1.rollout.rollout_loop import rollout
@@ -39,15 +39,12 @@ class Meter:
     def __init__(self) -> None:
         self.sizes: list[int] = []
 
-    def reset(self, seed: int) -> str:
+    def reset(self, seed: int, task=None) -> str:
         return "ada boss ?"
 
-    def step(self, action: Action) -> Observation:
+    def step(self, action: Action) -> Step:
         self.sizes.append(resident_bytes())
-        return Observation("anna " * INFO_TOKENS, 0.0, False)
-
-    def score(self) -> dict[str, float]:
-        return {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
+        return Step("anna " * INFO_TOKENS, 0.0, False)
 
 
 def main(prune: str, turns: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from mem1.envs.base import Action, ExpertAction, Observation
+from mem1.envs.base import Action, ExpertAction, Step
 from mem1.parsing.tags import FOLD, MEM1, SUMMARY, TagFormat
 
 TEXTS = [
@@ -29,7 +29,7 @@ class ScriptedEnv:
     def __init__(self, format: TagFormat = MEM1, turns: tuple[int, int] = (4, 7), words: int = 12) -> None:
         self.format, self.turns, self.words = format, turns, words
 
-    def reset(self, seed: int) -> str:
+    def reset(self, seed: int, task=None) -> str:
         self.rng, self.turn = random.Random(seed), 0
         self.last = self.rng.randint(*self.turns)
         return f"Question {seed}: {self.text()}?\n"
@@ -43,8 +43,5 @@ class ScriptedEnv:
         self.turn += 1  # counted here: the loop answers some kinds itself
         return ExpertAction(self.text(), Action(kind, self.text()))
 
-    def step(self, action: Action) -> Observation:
-        return Observation(self.text(), 0.0, action.kind == "answer")
-
-    def score(self) -> dict[str, float]:
-        return {"reward": 1.0, "exact_match": 1.0, "f1": 1.0}
+    def step(self, action: Action) -> Step:
+        return Step(self.text(), 1.0, action.kind == "answer", info={"exact_match": 1.0, "f1": 1.0})

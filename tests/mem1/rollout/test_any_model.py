@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from parity_gates import GATES, assert_parity
 from scripted import ScriptedEnv
 from small_families import FAMILIES, NO_MODEL, POSITIONS, VOCABULARY, build
 from small_tokenizers import SMALL
@@ -21,12 +22,9 @@ from mem1.engine.engine import Engine
 from mem1.models.build import to_dtype
 from mem1.parsing.tags import MEM1, OFFICIAL
 from mem1.rollout.rollout_loop import rollout
-from mem1.train.parity import parity
-from mem1.trajectory import Trajectory
 from mem1_core.integrations import transformers as integration
 from mem1_core.segments import by_policy
 
-GATES = {torch.float32: {"max_dlogp": 5e-5}, torch.bfloat16: {"mean_dlogp": 5e-3, "kl": 1e-4}}
 CONFIG = RolloutConfig(
     num_slots=32, max_turns=5, max_prompt_tokens=400, max_action_tokens=256, max_info_tokens=256
 )
@@ -53,12 +51,6 @@ def model_for(family: str, tokenizer: Any, dtype: torch.dtype = torch.float32) -
     return model
 
 
-def check(played: list[Trajectory], model: PreTrainedModel, dtype: torch.dtype) -> None:
-    measured = parity(model, played, played[0].regime)
-    for name, gate in GATES[dtype].items():
-        assert getattr(measured, name) <= gate, measured
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("regime", ["carry", "reencode"])
@@ -73,12 +65,12 @@ def test_parity_with_a_real_tokenizer(
     played = list(rollout(model, tokenizer, make, range(32), config, expert=True))
     assert {t.finish_reason for t in played} == {"answered"}
     assert min(t.turns for t in played) >= 4 and len({t.tokens.numel() for t in played}) > 12
-    check(played, model, dtype)
+    assert_parity(model, played)
     # Sampled: what such weights write has no sense, and every reading has its end.
     config = replace(config, max_action_tokens=24, max_turns=4)
     played = list(rollout(model, tokenizer, make, range(32), config))
     assert sum(t.turns == 4 for t in played) >= 8
-    check(played, model, dtype)
+    assert_parity(model, played)
 
 
 def examine(family: str) -> str:
@@ -96,7 +88,7 @@ def examine(family: str) -> str:
         config = replace(CONFIG, regime=regime, num_slots=3, max_action_tokens=limit)  # type: ignore[arg-type]
         played = list(rollout(model, tokenizer, make, range(4), config, expert=regime == "carry"))
         assert all(by_policy(segment.kind) for t in played for segment in t.segments[1:2])
-        check(played, model, torch.float32)
+        assert_parity(model, played)
     return ""
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from parity_gates import assert_parity
 from scripted import ScriptedEnv
 from small_tokenizers import SMALL
 from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -30,7 +31,6 @@ from mem1_core.eviction_policies import EvictionPolicy, HideObservations, Record
 from mem1_core.integrations.transformers import register
 from mem1_core.segments import Segment, by_policy
 
-GATES = {torch.float32: {"max_dlogp": 5e-5}, torch.bfloat16: {"mean_dlogp": 5e-3, "kl": 1e-4}}
 CONFIG = RolloutConfig(num_slots=32, max_turns=9, max_action_tokens=256, max_info_tokens=256)
 
 
@@ -99,11 +99,9 @@ def play(
     return list(rollout(model or model_of(tokenizer, dtype), tokenizer, make, seeds, config, **how))
 
 
-def assert_parity(tokenizer, played: list[Trajectory], regime: str, dtype: torch.dtype) -> None:
-    measured = parity(model_of(tokenizer, dtype), played, regime)  # type: ignore[arg-type]
+def check(tokenizer, played: list[Trajectory], dtype: torch.dtype) -> None:
+    measured = assert_parity(model_of(tokenizer, dtype), played)
     assert measured.turns >= 4 and measured.trajectories == len(played)
-    for name, gate in GATES[dtype].items():
-        assert getattr(measured, name) <= gate, measured
 
 
 @every_rule
@@ -115,7 +113,7 @@ def test_what_is_sampled_is_what_is_recomputed(tokenizer, prune, format, regime,
     played = play(tokenizer, config, dtype, expert=True)
     assert {t.finish_reason for t in played} == {"answered"}
     assert len({t.tokens.numel() for t in played}) > 16
-    assert_parity(tokenizer, played, regime, dtype)
+    check(tokenizer, played, dtype)
     if prune != "never":
         assert any((t.mask.evict_at < t.tokens.numel()).any() for t in played)
 
@@ -140,7 +138,7 @@ def test_what_a_policy_without_sense_writes(tokenizer, regime, prune):
     played = play(tokenizer, config)
     assert sum(t.turns == 9 for t in played) >= 5
     assert {t.finish_reason for t in played} <= {"turn_limit", "end_of_turn", "answered"}
-    assert_parity(tokenizer, played, regime, torch.float32)
+    check(tokenizer, played, torch.float32)
 
 
 @every_rule
@@ -248,7 +246,7 @@ def test_the_loop_answers_notes_itself_and_asks_for_a_summary_when_the_context_i
 
     class Talks(ScriptedEnv):
         def step(self, action):
-            return super().step(action)._replace(text="the river " * 200)
+            return super().step(action)._replace(observation="the river " * 200)
 
     config = replace(CONFIG, prune="summary", format=SUMMARY, context_limit=150, max_info_tokens=120)
     request = SUMMARY.context_request.strip()
@@ -277,7 +275,7 @@ def test_an_end_of_turn_ends_the_episode(tokenizer):
     played = list(rollout(model, tokenizer, make, range(12), replace(CONFIG, max_action_tokens=60)))
     ended = [t for t in played if t.finish_reason == "end_of_turn"]
     assert len(ended) > 8 and {int(t.tokens[-1]) for t in ended} == {eos, tokenizer.eos_token_id}
-    assert all(t.score["reward"] == 1.0 and t.error_kind == "" for t in ended), "it is graded as it stands"
+    assert all(t.reward == t.turns and t.error_kind == "" for t in ended), "it is graded as it stands"
 
 
 def test_the_prompt_of_a_group_is_read_once(tokenizer, monkeypatch):

@@ -15,7 +15,7 @@ import torch
 from mem1.agent import MemoryEfficientAgent
 from mem1.config import RolloutConfig
 from mem1.engine.engine import Engine
-from mem1.envs.base import Action, Observation
+from mem1.envs.base import Action, Step
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.rollout.episode import Episode
 from mem1.rollout.rollout_loop import rollout
@@ -40,13 +40,13 @@ class Failing(MultiHopEnv):
     worlds: list[Failing] = []  # those that have been reset
     attempts = 2
 
-    def reset(self, seed: int) -> str:
+    def reset(self, seed: int, task=None) -> str:
         self.worlds.append(self)
         self.attempt = sum(world.seed == seed for world in self.worlds if world is not self)
         self.seed, self.steps = seed, 0
         return super().reset(seed)
 
-    def step(self, action: Action) -> Observation:
+    def step(self, action: Action) -> Step:
         self.steps += 1
         if self.seed % 2 and self.attempt < self.attempts and self.steps == self.attempt + 1:
             raise (KeyError if self.attempt else TimeoutError)("down")
@@ -130,11 +130,11 @@ def test_the_composition_of_a_batch_follows_from_the_seeds_if_it_must(
     class Sleepy(MultiHopEnv):
         run_inline = False
 
-        def reset(self, seed: int) -> str:
+        def reset(self, seed: int, task=None) -> str:
             self.sleep()
             return super().reset(seed)
 
-        def step(self, action: Action) -> Observation:
+        def step(self, action: Action) -> Step:
             self.sleep()
             return super().step(action)
 
@@ -166,7 +166,7 @@ def test_a_call_that_hangs_does_not_keep_its_episode(make_model, tokenizer, monk
     class Hangs(MultiHopEnv):
         run_inline = False
 
-        def step(self, action: Action) -> Observation:
+        def step(self, action: Action) -> Step:
             gate.wait()
             return super().step(action)
 
@@ -192,11 +192,11 @@ def test_what_is_worth_a_retry_is_the_environments_to_say(make_model, tokenizer,
     class Flaky(MultiHopEnv):
         retryable: object = (ReadTimeout,)
 
-        def reset(self, seed: int) -> str:
+        def reset(self, seed: int, task=None) -> str:
             self.calls = 0
             return super().reset(seed)
 
-        def step(self, action: Action) -> Observation:
+        def step(self, action: Action) -> Step:
             self.calls += 1
             if self.calls == 1:
                 raise ReadTimeout("slow")

@@ -16,7 +16,7 @@ from mem1.agent import MemoryEfficientAgent
 from mem1.checks import InputError
 from mem1.config import RolloutConfig
 from mem1.engine.engine import Engine
-from mem1.envs.base import Action, Observation
+from mem1.envs.base import Action, Step
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.parsing.codec import Codec
 from mem1.rollout.call_pool import try_call
@@ -167,15 +167,13 @@ class Talkative:
     def __init__(self, text: str, queries: int = 4) -> None:
         self.text, self.queries, self.asked = text, queries, list[Action]()
 
-    def reset(self, seed: int) -> str:
+    def reset(self, seed: int, task=None) -> str:
         return "questions : ada boss teacher ."
 
-    def step(self, action: Action) -> Observation:
+    def step(self, action: Action) -> Step:
         self.asked.append(action)
-        return Observation(self.text, 0.25, len(self.asked) > self.queries)
-
-    def score(self) -> dict[str, float]:
-        return {"reward": 0.25, "exact_match": 0.0, "f1": 0.0}
+        done = len(self.asked) > self.queries
+        return Step(self.text, 0.25 * done, done)
 
 
 @pytest.mark.parametrize("regime", ["carry", "reencode"])
@@ -199,7 +197,7 @@ def test_tags_written_by_the_environment_are_not_tags(make_model, tokenizer, reg
 
 def test_a_prompt_may_show_the_tags(tokenizer):
     class Explains(Talkative):
-        def reset(self, seed: int) -> str:
+        def reset(self, seed: int, task=None) -> str:
             return "write <IS> name </IS> <query> name relation </query>"
 
     config = RolloutConfig(max_turns=3)
@@ -211,13 +209,13 @@ def test_a_prompt_may_show_the_tags(tokenizer):
 class Faulty(MultiHopEnv):
     """Breaks down for odd seeds: at once for 1, in its second step for the others."""
 
-    def reset(self, seed: int) -> str:
+    def reset(self, seed: int, task=None) -> str:
         self.seed, self.steps = seed, 0
         if seed == 1:
             raise ConnectionError("no route to the knowledge base")
         return super().reset(seed)
 
-    def step(self, action: Action) -> Observation:
+    def step(self, action: Action) -> Step:
         self.steps += 1
         if self.seed % 2 and self.steps == 2:
             raise TimeoutError("search took too long")
@@ -238,10 +236,10 @@ def test_a_faulty_environment_ends_its_own_episode_only(make_model, tokenizer):
         assert torch.equal(played[seed].tokens, sound[seed].tokens)
 
 
-def test_an_environment_without_objectives_is_an_error_of_its_episode(tokenizer):
-    world = SimpleNamespace(reset=lambda seed: "ada", step=None, score=None, expert_action=None)
+def test_an_environment_without_objectives_has_one(tokenizer):
+    world = SimpleNamespace(reset=lambda seed, task: "ada", step=None)
     episode = settle(Episode(world, 0, Codec(tokenizer), CONFIG))
-    assert episode.trajectory().error.startswith("AttributeError:")
+    assert episode._reply.objectives == 1 and not episode.finish_reason
 
 
 def test_the_agent_reports_an_empty_question_and_a_tool_that_gives_no_text(
@@ -254,7 +252,7 @@ def test_the_agent_reports_an_empty_question_and_a_tool_that_gives_no_text(
     script = iter(tokenizer.encode("<IS> ada boss </IS> <query> ada boss </query>"))
     monkeypatch.setattr(Episode, "forced", lambda episode: next(script))
     reply = agent.answer("ada boss ?", tool=lambda query: {"found": "carla"})
-    assert reply.trajectory.error.endswith("step: text: expected str, got dict {'found': 'carla'}")
+    assert reply.trajectory.error.endswith("step: observation: expected str, got dict {'found': 'carla'}")
 
 
 def test_an_action_without_end_is_malformed_and_cut(tokenizer):

@@ -15,7 +15,7 @@ import torch
 
 from mem1.config import ModelConfig, PPOConfig, RolloutConfig, TrainConfig, WarmStartConfig
 from mem1.engine.engine import Engine
-from mem1.envs.base import Action, Observation
+from mem1.envs.base import Action, Step
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.envs.toy.training import toy_training
 from mem1.runtime.interrupts import Interrupted
@@ -49,12 +49,12 @@ class Faulty(MultiHopEnv):
     run_inline = False
     attempts: dict[int, int] = {}  # of each seed, in this update
 
-    def reset(self, seed: int) -> str:
+    def reset(self, seed: int, task=None) -> str:
         self.attempts[seed] = self.attempts.get(seed, 0) + 1
         self.draw = random.Random(f"{seed} {self.attempts[seed]}")
         return super().reset(seed)
 
-    def step(self, action: Action) -> Observation:
+    def step(self, action: Action) -> Step:
         fault = self.draw.choice(("fail", "hang", "nonsense")) if self.draw.random() < FAULTY else ""
         if fault == "fail":
             raise LookupError("no such page")

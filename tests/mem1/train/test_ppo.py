@@ -19,7 +19,7 @@ from mem1.models.build import build_critic
 from mem1.rollout.rollout_loop import rollout
 from mem1.train.batches import pack, recompute_logprobs, split
 from mem1.train.ppo import PPO, explained_variance
-from mem1.trajectory import FinishReason, Trajectory
+from mem1.trajectory import FinishReason, TokenReward, Trajectory
 from mem1_core.segments import Segment
 
 ROLLOUT = RolloutConfig(num_slots=8, max_action_tokens=16, max_turns=4)
@@ -31,7 +31,7 @@ def played(make_model, tokenizer) -> list[Trajectory]:
     model = make_model()
     trajectories = list(rollout(model, tokenizer, lambda: MultiHopEnv((1, 3)), range(8), ROLLOUT))
     for trajectory in trajectories:
-        trajectory.score["reward"] = float(trajectory.seed % 2)
+        trajectory.rewards = [TokenReward(trajectory.tokens.numel() - 1, float(trajectory.seed % 2))]
     return trajectories
 
 
@@ -137,7 +137,7 @@ def test_prepare_and_step_follow_the_formulas(make_model, tokenizer, kl_placemen
         rollout(ppo.actor, tokenizer, environment, range(6), replace(ROLLOUT, temperature=temperatures))
     )
     for trajectory in played:
-        trajectory.score["reward"] = float(trajectory.seed % 2)
+        trajectory.rewards = [TokenReward(trajectory.tokens.numel() - 1, float(trajectory.seed % 2))]
 
     batch, metrics = ppo.prepare(played)
     assert [experience.trajectory for experience in batch] == played
@@ -337,7 +337,7 @@ def test_explained_variance_of_equal_returns_is_nan(make_model, played):
         ppo.critic.head.weight.normal_(std=0.1)
     equal = [copy.copy(t) for t in played]
     for trajectory in equal:
-        trajectory.score = {"reward": 0.5}
+        trajectory.rewards = [TokenReward(trajectory.tokens.numel() - 1, 0.5)]
     assert math.isnan(ppo.prepare(equal)[1]["explained_variance"])
     assert not math.isnan(ppo.prepare(played)[1]["explained_variance"])
     returns = torch.tensor([1.0, 2.0, 4.0])
@@ -349,7 +349,7 @@ def test_explained_variance_of_equal_returns_is_nan(make_model, played):
 @pytest.mark.parametrize("reward", [1e20, 1e39, math.inf, math.nan])
 def test_a_reward_that_is_not_finite_is_refused(make_model, played, reward):
     bad = copy.copy(played[3])
-    bad.score = {"reward": reward}
+    bad.rewards = [TokenReward(bad.tokens.numel() - 1, reward)]
     with pytest.raises(
         ValueError,
         match=f"whose squares are finite in float32, got {reward} for seed {bad.seed}".replace("+", r"."),
@@ -391,7 +391,7 @@ def test_truncated_importance_weights(make_model, tokenizer):
     played = list(rollout(actor, tokenizer, partial(MultiHopEnv, 2), range(4), ROLLOUT))
     for trajectory in played:
         trajectory.rollout_logprobs = trajectory.logprobs - 0.5 * trajectory.policy_mask
-        trajectory.score["reward"] = float(trajectory.seed % 2)
+        trajectory.rewards = [TokenReward(trajectory.tokens.numel() - 1, float(trajectory.seed % 2))]
     found = {}
     for cap in (None, 1.2, 9.0):
         ppo = build(

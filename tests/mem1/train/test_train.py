@@ -83,7 +83,7 @@ def failing(config: TrainConfig, bad: set[tuple[int, int]], times: int = 10**9):
     failed: dict[tuple[int, int], int] = {}
 
     class Failing(MultiHopEnv):
-        def reset(self, seed: int) -> str:
+        def reset(self, seed: int, task=None) -> str:
             self.place = place(config, seed)
             return super().reset(seed)
 
@@ -217,12 +217,13 @@ def test_three_in_a_row_stop_the_run_with_the_last_good_weights(tmp_path, monkey
 
 def test_a_reward_beyond_fp32_ends_its_episode_only(tmp_path):
     class Generous(MultiHopEnv):
-        def reset(self, seed: int) -> str:
+        def reset(self, seed: int, task=None) -> str:
             self.place = place(TINY, seed)
             return super().reset(seed)
 
-        def score(self):
-            return super().score() | ({"reward": 1e39} if self.place == (0, 1) else {})
+        def step(self, action):
+            step = super().step(action)
+            return step._replace(reward=1e39) if self.place == (0, 1) else step
 
     run(TINY, tmp_path, make_environment=lambda: Generous((1, 2)), progress=quiet())
     assert records(tmp_path)[0]["errors"] == {"ValueError": 1}

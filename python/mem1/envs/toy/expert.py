@@ -35,8 +35,8 @@ def expert_example(
         kind, text = action
         write("state", turn, f"<IS> {state} </IS>")
         write("query" if kind == "query" else "answer", turn, f"<{kind}> {text} </{kind}>")
-        observation = environment.step(action)
-        done = observation.done
+        observation, _, terminated, truncated, _ = environment.step(action)
+        done = terminated or truncated
         if not done:
-            write("info", turn, f"<info> {observation.text} </info>")
+            write("info", turn, f"<info> {observation} </info>")
     return Example(tokens, segments, prune)

@@ -16,11 +16,12 @@ known: a name that was found takes the place of the relations it answers, so a s
 from __future__ import annotations
 
 import random
-from collections import Counter
+from typing import Any
 
 from mem1.checks import require
-from mem1.envs.base import Action, ExpertAction, Observation
+from mem1.envs.base import Action, ExpertAction, Step
 from mem1.envs.toy.words import FILLER, NAMES, RELATIONS
+from mem1.metrics import UNANSWERED, grade
 
 INSTRUCTION = "answer these questions in order , a name each :"
 FOUND = "found"
@@ -60,9 +61,8 @@ class MultiHopEnv:
         self.adversarial = adversarial
         self.objectives = self._objectives[1]
         self._running = False
-        self._score = {"reward": 0.0, "exact_match": 0.0, "f1": 0.0}
 
-    def reset(self, seed: int) -> str:
+    def reset(self, seed: int, task: Any = None) -> str:
         self._rng = rng = random.Random(seed)
         self.objectives = rng.randint(*self._objectives)
         names = rng.sample(NAMES, len(NAMES))
@@ -76,25 +76,20 @@ class MultiHopEnv:
             self._facts.update(zip(zip(chain, relations, strict=False), chain[1:], strict=False))
         self._known = [0] * self.objectives  # hops of each question that the agent has asked for
         self._running = True
-        self._score = dict.fromkeys(self._score, 0.0)
         questions = " ; ".join(" ".join([head, *relations]) for head, relations in self._questions)
         return f"{INSTRUCTION} {questions} ."
 
-    def step(self, action: Action) -> Observation:
+    def step(self, action: Action) -> Step:
         if not self._running:
             raise RuntimeError(
                 "step: expected a running episode, got one that is over or not begun; call reset"
             )
         if action.kind == "answer":
             self._running = False
-            self._score = self._grade(action.text)
-            return Observation("answered", self._score["reward"], True)
-        if action.kind == "query":
-            return Observation(self._look_up(action.text), 0.0, False)
-        return Observation(MALFORMED, 0.0, False)
-
-    def score(self) -> dict[str, float]:
-        return dict(self._score)
+            graded = grade(action.text, [[right] for right in self.answers])
+            return Step("answered", graded.exact_match / self.objectives, True, info=graded.info())
+        said = self._look_up(action.text) if action.kind == "query" else MALFORMED
+        return Step(said, info=UNANSWERED)
 
     @property
     def answers(self) -> list[str]:
@@ -112,6 +107,12 @@ class MultiHopEnv:
                 return ExpertAction(" ; ".join(notes), query)
         return ExpertAction(" ; ".join(notes), Action("answer", " ; ".join(self.answers)))
 
+    def random_action(self, rng: random.Random) -> ExpertAction:
+        """A look-up of any name and relation, or now and then an answer of any names."""
+        if rng.random() < 0.1:
+            return ExpertAction("", Action("answer", " ; ".join(rng.choices(NAMES, k=self.objectives))))
+        return ExpertAction("", Action("query", f"{rng.choice(NAMES)} {rng.choice(RELATIONS)}"))
+
     def _look_up(self, query: str) -> str:
         """The passage that answers a query; every episode knows the answer to each (name, relation)."""
         words = query.split()
@@ -127,19 +128,6 @@ class MultiHopEnv:
             text += f" </info><answer> {self._rng.choice(NAMES)} </answer>"
         padding = max(0, self.passage_tokens - len(text.split()))
         return " ".join([text, *self._rng.choices(FILLER, k=padding)])
-
-    def _grade(self, answer: str) -> dict[str, float]:
-        given = [part.split() for part in answer.split(";")][: self.objectives]
-        given += [[]] * (self.objectives - len(given))
-        exact = sum(float(words == [right]) for words, right in zip(given, self.answers, strict=True))
-        f1 = sum(_f1(words, [right]) for words, right in zip(given, self.answers, strict=True))
-        return {"reward": exact / self.objectives, "exact_match": exact, "f1": f1}
-
-
-def _f1(given: list[str], right: list[str]) -> float:
-    """Harmonic mean of the precision and recall of words, as in SQuAD."""
-    common = sum((Counter(given) & Counter(right)).values())
-    return 2.0 * common / (len(given) + len(right)) if common else 0.0
 
 
 def _interval(name: str, value: int | tuple[int, int], low: int, high: int) -> tuple[int, int]:

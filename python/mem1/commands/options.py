@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import inspect
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from mem1.checks import InputError, require
+from mem1.checks import InputError
 from mem1.config import DTYPES, ChatMode, EvictionPolicy, Regime, RolloutConfig, TrainConfig
-from mem1.envs.base import Environment
-from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.envs.worlds import DEFAULT, WORLDS
+from mem1.evaluation.baselines.agents import AGENTS, Agent, parse_agent
 from mem1.evaluation.evaluation_loop import OBJECTIVES
 from mem1.parsing.tags import FORMATS, TagFormat
 from mem1.runtime.progress import Progress
 from mem1.seeds import LARGEST
-from mem1_core.eviction_policies import RULES, qualified_name
+from mem1_core.eviction_policies import RULES
 
 Command = Callable[[argparse.Namespace, Progress], None]
 
 _SIZES = " ".join(map(str, OBJECTIVES))
+_AGENTS = " ".join(agent.name + "[=N]" * len(fields(agent)) for agent in AGENTS)
 _RULES = ["a number of tokens", *(rule.name + "=N" * len(fields(rule)) for rule in RULES)]
 
 
@@ -47,31 +46,26 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
     config = TrainConfig()
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, text: str) -> argparse._ArgumentGroup:
+    def command(name: str, text: str, plays: bool = False) -> argparse._ArgumentGroup:
         new = commands.add_parser(
             name,
             help=text,
             description=text,
-            parents=[]
-            if name == "demo"
-            else [_environment_options(), _format_options(), _sampling_options()],
+            parents=[_environment_options(), _format_options(), _sampling_options()] if plays else [],
             formatter_class=_Help,
         )
         new.set_defaults(run=runs[name])
         group = new.add_argument_group(name)
-        group.add_argument("--threads", type=_threads, help="CPU threads (default: torch's choice)")
-        if name != "demo":
+        if plays or name == "demo":
+            group.add_argument("--threads", type=_threads, help="CPU threads (default: torch's choice)")
+        if plays:
             group.add_argument("--device", default=config.device, help="auto, cpu, cuda or cuda:N")
             group.add_argument(
                 "--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as saved"
             )
-        if name in ("eval", "rollout"):
-            group.add_argument(
-                "--model", required=True, help="a model's folder, a run's, or a Hugging Face id"
-            )
         return group
 
-    add = command("train", "warm start on expert trajectories, then PPO").add_argument
+    add = command("train", "warm start on expert trajectories, then PPO", plays=True).add_argument
     add("--out", type=Path, default=Path("runs/train"), help="folder of the run")
     add("--model", type=str, help="start PPO from this folder or Hugging Face id, without a warm start")
     add("--resume", action="store_true", help="go on in --out, with the options of that run")
@@ -92,19 +86,54 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("--keep", type=_positive, default=config.keep, help="checkpoints: the newest, beside the best")
     add("--seed", type=_seed, default=config.seed, help="of the run: weights, episodes, samples, order")
 
-    add = command("eval", "MEM1 beside the full-context agent of the same weights").add_argument
+    what = "agents on the same weights side by side: answers, memory and time"
+    add = command("eval", what, plays=True).add_argument
+    add("--model", help="a model's folder, a run's, or a Hugging Face id; of scripts only its tokenizer")
+    add(
+        "--agents",
+        type=_agent,
+        nargs="+",
+        default=[parse_agent(name) for name in ("mem1", "full-context")],
+        metavar="AGENT",
+        help=f"any of {_AGENTS}",
+    )
+    add("--out", type=Path, default=Path("runs/eval"), help="folder of the results; goes on with what it has")
+    add("--overwrite", action="store_true", help="start over in an --out that has results")
+    add("--json", action="store_true", help="print a JSON object per row instead of tables")
+    add(
+        "--asynchronous", action="store_true", help="wait for no environment: faster, not the same to the bit"
+    )
     add("--objectives", type=_positive, nargs="+", help=f"questions per episode (default: {_SIZES})")
     add("--episodes", type=_positive, default=16, help="episodes per number of objectives")
     add("--seed", type=_seed, default=0, help="of the evaluation; its episodes are never trained on")
-    add("--truncate", type=_positive, metavar="W", help="beside the full-context agent also --prune W")
 
-    add = command("rollout", "let an agent play and print or save what it does").add_argument
+    add = command("rollout", "let an agent play and print or save what it does", plays=True).add_argument
+    add("--model", required=True, help="a model's folder, a run's, or a Hugging Face id")
     add("--objectives", type=_interval, help="questions per episode: 2 or 1-4 (default: 2)")
     add("--episodes", type=_positive, default=4, help="how many")
     add("--group-size", type=_positive, default=1, help="times that each is played, with other samples")
     add("--expert", action="store_true", help="the environment's expert writes, the model reads along")
     add("--out", type=Path, help="write trajectories to this .jsonl file instead of the terminal")
     add("--seed", type=_seed, default=0, help="of the first episode itself, as a trajectory has it")
+
+    add = command("view", "one HTML page of trajectories, to open in a browser").add_argument
+    add("trajectories", type=Path, help="a .jsonl file of `mem1 rollout --out` or `mem1 eval`")
+    add("--tokenizer", help="a folder or a Hugging Face id (default: the model's of the trajectories)")
+    add("--out", type=Path, help="the page (default: beside the trajectories, .html)")
+
+    add = command("data", "data sets: list them, check what is there, convert it").add_argument
+    add("--check", type=Path, metavar="FOLDER", help="which files are there, and whether they are whole")
+    add("--convert", metavar="NAME", help="of a data set, with --source and --out")
+    add("--source", type=Path, help="its file, as it was published")
+    add("--out", type=Path, help="folder for qa.jsonl and corpus.jsonl")
+    add("--json", action="store_true", help="print a JSON object per line")
+
+    add = command("retrieve", "serve a corpus by the retrieval protocol of Search-R1").add_argument
+    add("corpus", type=Path, help="JSONL, a passage per line: id, contents")
+    add("--index", type=Path, help="folder of its index (default: beside the corpus)")
+    add("--dense", action="store_true", help="vectors in the place of BM25")
+    add("--host", default="127.0.0.1", help="address to listen on")
+    add("--port", type=_port, default=8000, help="port to listen on")
 
     add = command("demo", "train, evaluate and plot in about five minutes on two idle cores").add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="folder for everything it makes")
@@ -119,10 +148,13 @@ def _environment_options() -> argparse.ArgumentParser:
     add = parser.add_argument_group("environment").add_argument
     add(
         "--environment",
-        type=_imported,
-        metavar="MODULE:NAME",
-        help="what makes one, found from the current folder (default: questions over drawn facts)",
+        "--env",
+        type=_environment,
+        default=DEFAULT,
+        metavar="{" + ",".join(WORLDS) + ",MODULE:NAME}",
+        help="MODULE:NAME: what makes one, found from the current folder",
     )
+    add("--tasks", metavar="FILE", help="rows to play in one of your own: JSONL, JSON or Parquet with ids")
     add("--environment-args", type=_json, default={}, metavar="JSON", help="its keyword arguments")
     add("--hops", type=_positive, help="relations to follow per question of drawn facts (default: 2)")
     add("--passage-tokens", type=int, help="length of their answers to a query (default: 0, bare answers)")
@@ -198,6 +230,17 @@ def _imported(text: str) -> Any:
         sys.path.remove(os.getcwd())
 
 
+def _environment(text: str) -> Any:
+    return _imported(text) if ":" in text else text  # whether it is one of ours says `open_world`
+
+
+def _agent(text: str) -> Agent:
+    try:
+        return parse_agent(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _json(text: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
@@ -241,6 +284,10 @@ def _positive(text: str) -> int:
     return _integer(text, 1, inf, ">= 1")
 
 
+def _port(text: str) -> int:
+    return _integer(text, 0, 65535, "from 0 to 65535")
+
+
 def _seed(text: str) -> int:
     return _integer(text, 0, LARGEST - 1, "in [0, 2**53)")
 
@@ -253,59 +300,3 @@ def _interval(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(
             f"expected a number or an interval such as 1-4, got {text!r}"
         ) from None
-
-
-def environment_arguments(options: argparse.Namespace) -> dict[str, Any]:
-    """What the environment of the options is made with, apart from its number of objectives."""
-    if options.environment is None:
-        facts = {"hops": options.hops or 2, "passage_tokens": options.passage_tokens or 0}
-        return facts | options.environment_args
-    for name in ("hops", "passage_tokens"):
-        require(getattr(options, name) is None, name, "none beside environment", getattr(options, name))
-    return dict(options.environment_args)
-
-
-def environment_name(options: argparse.Namespace) -> dict[str, str]:
-    """What a run's record says of an environment of one's own, beside its arguments."""
-    make = options.environment
-    return {} if make is None else {"environment": qualified_name(make)}
-
-
-def environment_maker(
-    options: argparse.Namespace, objectives: int | tuple[int, int] | None
-) -> Callable[[], Environment]:
-    """Makes the environment of the options; InputError, before any work, if it cannot be made of them."""
-    make, arguments = options.environment or MultiHopEnv, environment_arguments(options)
-    if objectives is not None:
-        arguments["objectives"] = objectives
-    require(callable(make), "environment", "what makes an environment", make)
-    try:
-        inspect.signature(make).bind(**arguments)
-    except ValueError:  # of some builtins Python knows no signature
-        pass
-    except TypeError as error:
-        name = getattr(make, "__qualname__", repr(make))
-        raise InputError(f"environment-args: expected arguments of {name}: {error}") from None
-    if make is MultiHopEnv:
-        make(**arguments)  # which costs nothing, and refuses what is out of its range
-    return partial(make, **arguments)
-
-
-def rollout_config(options: argparse.Namespace, objectives: int | None) -> RolloutConfig:
-    """The settings of the sampler for episodes of at most that many objectives, None for an environment of
-    which nothing is known.
-
-    Limits that were not given leave room: for a whole passage, and for twice the turns of the expert.
-    They leave no more than that: a model has to have a position for every token that they allow.
-    """
-    default = RolloutConfig()
-    max_info_tokens, max_turns = default.max_info_tokens, default.max_turns
-    if options.environment is None:
-        max_info_tokens = 64 + (options.passage_tokens or 0)
-        max_turns = max(max_turns, 2 * ((objectives or 1) * (options.hops or 2) + 1))
-    names = {field.name for field in fields(RolloutConfig)} & vars(options).keys()
-    return RolloutConfig(
-        **{name: getattr(options, name) for name in names - {"max_info_tokens", "max_turns"}},
-        max_info_tokens=max_info_tokens if options.max_info_tokens is None else options.max_info_tokens,
-        max_turns=max_turns if options.max_turns is None else options.max_turns,
-    )

@@ -1,0 +1,1 @@
+"""The commands of `mem1`: each turns options into calls of the library."""

@@ -1,0 +1,111 @@
+"""`mem1 data`, `mem1 view` and `mem1 retrieve`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from mem1.checks import InputError, require
+from mem1.data.check_files import Finding, check
+from mem1.data.convert import convert
+from mem1.data.sources import DataSet, data_sets
+from mem1.evaluation.results import markdown
+from mem1.evaluation.viewer.page import read_trajectories, write_page
+from mem1.models.load import load_tokenizer
+from mem1.runtime.progress import Progress
+from mem1.train import checkpoint
+
+
+def run(options: argparse.Namespace, progress: Progress) -> None:
+    """List the data sets, check a folder, or convert a file."""
+    if options.convert is not None:
+        for name in ("source", "out"):
+            require(getattr(options, name) is not None, name, "a path beside convert", None)
+        made = convert(options.convert, options.source, options.out)
+        for line in made.left_out:
+            progress.log(f"left out: {line}")
+        progress.log(f"{made.questions} questions, {made.passages} passages are in {options.out}")
+        return
+    for name in ("source", "out"):
+        require(getattr(options, name) is None, name, "none without convert", getattr(options, name))
+    if options.check is not None:
+        _report(options, [found for found in check(options.check) if found.path is not None], progress)
+    else:
+        _list(options, progress)
+
+
+def _list(options: argparse.Namespace, progress: Progress) -> None:
+    if options.json:
+        for dataset in data_sets():
+            progress.log(json.dumps(_record(dataset)))
+        return
+    for dataset in data_sets():
+        progress.log(f"{dataset.name}: {dataset.title}\n  licence {dataset.licence}\n  from {dataset.source}")
+        if dataset.note:
+            progress.log(f"  {dataset.note}")
+        for file in dataset.files:
+            known = [f"{digest.size} bytes, sha256 {digest.sha256}" for digest in file.digests]
+            progress.log(f"  {file.name}: {'; or '.join(known) or 'no checksum is published'}")
+
+
+def _record(dataset: DataSet) -> dict[str, Any]:
+    files = [
+        {"name": file.name, "content": file.content, "digests": [digest._asdict() for digest in file.digests]}
+        for file in dataset.files
+    ]
+    return {**dataset._asdict(), "files": files}
+
+
+def _report(options: argparse.Namespace, findings: list[Finding], progress: Progress) -> None:
+    if options.json:
+        for found in findings:
+            progress.log(json.dumps({**found._asdict(), "path": str(found.path)}))
+    elif findings:
+        lines = [
+            [found.dataset, str(found.path), found.checksum, "-" if found.rows is None else f"{found.rows:,}"]
+            for found in findings
+        ]
+        progress.log(markdown(["data set", "file", "checksum", "rows"], lines))
+    require(bool(findings), "check", "a folder with a file of a known data set", str(options.check))
+    broken = [found for found in findings if found.error]
+    if broken:
+        raise InputError("; ".join(f"{found.path}: {found.error}" for found in broken))
+
+
+def view(options: argparse.Namespace, progress: Progress) -> None:
+    """Write the page of a file of trajectories."""
+    source: Path = options.trajectories
+    out = options.out or source.with_suffix(".html")
+    require(out != source, "out", "another file than the trajectories", str(out))
+    named = options.tokenizer or _model_of(source)
+    tokenizer = load_tokenizer(checkpoint.newest(named))
+    count = write_page(read_trajectories(source), out, tokenizer=tokenizer, title=source.stem)
+    progress.log(f"{count} trajectories are in {out}")
+
+
+def _model_of(source: Path) -> str:
+    """The model that most of the trajectories name."""
+    names = Counter(row.get("model", "") for row in read_trajectories(source))
+    name = names.most_common(1)[0][0] if names else ""
+    require(bool(name), "tokenizer", "one, as the trajectories name no model", None)
+    return str(name)
+
+
+def retrieve(options: argparse.Namespace, progress: Progress) -> None:
+    """Serve until a signal ends it."""
+    from mem1.envs.search.retrieval_server import ServerConfig, run_server
+
+    if options.dense:
+        from mem1.envs.search.dense import DenseRetriever
+
+        retriever: Any = DenseRetriever.open(options.corpus, options.index)
+    else:
+        from mem1.envs.search.bm25 import BM25Retriever
+
+        retriever = BM25Retriever.open(options.corpus, options.index)
+    progress.log(f"{len(retriever):,} passages")
+    config = ServerConfig(host=options.host, port=options.port)
+    run_server(retriever, config, lambda url: progress.log(f"listening at {url}"))

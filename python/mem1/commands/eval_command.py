@@ -1,0 +1,175 @@
+"""`mem1 eval`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mem1.checks import require
+from mem1.commands.loading import check_writable, load_policy, log_failures, log_other_settings
+from mem1.commands.world_options import environment_record, rollout_config, world_of
+from mem1.config import RolloutConfig, TrainConfig
+from mem1.engine.engine import Engine
+from mem1.envs.tasks import shuffled
+from mem1.envs.toy.tokenizer import build_tokenizer
+from mem1.envs.worlds import DEFAULT, TOYS
+from mem1.evaluation.baselines.agents import Agent
+from mem1.evaluation.eval_run import Cell, read_cells, run_evaluation
+from mem1.evaluation.evaluation_loop import OBJECTIVES, evaluation_seeds, without_limits
+from mem1.evaluation.results import table
+from mem1.evaluation.tables import tables
+from mem1.io import ignore_closed_pipe
+from mem1.models.load import load_tokenizer
+from mem1.rollout.rollout_loop import check_positions, make_codec, make_engine, play_expert, rollout
+from mem1.runtime.progress import Progress
+from mem1.train import checkpoint
+from mem1.train.parity import parity
+from mem1.trajectory import Trajectory
+
+_COMPARED = 16  # trajectories of an agent whose log-probs are recomputed
+
+Play = Callable[[range, Callable[[], None]], list[Trajectory]]
+
+
+def run(options: argparse.Namespace, progress: Progress) -> None:
+    """Play, or go on with, an evaluation; say what came of it."""
+    if options.json:  # the rows alone belong on standard output
+        progress = Progress(log=lambda line: print(line, file=sys.stderr, flush=True))
+    check_writable(options.out)
+    agents: list[Agent] = options.agents
+    names = [str(agent) for agent in agents]
+    require(len({*names}) == len(names), "agents", "each once", " ".join(names))
+    sizes = options.objectives or (OBJECTIVES if options.environment == DEFAULT else [None])
+    configs = {n: replace(rollout_config(options, n), synchronous=not options.asynchronous) for n in sizes}
+    model, tokenizer, engine = _policy(options, agents, list(configs.values()), progress)
+    cells = []
+    for agent in agents:
+        for n, config in configs.items():
+            play = _player(options, agent, n, config, model, tokenizer, engine)
+            cells.append(Cell(str(agent), n or 1, play))
+    settings = _settings(options, names, configs)
+    results = run_evaluation(
+        cells, options.episodes, options.out, settings, overwrite=options.overwrite, progress=progress
+    )
+    if options.json:
+        with ignore_closed_pipe(sys.stdout):
+            for row in results:
+                print(json.dumps(row.to_dict(), allow_nan=False), flush=True)
+    else:
+        progress.log(tables(results))
+    _tell(options, agents, model, cells, progress)
+    progress.log(f"trajectories and tables are in {options.out}")
+
+
+def _policy(
+    options: argparse.Namespace, agents: Sequence[Agent], configs: Sequence[RolloutConfig], progress: Progress
+) -> tuple[Any, PreTrainedTokenizerBase, Engine | None]:
+    """Model, tokenizer and an engine large enough for all agents; of scripts alone, no more than a tokenizer,
+    the toy's in its own worlds.
+    """
+    if all(agent.scripted for agent in agents):
+        if options.model is None:
+            fits = options.environment in TOYS
+            require(fits, "model", "one whose tokenizer counts, for an environment of real text", None)
+            return None, build_tokenizer(), None
+        return None, load_tokenizer(checkpoint.newest(options.model)), None
+    require(options.model is not None, "model", "a folder or a Hugging Face id for a policy", None)
+    model, tokenizer = load_policy(options, progress)
+    log_other_settings(options.model, configs[0], progress)
+    rules = [agent.settings(config) for config in configs for agent in agents if not agent.scripted]
+    for config in rules:
+        check_positions(model, config)  # of all rows before the first one
+        make_codec(tokenizer, config, model)  # a copy of its vocabulary is part of the memory
+    largest = max(rules, key=RolloutConfig.peak_tokens)
+    return model, tokenizer, make_engine(model, largest, options.episodes, progress.log)
+
+
+def _player(
+    options: argparse.Namespace,
+    agent: Agent,
+    objectives: int | None,
+    config: RolloutConfig,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine | None,
+) -> Play:
+    """What plays the episodes of one agent at one number of objectives, the same for every agent."""
+    rules = agent.settings(config)
+    make, tasks = world_of(replace_format(options, rules), objectives, "test")
+    make = agent.environments(make)
+    seeds = evaluation_seeds(options.seed, options.episodes)
+    rows = None if tasks is None else shuffled(tasks, options.seed, "evaluation")
+    if rows is not None:
+        expected = f"at least {options.episodes} for as many episodes"
+        require(len(rows) >= options.episodes, "tasks", expected, len(rows))
+
+    def play(places: range, advance: Callable[[], None]) -> list[Trajectory]:
+        some = [seeds[place] for place in places]
+        given = None if rows is None else [rows[place] for place in places]
+        played = (
+            play_expert(tokenizer, make, some, without_limits(rules), given)  # type: ignore[arg-type]
+            if agent.scripted
+            else rollout(model, tokenizer, make, some, rules, tasks=given, engine=engine)
+        )
+        found = {}
+        for trajectory in played:
+            found[trajectory.seed] = trajectory
+            advance()
+        return [found[seed] for seed in some]
+
+    return play
+
+
+def replace_format(options: argparse.Namespace, config: RolloutConfig) -> argparse.Namespace:
+    """`options` with the format of an agent: prompts name its tags."""
+    return argparse.Namespace(**{**vars(options), "format": config.format})
+
+
+def _settings(
+    options: argparse.Namespace, agents: list[str], configs: dict[int | None, RolloutConfig]
+) -> dict[str, Any]:
+    """What the numbers follow from."""
+    rollouts = {
+        str(n or 1): TrainConfig(rollout=replace(config, greedy=False)).to_dict()["rollout"]
+        | {"greedy": config.greedy}
+        for n, config in configs.items()
+    }
+    return {
+        "agents": agents,
+        "episodes": options.episodes,
+        "seed": options.seed,
+        "model": options.model,
+        "dtype": options.dtype,
+        "environment": environment_record(options),
+        "rollout": rollouts,
+    }
+
+
+def _tell(
+    options: argparse.Namespace,
+    agents: Sequence[Agent],
+    model: Any,
+    cells: Sequence[Cell],
+    progress: Progress,
+) -> None:
+    """Failures, and of every policy the sampled log-probs against those that a trainer recomputes."""
+    gaps = []
+    played = dict[str, list[Trajectory]]()
+    for cell, trajectories in zip(cells, read_cells(options.out, cells, options.episodes), strict=True):
+        log_failures(trajectories, progress)
+        played[cell.agent] = trajectories[:_COMPARED]  # of the largest number of objectives
+    for agent in agents:
+        if not agent.scripted:
+            config = agent.settings(RolloutConfig(regime=options.regime))
+            with torch.inference_mode():
+                gaps.append(parity(model, played[str(agent)], config.regime, options.temperature))
+    if gaps:
+        progress.log(f"sampled and recomputed log-probs, {_COMPARED} episodes of an agent at most")
+        progress.log(table(gaps))

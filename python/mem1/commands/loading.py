@@ -1,0 +1,68 @@
+"""What several commands do: load a model, check where files go, say what has failed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mem1.checks import InputError
+from mem1.config import RolloutConfig, TrainConfig
+from mem1.models.load import load_report
+from mem1.runtime.device import whereabouts
+from mem1.runtime.progress import Progress
+from mem1.train import checkpoint
+from mem1.train.run_folder import CONFIG
+from mem1.trajectory import Trajectory
+
+
+def load_policy(options: argparse.Namespace, progress: Progress) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model on the device that was asked for, and its tokenizer."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    model, tokenizer, _ = checkpoint.load(options.model, options.dtype, options.device)
+    progress.log(whereabouts(model))
+    progress.log(str(load_report(model, tokenizer, options.model)))
+    return model, tokenizer
+
+
+def log_other_settings(model: str, config: RolloutConfig, progress: Progress) -> None:
+    """A run's format and rules are not part of its model: say where others are asked for."""
+    for folder in (Path(model), Path(model).parent, Path(model).parent.parent):
+        if (folder / CONFIG).is_file():
+            trained = json.loads((folder / CONFIG).read_text()).get("rollout", {})
+            now = TrainConfig(rollout=replace(config, greedy=False)).to_dict()["rollout"]
+            for name in "format chat system observation_role prune regime".split():
+                was, given = trained.get(name, now[name]), json.loads(json.dumps(now[name]))
+                if was != given:
+                    progress.log(f"trained with {name} {was}, now {given}")
+            return
+
+
+def check_writable(folder: Path) -> None:
+    """InputError, before any work, if nothing can be written to `folder`, which need not be there yet."""
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"out: expected a folder that can be written to, got {str(folder)!r}: {error.strerror}"
+        ) from None
+
+
+def log_failures(trajectories: Iterable[Trajectory], progress: Progress) -> None:
+    failed = [trajectory for trajectory in trajectories if trajectory.error_kind]
+    if failed:
+        progress.log(f"{len(failed)} episodes failed, seed {failed[0].seed} by {reason(failed[0])}")
+
+
+def reason(failed: Trajectory) -> str:
+    return f"{failed.finish_reason}: {failed.error}"

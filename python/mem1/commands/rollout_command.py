@@ -1,0 +1,94 @@
+"""`mem1 rollout`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from contextlib import nullcontext
+
+from transformers import PreTrainedTokenizerBase
+
+from mem1.checks import InputError, require
+from mem1.commands.loading import check_writable, load_policy, log_failures, log_other_settings, reason
+from mem1.commands.world_options import rollout_config, world_of
+from mem1.envs.tasks import TaskStream
+from mem1.envs.worlds import DEFAULT
+from mem1.io import atomic_write
+from mem1.parsing.token_text import TokenText
+from mem1.rollout.rollout_loop import make_codec, make_engine, rollout
+from mem1.runtime.progress import Progress
+from mem1.seeds import LARGEST
+from mem1.trajectory import Trajectory
+
+
+def run(options: argparse.Namespace, progress: Progress) -> None:
+    objectives = options.objectives or ((2, 2) if options.environment == DEFAULT else None)
+    make_environment, tasks = world_of(options, objectives, "test")
+    if options.expert and isinstance(options.environment, type):
+        able = hasattr(options.environment, "expert_action")
+        require(able, "expert", "an environment with expert_action", options.environment.__qualname__)
+    config = rollout_config(options, objectives and objectives[1])
+    seeds = range(options.seed, options.seed + options.episodes)
+    require(seeds[-1] < LARGEST, "seed", "one whose last episode is below 2**53", options.seed)
+    stream = None if tasks is None else TaskStream(tasks, 0)
+    rows = stream and [stream[seed] for seed in seeds]
+    if options.out is not None:
+        require(
+            options.out.is_file() or not options.out.exists(),
+            "out",
+            "the name of a regular file",
+            str(options.out),
+        )
+        check_writable(options.out.parent)
+    model, tokenizer = load_policy(options, progress)
+    log_other_settings(options.model, config, progress)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+    make_codec(tokenizer, config, model)  # a copy of its vocabulary is part of the memory
+    episodes = options.episodes * options.group_size
+    engine = make_engine(model, config, episodes, progress.log)
+    start, tokens, failed = time.perf_counter(), 0, list[Trajectory]()
+    with (
+        atomic_write(options.out) if options.out else nullcontext() as file,
+        progress.phase("episodes", total=episodes) as phase,
+    ):
+        for trajectory in rollout(
+            model,
+            tokenizer,
+            make_environment,
+            seeds,
+            config,
+            tasks=rows,
+            group_size=options.group_size,
+            expert=options.expert,
+            engine=engine,
+        ):
+            tokens += int(trajectory.policy_mask.sum())
+            phase.advance()
+            failed += [trajectory] if trajectory.error_kind else []
+            if file is None:
+                progress.log(transcript(trajectory, tokenizer) + "\n")
+            else:
+                file.write(trajectory.to_json() + "\n")
+    seconds = time.perf_counter() - start
+    progress.log(f"{episodes} episodes, {tokens} policy tokens, {tokens / seconds:.0f} per second")
+    log_failures(failed, progress)
+    if options.out:
+        progress.log(f"trajectories are in {options.out}")
+    if len(failed) == episodes:
+        expected = "an episode that can be played"
+        raise InputError(f"rollout: expected {expected}, got {episodes} that failed, by {reason(failed[0])}")
+
+
+def transcript(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A trajectory for people: one line per segment, then how it went."""
+    text_of, lines, start = TokenText(tokenizer), [], 0
+    for kind, turn, length in trajectory.segments:
+        text = text_of.decode(trajectory.tokens[start : start + length].tolist())
+        lines.append(f"{turn:3d} {kind:>6}  {text}")
+        start += length
+    lines.append(
+        f"seed {trajectory.seed}: {trajectory.error or trajectory.finish_reason}, "
+        f"reward {trajectory.reward:.3f}, {start} tokens, at most {trajectory.peak_tokens()} at once"
+    )
+    return "\n".join(lines)

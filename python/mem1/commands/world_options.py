@@ -1,0 +1,76 @@
+"""Which environment the options of a command name, and the settings of the sampler that fit it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import Any
+
+from mem1.checks import require
+from mem1.config import RolloutConfig
+from mem1.envs.worlds import DEFAULT, TOYS, Objectives, Side, World, open_world
+from mem1_core.eviction_policies import qualified_name
+
+_PASSAGES = 1024  # tokens of an observation of real text: the paper's, rounded up
+
+
+def environment_arguments(options: argparse.Namespace) -> dict[str, Any]:
+    """What the environment of the options is made with, apart from its number of objectives."""
+    arguments = dict(options.environment_args)
+    for name, default, worlds in (("hops", 2, (DEFAULT,)), ("passage_tokens", 0, TOYS)):
+        given = getattr(options, name)
+        if options.environment in worlds:
+            arguments = {name: default if given is None else given} | arguments
+        else:
+            require(given is None, name, f"none beside environment {_name(options.environment)}", given)
+    return arguments
+
+
+def environment_record(options: argparse.Namespace) -> dict[str, Any]:
+    """What a run keeps on record of its environment."""
+    named = {} if options.environment == DEFAULT else {"environment": _name(options.environment)}
+    tasks = {} if options.tasks is None else {"tasks": options.tasks}
+    return named | tasks | environment_arguments(options)
+
+
+def _name(environment: Any) -> str:
+    return environment if isinstance(environment, str) else qualified_name(environment)
+
+
+def world_of(options: argparse.Namespace, objectives: Objectives, side: Side) -> World:
+    """The world of the options, its rows those of one side. InputError, before any work, if it cannot be."""
+    return open_world(
+        options.environment,
+        environment_arguments(options),
+        objectives=objectives,
+        side=side,
+        tags=options.format,
+        tasks=options.tasks,
+    )
+
+
+def rollout_config(options: argparse.Namespace, objectives: int | None) -> RolloutConfig:
+    """The settings of the sampler for episodes of at most that many objectives, None for an environment of
+    which nothing is known.
+
+    Limits that were not given leave room: for a whole passage, and for twice the turns of the expert, or, of
+    real questions, as many as the paper's. They leave no more than that: a model has to have a position for
+    every token that they allow.
+    """
+    default = RolloutConfig()
+    max_info_tokens, max_turns = default.max_info_tokens, default.max_turns
+    if options.environment == DEFAULT:
+        max_info_tokens = 64 + (options.passage_tokens or 0)
+        max_turns = max(max_turns, 2 * ((objectives or 1) * (options.hops or 2) + 1))
+    elif options.environment in TOYS:
+        max_info_tokens = max(max_info_tokens, 64 + (options.passage_tokens or 0))
+        max_turns = max(max_turns, 8 * (objectives or 1))
+    elif isinstance(options.environment, str):
+        max_info_tokens = _PASSAGES
+        max_turns = 10 if options.environment == "webshop" else 6 if (objectives or 1) <= 4 else 20
+    names = {field.name for field in fields(RolloutConfig)} & vars(options).keys()
+    return RolloutConfig(
+        **{name: getattr(options, name) for name in names - {"max_info_tokens", "max_turns"}},
+        max_info_tokens=max_info_tokens if options.max_info_tokens is None else options.max_info_tokens,
+        max_turns=max_turns if options.max_turns is None else options.max_turns,
+    )

@@ -1,0 +1,1 @@
+"""Environments of other makes, and plain functions, as environments of this package."""

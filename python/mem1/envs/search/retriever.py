@@ -1,0 +1,50 @@
+"""What a retriever is, and how its passages are shown to a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Sequence
+from typing import NamedTuple, Protocol
+
+MAX_QUERY_CHARS = 4096  # of a query, which a policy writes; what comes after them is not searched for
+NOTHING_FOUND = "No passage was found."
+
+
+class Passage(NamedTuple):
+    """A passage of a corpus. contents: its title in double quotes, a line end, its text. score: higher is
+    better, comparable within the results of one query; 0 where a server gives none.
+    """
+
+    id: str
+    contents: str
+    score: float
+
+
+class Retriever(Protocol):
+    """Finds passages. `search` may be a coroutine function."""
+
+    def search(
+        self, queries: Sequence[str], top_k: int
+    ) -> list[list[Passage]] | Awaitable[list[list[Passage]]]:
+        """Of each query the `top_k` best passages, or fewer where fewer fit, the best first.
+
+        Any text is a query: the first `MAX_QUERY_CHARS` characters count. Raises InputError for a `top_k`
+        below 1.
+        """
+        ...
+
+
+def format_passages(passages: Sequence[Passage]) -> str:
+    """The passages of one query as an observation, a line each, in the form on which the released models of
+    Search-R1 and MEM1 were trained:
+
+        Doc 1(Title: "Oslo") Oslo is the capital of Norway.
+        Doc 2(Title: ...
+
+    A passage without a title is shown as "Doc 1: ..."; no passages as `NOTHING_FOUND`.
+    """
+    return "\n".join(_line(number, passage) for number, passage in enumerate(passages, 1)) or NOTHING_FOUND
+
+
+def _line(number: int, passage: Passage) -> str:
+    title, separator, text = passage.contents.partition("\n")
+    return f"Doc {number}(Title: {title}) {text}" if separator else f"Doc {number}: {title}"

@@ -1,0 +1,40 @@
+"""What the worlds of the toy have in common: ranges that each episode draws from, passages, turns that come
+too late.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+from mem1.checks import require
+from mem1.envs.toy.words import FILLER
+
+
+def interval(name: str, value: int | tuple[int, int], low: int, high: int) -> tuple[int, int]:
+    """The ends of a range of whole numbers; one number is a range, too. InputError unless it is within
+    `low`..`high`.
+    """
+    ends = value if isinstance(value, tuple) else (value, value)
+    fits = len(ends) == 2 and all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
+    fits = fits and low <= ends[0] <= ends[1] <= high
+    require(fits, name, f"a number or a rising interval within {low}..{high}", value)
+    return ends
+
+
+def whole_number(name: str, value: int, low: int, high: float = math.inf) -> int:
+    """A whole number from `low` to `high`. InputError for any other."""
+    fits = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    require(fits, name, f"a number >= {low}" if high == math.inf else f"a number within {low}..{high}", value)
+    return value
+
+
+def padded(text: str, length: int, rng: random.Random) -> str:
+    """A text with unrelated words after it, which make `length` tokens of it."""
+    return " ".join([text, *rng.choices(FILLER, k=max(0, length - len(text.split())))])
+
+
+def require_running(running: bool) -> None:
+    """RuntimeError for a step without a running episode."""
+    if not running:
+        raise RuntimeError("step: expected a running episode, got one that is over or not begun; call reset")

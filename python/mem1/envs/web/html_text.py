@@ -1,0 +1,110 @@
+"""From HTML to text, within a time limit that holds.
+
+Pages are converted in processes of their own. A page of 200 kB, one tag with 16,000 attributes, keeps
+trafilatura busy for nine seconds, for five of which it holds the interpreter's lock: on a thread it
+would stop all others, and no thread can be stopped. What crashes on a page takes only its process with it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import weakref
+from collections import deque
+from pathlib import Path
+
+from mem1.checks import InputError
+from mem1.envs.web.web_packages import INSTALL
+
+_PROGRAM = Path(__file__).with_name("html_worker.py")
+_START_SECONDS = 60.0  # to load the packages
+
+
+class HtmlConverter:
+    """Converts pages, each in a process that is started when none is free, and kept. May be used from any
+    thread. Processes end with `close`, with this object, or with the program.
+
+    timeout: seconds for a page.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._idle: deque[_Worker] = deque()
+        weakref.finalize(self, _end, self._idle)
+
+    def text(self, html: str) -> str | None:
+        """The text of a page; None if it took too long, or took the process down. Raises InputError if
+        trafilatura cannot be loaded.
+        """
+        try:
+            worker = self._idle.pop()
+        except IndexError:
+            worker = _started()
+        text = worker.ask(html, self._timeout)
+        if text is None:
+            worker.end()
+        else:
+            self._idle.append(worker)
+        return text
+
+    def close(self) -> None:
+        """End the processes that are free."""
+        _end(self._idle)
+
+
+class _Worker:
+    """A process that runs html_worker.py, for one caller at a time."""
+
+    def __init__(self) -> None:
+        self._expired = False
+        self._process = subprocess.Popen(
+            [sys.executable, str(_PROGRAM)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="ascii",
+            start_new_session=True,  # an interrupt at the terminal is not meant for it
+        )
+
+    def ask(self, html: str | None, timeout: float) -> str | None:
+        """The text of a page, or what is said without one at the start; None if none came in time."""
+        asked, answers = self._process.stdin, self._process.stdout
+        timer = threading.Timer(timeout, self._expire)
+        timer.start()
+        line = ""
+        try:
+            if html is not None:
+                asked.write(json.dumps(html) + "\n")  # type: ignore[union-attr]
+                asked.flush()  # type: ignore[union-attr]
+            line = answers.readline()  # type: ignore[union-attr]
+        except OSError:  # the process is no more
+            pass
+        finally:
+            timer.cancel()
+            timer.join()  # from here on it is settled whether the time was over
+        return None if self._expired or not line else str(json.loads(line))
+
+    def end(self) -> None:
+        """Kill the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._process.kill()
+
+
+def _started() -> _Worker:
+    worker = _Worker()
+    if worker.ask(None, _START_SECONDS) is None:
+        worker.end()
+        raise InputError(f"mem1.envs.web: expected trafilatura, got none that can be loaded: {INSTALL}")
+    return worker
+
+
+def _end(idle: deque[_Worker]) -> None:
+    while idle:
+        idle.pop().end()

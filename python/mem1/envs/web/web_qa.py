@@ -1,0 +1,136 @@
+"""Questions that are answered with a search engine and the pages of the web."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from mem1.checks import InputError, require
+from mem1.envs.base import ExpertAction, Step
+from mem1.envs.web.page_fetch import PageFetcher
+from mem1.envs.web.search_reply import WebResult, format_reply
+from mem1.envs.web.serper import QueryRefused, SerperClient
+from mem1.envs.web.url_rules import FetchError
+from mem1.metrics import SEPARATOR, UNANSWERED, grade
+from mem1.parsing.action import Action
+
+INSTRUCTION = (
+    "Answer the questions below with what you find on the web. A query of words searches the web; a query "
+    "that is a URL reads that page. Answer all questions at once, briefly, in their order, separated by ';'."
+)
+MALFORMED = "malformed: expected a query, words to search for or a URL, or an answer"
+
+
+class _Objective(NamedTuple):
+    """A question and the answers that are right."""
+
+    question: str
+    answers: tuple[str, ...]
+
+
+class WebQAEnv:
+    """Answer the questions of a task; each query searches the web or reads a page of it.
+
+    A task is an object with `questions`, each of which has `question` and `answers`; or one such question; or
+    a mapping with "question" and "golden_answers", a text and its list of answers or lists of both.
+
+    A query that begins with http:// or https:// reads that page, any other is searched for. What the policy's
+    own words lead to (a page that is not there, an address that is refused) is told in the observation. A
+    search API that fails raises a SearchError; an outage is an OSError as well, after which a rollout asks
+    again. The reward is the share of questions answered exactly.
+
+    search and pages may serve many environments side by side; with `owns_clients` `close` closes
+    both.
+    num_results: of a search.
+    """
+
+    def __init__(
+        self, search: SerperClient, pages: PageFetcher, *, num_results: int = 10, owns_clients: bool = False
+    ) -> None:
+        require(1 <= num_results <= 100, "num_results", "a number from 1 to 100", num_results)
+        self.objectives = 1
+        self._search, self._pages = search, pages
+        self._num_results, self._owns_clients = num_results, owns_clients
+        self._task: tuple[_Objective, ...] = ()
+        self._running = False
+        self._seen: tuple[WebResult, ...] = ()  # found by the last search
+
+    def reset(self, seed: int, task: Any = None) -> str:
+        """Start with the questions of `task`; nothing depends on `seed`. Raises InputError for a task that is
+        none.
+        """
+        self._task, self._seen, self._running = _objectives(task), (), True
+        self.objectives = len(self._task)
+        questions = [f"{number}. {each.question}" for number, each in enumerate(self._task, 1)]
+        return "\n".join([INSTRUCTION, *questions])
+
+    async def step(self, action: Action) -> Step:
+        """Search, read or grade. Raises SearchError where the search API fails, RuntimeError if there is no
+        running episode.
+        """
+        if not self._running:
+            raise RuntimeError(
+                "step: expected a running episode, got one that is over or not begun; call reset"
+            )
+        if action.kind == "answer":
+            self._running = False
+            graded = grade(action.text, [each.answers for each in self._task])
+            return Step("answered", graded.exact_match / self.objectives, True, info=graded.info())
+        words = action.text.split()
+        if action.kind != "query" or not words:
+            return Step(MALFORMED, info={**UNANSWERED, "invalid_action": True})
+        reads = words[0].lower().startswith(("http://", "https://"))
+        said = await self._read(words[0]) if reads else await self._find(action.text)
+        return Step(said, info=UNANSWERED)
+
+    def random_action(self, rng: random.Random) -> ExpertAction:
+        """A search for one of the questions, a page that was found, or now and then an answer of titles."""
+        if rng.random() < 0.1:
+            titles = [result.title for result in self._seen if result.title] or ["unknown"]
+            answer = f"{SEPARATOR} ".join(rng.choice(titles) for _ in self._task)
+            return ExpertAction("", Action("answer", answer))
+        queries = [each.question for each in self._task] + [result.url for result in self._seen if result.url]
+        return ExpertAction("", Action("query", rng.choice(queries)))
+
+    async def close(self) -> None:
+        """Close `search` and `pages`, if they are this environment's own."""
+        if self._owns_clients:
+            await self._search.close()
+            self._pages.close()
+
+    async def _find(self, query: str) -> str:
+        try:
+            reply = await self._search.search(query, self._num_results)
+        except QueryRefused as error:
+            return f"search failed: {error}"
+        self._seen = reply.results
+        return format_reply(reply)
+
+    async def _read(self, url: str) -> str:
+        try:
+            return (await self._pages.fetch(url)).text
+        except FetchError as error:
+            return f"page not read: {error.reason}"
+
+
+def _objectives(task: Any) -> tuple[_Objective, ...]:
+    if isinstance(task, Mapping):
+        questions, answers = task.get("question"), task.get("golden_answers")
+        pairs = [(questions, answers)]
+        if isinstance(questions, (list, tuple)) and isinstance(answers, (list, tuple)):
+            require(len(questions) == len(answers), "task", "golden_answers for each question", task)
+            pairs = list(zip(questions, answers, strict=True))
+    else:
+        rows = getattr(task, "questions", (task,))
+        pairs = [(getattr(row, "question", None), getattr(row, "answers", None)) for row in rows]
+    require(len(pairs) > 0, "task", "at least one question", task)
+    return tuple(_objective(question, answers) for question, answers in pairs)
+
+
+def _objective(question: Any, answers: Any) -> _Objective:
+    texts = isinstance(answers, (list, tuple)) and all(isinstance(answer, str) for answer in answers)
+    if not (isinstance(question, str) and question.strip() and texts and answers):
+        got = f"{question!r:.200} and {answers!r:.200}"
+        raise InputError(f"task: expected a question with a list of right answers, got {got}")
+    return _Objective(question.strip(), tuple(answers))

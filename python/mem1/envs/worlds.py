@@ -1,0 +1,208 @@
+"""The environments of the package by name, as the command line has them, with the tasks to play in them.
+
+Rows to train on and rows to evaluate on are told apart here, the same way for every command.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from mem1.checks import InputError, require
+from mem1.envs.base import Environment
+from mem1.envs.tasks import check_ids, read_rows, split
+from mem1.envs.toy.delayed import DelayedRewardEnv
+from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.envs.toy.updates import UpdatesEnv
+from mem1.parsing.tags import MEM1, TagFormat
+
+Side = Literal["train", "test"]
+Objectives = int | tuple[int, int] | None  # of an episode; a range; whatever the environment's own default is
+DEFAULT = "multihop"
+
+
+class World(NamedTuple):
+    """make: an environment for an episode. tasks: the rows that it may be reset with, None where all follows
+    from the seed.
+    """
+
+    make: Callable[[], Environment]
+    tasks: Sequence[Any] | None = None
+
+
+class _Given(NamedTuple):
+    """What a world is opened for, beside its own arguments."""
+
+    objectives: Objectives
+    side: Side
+    tags: TagFormat
+
+
+def open_world(
+    environment: str | Callable[..., Environment],
+    arguments: Mapping[str, Any],
+    *,
+    objectives: Objectives = None,
+    side: Side = "test",
+    tags: TagFormat = MEM1,
+    tasks: str | None = None,
+) -> World:
+    """The world of a name in `WORLDS`, or of what makes an environment, with its keyword arguments.
+
+    side: the rows to train on, or those that are held out. tags: what prompts tell the policy to write.
+    tasks: a file of rows (`read_rows`) for an environment of your own. InputError, before any episode, for
+    what cannot be made of these.
+    """
+    require(side in get_args(Side), "side", "train or test", side)
+    given = _Given(objectives, side, tags)
+    if callable(environment):
+        more = {} if objectives is None else {"objectives": objectives}
+        _check_arguments(environment, {**arguments, **more})
+        return World(partial(environment, **arguments, **more), None if tasks is None else _rows(tasks))
+    require(environment in WORLDS, "environment", f"MODULE:NAME or one of {', '.join(WORLDS)}", environment)
+    require(tasks is None, "tasks", f"none beside {environment}, which has its own", tasks)
+    opener = WORLDS[environment]
+    _check_arguments(partial(opener, given), arguments)
+    return opener(given, **arguments)
+
+
+def _check_arguments(make: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    try:
+        inspect.signature(make).bind(**arguments)
+    except ValueError:  # of some builtins Python knows no signature
+        pass
+    except TypeError as error:
+        named = make.func if isinstance(make, partial) else make
+        name = getattr(named, "__qualname__", repr(named)).strip("_")
+        raise InputError(f"environment-args: expected arguments of {name}: {error}") from None
+
+
+def _rows(path: str) -> list[dict[str, Any]]:
+    rows = [row for _, row in read_rows(path)]
+    check_ids(rows)
+    return rows
+
+
+def _toy(make: Callable[..., Environment], given: _Given, **arguments: Any) -> World:
+    if given.objectives is not None:
+        arguments["objectives"] = given.objectives
+    _check_arguments(make, arguments)
+    make(**arguments)  # which costs nothing, and refuses what is out of its range
+    return World(partial(make, **arguments))
+
+
+def _retrieval_qa(
+    given: _Given,
+    questions: str,
+    corpus: str | None = None,
+    url: str | None = None,
+    *,
+    dense: bool = False,
+    index: str | None = None,
+    datasets: Sequence[str] = (),
+    held_out: float = 0.2,
+    **arguments: Any,
+) -> World:
+    """questions: a file of any known format. corpus: a JSONL file that is searched here, by BM25 or `dense`
+    vectors, with its `index` beside it; url: of a server that searches. held_out: the share of questions that
+    is not for training.
+    """
+    from mem1.envs.qa.retrieval_qa import RetrievalQAEnv
+
+    title_of: Callable[[str], str | None] | None = None if corpus is None else partial(_title, corpus)
+    require((corpus is None) != (url is None), "environment-args", "either corpus or url", (corpus, url))
+    retriever: Any
+    if url is not None:
+        from mem1.envs.search.retrieval_client import RetrievalClient
+
+        retriever = RetrievalClient(url)
+    elif dense:
+        from mem1.envs.search.dense import DenseRetriever
+
+        retriever = DenseRetriever.open(_path("corpus", corpus), index)
+    else:
+        from mem1.envs.search.bm25 import BM25Retriever
+
+        retriever = BM25Retriever.open(_path("corpus", corpus), index)
+    tasks = _composed(given, questions, datasets, held_out)
+    return World(
+        partial(RetrievalQAEnv, None, retriever, tags=given.tags, title_of=title_of, **arguments), tasks
+    )
+
+
+def _web_qa(
+    given: _Given,
+    questions: str,
+    key_file: str,
+    *,
+    url: str = "https://google.serper.dev/search",
+    allow: Sequence[str] = (),
+    datasets: Sequence[str] = (),
+    held_out: float = 0.2,
+    **arguments: Any,
+) -> World:
+    """key_file: a file with the key of the search API. allow: hosts with ports that pages may be read from
+    though they are local.
+    """
+    from mem1.envs.web.page_fetch import PageFetcher
+    from mem1.envs.web.serper import SerperClient
+    from mem1.envs.web.web_qa import WebQAEnv
+
+    key = _path("key_file", key_file).read_text().strip()
+    make = partial(WebQAEnv, SerperClient(key, url), PageFetcher(allow=allow), **arguments)
+    return World(make, _composed(given, questions, datasets, held_out))
+
+
+def _webshop(given: _Given, folder: str, **arguments: Any) -> World:
+    """folder: with the files of the 1,000 products. The first 500 goals are held out, as in the paper."""
+    from mem1.envs.webshop.webshop_env import WebShopEnv
+
+    require(given.objectives in (None, 1, (1, 1)), "objectives", "1 in webshop", given.objectives)
+    make = partial(WebShopEnv, folder, given.side, **arguments)
+    return World(make, make().tasks)
+
+
+WORLDS: dict[str, Callable[..., World]] = {
+    "multihop": partial(_toy, MultiHopEnv),
+    "updates": partial(_toy, UpdatesEnv),
+    "delayed": partial(_toy, DelayedRewardEnv),
+    "retrieval-qa": _retrieval_qa,
+    "web-qa": _web_qa,
+    "webshop": _webshop,
+}
+TOYS = ("multihop", "updates", "delayed")
+
+
+def _title(corpus: str, passage: str) -> str | None:
+    return _titles(corpus).get(passage)
+
+
+@cache
+def _titles(corpus: str) -> dict[str, str]:
+    """Of all passages, by their ids: what an expert may know, and no policy."""
+    from mem1.envs.search.corpus import Corpus
+
+    rows = Corpus(_path("corpus", corpus)).rows()
+    return {row.id: row.contents.partition("\n")[0].strip('"') for row in rows}
+
+
+def _path(name: str, path: str | None) -> Path:
+    found = Path(path or "")
+    require(found.is_file(), name, "a file", path)
+    return found
+
+
+def _composed(given: _Given, questions: str, datasets: Sequence[str], held_out: float) -> list[Any]:
+    """Tasks out of the questions of one side."""
+    from mem1.envs.qa.compose import compose
+    from mem1.envs.qa.question_files import read_questions
+    from mem1.envs.qa.questions import each_question
+
+    train, test = split(each_question(read_questions(questions)), 0, held_out)
+    rows = train if given.side == "train" else test
+    sizes = given.objectives or 2
+    low, high = (sizes, sizes) if isinstance(sizes, int) else sizes
+    return [task for n in range(low, high + 1) for task in compose(rows, n, 0, datasets=datasets)]

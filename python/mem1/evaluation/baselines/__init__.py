@@ -1,0 +1,1 @@
+"""The agents that an evaluation compares: MEM1, what else there is on the same engine, and scripts."""

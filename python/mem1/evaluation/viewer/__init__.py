@@ -1,0 +1,1 @@
+"""Trajectories in a browser: one HTML file that needs nothing else."""

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from mem1.envs.toy.multihop import INSTRUCTION, MultiHopEnv
+from mem1.envs.toy.multihop_questions import MultiHopQuestions
+from mem1.envs.toy.words import NAMES, RELATIONS
+
+
+def drawn(seed: int, count: int = 3, hops: tuple[int, int] = (1, 4)) -> MultiHopQuestions:
+    return MultiHopQuestions(random.Random(seed), count, hops)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_they_are_those_of_the_default_environment(seed: int) -> None:
+    rng = random.Random(seed)
+    questions = MultiHopQuestions(rng, rng.randint(1, 4), (1, 3))
+    environment = MultiHopEnv((1, 4), hops=(1, 3))
+    assert environment.reset(seed) == f"{INSTRUCTION} {questions.text()} ."
+    assert environment.answers == questions.answers
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_each_answer_is_found_hop_by_hop(seed: int) -> None:
+    questions = drawn(seed)
+    texts = questions.text().split(" ; ")
+    for i, text in enumerate(texts):
+        head, *relations = text.split()
+        name = head
+        assert questions.note(i) == text
+        for hop, relation in enumerate(relations):
+            assert questions.pending(i) == [name, relation]
+            name = questions.look_up(f" {name}  {relation} ") or ""
+            assert questions.note(i) == " ".join([head, name, *relations[hop + 1 :]])
+        assert name == questions.answers[i]
+        assert questions.pending(i) == []
+        assert questions.look_up(f"{head} {relations[0]}") == questions.chains[i][1]
+        assert questions.note(i) == f"{head} {name}"
+
+
+def test_chains_share_nobody() -> None:
+    met = [name for chain in drawn(0, 16, (4, 4)).chains for name in chain]
+    assert len(met) == len(set(met)) == len(NAMES) == 80
+
+
+def test_a_fact_for_every_name_and_relation_and_for_nothing_else() -> None:
+    questions = drawn(1)
+    assert all(questions.look_up(f"{name} {relation}") in NAMES for name in NAMES for relation in RELATIONS)
+    for query in ("", "ada", "ada ada", "boss ada", "ada boss coach", "<IS>", "ada\x00boss"):
+        assert questions.look_up(query) is None
