@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from mem1.envs.search.bm25 import BM25Retriever
-from mem1.envs.search.retrieval_client import RetrievalClient
+from mem1.envs.search.retrieval_client import RetrievalClient, RetrievalError
 from mem1.envs.search.retriever import Passage
 
 # Of bm25s with a stemmer and its own settings (k1 1.5, b 0.75), top 3 and 10.
@@ -47,7 +47,8 @@ class Served(NamedTuple):
     """What the clients of a server have seen."""
 
     seconds: float
-    latencies: list[float]
+    latencies: list[float]  # of those that were answered
+    lost: int
     wrong: int
     down: float  # seconds between the kill and the moment from which the new server listens
 
@@ -100,15 +101,19 @@ async def measure_server(
     """`clients` at once; they share the questions, each of which must get what `right` has for it."""
     process, url = start_server(corpus, index, 0)
     latencies: list[float] = []
-    wrong, down = 0, 0.0
+    lost, wrong, down = 0, 0, 0.0
 
     async def client(first: int) -> None:
-        nonlocal wrong
+        nonlocal lost, wrong
         retrieval = RetrievalClient(url, timeout=60.0)
         try:
             for n in range(first, len(questions), clients):
                 began = time.perf_counter()
-                (found,) = await retrieval.search([questions[n]], TOP[0])
+                try:
+                    (found,) = await retrieval.search([questions[n]], TOP[0])
+                except (RetrievalError, ConnectionError):
+                    lost += 1
+                    continue
                 latencies.append(time.perf_counter() - began)
                 wrong += found != right[n]
         finally:
@@ -128,7 +133,7 @@ async def measure_server(
     try:
         began = time.perf_counter()
         await asyncio.gather(*(client(first) for first in range(clients)), *([restart()] if kill else []))
-        return Served(time.perf_counter() - began, latencies, wrong, down)
+        return Served(time.perf_counter() - began, latencies, lost, wrong, down)
     finally:
         process.terminate()
         process.wait()
@@ -142,10 +147,9 @@ def measure_servers(
         served = asyncio.run(measure_server(corpus, index, questions, right, clients, kill))
         ordered = sorted(served.latencies)
         shares = [ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.5, 0.95, 0.99)]
-        lost = len(questions) - len(ordered)
         speed = f"{len(ordered) / served.seconds:,.0f}"
         rows.append(
-            (name, len(questions), lost, served.wrong, f"{served.down:.2f}", speed)
+            (name, len(questions), served.lost, served.wrong, f"{served.down:.2f}", speed)
             + tuple(f"{1000 * share:.0f}" for share in shares)
         )
     header = ("server", "queries", "lost", "wrong", "down, s", "queries/s", "p50, ms", "p95, ms", "p99, ms")

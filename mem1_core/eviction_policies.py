@@ -117,6 +117,29 @@ class Truncate(_Rule):
 
 
 @dataclass(frozen=True)
+class Compact(_Rule):
+    """Everything stays until an action is complete with which more than `tokens` tokens of turns are live; then
+    all turns before its own leave. What is still needed has to stand in its state.
+    """
+
+    name = "compact"
+    tokens: int
+
+    def __call__(self, segments: Sequence[Segment]) -> Sequence[bool]:
+        first, sizes = 1, dict[int, int]()
+        for segment in segments:
+            if segment.kind != "prompt":
+                sizes[segment.turn] = sizes.get(segment.turn, 0) + segment.length
+            if is_action(segment.kind) and sum(sizes.values()) > self.tokens:
+                first = segment.turn
+                sizes = {first: sizes[first]}
+        return [s.kind == "prompt" or s.turn >= first for s in segments]
+
+    def peak_tokens(self, prompt: int, action: int, info: int, turns: int) -> int:
+        return Truncate(self.tokens).peak_tokens(prompt, action, info, turns)
+
+
+@dataclass(frozen=True)
 class HideObservations(_Rule):
     """When an action is complete the infos leave that are older than the last `turns` turns; what the policy
     wrote stays.
@@ -182,7 +205,7 @@ class Recorded:
         return [end is None or now < end for end in self.lifetimes[: len(segments)]]
 
 
-RULES: tuple[type[_Rule], ...] = (LastTurns, AtState, Never, Truncate, HideObservations, Fold, Summary)
+RULES: tuple[type[_Rule], ...] = (LastTurns, AtState, Never, Truncate, Compact, HideObservations, Fold, Summary)
 
 
 def resolve_policy(prune: EvictionPolicy) -> EvictionFunction:

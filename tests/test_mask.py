@@ -199,7 +199,7 @@ def test_bad_arguments_of_from_segments_are_named() -> None:
     for prune in ("sometimes", True, 0, -1, 64.0, None, "64", "fold=2", "last_turns", "last_turns=0", "=1"):
         wanted = (
             "prune: expected 'action', a number of tokens >= 1, a function, or one of last_turns=N, state, "
-            f"never, truncate=N, hide_observations=N, fold, summary, got {prune!r}"
+            f"never, truncate=N, compact=N, hide_observations=N, fold, summary, got {prune!r}"
         )
         with pytest.raises(ValueError, match=f"^{re.escape(wanted)}$"):
             TrajectoryLayout.from_segments(TURNS, prune=prune)  # type: ignore[arg-type]

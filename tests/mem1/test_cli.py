@@ -317,7 +317,7 @@ def test_trajectories_are_written_whole_or_not_at_all(capsys, model, tmp_path, m
 
 
 def limits(*arguments: str) -> RolloutConfig:
-    runs = dict.fromkeys(("train", "eval", "rollout", "demo"), lambda options, progress: None)
+    runs = dict.fromkeys(RUNS, lambda options, progress: None)
     options = build_parser(runs).parse_args(["rollout", "--model", "somewhere", *arguments])
     return rollout_config(options, (options.objectives or (2, 2))[1])
 

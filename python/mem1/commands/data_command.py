@@ -12,6 +12,7 @@ from mem1.checks import InputError, require
 from mem1.data.check_files import Finding, check
 from mem1.data.convert import convert
 from mem1.data.sources import DataSet, data_sets
+from mem1.envs.worlds import open_retriever
 from mem1.evaluation.results import markdown
 from mem1.evaluation.viewer.page import read_trajectories, write_page
 from mem1.models.load import load_tokenizer
@@ -98,14 +99,8 @@ def retrieve(options: argparse.Namespace, progress: Progress) -> None:
     """Serve until a signal ends it."""
     from mem1.envs.search.retrieval_server import ServerConfig, run_server
 
-    if options.dense:
-        from mem1.envs.search.dense import DenseRetriever
-
-        retriever: Any = DenseRetriever.open(options.corpus, options.index)
-    else:
-        from mem1.envs.search.bm25 import BM25Retriever
-
-        retriever = BM25Retriever.open(options.corpus, options.index)
+    index = None if options.index is None else str(options.index)
+    retriever = open_retriever(str(options.corpus), index, options.dense)
     progress.log(f"{len(retriever):,} passages")
     config = ServerConfig(host=options.host, port=options.port)
     run_server(retriever, config, lambda url: progress.log(f"listening at {url}"))

@@ -19,7 +19,7 @@ from mem1.config import RolloutConfig, TrainConfig
 from mem1.engine.engine import Engine
 from mem1.envs.tasks import shuffled
 from mem1.envs.toy.tokenizer import build_tokenizer
-from mem1.envs.worlds import DEFAULT, TOYS
+from mem1.envs.worlds import DEFAULT, TOYS, World
 from mem1.evaluation.baselines.agents import Agent
 from mem1.evaluation.eval_run import Cell, read_cells, run_evaluation
 from mem1.evaluation.evaluation_loop import OBJECTIVES, evaluation_seeds, without_limits
@@ -47,12 +47,13 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
     names = [str(agent) for agent in agents]
     require(len({*names}) == len(names), "agents", "each once", " ".join(names))
     sizes = options.objectives or (OBJECTIVES if options.environment == DEFAULT else [None])
+    worlds = {n: world_of(options, n, "test") for n in sizes}
     configs = {n: replace(rollout_config(options, n), synchronous=not options.asynchronous) for n in sizes}
     model, tokenizer, engine = _policy(options, agents, list(configs.values()), progress)
     cells = []
     for agent in agents:
         for n, config in configs.items():
-            play = _player(options, agent, n, config, model, tokenizer, engine)
+            play = _player(options, agent, worlds[n], config, model, tokenizer, engine)
             cells.append(Cell(str(agent), n or 1, play))
     settings = _settings(options, names, configs)
     results = run_evaluation(
@@ -94,16 +95,14 @@ def _policy(
 def _player(
     options: argparse.Namespace,
     agent: Agent,
-    objectives: int | None,
+    world: World,
     config: RolloutConfig,
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     engine: Engine | None,
 ) -> Play:
     """What plays the episodes of one agent at one number of objectives, the same for every agent."""
-    rules = agent.settings(config)
-    make, tasks = world_of(replace_format(options, rules), objectives, "test")
-    make = agent.environments(make)
+    rules, make, tasks = agent.settings(config), agent.environments(world.make), world.tasks
     seeds = evaluation_seeds(options.seed, options.episodes)
     rows = None if tasks is None else shuffled(tasks, options.seed, "evaluation")
     if rows is not None:
@@ -125,11 +124,6 @@ def _player(
         return [found[seed] for seed in some]
 
     return play
-
-
-def replace_format(options: argparse.Namespace, config: RolloutConfig) -> argparse.Namespace:
-    """`options` with the format of an agent: prompts name its tags."""
-    return argparse.Namespace(**{**vars(options), "format": config.format})
 
 
 def _settings(

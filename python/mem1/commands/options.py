@@ -231,7 +231,11 @@ def _imported(text: str) -> Any:
 
 
 def _environment(text: str) -> Any:
-    return _imported(text) if ":" in text else text  # whether it is one of ours says `open_world`
+    if ":" in text:
+        return _imported(text)
+    if text not in WORLDS:
+        raise argparse.ArgumentTypeError(f"expected MODULE:NAME or one of {', '.join(WORLDS)}, got {text!r}")
+    return text
 
 
 def _agent(text: str) -> Agent:

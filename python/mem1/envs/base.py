@@ -88,6 +88,12 @@ class Environment(Protocol):
         ...
 
 
+def require_running(running: bool) -> None:
+    """RuntimeError for a step without a running episode."""
+    if not running:
+        raise RuntimeError("step: expected a running episode, got one that is over or not begun; call reset")
+
+
 class ExpertEnvironment(Environment, Protocol):
     """An environment with an expert: teacher of the warm start, and agent of measurements without a model."""
 

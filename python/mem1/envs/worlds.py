@@ -62,7 +62,8 @@ def open_world(
         more = {} if objectives is None else {"objectives": objectives}
         _check_arguments(environment, {**arguments, **more})
         return World(partial(environment, **arguments, **more), None if tasks is None else _rows(tasks))
-    require(environment in WORLDS, "environment", f"MODULE:NAME or one of {', '.join(WORLDS)}", environment)
+    require(isinstance(environment, str), "environment", "what makes an environment", environment)
+    require(environment in WORLDS, "environment", f"one of {', '.join(WORLDS)}", environment)
     require(tasks is None, "tasks", f"none beside {environment}, which has its own", tasks)
     opener = WORLDS[environment]
     _check_arguments(partial(opener, given), arguments)
@@ -119,18 +120,24 @@ def _retrieval_qa(
         from mem1.envs.search.retrieval_client import RetrievalClient
 
         retriever = RetrievalClient(url)
-    elif dense:
-        from mem1.envs.search.dense import DenseRetriever
-
-        retriever = DenseRetriever.open(_path("corpus", corpus), index)
     else:
-        from mem1.envs.search.bm25 import BM25Retriever
-
-        retriever = BM25Retriever.open(_path("corpus", corpus), index)
+        retriever = open_retriever(str(_path("corpus", corpus)), index, dense)
     tasks = _composed(given, questions, datasets, held_out)
     return World(
         partial(RetrievalQAEnv, None, retriever, tags=given.tags, title_of=title_of, **arguments), tasks
     )
+
+
+@cache  # one index in memory, however many worlds search it
+def open_retriever(corpus: str, index: str | None = None, dense: bool = False) -> Any:
+    """What searches a JSONL corpus in this process, by BM25 or by vectors."""
+    if dense:
+        from mem1.envs.search.dense import DenseRetriever
+
+        return DenseRetriever.open(corpus, index)
+    from mem1.envs.search.bm25 import BM25Retriever
+
+    return BM25Retriever.open(corpus, index)
 
 
 def _web_qa(

@@ -29,7 +29,8 @@ from mem1.io import atomic_write
 from mem1.runtime.progress import Progress
 from mem1.trajectory import Trajectory
 
-SETTINGS, PARTS, TRAJECTORIES, RESULTS = "settings.json", "parts", "trajectories.jsonl", "results"
+SETTINGS, PARTS, TRAJECTORIES = "settings.json", "parts", "trajectories.jsonl"
+_OURS = (SETTINGS, PARTS, TRAJECTORIES, "results.jsonl", "results.csv", "results.png", "tables.md")
 _PART = 64  # episodes; they are played side by side, and what a kill can cost
 
 
@@ -80,22 +81,21 @@ def run_evaluation(
 
 def _begin(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
     known = json.loads(json.dumps(settings))
-    if overwrite and (out / SETTINGS).is_file():
-        for name in (PARTS, TRAJECTORIES, SETTINGS):  # what would be gone on with goes first, its record last
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    if (out / SETTINGS).is_file():
-        before = json.loads((out / SETTINGS).read_text())
+    foreign = [path.name for path in out.iterdir() if path.name not in _OURS] if out.is_dir() else []
+    if (out.exists() and not out.is_dir()) or any(name[0] != "." for name in foreign):
+        raise InputError(f"out: expected a new or empty folder, or one of `mem1 eval`, got {str(out)!r}")
+    before = json.loads((out / SETTINGS).read_text()) if (out / SETTINGS).is_file() else None
+    if before is not None and not overwrite:
         other = sorted(name for name in {*before, *known} if before.get(name) != known.get(name))
         if other:
             was, now = ({name: one.get(name) for name in other} for one in (before, known))
-            raise InputError(
-                f"out: expected the settings of the run in {out}, {was}, got {now}; or overwrite"
-            )
+            expected = f"the settings of the run in {out}, {was}, or overwrite"
+            raise InputError(f"out: expected {expected}, got {now}")
         return
-    if out.exists() and (not out.is_dir() or any(path.name[0] != "." for path in out.iterdir())):
-        raise InputError(f"out: expected a new or empty folder, or one of `mem1 eval`, got {str(out)!r}")
-    (out / PARTS).mkdir(parents=True, exist_ok=True)
+    for name in reversed(_OURS):  # whoever is killed in between finds settings to go on with, or nothing
+        path = out / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     with atomic_write(out / SETTINGS) as file:
         json.dump(known, file, indent=2)
 
@@ -127,12 +127,12 @@ def read_cells(out: Path, cells: Sequence[Cell], episodes: int) -> Iterator[list
 
 
 def _write_results(results: Sequence[Result], out: Path) -> None:
-    with atomic_write(out / f"{RESULTS}.jsonl") as file:
+    with atomic_write(out / "results.jsonl") as file:
         for row in results:
             file.write(json.dumps(row.to_dict(), allow_nan=False) + "\n")
-    with atomic_write(out / f"{RESULTS}.csv") as file:
+    with atomic_write(out / "results.csv") as file:
         write_csv(results, file)
     with atomic_write(out / "tables.md") as file:
         file.write(tables(results))
     if find_spec("matplotlib") is not None:
-        plot_results(results, out / f"{RESULTS}.png")
+        plot_results(results, out / "results.png")

@@ -143,8 +143,7 @@ def _describe(value: object) -> str:
 
 def _text(what: str, value: object) -> str:
     text = str.__str__(_expect(what, value, str))  # of a subclass the text itself
-    text.encode()  # a lone surrogate, which no tokenizer takes, raises here
-    return text
+    return text.encode(errors="replace").decode()  # "?" for a lone surrogate, which no tokenizer takes
 
 
 def _plain(value: Any) -> Any:

@@ -237,9 +237,9 @@ def test_filters_search_and_order(open_page: Open, tokenizer: PreTrainedTokenize
     assert names(page) == ["a-11"] and page.text_content("#name") == "a-11"
     page.select_option("#agent", "")
     page.select_option("#finish", "")
-    page.fill("#lowest", "0.25")
+    page.fill("#lowest", "0.5")
     assert names(page) == ["a-10", "a-9"]
-    page.fill("#highest", "0.75")
+    page.fill("#highest", "0.5")
     assert names(page) == ["a-10"]
     page.fill("#lowest", "")
     page.fill("#highest", "")
@@ -256,6 +256,16 @@ def test_filters_search_and_order(open_page: Open, tokenizer: PreTrainedTokenize
     page.fill("#search", "")
     playwright.expect(page.locator("#list .name")).to_have_count(3)
     assert page.is_visible("#detail") and not page.is_visible("#nothing")
+
+
+def test_tokens_that_touch_what_is_searched(open_page: Open) -> None:
+    page = open_page()
+    found = {
+        words: page.evaluate(f"[...marked(['aB', '', 'cd', 'c', 'ab'], '{words}')]")
+        for words in ("ab", "cd", "bc", "cdca", "d", "x", "")
+    }
+    expected = {"ab": [0, 4], "cd": [2], "bc": [0, 2], "cdca": [2, 3, 4], "d": [2], "x": [], "": []}
+    assert found == expected
 
 
 def test_keys(open_page: Open, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -115,7 +115,6 @@ def sound(make_model, tokenizer):
     [
         (Raises, "KeyError: 'knowledge base'"),
         (Hangs, "TimeoutError: no answer within 0.3 s"),
-        (Surrogate, "UnicodeEncodeError: "),
         (Leaves, "SystemExit: 3"),
         (Speechless, "Unspeakable: (no message: its __str__ raised)"),
         (Verbose, "ValueError: far too much far"),
@@ -135,6 +134,13 @@ def test_a_broken_world_ends_its_own_episode_only(make_model, tokenizer, sound, 
     for seed in (0, 2, 3, 4, 5):
         assert torch.equal(played[seed].tokens, sound[seed].tokens)
         assert played[seed].reward == sound[seed].reward == 1.0
+
+
+def test_a_surrogate_is_only_an_odd_character(make_model, tokenizer, sound):
+    played = play(make_model, tokenizer, Surrogate, max_turns=6, max_action_tokens=64)
+    assert all(t.error_kind == "" for t in played.values())
+    info = next(s for s in played[1].segments if s.kind == "info" and s.turn == 2)
+    assert info.length == 3, "the tags and one word that is not known"
 
 
 @pytest.mark.parametrize("regime", ["carry", "reencode"])

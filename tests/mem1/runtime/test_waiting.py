@@ -66,7 +66,7 @@ def test_an_import_changes_nobodys_process(name):
 @WATCHED
 def test_a_command_shares_the_cpus(alone, monkeypatch, tmp_path):
     before, during = running(WATCH), []
-    monkeypatch.setattr(cli, "_demo", lambda options, progress: during.append(running(WATCH)))
+    monkeypatch.setitem(cli.RUNS, "demo", lambda options, progress: during.append(running(WATCH)))
     assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 0
     assert (during, running(WATCH)) == ([before + 1], before)
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mem1.checks import InputError, require
-from mem1.envs.adapters.session import Session, invalid, readable, require_running
-from mem1.envs.base import Action, Step
+from mem1.envs.adapters.session import Session, invalid, readable
+from mem1.envs.base import Action, Step, require_running
 
 MAX_SHOWN = 200  # characters of a space's alphabet that an observation lists
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from mem1.envs.adapters.session import Session, attempt, invalid, readable, require_running
-from mem1.envs.base import NOTHING, Action, Step
+from mem1.envs.adapters.session import Session, attempt, invalid, readable
+from mem1.envs.base import NOTHING, Action, Step, require_running
 
 MALFORMED = "expected a complete action"
 _REFUSED = "VALIDATION_ERROR"  # the code by which a server says that an action is not of its type

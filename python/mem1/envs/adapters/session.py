@@ -22,12 +22,6 @@ def readable(text: object, source: str) -> str:
     return str(text).encode(errors="replace").decode()
 
 
-def require_running(running: bool) -> None:
-    """RuntimeError for a step without a running episode."""
-    if not running:
-        raise RuntimeError("step: expected a running episode, got one that is over or not begun; call reset")
-
-
 def invalid(reason: object) -> Step:
     """The answer to an action that cannot be taken."""
     return Step(readable(f"invalid action: {reason}", "reason"), info={"invalid_action": True})

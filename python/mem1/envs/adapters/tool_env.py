@@ -8,9 +8,9 @@ from numbers import Real
 from typing import Any
 
 from mem1.checks import require
-from mem1.envs.adapters.session import attempt, readable, require_running
+from mem1.envs.adapters.session import attempt, readable
 from mem1.envs.adapters.tool_calls import CallError, Function, Toolbox
-from mem1.envs.base import Action, Step
+from mem1.envs.base import Action, Step, require_running
 
 Prompt = Callable[[int, Any], str | Awaitable[str]]
 Grader = Callable[[str, Any], Any]

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Literal
 
 from mem1.checks import InputError, require
-from mem1.envs.base import ExpertAction, Step
+from mem1.envs.base import ExpertAction, Step, require_running
 from mem1.envs.qa.questions import Question, QuestionRow
 from mem1.envs.search.retriever import Passage, Retriever, format_passages
 from mem1.metrics import SEPARATOR, Grade, grade
@@ -119,8 +119,7 @@ class RetrievalQAEnv:
 
     def step(self, action: Action) -> Step | Coroutine[Any, Any, Step]:
         """Search, or end the episode with the answers; all else changes nothing and is answered by a hint."""
-        if not self._running:
-            raise RuntimeError("step: expected a running episode, got none; call reset")
+        require_running(self._running)
         text = action.text.strip()
         if action.kind == "answer":
             return self._answered(text)

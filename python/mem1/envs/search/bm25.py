@@ -43,7 +43,7 @@ _WORD = re.compile(r"\w+")
 def split_words(text: str) -> list[str]:
     """The words of a text that are no stop words, lower-case and without accents, in their order."""
     if not text.isascii():
-        text = unicodedata.normalize("NFKD", text)
+        text = unicodedata.normalize("NFKD", text.encode(errors="replace").decode())  # no lone surrogates
     text = text.lower()
     if not text.isascii():
         text = "".join(character for character in text if not unicodedata.combining(character))

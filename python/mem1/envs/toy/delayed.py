@@ -19,8 +19,8 @@ from numbers import Real
 from typing import Any
 
 from mem1.checks import require
-from mem1.envs.base import Action, ExpertAction, Step
-from mem1.envs.toy.episodes import interval, padded, require_running, whole_number
+from mem1.envs.base import Action, ExpertAction, Step, require_running
+from mem1.envs.toy.episodes import interval, padded, whole_number
 from mem1.envs.toy.multihop import FOUND, MALFORMED, NOTHING_FOUND
 from mem1.envs.toy.multihop_questions import MultiHopQuestions
 from mem1.envs.toy.words import NAMES, RELATIONS

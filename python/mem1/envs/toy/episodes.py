@@ -1,6 +1,4 @@
-"""What the worlds of the toy have in common: ranges that each episode draws from, passages, turns that come
-too late.
-"""
+"""What the worlds of the toy have in common: ranges that each episode draws from, and passages."""
 
 from __future__ import annotations
 
@@ -32,9 +30,3 @@ def whole_number(name: str, value: int, low: int, high: float = math.inf) -> int
 def padded(text: str, length: int, rng: random.Random) -> str:
     """A text with unrelated words after it, which make `length` tokens of it."""
     return " ".join([text, *rng.choices(FILLER, k=max(0, length - len(text.split())))])
-
-
-def require_running(running: bool) -> None:
-    """RuntimeError for a step without a running episode."""
-    if not running:
-        raise RuntimeError("step: expected a running episode, got one that is over or not begun; call reset")

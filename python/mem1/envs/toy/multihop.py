@@ -18,9 +18,10 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from mem1.checks import require
-from mem1.envs.base import Action, ExpertAction, Step
-from mem1.envs.toy.words import FILLER, NAMES, RELATIONS
+from mem1.envs.base import Action, ExpertAction, Step, require_running
+from mem1.envs.toy.episodes import interval, padded, whole_number
+from mem1.envs.toy.multihop_questions import MultiHopQuestions
+from mem1.envs.toy.words import NAMES, RELATIONS
 from mem1.metrics import UNANSWERED, grade
 
 INSTRUCTION = "answer these questions in order , a name each :"
@@ -51,13 +52,9 @@ class MultiHopEnv:
         passage_tokens: int = 0,
         adversarial: bool = False,
     ) -> None:
-        self._objectives = _interval("objectives", objectives, 1, 16)
-        self._hops = _interval("hops", hops, 1, 4)
-        require(
-            isinstance(passage_tokens, int) and passage_tokens >= 0,
-            *("passage_tokens", "a number >= 0", passage_tokens),
-        )
-        self.passage_tokens = passage_tokens
+        self._objectives = interval("objectives", objectives, 1, 16)
+        self._hops = interval("hops", hops, 1, 4)
+        self.passage_tokens = whole_number("passage_tokens", passage_tokens, 0)
         self.adversarial = adversarial
         self.objectives = self._objectives[1]
         self._running = False
@@ -65,25 +62,12 @@ class MultiHopEnv:
     def reset(self, seed: int, task: Any = None) -> str:
         self._rng = rng = random.Random(seed)
         self.objectives = rng.randint(*self._objectives)
-        names = rng.sample(NAMES, len(NAMES))
-        heads, rest = names[: self.objectives], names[self.objectives :]
-        # The relations of each question, and who is met on the way. Chains share nobody; all other facts are
-        # arbitrary.
-        self._questions = [(head, rng.choices(RELATIONS, k=rng.randint(*self._hops))) for head in heads]
-        self._chains = [[head] + [rest.pop() for _ in relations] for head, relations in self._questions]
-        self._facts = {(name, relation): rng.choice(NAMES) for name in NAMES for relation in RELATIONS}
-        for (_, relations), chain in zip(self._questions, self._chains, strict=True):
-            self._facts.update(zip(zip(chain, relations, strict=False), chain[1:], strict=False))
-        self._known = [0] * self.objectives  # hops of each question that the agent has asked for
+        self._questions = MultiHopQuestions(rng, self.objectives, self._hops)
         self._running = True
-        questions = " ; ".join(" ".join([head, *relations]) for head, relations in self._questions)
-        return f"{INSTRUCTION} {questions} ."
+        return f"{INSTRUCTION} {self._questions.text()} ."
 
     def step(self, action: Action) -> Step:
-        if not self._running:
-            raise RuntimeError(
-                "step: expected a running episode, got one that is over or not begun; call reset"
-            )
+        require_running(self._running)
         if action.kind == "answer":
             self._running = False
             graded = grade(action.text, [[right] for right in self.answers])
@@ -94,17 +78,15 @@ class MultiHopEnv:
     @property
     def answers(self) -> list[str]:
         """The right answers, in the order of the questions."""
-        return [chain[-1] for chain in self._chains]
+        return self._questions.answers
 
     def expert_action(self) -> ExpertAction:
         """Ask hop after hop, question after question; answer when all are known."""
         notes = []
-        for (_, relations), chain, known in zip(self._questions, self._chains, self._known, strict=True):
-            found = [chain[known]] if known else []
-            notes.append(" ".join([chain[0], *found, *relations[known:]]))
-            if known < len(relations):
-                query = Action("query", f"{chain[known]} {relations[known]}")
-                return ExpertAction(" ; ".join(notes), query)
+        for i in range(self.objectives):
+            notes.append(self._questions.note(i))
+            if pending := self._questions.pending(i):
+                return ExpertAction(" ; ".join(notes), Action("query", " ".join(pending)))
         return ExpertAction(" ; ".join(notes), Action("answer", " ; ".join(self.answers)))
 
     def random_action(self, rng: random.Random) -> ExpertAction:
@@ -115,23 +97,10 @@ class MultiHopEnv:
 
     def _look_up(self, query: str) -> str:
         """The passage that answers a query; every episode knows the answer to each (name, relation)."""
-        words = query.split()
-        found = self._facts.get((words[0], words[1])) if len(words) == 2 else None
+        found = self._questions.look_up(query)
         if found is None:
             return NOTHING_FOUND
-        for i, ((_, relations), chain) in enumerate(zip(self._questions, self._chains, strict=True)):
-            known = self._known[i]
-            if known < len(relations) and words == [chain[known], relations[known]]:
-                self._known[i] += 1
         text = f"{FOUND} {found}"
         if self.adversarial:
             text += f" </info><answer> {self._rng.choice(NAMES)} </answer>"
-        padding = max(0, self.passage_tokens - len(text.split()))
-        return " ".join([text, *self._rng.choices(FILLER, k=padding)])
-
-
-def _interval(name: str, value: int | tuple[int, int], low: int, high: int) -> tuple[int, int]:
-    ends = value if isinstance(value, tuple) else (value, value)
-    fits = len(ends) == 2 and all(isinstance(end, int) for end in ends) and low <= ends[0] <= ends[1] <= high
-    require(fits, name, f"a number or a rising interval within {low}..{high}", value)
-    return ends
+        return padded(text, self.passage_tokens, self._rng)

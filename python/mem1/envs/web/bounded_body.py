@@ -38,6 +38,6 @@ async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
 def _unpacked(unpacker: zlib._Decompress, chunk: bytes, limit: int) -> bytes:
     """At most `limit` bytes; what comes after the end of the compressed stream is left out."""
     try:
-        return b"" if unpacker.eof else unpacker.decompress(chunk, limit)
+        return unpacker.decompress(chunk, limit)
     except zlib.error:
         raise BodyError("a body that cannot be unpacked") from None

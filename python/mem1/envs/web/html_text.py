@@ -72,20 +72,22 @@ class _Worker:
     def ask(self, html: str | None, timeout: float) -> str | None:
         """The text of a page, or what is said without one at the start; None if none came in time."""
         asked, answers = self._process.stdin, self._process.stdout
+        assert asked and answers  # pipes
         timer = threading.Timer(timeout, self._expire)
         timer.start()
         line = ""
         try:
             if html is not None:
-                asked.write(json.dumps(html) + "\n")  # type: ignore[union-attr]
-                asked.flush()  # type: ignore[union-attr]
-            line = answers.readline()  # type: ignore[union-attr]
+                asked.write(json.dumps(html) + "\n")
+                asked.flush()
+            line = answers.readline()
         except OSError:  # the process is no more
             pass
         finally:
             timer.cancel()
             timer.join()  # from here on it is settled whether the time was over
-        return None if self._expired or not line else str(json.loads(line))
+        whole = line.endswith("\n") and not self._expired
+        return str(json.loads(line)) if whole else None
 
     def end(self) -> None:
         """Kill the process."""

@@ -18,6 +18,7 @@ import trafilatura
 # What trafilatura and lxml raise on pages that they cannot cope with.
 _PARSER_ERRORS = (LookupError, ValueError, TypeError, AttributeError, RecursionError, lxml.etree.LxmlError)
 _UNSEEN = ("head", "iframe", "noscript", "script", "style", "svg", "template")
+_SEEN = f"//text()[not({' or '.join(f'ancestor::{tag}' for tag in _UNSEEN)})]"
 
 
 def html_text(html: str) -> str:
@@ -35,8 +36,7 @@ def _all_text(html: str) -> str:
         tree = lxml.html.document_fromstring(html.encode(), parser=parser)
     except _PARSER_ERRORS:
         return ""
-    lxml.etree.strip_elements(tree, *_UNSEEN, with_tail=False)
-    return " ".join(" ".join(tree.itertext()).split())
+    return " ".join(" ".join(tree.xpath(_SEEN)).split())
 
 
 def main() -> None:

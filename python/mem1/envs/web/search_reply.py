@@ -32,7 +32,7 @@ class WebResult(NamedTuple):
 class SearchReply(NamedTuple):
     """What was found.
 
-    answer: what the search engine itself says to the query, "" where it says nothing. results: the pages, the
+    answer: what the search engine itself says to the query, in at most two lines. results: the pages, the
     best first. related: questions that others ask, each as the title of a page with its answer.
     """
 
@@ -53,7 +53,7 @@ def read_reply(body: bytes, num: int) -> SearchReply:
         raise UnreadableReply("search API: a reply that is no JSON object")
     facts = (_answer_box(_block(found, "answerBox")), _knowledge_graph(_block(found, "knowledgeGraph")))
     return SearchReply(
-        " ".join(fact for fact in facts if fact),
+        "\n".join(fact for fact in facts if fact),
         _results(found, "organic", "title")[:num],
         _results(found, "peopleAlsoAsk", "question")[:num],
     )
@@ -70,8 +70,7 @@ def format_reply(reply: SearchReply) -> str:
 
 
 def _answer_box(box: dict[str, Any]) -> str:
-    said = [_text(box, name, _MAX_TEXT_CHARS) for name in ("answer", "snippet")]
-    return _titled(_text(box, "title", _MAX_TITLE_CHARS), " ".join(text for text in said if text))
+    return _titled(box, [_text(box, name, _MAX_TEXT_CHARS) for name in ("answer", "snippet")])
 
 
 def _knowledge_graph(graph: dict[str, Any]) -> str:
@@ -80,11 +79,12 @@ def _knowledge_graph(graph: dict[str, Any]) -> str:
     for name in list(facts)[:_MAX_FACTS]:
         if fact := _text(facts, name, _MAX_TITLE_CHARS):
             said.append(f"{one_line(name, _MAX_TITLE_CHARS)}: {fact}")
-    return _titled(_text(graph, "title", _MAX_TITLE_CHARS), "; ".join(text for text in said if text))
+    return _titled(graph, said)
 
 
-def _titled(title: str, text: str) -> str:
-    return f"{title}: {text}." if title and text else text
+def _titled(block: dict[str, Any], said: list[str]) -> str:
+    title, text = _text(block, "title", _MAX_TITLE_CHARS), "; ".join(part for part in said if part)
+    return f"{title}: {text}" if title and text else text
 
 
 def _results(found: dict[str, Any], block: str, title: str) -> tuple[WebResult, ...]:

@@ -139,7 +139,7 @@ class SerperClient:
         if wished.isascii() and wished.isdecimal() and len(wished) < 9:
             return min(float(wished), _MAX_PAUSE_S)
         # Drawn, so that clients which failed together do not come back together.
-        return min(self._backoff * 2**failures * random.uniform(0.5, 1.0), _MAX_PAUSE_S)
+        return min(self._backoff * 2.0 ** min(failures, 30) * random.uniform(0.5, 1.0), _MAX_PAUSE_S)
 
 
 def _api_url(text: str) -> yarl.URL:
@@ -160,7 +160,7 @@ def _reply(attempt: _Attempt, num: int) -> SearchReply:
         raise SearchOutage(status)
     if attempt.status in (401, 402, 403):
         raise KeyRefused(f"{status}, the key was refused")
-    if attempt.status == 400 and b"credit" in attempt.body.lower():  # how Serper says that they are used up
+    if attempt.status == 400 and b"not enough credits" in attempt.body.lower():
         raise KeyRefused(f"{status}, no credits left")
     if attempt.status in _QUERY_STATUSES:
         raise QueryRefused(f"{status}, the query was refused")

@@ -74,8 +74,8 @@ class UrlRules:
         self._ports = frozenset(ports)
 
     def parse(self, text: str, base: yarl.URL | None = None) -> yarl.URL:
-        """The URL in `text`, as it stands in the page `base`. FetchError if there is none, or none that may be
-        fetched, as far as can be told without asking for its host.
+        """The URL in `text`, as it stands in the page `base`. FetchError if there is none, or none that may
+        be fetched, as far as can be told without asking for its host.
         """
         if len(text) > _MAX_URL_CHARS:
             raise FetchError(f"not a URL: more than {_MAX_URL_CHARS} characters")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from mem1.checks import InputError, require
 from mem1.envs.base import ExpertAction, Step
 from mem1.envs.web.page_fetch import PageFetcher
+from mem1.envs.web.page_text import clean
 from mem1.envs.web.search_reply import WebResult, format_reply
 from mem1.envs.web.serper import QueryRefused, SerperClient
 from mem1.envs.web.url_rules import FetchError
@@ -40,8 +41,7 @@ class WebQAEnv:
     search API that fails raises a SearchError; an outage is an OSError as well, after which a rollout asks
     again. The reward is the share of questions answered exactly.
 
-    search and pages may serve many environments side by side; with `owns_clients` `close` closes
-    both.
+    search and pages may serve many environments side by side; with `owns_clients` they are closed by `close`.
     num_results: of a search.
     """
 
@@ -77,11 +77,11 @@ class WebQAEnv:
             self._running = False
             graded = grade(action.text, [each.answers for each in self._task])
             return Step("answered", graded.exact_match / self.objectives, True, info=graded.info())
-        words = action.text.split()
+        words = clean(action.text).split()
         if action.kind != "query" or not words:
             return Step(MALFORMED, info={**UNANSWERED, "invalid_action": True})
         reads = words[0].lower().startswith(("http://", "https://"))
-        said = await self._read(words[0]) if reads else await self._find(action.text)
+        said = await self._read(words[0]) if reads else await self._find(" ".join(words))
         return Step(said, info=UNANSWERED)
 
     def random_action(self, rng: random.Random) -> ExpertAction:
@@ -123,6 +123,7 @@ def _objectives(task: Any) -> tuple[_Objective, ...]:
             pairs = list(zip(questions, answers, strict=True))
     else:
         rows = getattr(task, "questions", (task,))
+        require(isinstance(rows, (list, tuple)), "task", "a list of questions", rows)
         pairs = [(getattr(row, "question", None), getattr(row, "answers", None)) for row in rows]
     require(len(pairs) > 0, "task", "at least one question", task)
     return tuple(_objective(question, answers) for question, answers in pairs)

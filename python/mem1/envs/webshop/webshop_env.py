@@ -16,7 +16,7 @@ import re
 from typing import Any
 
 from mem1.checks import InputError
-from mem1.envs.base import ExpertAction, Step
+from mem1.envs.base import ExpertAction, Step, require_running
 from mem1.envs.tasks import task_id
 from mem1.envs.webshop.goals import Goal, Split, split_goals
 from mem1.envs.webshop.oracle import Oracle, searchable
@@ -74,10 +74,7 @@ class WebShopEnv:
 
     def step(self, action: Action) -> Step:
         """Take one action; the purchase ends the episode. Raises RuntimeError if there is none running."""
-        if not self._running:
-            raise RuntimeError(
-                "step: expected a running episode, got one that is over or not begun; call reset"
-            )
+        require_running(self._running)
         taken = action.kind != "malformed" and self._visit.act(action.text)
         if self._visit.place != "bought":
             return Step(self._visit.page.observation, info=self._info(PurchaseReward(), taken))

@@ -16,7 +16,7 @@ from mem1.config import RolloutConfig
 from mem1.envs.base import Environment, ExpertAction, SampledEnvironment
 from mem1.parsing.tags import SUMMARY
 from mem1.seeds import derive_seed
-from mem1_core.eviction_policies import HideObservations, Truncate
+from mem1_core.eviction_policies import Compact, HideObservations, Truncate
 
 MakeEnvironment = Callable[[], Environment]
 
@@ -109,14 +109,16 @@ class LastObservations(_Agent):
 
 @dataclass(frozen=True)
 class RunningSummary(_Agent):
-    """Keeps everything until there are more than `tokens` live tokens; then it is asked for a summary, which
-    takes the place of all that was written so far.
+    """Keeps everything until there are more than `tokens` live tokens; then all goes but its newest state. In a
+    format without one it is asked for a summary, which takes the place of all that was written so far.
     """
 
     name = "running-summary"
     tokens: int = 1024
 
     def settings(self, config: RolloutConfig) -> RolloutConfig:
+        if config.format.state is not None:
+            return replace(config, prune=Compact(self.tokens))
         action = SUMMARY.action("summary")
         assert action is not None
         own = (one for one in config.format.actions if one.kind != "summary")

@@ -60,6 +60,13 @@ def test_endings_do_not_count_and_of_equal_scores_the_first_passage_is_better(tm
     assert ids(found) == [["1", "4", "5", "6"], ["1", "4", "5", "6"]]
 
 
+def test_many_equal_scores_are_in_the_order_of_the_corpus(tmp_path):
+    texts = [("oak elm", "oak ash", "fir")[n % 3] for n in range(300)]
+    found = retriever(tmp_path, *texts).search(["oak elm"], 300)
+    order = [n for n in range(300) if n % 3 == 0] + [n for n in range(300) if n % 3 == 1]
+    assert ids(found) == [[str(n) for n in order]]
+
+
 def test_each_query_finds_its_passage(towns):
     queries = [f"the river of Town{n}" for n in range(40)]
     assert ids(towns.search(queries, 1)) == [[f"p{n}"] for n in range(40)]

@@ -52,6 +52,7 @@ class Site:
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.requests.append(request)
+        await request.read()  # it stays with the request
         return await self.pages[request.path](request)
 
 

@@ -1,0 +1,193 @@
+"""An evaluation in a folder: its files, its restarts, and `mem1 eval` from outside."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mem1.checks import InputError
+from mem1.cli import main
+from mem1.evaluation.eval_run import Cell, run_evaluation
+from mem1.train import checkpoint
+from mem1.trajectory import Trajectory
+
+FEW = ["--objectives", "1", "2", "--episodes", "3", "--max-turns", "3", "--max-action-tokens", "16"]
+ALL = ["mem1", "mem1-reencode", "full-context", "truncate=30", "last-observations=1", "running-summary=40"]
+ALL += ["external-memory=2", "oracle", "random"]
+
+
+@pytest.fixture(scope="module")
+def model(make_model, tokenizer, tmp_path_factory) -> str:
+    return str(checkpoint.save(tmp_path_factory.mktemp("model") / "model", make_model(), tokenizer))
+
+
+def files(folder: Path) -> dict[str, Any]:
+    """What is in a folder of results, without the times of the clock."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".png":
+            assert path.stat().st_size > 5000
+        elif path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            found[path.name] = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+        elif path.suffix == ".csv":
+            with path.open() as file:
+                rows = list(csv.DictReader(file))
+            found[path.name] = [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+        else:  # the column of seconds is the last one; in the paper's tables one of four
+            found[path.name] = re.sub(r"[-\d.e]+( \[[^\]]*\])? \|$", "", path.read_text(), flags=re.M)
+    if "tables.md" in found:
+        found["tables.md"] = found["tables.md"].partition("As in the paper")[0].replace(" ", "")
+    return found
+
+
+def test_every_agent_gets_a_row_for_each_size(model, tmp_path, capsys):
+    assert main(["eval", "--model", model, *FEW, "--agents", *ALL, "--out", str(tmp_path / "a"), "--json"]) == 0
+    said = capsys.readouterr()
+    rows = [json.loads(line) for line in said.out.splitlines()]
+    assert [(row["agent"], row["objectives"]) for row in rows] == [(a, n) for a in ALL for n in (1, 2)]
+    assert all(row["episodes"] == 3 and row["errors"] == {} for row in rows)
+    for row in rows:
+        low, high = row["turns_interval"]
+        assert low <= row["turns"] <= high and row["peak_tokens"] > row["peak_tokens_without_prompt"] > 0
+    by = {(row["agent"], row["objectives"]): row for row in rows}
+    assert by["oracle", 2]["exact_match"] == 2.0 and by["oracle", 2]["reward"] == 1.0
+    assert by["random", 2]["exact_match"] == 0.0
+    assert by["mem1", 2]["model_tokens"] <= by["mem1-reencode", 2]["model_tokens"]
+    assert by["full-context", 2]["peak_tokens"] >= by["truncate=30", 2]["peak_tokens"]
+    assert "max_dlogp" in said.err and "mem1, 1 objective" in said.err
+    played = [json.loads(line) for line in (tmp_path / "a" / "trajectories.jsonl").read_text().splitlines()]
+    assert [row["agent"] for row in played] == [a for a in ALL for _ in range(6)]
+    prompts = {a: [row["tokens"][:9] for row in played if row["agent"] == a] for a in ALL}
+    assert all(prompts[a] == prompts["mem1"] for a in ALL), "every agent gets the same episodes"
+    assert {Trajectory.from_dict(row).regime for row in played if row["agent"] == "mem1-reencode"} == {"reencode"}
+    table = (tmp_path / "a" / "tables.md").read_text()
+    assert "2: peak x10^2" in table and table.count("external-memory=2") == 3
+    assert not (tmp_path / "a" / "parts").exists()
+    # Once more: nothing is played, and the files are the same.
+    before = files(tmp_path / "a")
+    assert main(["eval", "--model", model, *FEW, "--agents", *ALL, "--out", str(tmp_path / "a")]) == 0
+    assert files(tmp_path / "a") == before
+
+
+def test_other_settings_are_refused_and_nothing_is_lost(model, tmp_path, capsys):
+    out, command = tmp_path / "a", ["eval", "--agents", "oracle", "--objectives", "1", "--out"]
+    assert main([*command, str(out), "--episodes", "2"]) == 0
+    before = files(out)
+    assert main([*command, str(out), "--episodes", "3"]) == 2
+    assert "out: expected the settings of the run in" in capsys.readouterr().err
+    assert files(out) == before
+    assert main([*command, str(out), "--episodes", "3", "--overwrite"]) == 0
+    assert len(files(out)["trajectories.jsonl"]) == 3
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "thesis.tex").write_text("mine")
+    for more in ([], ["--overwrite"]):
+        assert main([*command, str(tmp_path / "b"), *more]) == 2
+        assert "out: expected a new or empty folder, or one of `mem1 eval`" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "model: expected a folder or a Hugging Face id for a policy, got None"),
+        (["--agents", "oracle", "oracle"], "agents: expected each once, got 'oracle oracle'"),
+        (["--agents", "oracle", "--env", "webshop"], "environment-args: expected arguments of webshop: missing"),
+        (["--agents", "oracle", "--tasks", "rows.jsonl"], "tasks: expected none beside multihop"),
+        (["--agents", "oracle", "--objectives", "17"], "objectives: expected a number or a rising interval"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(tmp_path, capsys, arguments, message):
+    assert main(["eval", "--out", str(tmp_path / "a"), *arguments]) == 2
+    said = capsys.readouterr()
+    assert message in said.err and said.err.count("\n") == 1 and not (tmp_path / "a").exists()
+
+
+def test_a_world_that_is_down_is_shown(model, tmp_path, capsys, monkeypatch):
+    def down(self, seed, task=None):
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr("mem1.envs.worlds.MultiHopEnv.reset", down)
+    few = ["--objectives", "1", "--episodes", "2", "--out", str(tmp_path / "a")]
+    assert main(["eval", "--model", model, *few]) == 0
+    said = capsys.readouterr().out
+    assert said.count("2: ConnectionError 2") == 2
+    assert "2 episodes failed, seed " in said
+
+
+def test_a_row_that_the_model_has_no_positions_for_is_refused(make_model, tokenizer, tmp_path, capsys):
+    small = checkpoint.save(tmp_path / "small", make_model(max_position_embeddings=16384), tokenizer)
+    sizes = ["--objectives", "1", "16", "--out", str(tmp_path / "a")]
+    assert main(["eval", "--model", str(small), *sizes]) == 2
+    said = capsys.readouterr()
+    assert "max_position_embeddings: expected at least" in said.err and "objective 1/" not in said.out
+
+
+def killed(command: list[str], after: float) -> bool:
+    """Whether the command was killed, `after` seconds from its first part."""
+    out = Path(command[command.index("--out") + 1])
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not out.exists():
+        time.sleep(0.02)
+    try:
+        process.wait(after)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        return True
+    assert process.returncode == 0
+    return False
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_gives_the_files_of_one_that_was_not(model, tmp_path):
+    """Killed again and again, a little later each time, until it comes to its end."""
+    command = [sys.executable, "-m", "mem1", "eval", "--model", model, "--agents", "mem1", "oracle"]
+    command += ["--objectives", "1", "3", "--episodes", "70", "--max-turns", "4", "--max-action-tokens", "16"]
+    assert subprocess.run([*command, "--out", str(tmp_path / "whole")], capture_output=True).returncode == 0
+    kills, pause = 0, 0.4
+    while killed([*command, "--out", str(tmp_path / "broken")], pause):
+        kills, pause = kills + 1, 2 * pause
+    assert kills >= 2
+    assert files(tmp_path / "broken") == files(tmp_path / "whole")
+    assert len(files(tmp_path / "whole")["trajectories.jsonl"]) == 4 * 70
+
+
+def test_a_part_is_whole_or_not_there(tmp_path):
+    """An exception in the middle of a part loses that part alone."""
+    played: list[int] = []
+
+    def play(places: range, advance: Any) -> list[Trajectory]:
+        played.extend(places)
+        if len(played) == 128 and broken:
+            raise OSError("disk")
+        return [handmade(seed) for seed in places]
+
+    broken, cell = True, Cell("agent", 1, play)
+    with pytest.raises(OSError, match="disk"):
+        run_evaluation([cell], 130, tmp_path / "a", {"x": 1})
+    broken = False
+    (row,) = run_evaluation([cell], 130, tmp_path / "a", {"x": 1})
+    assert played == [*range(128), *range(64, 130)] and row.episodes == 130
+    seeds = [json.loads(line)["seed"] for line in (tmp_path / "a" / "trajectories.jsonl").read_text().splitlines()]
+    assert seeds == [*range(130)]
+    with pytest.raises(InputError, match="out: expected the settings of the run"):
+        run_evaluation([cell], 130, tmp_path / "a", {"x": 2})
+
+
+def handmade(seed: int) -> Trajectory:
+    import torch
+
+    from mem1_core.segments import Segment
+
+    segments = [Segment("prompt", 0, 2), Segment("answer", 1, 1)]
+    return Trajectory(torch.zeros(3, dtype=torch.int64), segments, torch.zeros(3), "action", seed=seed)
