@@ -16,6 +16,7 @@ import torch
 from mem1_core.eviction import EvictionError, EvictionTable, evict_from_segments, eviction_table
 from mem1_core.eviction_policies import (
     RULES,
+    Compact,
     EvictionPolicy,
     Fold,
     HideObservations,
@@ -214,7 +215,7 @@ def test_no_trajectory_has_more_tokens_alive_than_the_formula_says(prune: Evicti
             formula = rule.peak_tokens(4, state + action, info, count)  # type: ignore[attr-defined]
             peak = int(TrajectoryLayout.from_segments(segments, prune=prune).mask.peak_tokens())
             assert peak <= formula
-            if not isinstance(rule, Truncate) and str(rule) != "state":
+            if not isinstance(rule, (Truncate, Compact)) and str(rule) != "state":
                 assert peak == formula, (count, state, action, info)
             if str(rule) == "state" and count > 1:  # what it writes after the state is written alone
                 assert peak == 4 + max(2 * state + action + info, state + action + info)
@@ -225,6 +226,19 @@ def test_bounds_of_the_truncating_agent_are_reached() -> None:
     assert Truncate(12).peak_tokens(4, 4, 4, 6) == 4 + 12 + 4 + 4
     peak = TrajectoryLayout.from_segments(segments, prune=12).mask.peak_tokens()
     assert peak.tolist() == [4 + 12 + 4 + 4]
+    # Full with the second action, which stays; the third finds that and the info between.
+    peak = TrajectoryLayout.from_segments(segments, prune="compact=12").mask.peak_tokens()
+    assert Compact(12).peak_tokens(4, 4, 4, 6) == 4 + 12 + 4 + 4 and peak.tolist() == [4 + 12 + 4 + 4]
+
+
+def test_a_compact_context_keeps_all_until_it_is_full() -> None:
+    segments = turns(*["query"] * 5, state=2, action=2, info=4)[:-1]
+    evict = evict_from_segments(segments, "compact=12")
+    ends = [4 + 8 * turn + 4 for turn in range(5)]  # of the actions
+    starts = [4 + 8 * turn for turn in range(5)]
+    # 4 tokens, 12, 20: the third action drives out the first two turns; then 4 again, with its info 12, 20.
+    assert evict[starts[0]] == evict[starts[1]] == ends[2] and evict[starts[2]] == ends[4]
+    assert evict[starts[4]] == sum(s.length for s in segments)
 
 
 def test_short_forms_and_what_is_recorded() -> None:

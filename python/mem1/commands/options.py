@@ -131,7 +131,7 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
     add = command("retrieve", "serve a corpus by the retrieval protocol of Search-R1").add_argument
     add("corpus", type=Path, help="JSONL, a passage per line: id, contents")
     add("--index", type=Path, help="folder of its index (default: beside the corpus)")
-    add("--dense", action="store_true", help="vectors in the place of BM25")
+    add("--dense", metavar="MODEL", help="vectors of this sentence-transformers model in the place of BM25")
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=_port, default=8000, help="port to listen on")
 

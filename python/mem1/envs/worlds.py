@@ -101,14 +101,14 @@ def _retrieval_qa(
     corpus: str | None = None,
     url: str | None = None,
     *,
-    dense: bool = False,
+    dense: str | None = None,
     index: str | None = None,
     datasets: Sequence[str] = (),
     held_out: float = 0.2,
     **arguments: Any,
 ) -> World:
-    """questions: a file of any known format. corpus: a JSONL file that is searched here, by BM25 or `dense`
-    vectors, with its `index` beside it; url: of a server that searches. held_out: the share of questions that
+    """questions: a file of any known format. corpus: a JSONL file that is searched here, by BM25 or the vectors
+    of the model `dense`, with its `index` beside it; url: of a server that searches. held_out: the share of questions that
     is not for training.
     """
     from mem1.envs.qa.retrieval_qa import RetrievalQAEnv
@@ -129,12 +129,12 @@ def _retrieval_qa(
 
 
 @cache  # one index in memory, however many worlds search it
-def open_retriever(corpus: str, index: str | None = None, dense: bool = False) -> Any:
-    """What searches a JSONL corpus in this process, by BM25 or by vectors."""
-    if dense:
+def open_retriever(corpus: str, index: str | None = None, dense: str | None = None) -> Any:
+    """What searches a JSONL corpus in this process, by BM25 or by the vectors of a model."""
+    if dense is not None:
         from mem1.envs.search.dense import DenseRetriever
 
-        return DenseRetriever.open(corpus, index)
+        return DenseRetriever.open(corpus, dense, index)
     from mem1.envs.search.bm25 import BM25Retriever
 
     return BM25Retriever.open(corpus, index)

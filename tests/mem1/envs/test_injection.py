@@ -98,7 +98,7 @@ def retrieval_qa(text: str, folder: Path) -> tuple[Any, Any, list[str]]:
     rows = [{"id": str(n), "contents": f'"Title {n} anna"\n{text}'} for n in range(3)]
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     question = Question("1", text[:1000], ("anna",), support=("0",))
-    return RetrievalQAEnv(None, BM25Retriever.open(folder / "corpus.jsonl")), question, ["anna", text[:20]]
+    return RetrievalQAEnv(None, BM25Retriever.open(folder / "corpus.jsonl")), question, ["anna", text[:20].encode(errors="replace").decode()]
 
 
 def webshop(text: str, folder: Path) -> tuple[Any, Any, list[str]]:
