@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from mem1.config import RolloutConfig
-from mem1.envs.base import Action, Environment, Step
+from mem1.envs.adapters.tool_env import ToolEnvironment
+from mem1.envs.base import Environment
 from mem1.rollout.rollout_loop import make_engine, rollout
 from mem1.train import checkpoint
 from mem1.trajectory import Trajectory
-
-MALFORMED = "malformed ; write a lookup or the answer"
-
 
 class Reply(NamedTuple):
     """`text` is None if the agent gave no answer; `trajectory.finish_reason` then says why."""
@@ -61,10 +59,10 @@ class MemoryEfficientAgent:
         return next(played)
 
     def answer(self, question: str, tool: Callable[[str], str], seed: int = 0) -> Reply:
-        """Answer a question with a tool that takes the text of a query and returns the text the agent is
-        shown.
+        """Answer a question with a tool that takes the text of a query and returns what the agent is shown; its
+        errors are told to the agent (`mem1.envs.adapters.tool_env`).
         """
-        environment = _ToolEnvironment(question, tool)
+        environment = ToolEnvironment(question, [tool])
         trajectory = self.run(environment, seed)
         return Reply(environment.answer, trajectory)
 
@@ -79,20 +77,3 @@ class _Lent:
         if name == "close":
             raise AttributeError(name)
         return getattr(self._environment, name)
-
-
-class _ToolEnvironment:
-    """A question and a tool as an environment; there is no grade, so the reward is 0."""
-
-    def __init__(self, question: str, tool: Callable[[str], str]) -> None:
-        self.question, self.tool = question, tool
-        self.answer: str | None = None
-
-    def reset(self, seed: int, task: Any = None) -> str:
-        return self.question
-
-    def step(self, action: Action) -> Step:
-        if action.kind == "answer":
-            self.answer = action.text
-            return Step("", terminated=True)
-        return Step(MALFORMED if action.kind == "malformed" else self.tool(action.text))

@@ -242,17 +242,23 @@ def test_an_environment_without_objectives_has_one(tokenizer):
     assert episode._reply.objectives == 1 and not episode.finish_reason
 
 
-def test_the_agent_reports_an_empty_question_and_a_tool_that_gives_no_text(
+def test_the_agent_reports_an_empty_question_and_tells_the_model_of_a_broken_tool(
     make_model, tokenizer, monkeypatch
 ):
     agent = MemoryEfficientAgent(make_model(), tokenizer, CONFIG)
-    reply = agent.answer("", tool=str)
+    reply = agent.answer("", tool=lambda query: query)
     assert reply.text is None and reply.trajectory.reward == 0.0
     assert reply.trajectory.error.endswith("max_prompt_tokens=4096, got none for ''")
     script = iter(tokenizer.encode("<IS> ada boss </IS> <query> ada boss </query>"))
-    monkeypatch.setattr(Episode, "forced", lambda episode: next(script))
-    reply = agent.answer("ada boss ?", tool=lambda query: {"found": "carla"})
-    assert reply.trajectory.error.endswith("step: observation: expected str, got dict {'found': 'carla'}")
+    monkeypatch.setattr(Episode, "forced", lambda episode: next(script, -1))
+
+    def broken(query: str) -> str:
+        raise KeyError(query)
+
+    reply = agent.answer("ada boss ?", tool=broken)
+    assert reply.trajectory.error_kind == ""
+    (error,) = reply.trajectory.notes["tool_errors"]
+    assert error == {"tool": "broken", "type": "KeyError", "message": "'ada boss'"}
 
 
 def test_an_action_without_end_is_malformed_and_cut(tokenizer):
