@@ -116,7 +116,11 @@ EXTRAS = {
     "data": ["pyarrow>=17"],  # Parquet files
     "retrieval": [*BM25, "aiohttp>=3.11"],  # BM25, its server and client
     "dense": ["sentence-transformers>=5", "faiss-cpu>=1.11", "aiohttp>=3.11"],
-    "web": ["aiohttp>=3.11", "trafilatura>=2"],
+    "web": [
+        "aiohttp>=3.11",
+        "trafilatura>=2",
+        "lxml_html_clean",
+    ],  # the last by jusText, by an extra old pips miss
     "webshop": [*BM25, "rapidfuzz>=3.10", "textblob>=0.19"],
     "gym": ["gymnasium>=1"],
 }

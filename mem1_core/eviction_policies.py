@@ -118,8 +118,8 @@ class Truncate(_Rule):
 
 @dataclass(frozen=True)
 class Compact(_Rule):
-    """Everything stays until an action is complete with which more than `tokens` tokens of turns are live; then
-    all turns before its own leave. What is still needed has to stand in its state.
+    """Everything stays until an action is complete with which more than `tokens` tokens of turns are live;
+    then all turns before its own leave. What is still needed has to stand in its state.
     """
 
     name = "compact"
@@ -205,7 +205,16 @@ class Recorded:
         return [end is None or now < end for end in self.lifetimes[: len(segments)]]
 
 
-RULES: tuple[type[_Rule], ...] = (LastTurns, AtState, Never, Truncate, Compact, HideObservations, Fold, Summary)
+RULES: tuple[type[_Rule], ...] = (
+    LastTurns,
+    AtState,
+    Never,
+    Truncate,
+    Compact,
+    HideObservations,
+    Fold,
+    Summary,
+)
 
 
 def resolve_policy(prune: EvictionPolicy) -> EvictionFunction:

@@ -45,7 +45,15 @@ class HidesMore(HideObservations):
 
 POLICIES: list[EvictionPolicy] = [
     *("action", "state", "never", "last_turns=2", "last_turns=3", 9, 20),
-    *("compact=9", "compact=20", "hide_observations=1", "hide_observations=2", "fold", "summary", forget_reasoning),
+    *(
+        "compact=9",
+        "compact=20",
+        "hide_observations=1",
+        "hide_observations=2",
+        "fold",
+        "summary",
+        forget_reasoning,
+    ),
 ]
 
 

@@ -16,6 +16,7 @@ from mem1.rollout.rollout_loop import make_engine, rollout
 from mem1.train import checkpoint
 from mem1.trajectory import Trajectory
 
+
 class Reply(NamedTuple):
     """`text` is None if the agent gave no answer; `trajectory.finish_reason` then says why."""
 
@@ -59,8 +60,8 @@ class MemoryEfficientAgent:
         return next(played)
 
     def answer(self, question: str, tool: Callable[[str], str], seed: int = 0) -> Reply:
-        """Answer a question with a tool that takes the text of a query and returns what the agent is shown; its
-        errors are told to the agent (`mem1.envs.adapters.tool_env`).
+        """Answer a question with a tool that takes the text of a query and returns what the agent is shown;
+        its errors are told to the agent (`mem1.envs.adapters.tool_env`).
         """
         environment = ToolEnvironment(question, [tool])
         trajectory = self.run(environment, seed)

@@ -151,7 +151,10 @@ def test_episodes_that_fail_say_why(model, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--environment", "own_world"], "--env: expected MODULE:NAME or one of multihop, updates, delayed, retrieval-qa"),
+        (
+            ["--environment", "own_world"],
+            "--env: expected MODULE:NAME or one of multihop, updates, delayed",
+        ),
         (["--environment", "own_world:Nobody"], "has no attribute 'Nobody'"),
         (["--environment", "no_such_world:Guess"], "No module named 'no_such_world'"),
         (["--environment-args", "[1]"], "argument --environment-args: expected a JSON object, got '[1]'"),

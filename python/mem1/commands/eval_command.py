@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import require
 from mem1.commands.loading import check_writable, load_policy, log_failures, log_other_settings
-from mem1.commands.world_options import environment_record, rollout_config, world_of
+from mem1.commands.world_options import closing, environment_record, rollout_config, world_of
 from mem1.config import RolloutConfig, TrainConfig
 from mem1.engine.engine import Engine
 from mem1.envs.tasks import shuffled
@@ -56,9 +56,10 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
             play = _player(options, agent, worlds[n], config, model, tokenizer, engine)
             cells.append(Cell(str(agent), n or 1, play))
     settings = _settings(options, names, configs)
-    results = run_evaluation(
-        cells, options.episodes, options.out, settings, overwrite=options.overwrite, progress=progress
-    )
+    with closing(worlds.values()):
+        results = run_evaluation(
+            cells, options.episodes, options.out, settings, overwrite=options.overwrite, progress=progress
+        )
     if options.json:
         with ignore_closed_pipe(sys.stdout):
             for row in results:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError, require
 from mem1.commands.loading import check_writable, load_policy, log_failures, log_other_settings, reason
-from mem1.commands.world_options import rollout_config, world_of
+from mem1.commands.world_options import closing, rollout_config, world_of
 from mem1.envs.tasks import TaskStream
 from mem1.envs.worlds import DEFAULT
 from mem1.io import atomic_write
@@ -23,14 +23,14 @@ from mem1.trajectory import Trajectory
 
 def run(options: argparse.Namespace, progress: Progress) -> None:
     objectives = options.objectives or ((2, 2) if options.environment == DEFAULT else None)
-    make_environment, tasks = world_of(options, objectives, "test")
+    world = world_of(options, objectives, "test")
     if options.expert and isinstance(options.environment, type):
         able = hasattr(options.environment, "expert_action")
         require(able, "expert", "an environment with expert_action", options.environment.__qualname__)
     config = rollout_config(options, objectives and objectives[1])
     seeds = range(options.seed, options.seed + options.episodes)
     require(seeds[-1] < LARGEST, "seed", "one whose last episode is below 2**53", options.seed)
-    stream = None if tasks is None else TaskStream(tasks, 0)
+    stream = None if world.tasks is None else TaskStream(world.tasks, 0)
     rows = stream and [stream[seed] for seed in seeds]
     if options.out is not None:
         require(
@@ -49,13 +49,14 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
     engine = make_engine(model, config, episodes, progress.log)
     start, tokens, failed = time.perf_counter(), 0, list[Trajectory]()
     with (
+        closing([world]),
         atomic_write(options.out) if options.out else nullcontext() as file,
         progress.phase("episodes", total=episodes) as phase,
     ):
         for trajectory in rollout(
             model,
             tokenizer,
-            make_environment,
+            world.make,
             seeds,
             config,
             tasks=rows,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mem1.checks import InputError, require
 from mem1.commands.loading import check_writable
-from mem1.commands.world_options import environment_record, rollout_config, world_of
+from mem1.commands.world_options import closing, environment_record, rollout_config, world_of
 from mem1.config import ModelConfig, PPOConfig, TrainConfig, WarmStartConfig
 from mem1.envs.toy.training import toy_training
 from mem1.envs.worlds import DEFAULT
@@ -39,25 +41,29 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
         ppo=PPOConfig(actor_lr=options.actor_lr, critic_lr=options.critic_lr, kl_coef=options.kl_coef),
     )
     check_writable(options.out)
-    try:
-        train(
-            config,
-            options.out,
-            **_task(options, config),
-            init=options.model,
-            resume=options.resume,
-            overwrite=options.overwrite,
-            progress=progress,
-        )
-    except KeyboardInterrupt:
-        progress.log(f"stopped; the same options with --resume go on from what is in {options.out}")
-        raise
+    with _task(options, config) as task:
+        try:
+            train(
+                config,
+                options.out,
+                **task,
+                init=options.model,
+                resume=options.resume,
+                overwrite=options.overwrite,
+                progress=progress,
+            )
+        except KeyboardInterrupt:
+            progress.log(f"stopped; the same options with --resume go on from what is in {options.out}")
+            raise
     progress.log(f"checkpoint and metrics are in {options.out}")
 
 
-def _task(options: argparse.Namespace, config: TrainConfig) -> dict[str, Any]:
+@contextmanager
+def _task(options: argparse.Namespace, config: TrainConfig) -> Iterator[dict[str, Any]]:
     """What `train` is to be given beside its settings."""
     if options.model is None:
-        return toy_training(config)
-    make, tasks = world_of(options, options.objectives, "train")
-    return {"make_environment": make, "tasks": tasks}
+        yield toy_training(config)
+        return
+    world = world_of(options, options.objectives, "train")
+    with closing([world]):
+        yield {"make_environment": world.make, "tasks": world.tasks}

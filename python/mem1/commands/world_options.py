@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 from mem1.checks import require
 from mem1.config import RolloutConfig
 from mem1.envs.worlds import DEFAULT, TOYS, Objectives, Side, World, open_world
+from mem1.runtime.event_loop import EVENT_LOOP
 from mem1_core.eviction_policies import qualified_name
 
+_CLOSING_S = 5.0  # seconds for a client to close
 _PASSAGES = 1024  # tokens of an observation of real text: the paper's, rounded up
 
 
@@ -47,6 +52,16 @@ def world_of(options: argparse.Namespace, objectives: Objectives, side: Side) ->
         tags=options.format,
         tasks=options.tasks,
     )
+
+
+@contextmanager
+def closing(worlds: Iterable[World]) -> Iterator[None]:
+    """In the end the clients of `worlds` are closed, on the loop on which they were used."""
+    try:
+        yield
+    finally:
+        for client in dict.fromkeys(client for world in worlds for client in world.clients):
+            EVENT_LOOP.run(client.close(), time.monotonic() + _CLOSING_S)
 
 
 def rollout_config(options: argparse.Namespace, objectives: int | None) -> RolloutConfig:

@@ -26,11 +26,12 @@ DEFAULT = "multihop"
 
 class World(NamedTuple):
     """make: an environment for an episode. tasks: the rows that it may be reset with, None where all follows
-    from the seed.
+    from the seed. clients: what its environments share, each with a coroutine function `close`.
     """
 
     make: Callable[[], Environment]
     tasks: Sequence[Any] | None = None
+    clients: Sequence[Any] = ()
 
 
 class _Given(NamedTuple):
@@ -107,9 +108,9 @@ def _retrieval_qa(
     held_out: float = 0.2,
     **arguments: Any,
 ) -> World:
-    """questions: a file of any known format. corpus: a JSONL file that is searched here, by BM25 or the vectors
-    of the model `dense`, with its `index` beside it; url: of a server that searches. held_out: the share of questions that
-    is not for training.
+    """questions: a file of any known format. corpus: a JSONL file that is searched here, by BM25 or the
+    vectors of the model `dense`, with its `index` beside it; url: of a server that searches. held_out: the
+    share of questions that is not for training.
     """
     from mem1.envs.qa.retrieval_qa import RetrievalQAEnv
 
@@ -123,9 +124,8 @@ def _retrieval_qa(
     else:
         retriever = open_retriever(str(_path("corpus", corpus)), index, dense)
     tasks = _composed(given, questions, datasets, held_out)
-    return World(
-        partial(RetrievalQAEnv, None, retriever, tags=given.tags, title_of=title_of, **arguments), tasks
-    )
+    make = partial(RetrievalQAEnv, None, retriever, tags=given.tags, title_of=title_of, **arguments)
+    return World(make, tasks, [retriever] if url is not None else [])
 
 
 @cache  # one index in memory, however many worlds search it
@@ -159,8 +159,9 @@ def _web_qa(
     from mem1.envs.web.web_qa import WebQAEnv
 
     key = _path("key_file", key_file).read_text().strip()
-    make = partial(WebQAEnv, SerperClient(key, url), PageFetcher(allow=allow), **arguments)
-    return World(make, _composed(given, questions, datasets, held_out))
+    clients = SerperClient(key, url), PageFetcher(allow=allow)
+    tasks = _composed(given, questions, datasets, held_out)
+    return World(partial(WebQAEnv, *clients, **arguments), tasks, clients)
 
 
 def _webshop(given: _Given, folder: str, **arguments: Any) -> World:

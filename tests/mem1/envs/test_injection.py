@@ -98,7 +98,11 @@ def retrieval_qa(text: str, folder: Path) -> tuple[Any, Any, list[str]]:
     rows = [{"id": str(n), "contents": f'"Title {n} anna"\n{text}'} for n in range(3)]
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     question = Question("1", text[:1000], ("anna",), support=("0",))
-    return RetrievalQAEnv(None, BM25Retriever.open(folder / "corpus.jsonl")), question, ["anna", text[:20].encode(errors="replace").decode()]
+    return (
+        RetrievalQAEnv(None, BM25Retriever.open(folder / "corpus.jsonl")),
+        question,
+        ["anna", text[:20].encode(errors="replace").decode()],
+    )
 
 
 def webshop(text: str, folder: Path) -> tuple[Any, Any, list[str]]:
@@ -113,7 +117,11 @@ def webshop(text: str, folder: Path) -> tuple[Any, Any, list[str]]:
     rows[0]["name"] = f"Swift Running Shoes {text[:10_000]}"
     rows[0]["full_description"] = text
     (folder / PRODUCTS).write_text(json.dumps(rows))
-    return WebShopEnv(folder, "all"), "0", ["search[swift running shoes]", "click[b0shoe0001]", "click[description]"]
+    return (
+        WebShopEnv(folder, "all"),
+        "0",
+        ["search[swift running shoes]", "click[b0shoe0001]", "click[description]"],
+    )
 
 
 def web_qa(text: str, folder: Path) -> tuple[Any, Any, list[str]]:
@@ -137,7 +145,14 @@ def web_qa(text: str, folder: Path) -> tuple[Any, Any, list[str]]:
     return environment, task, ["anna", page, away]
 
 
-WORLDS: list[Callable[[str, Path], tuple[Any, Any, list[str]]]] = [tool, openenv, gym, retrieval_qa, webshop, web_qa]
+WORLDS: list[Callable[[str, Path], tuple[Any, Any, list[str]]]] = [
+    tool,
+    openenv,
+    gym,
+    retrieval_qa,
+    webshop,
+    web_qa,
+]
 
 
 def infos(trajectory: Trajectory) -> list[list[int]]:

@@ -65,13 +65,11 @@ def read(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def test_rows_of_every_kind_of_file(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     text = "\n".join(json.dumps(row) for row in ROWS[:3])
     (tmp_path / "a.jsonl").write_text(text.replace("\n", "\n\n") + "\n")
     (tmp_path / "a.json").write_text(json.dumps(ROWS[:3]))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS[:3]), tmp_path / "a.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS[:3]), tmp_path / "a.parquet")
     for name, places in (
         ("a.jsonl", [":1", ":3", ":5"]),
         ("a.json", [": row 1", ": row 2", ": row 3"]),
@@ -107,5 +105,7 @@ def test_what_is_malformed_is_named_by_its_place(tmp_path, name, content, messag
 
 def test_a_line_ends_with_a_line_feed_alone(tmp_path):
     row = {"id": "a", "text": "one\u2028two\x85three\rfour"}
-    (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8", newline="")
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8", newline=""
+    )
     assert [found for _, found in read(tmp_path / "a.jsonl")] == [row]

@@ -42,7 +42,15 @@ def test_memory_of_each_agent(tokenizer):
     """The same expert's words: what differs is what stays."""
     peaks = {
         name: played(name, tokenizer).peak_tokens(prompt=False)
-        for name in ("mem1", "mem1-reencode", "full-context", "truncate=60", "last-observations=1", "running-summary=60", "oracle")
+        for name in (
+            "mem1",
+            "mem1-reencode",
+            "full-context",
+            "truncate=60",
+            "last-observations=1",
+            "running-summary=60",
+            "oracle",
+        )
     }
     whole = played("full-context", tokenizer)
     assert peaks["full-context"] == whole.tokens.numel() - whole.segments[0].length
@@ -130,7 +138,8 @@ def test_external_memory_of_a_coroutine():
 
     environment, said = memory.MemoryEnvironment(MultiHopEnv(2), 2), []
     environment.reset(0)
-    while not said or not step.terminated:
+    step = Step("")
+    while not step.terminated:
         step = environment.step(environment.expert_action().action)
         said.append(step.observation)
     assert asyncio.run(texts()) == said

@@ -51,7 +51,9 @@ def files(folder: Path) -> dict[str, Any]:
 
 
 def test_every_agent_gets_a_row_for_each_size(model, tmp_path, capsys):
-    assert main(["eval", "--model", model, *FEW, "--agents", *ALL, "--out", str(tmp_path / "a"), "--json"]) == 0
+    assert (
+        main(["eval", "--model", model, *FEW, "--agents", *ALL, "--out", str(tmp_path / "a"), "--json"]) == 0
+    )
     said = capsys.readouterr()
     rows = [json.loads(line) for line in said.out.splitlines()]
     assert [(row["agent"], row["objectives"]) for row in rows] == [(a, n) for a in ALL for n in (1, 2)]
@@ -69,13 +71,15 @@ def test_every_agent_gets_a_row_for_each_size(model, tmp_path, capsys):
     assert [row["agent"] for row in played] == [a for a in ALL for _ in range(6)]
     prompts = {a: [row["tokens"][:9] for row in played if row["agent"] == a] for a in ALL}
     assert all(prompts[a] == prompts["mem1"] for a in ALL), "every agent gets the same episodes"
-    assert {Trajectory.from_dict(row).regime for row in played if row["agent"] == "mem1-reencode"} == {"reencode"}
+    assert {Trajectory.from_dict(row).regime for row in played if row["agent"] == "mem1-reencode"} == {
+        "reencode"
+    }
     table = (tmp_path / "a" / "tables.md").read_text()
     assert "2: peak x10^2" in table and table.count("external-memory=2") == 3
     assert not (tmp_path / "a" / "parts").exists()
     # Once more: nothing is played, and the files are the same.
     before = files(tmp_path / "a")
-    assert main(["eval", "--model", model, *FEW, "--agents", *ALL, "--out", str(tmp_path / "a")]) == 0
+    assert main(command) == 0
     assert files(tmp_path / "a") == before
 
 
@@ -101,7 +105,10 @@ def test_other_settings_are_refused_and_nothing_is_lost(model, tmp_path, capsys)
     [
         ([], "model: expected a folder or a Hugging Face id for a policy, got None"),
         (["--agents", "oracle", "oracle"], "agents: expected each once, got 'oracle oracle'"),
-        (["--agents", "oracle", "--env", "webshop"], "environment-args: expected arguments of webshop: missing"),
+        (
+            ["--agents", "oracle", "--env", "webshop"],
+            "expected arguments of webshop: missing",
+        ),
         (["--agents", "oracle", "--tasks", "rows.jsonl"], "tasks: expected none beside multihop"),
         (["--agents", "oracle", "--objectives", "17"], "objectives: expected a number or a rising interval"),
     ],
@@ -178,7 +185,9 @@ def test_a_part_is_whole_or_not_there(tmp_path):
     broken = False
     (row,) = run_evaluation([cell], 130, tmp_path / "a", {"x": 1})
     assert played == [*range(128), *range(64, 130)] and row.episodes == 130
-    seeds = [json.loads(line)["seed"] for line in (tmp_path / "a" / "trajectories.jsonl").read_text().splitlines()]
+    seeds = [
+        json.loads(line)["seed"] for line in (tmp_path / "a" / "trajectories.jsonl").read_text().splitlines()
+    ]
     assert seeds == [*range(130)]
     with pytest.raises(InputError, match="out: expected the settings of the run"):
         run_evaluation([cell], 130, tmp_path / "a", {"x": 2})

@@ -73,7 +73,9 @@ def test_a_reward_behind_environment_text_counts_for_the_policy_token_before(tok
     rewards, written = later.policy_rewards(), played.policy_mask.nonzero()[:, 0]
     before = int((written < end).sum()) - 1
     assert float(rewards[before]) == 3.0 and float(rewards.sum()) == 3.0
-    with pytest.raises(ValueError, match="rewards: expected none before the policy's first token, got token 0"):
+    with pytest.raises(
+        ValueError, match="rewards: expected none before the policy's first token, got token 0"
+    ):
         replace(played, rewards=[TokenReward(0, 1.0)]).policy_rewards()
     n = played.tokens.numel()
     with pytest.raises(ValueError, match=f"rewards: expected tokens from 0 to {n - 1}, got {n}"):
@@ -250,7 +252,7 @@ def test_a_close_that_fails_is_a_warning(make_model, tokenizer):
 
 
 def test_what_went_through_the_model_is_counted(make_model, tokenizer):
-    """Carried, each token but the last is read once; encoded again, what stays after a prune is read again."""
+    """Carried, each token is read once; encoded again, what stays after a prune is read again."""
     model, counts = make_model(), {}
     for regime in ("carry", "reencode"):
         config = replace(CONFIG, regime=regime, max_action_tokens=64, max_turns=9)

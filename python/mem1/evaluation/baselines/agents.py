@@ -109,8 +109,8 @@ class LastObservations(_Agent):
 
 @dataclass(frozen=True)
 class RunningSummary(_Agent):
-    """Keeps everything until there are more than `tokens` live tokens; then all goes but its newest state. In a
-    format without one it is asked for a summary, which takes the place of all that was written so far.
+    """Keeps everything until there are more than `tokens` live tokens; then all goes but its newest state. In
+    a format without one it is asked for a summary, which takes the place of all that was written so far.
     """
 
     name = "running-summary"
