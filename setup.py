@@ -116,11 +116,8 @@ EXTRAS = {
     "data": ["pyarrow>=17"],  # Parquet files
     "retrieval": [*BM25, "aiohttp>=3.11"],  # BM25, its server and client
     "dense": ["sentence-transformers>=5", "faiss-cpu>=1.11", "aiohttp>=3.11"],
-    "web": [
-        "aiohttp>=3.11",
-        "trafilatura>=2",
-        "lxml_html_clean",
-    ],  # the last by jusText, by an extra old pips miss
+    # trafilatura needs the last one, by way of an extra's name that old versions of pip do not match.
+    "web": ["aiohttp>=3.11", "trafilatura>=2", "lxml_html_clean"],
     "webshop": [*BM25, "rapidfuzz>=3.10", "textblob>=0.19"],
     "gym": ["gymnasium>=1"],
 }

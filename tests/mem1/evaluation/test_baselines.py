@@ -136,9 +136,8 @@ def test_external_memory_of_a_coroutine():
             if step.terminated:
                 return said
 
-    environment, said = memory.MemoryEnvironment(MultiHopEnv(2), 2), []
+    environment, said, step = memory.MemoryEnvironment(MultiHopEnv(2), 2), [], Step("")
     environment.reset(0)
-    step = Step("")
     while not step.terminated:
         step = environment.step(environment.expert_action().action)
         said.append(step.observation)

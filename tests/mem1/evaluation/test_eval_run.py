@@ -51,9 +51,8 @@ def files(folder: Path) -> dict[str, Any]:
 
 
 def test_every_agent_gets_a_row_for_each_size(model, tmp_path, capsys):
-    assert (
-        main(["eval", "--model", model, *FEW, "--agents", *ALL, "--out", str(tmp_path / "a"), "--json"]) == 0
-    )
+    command = ["eval", "--model", model, *FEW, "--agents", *ALL, "--out", str(tmp_path / "a")]
+    assert main([*command, "--json"]) == 0
     said = capsys.readouterr()
     rows = [json.loads(line) for line in said.out.splitlines()]
     assert [(row["agent"], row["objectives"]) for row in rows] == [(a, n) for a in ALL for n in (1, 2)]
