@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from mem1 import agent
+from mem1.envs.adapters import tool_env
 from mem1.envs.base import Action, Step
 from mem1.envs.toy.expert import expert_example
 from mem1.envs.toy.multihop import INSTRUCTION, MALFORMED, NOTHING_FOUND, MultiHopEnv
@@ -152,7 +152,7 @@ def test_all_texts_are_in_the_vocabulary(tokenizer: PreTrainedTokenizerFast) -> 
         assert tokenizer.unk_token_id not in tokenizer.encode(text), text
 
 
-@pytest.mark.parametrize("hint", [MALFORMED, agent.MALFORMED])
+@pytest.mark.parametrize("hint", [MALFORMED, tool_env.MALFORMED])
 def test_hints_reach_the_agent_word_for_word(tokenizer: PreTrainedTokenizerFast, hint: str) -> None:
     shown = tokenizer.decode(Codec(tokenizer).observation(hint, 64, turns_left=1))
     assert shown == f"<info> {hint} </info>"
