@@ -15,6 +15,7 @@ from mem1.cli import RUNS, main
 from mem1.commands.options import build_parser
 from mem1.commands.world_options import rollout_config
 from mem1.config import ModelConfig, PPOConfig, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.parsing.tags import MEM1
 from mem1.runtime.device import whereabouts
 from mem1.seeds import LARGEST, derive_seed
 from mem1.train import checkpoint
@@ -327,6 +328,10 @@ def test_limits_follow_the_world_unless_given():
     assert (default.max_info_tokens, default.max_turns) == (64, 40)
     large = limits("--objectives", "16", "--hops", "4", "--passage-tokens", "600")
     assert large.max_info_tokens >= 600 and large.max_turns > 16 * 4 + 1
+    assert (
+        limits("--turn-hint").format.hint(2) == "[HINT]You have 2 turns left.[/HINT]"
+        and default.format == MEM1
+    )
     given = limits("--passage-tokens", "600", "--max-info-tokens", "5", "--max-turns", "3")
     assert (given.max_info_tokens, given.max_turns) == (5, 3)
 

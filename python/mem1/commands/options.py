@@ -172,6 +172,7 @@ def _format_options() -> argparse.ArgumentParser:
         metavar="{" + ",".join(FORMATS) + ",FILE}",
         help="tags between which the policy writes; FILE: JSON, see docs/tags.md",
     )
+    add("--turn-hint", action="store_true", help="begin observations with the turns left, as the paper's")
     add("--chat", choices=get_args(ChatMode), default=default.chat, help="raw text, or the chat template")
     add("--system", help="system message of a chat")
     add("--max-prompt-tokens", type=_positive, default=default.max_prompt_tokens, help="tokens of a task")

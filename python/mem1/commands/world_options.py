@@ -6,12 +6,14 @@ import argparse
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
+from inspect import isawaitable
 from typing import Any
 
 from mem1.checks import require
 from mem1.config import RolloutConfig
 from mem1.envs.worlds import DEFAULT, TOYS, Objectives, Side, World, open_world
+from mem1.parsing.tags import HINTS
 from mem1.runtime.event_loop import EVENT_LOOP
 from mem1_core.eviction_policies import qualified_name
 
@@ -61,7 +63,9 @@ def closing(worlds: Iterable[World]) -> Iterator[None]:
         yield
     finally:
         for client in dict.fromkeys(client for world in worlds for client in world.clients):
-            EVENT_LOOP.run(client.close(), time.monotonic() + _CLOSING_S)
+            closed = client.close()
+            if isawaitable(closed):
+                EVENT_LOOP.run(closed, time.monotonic() + _CLOSING_S)
 
 
 def rollout_config(options: argparse.Namespace, objectives: int | None) -> RolloutConfig:
@@ -85,7 +89,8 @@ def rollout_config(options: argparse.Namespace, objectives: int | None) -> Rollo
         max_turns = 10 if options.environment == "webshop" else 6 if (objectives or 1) <= 4 else 20
     names = {field.name for field in fields(RolloutConfig)} & vars(options).keys()
     return RolloutConfig(
-        **{name: getattr(options, name) for name in names - {"max_info_tokens", "max_turns"}},
+        **{name: getattr(options, name) for name in names - {"format", "max_info_tokens", "max_turns"}},
+        format=replace(options.format, **HINTS) if options.turn_hint else options.format,
         max_info_tokens=max_info_tokens if options.max_info_tokens is None else options.max_info_tokens,
         max_turns=max_turns if options.max_turns is None else options.max_turns,
     )

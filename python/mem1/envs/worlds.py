@@ -26,7 +26,7 @@ DEFAULT = "multihop"
 
 class World(NamedTuple):
     """make: an environment for an episode. tasks: the rows that it may be reset with, None where all follows
-    from the seed. clients: what its environments share, each with a coroutine function `close`.
+    from the seed. clients: what its environments share, each with a method `close`.
     """
 
     make: Callable[[], Environment]

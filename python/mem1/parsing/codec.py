@@ -98,7 +98,8 @@ class Codec:
 
     def observation_overhead(self) -> int:
         """Tokens of an observation without any text, but with hint and request."""
-        return len(self.observation("", 2**31, turns_left=_MANY_TURNS, context_full=True))
+        hints = (self.observation("", 2**31, turns_left=n, context_full=True) for n in (1, _MANY_TURNS))
+        return max(map(len, hints))
 
     def check_limits(
         self, max_info_tokens: int, max_action_tokens: int, max_state_tokens: int | None = None

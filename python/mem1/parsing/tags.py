@@ -62,7 +62,8 @@ class TagFormat:
 
     state: tag of the internal state, None for a format without one. actions: each ends the turn.
     observation: tag of what is answered. turn_hint: the first thing in each observation; `{turns_left}`
-    stands for that number. context_request: the last thing in one, where the context has passed
+    stands for that number. last_turn_hint: in its place where one turn is left, if there is one.
+    context_request: the last thing in an observation, where the context has passed
     `RolloutConfig.context_limit`.
     """
 
@@ -70,6 +71,7 @@ class TagFormat:
     actions: tuple[ActionTag, ...] = (QUERY, ANSWER)
     observation: str = "info"
     turn_hint: str = ""
+    last_turn_hint: str = ""
     context_request: str = ""
 
     def __post_init__(self) -> None:
@@ -83,10 +85,11 @@ class TagFormat:
         for one, other in combinations(self.tags, 2):
             if one.startswith(other) or other.startswith(one):
                 raise InputError(f"tags: expected none that begins with another, got {one!r} and {other!r}")
-        for name in ("turn_hint", "context_request"):
+        for name in ("turn_hint", "last_turn_hint", "context_request"):
             _require_text(name, getattr(self, name))
-        for name in re.findall(r"\{[^{}]*\}", self.turn_hint):
-            require(name == _TURNS_LEFT, "turn_hint", f"no placeholder but {_TURNS_LEFT}", name)
+        for field in ("turn_hint", "last_turn_hint"):
+            for name in re.findall(r"\{[^{}]*\}", getattr(self, field)):
+                require(name == _TURNS_LEFT, field, f"no placeholder but {_TURNS_LEFT}", name)
 
     @property
     def tags(self) -> tuple[str, ...]:
@@ -104,7 +107,8 @@ class TagFormat:
         return next((action for action in self.actions if action.kind == kind), None)
 
     def hint(self, turns_left: int) -> str:
-        return self.turn_hint.replace(_TURNS_LEFT, str(turns_left))
+        hint = self.last_turn_hint if turns_left == 1 and self.last_turn_hint else self.turn_hint
+        return hint.replace(_TURNS_LEFT, str(turns_left))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TagFormat:
@@ -126,6 +130,11 @@ def _checked(cls: type[Any], name: str, values: object) -> dict[str, Any]:
     return dict(values)  # type: ignore[call-overload]
 
 
+# The hints of the released code, `replace(format, **HINTS)`: what its models are used to.
+HINTS = {
+    "turn_hint": "[HINT]You have {turns_left} turns left.[/HINT]",
+    "last_turn_hint": "[HINT]You have 1 turn left. You must answer the question in the next turn.[/HINT]",
+}
 MEM1 = TagFormat()
 OFFICIAL = TagFormat("think", (ActionTag("search", "query"), ANSWER), "information")  # the released code's
 FOLD = TagFormat(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from real_tokenizers import PACKAGES
@@ -53,6 +54,12 @@ def test_the_hint_comes_first_and_counts() -> None:
     assert codec.observation_overhead() > Codec(byte_level()).observation_overhead() + 10
     cut = codec.observation("Doc " * 99, codec.observation_overhead() + 5, turns_left=3)
     assert codec.decode(cut).startswith("\n<info>[HINT] You have 3 turns left. [/HINT]\nDoc")
+    longer = Codec(
+        byte_level(), replace(format, last_turn_hint="Answer now, for this is the last turn. " * 3)
+    )
+    assert codec.observation_overhead() < longer.observation_overhead()
+    last = longer.observation("Doc " * 99, longer.observation_overhead() + 5, turns_left=1)
+    assert "Answer now" in codec.decode(last) and codec.decode(last).endswith("</info>\n")
 
 
 def test_megabytes_are_not_read_to_their_end(codec_of: CodecOf) -> None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -11,6 +11,7 @@ from mem1.parsing.tags import (
     CHUNKS,
     FOLD,
     FORMATS,
+    HINTS,
     MEM1,
     OFFICIAL,
     QUERY,
@@ -48,6 +49,10 @@ def test_kinds() -> None:
     assert format.action("query") is None
     assert TagFormat(actions=(ANSWER,)).rest_kind == "query"
     assert TagFormat(turn_hint="{turns_left}/{turns_left}").hint(7) == "7/7"
+    paper = replace(OFFICIAL, **HINTS)
+    assert paper.hint(2) == "[HINT]You have 2 turns left.[/HINT]"
+    assert paper.hint(1).startswith("[HINT]You have 1 turn left. You must answer")
+    assert TagFormat(turn_hint="{turns_left}").hint(1) == "1", "no other for the last one"
 
 
 @pytest.mark.parametrize(
@@ -81,7 +86,8 @@ def test_kinds() -> None:
         ({"turn_hint": 4}, "turn_hint: expected a text, got 4"),
         (
             {"hint": "x"},
-            "format: expected a table of state, actions, observation, turn_hint, context_request, got",
+            "format: expected a table of state, actions, observation, turn_hint, last_turn_hint, "
+            "context_request, got",
         ),
         ("mem1", "format: expected a table of .*, got 'mem1'"),
     ],
