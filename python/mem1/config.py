@@ -159,6 +159,10 @@ class RolloutConfig:
         """The rule as it is written in files and messages."""
         return rule_name(self.prune)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; a rule of forgetting that is a function, by its name."""
+        return asdict(replace(self, prune="action")) | {"prune": self.prune_name}
+
     def peak_tokens(self) -> int:
         """The most tokens of an episode that can be live at once: what a slot of the KV cache must hold."""
         limits = self.max_prompt_tokens, self.max_action_tokens, self.max_info_tokens, self.max_turns
@@ -271,6 +275,6 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; a rule of forgetting that is a function, by its name."""
-        settings = asdict(replace(self, rollout=replace(self.rollout, prune="action")))
-        settings["rollout"]["prune"] = self.rollout.prune_name
-        return settings
+        return asdict(replace(self, rollout=replace(self.rollout, prune="action"))) | {
+            "rollout": self.rollout.to_dict()
+        }

@@ -1,4 +1,4 @@
-"""What an episode is measured by. Every figure of a table, a plot or a log is defined here.
+"""What an episode is measured by: every figure of an evaluation is defined here.
 
 Of answers (`grade`, with SQuAD's and HotpotQA's official definitions):
 
@@ -139,6 +139,9 @@ EPISODE: dict[str, Callable[[Trajectory], float]] = {
 }
 
 
+FACTS = ("agent", "objectives", "episodes", "errors", "replays")  # of a row, beside its means
+
+
 class Mean(NamedTuple):
     """The mean of `count` values and its 95 % bootstrap interval; NaN of none. With one value the interval
     has no width: it says nothing.
@@ -151,24 +154,27 @@ class Mean(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Mean:
-        """Reproducible: the same values in the same order give the same interval, on any machine."""
+        """Reproducible: the same values in the same order give the same interval."""
         if not values:
             return cls(math.nan, math.nan, math.nan, 0)
         sample = np.asarray(values, dtype=np.float64)
         value = math.fsum(values) / len(values)
         if np.all(sample == sample[0]):
             return cls(value, value, value, len(values))
-        drawn = np.random.Generator(np.random.PCG64(0)).integers(len(values), size=(_RESAMPLES, len(values)))
-        low, high = np.percentile(sample[drawn].mean(axis=1), (2.5, 97.5))
+        generator, size = np.random.Generator(np.random.PCG64(0)), len(values)
+        resampled = [sample[generator.integers(size, size=size)].mean() for _ in range(_RESAMPLES)]
+        low, high = np.percentile(resampled, (2.5, 97.5))
         return cls(value, float(low), float(high), len(values))
 
 
 def means(trajectories: Sequence[Trajectory]) -> dict[str, Mean]:
     """The mean of every metric over the sound ones of `trajectories`: of `EPISODE`, and of what environments
-    have reported, over the episodes that have it.
+    have reported, over the episodes that have it, under the name `environment_...` where ours is the same.
     """
     sound = [t for t in trajectories if not t.error_kind]
-    reported = dict.fromkeys(name for t in sound for name in t.score)
-    return {name: Mean.of([t.score[name] for t in sound if name in t.score]) for name in reported} | {
-        name: Mean.of([of(t) for t in sound]) for name, of in EPISODE.items()
-    }
+    found = {name: Mean.of([of(t) for t in sound]) for name, of in EPISODE.items()}
+    for name in dict.fromkeys(name for t in sound for name in t.score):
+        ours = name in EPISODE or name in FACTS  # what an environment calls so is something else
+        values = [t.score[name] for t in sound if name in t.score]
+        found[f"environment_{name}" if ours else name] = Mean.of(values)
+    return found

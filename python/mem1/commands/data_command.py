@@ -13,6 +13,7 @@ from mem1.data.check_files import Finding, check
 from mem1.data.convert import convert
 from mem1.data.sources import DataSet, data_sets
 from mem1.envs.worlds import open_retriever
+from mem1.evaluation.eval_run import TOKENIZER
 from mem1.evaluation.results import markdown
 from mem1.evaluation.viewer.page import read_trajectories, write_page
 from mem1.models.load import load_tokenizer
@@ -22,13 +23,18 @@ from mem1.train import checkpoint
 
 def run(options: argparse.Namespace, progress: Progress) -> None:
     """List the data sets, check a folder, or convert a file."""
+    both = options.convert is not None and options.check is not None
+    require(not both, "check", "none beside convert", options.check)
     if options.convert is not None:
         for name in ("source", "out"):
             require(getattr(options, name) is not None, name, "a path beside convert", None)
         made = convert(options.convert, options.source, options.out)
-        for line in made.left_out:
+        for line in () if options.json else made.left_out:
             progress.log(f"left out: {line}")
-        progress.log(f"{made.questions} questions, {made.passages} passages are in {options.out}")
+        if options.json:
+            progress.log(json.dumps(made._asdict()))
+        else:
+            progress.log(f"{made.questions} questions, {made.passages} passages are in {options.out}")
         return
     for name in ("source", "out"):
         require(getattr(options, name) is None, name, "none without convert", getattr(options, name))
@@ -88,8 +94,12 @@ def view(options: argparse.Namespace, progress: Progress) -> None:
 
 
 def _model_of(source: Path) -> str:
-    """The model that most of the trajectories name."""
+    """The tokenizer beside the trajectories, or the model that most of them name."""
+    beside = source.parent / TOKENIZER
+    if (beside / "tokenizer.json").is_file():
+        return str(beside)
     names = Counter(row.get("model", "") for row in read_trajectories(source))
+    del names[""]  # of scripts
     name = names.most_common(1)[0][0] if names else ""
     require(bool(name), "tokenizer", "one, as the trajectories name no model", None)
     return str(name)

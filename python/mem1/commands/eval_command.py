@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,13 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from mem1.checks import require
 from mem1.commands.loading import check_writable, load_policy, log_failures, log_other_settings
 from mem1.commands.world_options import closing, environment_record, rollout_config, world_of
-from mem1.config import RolloutConfig, TrainConfig
+from mem1.config import RolloutConfig
 from mem1.engine.engine import Engine
 from mem1.envs.tasks import shuffled
 from mem1.envs.toy.tokenizer import build_tokenizer
-from mem1.envs.worlds import DEFAULT, TOYS, World
-from mem1.evaluation.baselines.agents import Agent
-from mem1.evaluation.eval_run import Cell, read_cells, run_evaluation
+from mem1.envs.worlds import COMPOSED, TOYS, World
+from mem1.evaluation.baselines.agents import Agent, Oracle, RandomActions
+from mem1.evaluation.eval_run import Cell, EvaluationFolder, read_cells
 from mem1.evaluation.evaluation_loop import OBJECTIVES, evaluation_seeds, without_limits
 from mem1.evaluation.results import table
 from mem1.evaluation.tables import tables
@@ -46,20 +48,19 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
     agents: list[Agent] = options.agents
     names = [str(agent) for agent in agents]
     require(len({*names}) == len(names), "agents", "each once", " ".join(names))
-    sizes = options.objectives or (OBJECTIVES if options.environment == DEFAULT else [None])
-    worlds = {n: world_of(options, n, "test") for n in sizes}
+    sizes = options.objectives or (OBJECTIVES if options.environment in COMPOSED else [None])
+    worlds = {n: world_of(options, n, "test", episodes=options.episodes) for n in sizes}
     configs = {n: replace(rollout_config(options, n), synchronous=not options.asynchronous) for n in sizes}
+    _check_scripts(agents, worlds[sizes[0]])
+    folder = EvaluationFolder(options.out, _settings(options, names, configs), overwrite=options.overwrite)
     model, tokenizer, engine = _policy(options, agents, list(configs.values()), progress)
-    cells = []
-    for agent in agents:
-        for n, config in configs.items():
-            play = _player(options, agent, worlds[n], config, model, tokenizer, engine)
-            cells.append(Cell(str(agent), n or 1, play))
-    settings = _settings(options, names, configs)
-    with closing(worlds.values()):
-        results = run_evaluation(
-            cells, options.episodes, options.out, settings, overwrite=options.overwrite, progress=progress
-        )
+    cells = [
+        Cell(str(agent), n, _player(options, agent, worlds[n], config, model, tokenizer, engine))
+        for agent in agents
+        for n, config in configs.items()
+    ]
+    with closing(worlds.values()), contextlib.closing(folder):
+        results = folder.run(cells, options.episodes, tokenizer=tokenizer, progress=progress)
     if options.json:
         with ignore_closed_pipe(sys.stdout):
             for row in results:
@@ -68,6 +69,17 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
         progress.log(tables(results))
     _tell(options, agents, model, cells, progress)
     progress.log(f"trajectories and tables are in {options.out}")
+
+
+def _check_scripts(agents: Sequence[Agent], world: World) -> None:
+    """InputError for a script that the environment does not have."""
+    for agent, method in ((Oracle, "expert_action"), (RandomActions, "random_action")):
+        if any(isinstance(one, agent) for one in agents):
+            environment = world.make()
+            able = hasattr(environment, method)
+            require(
+                able, "agents", f"an environment with {method} for {agent.name}", type(environment).__name__
+            )
 
 
 def _policy(
@@ -105,6 +117,9 @@ def _player(
     """What plays the episodes of one agent at one number of objectives, the same for every agent."""
     rules, make, tasks = agent.settings(config), agent.environments(world.make), world.tasks
     seeds = evaluation_seeds(options.seed, options.episodes)
+    # What a script writes is not cut. The oracle ends by itself; who acts at random gets a policy's turns.
+    limits = without_limits(rules)
+    limits = limits if isinstance(agent, Oracle) else replace(limits, max_turns=rules.max_turns)
     rows = None if tasks is None else shuffled(tasks, options.seed, "evaluation")
     if rows is not None:
         expected = f"at least {options.episodes} for as many episodes"
@@ -114,7 +129,7 @@ def _player(
         some = [seeds[place] for place in places]
         given = None if rows is None else [rows[place] for place in places]
         played = (
-            play_expert(tokenizer, make, some, without_limits(rules), given)  # type: ignore[arg-type]
+            play_expert(tokenizer, make, some, limits, given)  # type: ignore[arg-type]
             if agent.scripted
             else rollout(model, tokenizer, make, some, rules, tasks=given, engine=engine)
         )
@@ -131,20 +146,27 @@ def _settings(
     options: argparse.Namespace, agents: list[str], configs: dict[int | None, RolloutConfig]
 ) -> dict[str, Any]:
     """What the numbers follow from."""
-    rollouts = {
-        str(n or 1): TrainConfig(rollout=replace(config, greedy=False)).to_dict()["rollout"]
-        | {"greedy": config.greedy}
-        for n, config in configs.items()
-    }
+    files = [options.tasks, *(v for v in options.environment_args.values() if isinstance(v, str))]
+    model = None if options.model is None else str(checkpoint.newest(options.model))
     return {
         "agents": agents,
         "episodes": options.episodes,
         "seed": options.seed,
         "model": options.model,
+        "weights": model and _stamps(Path(model), "*.safetensors"),
         "dtype": options.dtype,
+        "device": options.device,
         "environment": environment_record(options),
-        "rollout": rollouts,
+        "files": {name: _stamps(Path(name).parent, Path(name).name) for name in files if name},
+        "rollout": {str(n): config.to_dict() for n, config in configs.items()},
     }
+
+
+def _stamps(folder: Path, pattern: str) -> list[list[Any]]:
+    """Name, size and time of files: what tells them from others that take their place."""
+    found = sorted(folder.glob(pattern)) if folder.is_dir() and pattern else []
+    stats = [(path, path.stat()) for path in found if path.is_file()]
+    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
 
 def _tell(
@@ -158,7 +180,7 @@ def _tell(
     gaps = []
     played = dict[str, list[Trajectory]]()
     for cell, trajectories in zip(cells, read_cells(options.out, cells, options.episodes), strict=True):
-        log_failures(trajectories, progress)
+        log_failures(trajectories, progress, cell.title)
         played[cell.agent] = trajectories[:_COMPARED]  # of the largest number of objectives
     for agent in agents:
         if not agent.scripted:

@@ -6,7 +6,6 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError
-from mem1.config import RolloutConfig, TrainConfig
+from mem1.config import RolloutConfig
 from mem1.models.load import load_report
 from mem1.runtime.device import whereabouts
 from mem1.runtime.progress import Progress
@@ -38,7 +37,7 @@ def log_other_settings(model: str, config: RolloutConfig, progress: Progress) ->
     for folder in (Path(model), Path(model).parent, Path(model).parent.parent):
         if (folder / CONFIG).is_file():
             trained = json.loads((folder / CONFIG).read_text()).get("rollout", {})
-            now = TrainConfig(rollout=replace(config, greedy=False)).to_dict()["rollout"]
+            now = config.to_dict()
             for name in "format chat system observation_role prune regime".split():
                 was, given = trained.get(name, now[name]), json.loads(json.dumps(now[name]))
                 if was != given:
@@ -58,10 +57,12 @@ def check_writable(folder: Path) -> None:
         ) from None
 
 
-def log_failures(trajectories: Iterable[Trajectory], progress: Progress) -> None:
+def log_failures(trajectories: Iterable[Trajectory], progress: Progress, whose: str = "") -> None:
+    """How many have failed, and the first one's reason."""
     failed = [trajectory for trajectory in trajectories if trajectory.error_kind]
     if failed:
-        progress.log(f"{len(failed)} episodes failed, seed {failed[0].seed} by {reason(failed[0])}")
+        said = f"{len(failed)} episodes failed, seed {failed[0].seed} by {reason(failed[0])}"
+        progress.log(f"{whose}: {said}" if whose else said)
 
 
 def reason(failed: Trajectory) -> str:

@@ -23,7 +23,7 @@ from mem1.trajectory import Trajectory
 
 def run(options: argparse.Namespace, progress: Progress) -> None:
     objectives = options.objectives or ((2, 2) if options.environment == DEFAULT else None)
-    world = world_of(options, objectives, "test")
+    world = world_of(options, objectives, "test", options.episodes)
     if options.expert and isinstance(options.environment, type):
         able = hasattr(options.environment, "expert_action")
         require(able, "expert", "an environment with expert_action", options.environment.__qualname__)

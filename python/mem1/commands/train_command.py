@@ -61,9 +61,9 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
 @contextmanager
 def _task(options: argparse.Namespace, config: TrainConfig) -> Iterator[dict[str, Any]]:
     """What `train` is to be given beside its settings."""
+    world = world_of(options, config.environment.get("objectives"), "train")
     if options.model is None:
         yield toy_training(config)
         return
-    world = world_of(options, options.objectives, "train")
     with closing([world]):
         yield {"make_environment": world.make, "tasks": world.tasks}

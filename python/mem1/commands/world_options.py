@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -27,6 +28,8 @@ def environment_arguments(options: argparse.Namespace) -> dict[str, Any]:
     for name, default, worlds in (("hops", 2, (DEFAULT,)), ("passage_tokens", 0, TOYS)):
         given = getattr(options, name)
         if options.environment in worlds:
+            twice = given is not None and name in arguments
+            require(not twice, name, "it here or in environment-args, not both", given)
             arguments = {name: default if given is None else given} | arguments
         else:
             require(given is None, name, f"none beside environment {_name(options.environment)}", given)
@@ -44,7 +47,7 @@ def _name(environment: Any) -> str:
     return environment if isinstance(environment, str) else qualified_name(environment)
 
 
-def world_of(options: argparse.Namespace, objectives: Objectives, side: Side) -> World:
+def world_of(options: argparse.Namespace, objectives: Objectives, side: Side, episodes: int = 0) -> World:
     """The world of the options, its rows those of one side. InputError, before any work, if it cannot be."""
     return open_world(
         options.environment,
@@ -53,6 +56,7 @@ def world_of(options: argparse.Namespace, objectives: Objectives, side: Side) ->
         side=side,
         tags=options.format,
         tasks=options.tasks,
+        episodes=episodes,
     )
 
 
@@ -65,7 +69,16 @@ def closing(worlds: Iterable[World]) -> Iterator[None]:
         for client in dict.fromkeys(client for world in worlds for client in world.clients):
             closed = client.close()
             if isawaitable(closed):
-                EVENT_LOOP.run(closed, time.monotonic() + _CLOSING_S)
+                try:
+                    EVENT_LOOP.run(closed, time.monotonic() + _CLOSING_S)
+                except (OSError, TimeoutError) as error:  # the work is done, and more are to be closed
+                    warnings.warn(f"close of {type(client).__name__}: {error}", RuntimeWarning, stacklevel=2)
+
+
+def _most(value: Any) -> int:
+    """The upper end of a range; 0 of what is none, which the environment refuses."""
+    ends = value if isinstance(value, (list, tuple)) else [value]
+    return max((end for end in ends if isinstance(end, int)), default=0)
 
 
 def rollout_config(options: argparse.Namespace, objectives: int | None) -> RolloutConfig:
@@ -78,12 +91,12 @@ def rollout_config(options: argparse.Namespace, objectives: int | None) -> Rollo
     """
     default = RolloutConfig()
     max_info_tokens, max_turns = default.max_info_tokens, default.max_turns
-    if options.environment == DEFAULT:
-        max_info_tokens = 64 + (options.passage_tokens or 0)
-        max_turns = max(max_turns, 2 * ((objectives or 1) * (options.hops or 2) + 1))
-    elif options.environment in TOYS:
-        max_info_tokens = max(max_info_tokens, 64 + (options.passage_tokens or 0))
-        max_turns = max(max_turns, 8 * (objectives or 1))
+    if options.environment in TOYS:
+        made = environment_arguments(options)
+        passage, hops = (_most(made.get(name, least)) for name, least in (("passage_tokens", 0), ("hops", 1)))
+        max_info_tokens = passage + (64 if options.environment == DEFAULT else max_info_tokens)
+        per_question = 2 * hops if options.environment == DEFAULT else 8 * hops
+        max_turns = max(max_turns, (objectives or 1) * per_question + 2)
     elif isinstance(options.environment, str):
         max_info_tokens = _PASSAGES
         max_turns = 10 if options.environment == "webshop" else 6 if (objectives or 1) <= 4 else 20

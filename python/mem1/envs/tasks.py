@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +22,7 @@ _Task = TypeVar("_Task")
 def task_id(task: Any) -> str:
     """The id of a row; InputError if it has none."""
     found = task.get("id") if isinstance(task, Mapping) else getattr(task, "id", None)
-    if not isinstance(found, (str, int)) or isinstance(found, bool) or found == "":
+    if not isinstance(found, (str, Integral)) or isinstance(found, bool) or found == "":
         raise InputError(f"task: expected a row with an id, a text or a number, got {task!r:.200}")
     return str(found)
 
@@ -47,7 +48,8 @@ def split(tasks: Iterable[_Task], seed: int, held_out: float) -> tuple[list[_Tas
     """The rows to train on, and about the share `held_out` (0 to 1) of all, which are not among them. Where a
     row goes follows from its id and `seed` alone, so it stays there whatever is added.
     """
-    require(0.0 <= held_out <= 1.0, "held_out", "a share from 0 to 1", held_out)
+    sound = isinstance(held_out, Real) and 0.0 <= held_out <= 1.0
+    require(sound, "held_out", "a share from 0 to 1", held_out)
     limit = held_out * 2.0**64
     sides: tuple[list[_Task], list[_Task]] = ([], [])
     for task in tasks:
@@ -58,14 +60,16 @@ def split(tasks: Iterable[_Task], seed: int, held_out: float) -> tuple[list[_Tas
 
 def _key(task: Any, seed: int, purpose: str) -> tuple[bytes, str]:
     name = task_id(task)
-    return hashlib.sha256(json.dumps([purpose, seed, name]).encode()).digest(), name
+    return hashlib.sha256(json.dumps([purpose, int(seed), name]).encode()).digest(), name
 
 
 class TaskStream:
-    """An endless stream of rows: all of `tasks` in a shuffled order, then all in another, ..."""
+    """An endless stream of rows, by place: all of `tasks` in a shuffled order, then all in another, ..."""
+
+    __iter__ = None  # it has no end
 
     def __init__(self, tasks: Iterable[Any], seed: int) -> None:
-        self.tasks, self._seed = list(tasks), seed
+        self.tasks, self._seed = shuffled(tasks, 0), seed  # in an order of their own, not the file's
         require(len(self.tasks) > 0, "tasks", "at least one row", self.tasks)
         check_ids(self.tasks)
         self._order: tuple[int, list[Any]] = (-1, [])

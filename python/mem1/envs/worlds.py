@@ -1,6 +1,6 @@
 """The environments of the package by name, as the command line has them, with the tasks to play in them.
 
-Rows to train on and rows to evaluate on are told apart here, the same way for every command.
+Questions and goals to train on and to evaluate on are told apart here, the same way for every command.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from mem1.checks import InputError, require
 from mem1.envs.base import Environment
-from mem1.envs.tasks import check_ids, read_rows, split
+from mem1.envs.tasks import read_rows, split, task_id
 from mem1.envs.toy.delayed import DelayedRewardEnv
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.envs.toy.updates import UpdatesEnv
@@ -40,6 +40,7 @@ class _Given(NamedTuple):
     objectives: Objectives
     side: Side
     tags: TagFormat
+    episodes: int
 
 
 def open_world(
@@ -50,25 +51,34 @@ def open_world(
     side: Side = "test",
     tags: TagFormat = MEM1,
     tasks: str | None = None,
+    episodes: int = 0,
 ) -> World:
     """The world of a name in `WORLDS`, or of what makes an environment, with its keyword arguments.
 
     side: the rows to train on, or those that are held out. tags: what prompts tell the policy to write.
-    tasks: a file of rows (`read_rows`) for an environment of your own. InputError, before any episode, for
-    what cannot be made of these.
+    tasks: a file of rows (`read_rows`) for an environment of your own, all of which are played, whatever the
+    side. episodes: how many tasks there shall be at least, where they are composed. InputError, before any
+    episode, for what cannot be made of these.
     """
     require(side in get_args(Side), "side", "train or test", side)
-    given = _Given(objectives, side, tags)
+    given = _Given(objectives, side, tags, episodes)
     if callable(environment):
-        more = {} if objectives is None else {"objectives": objectives}
-        _check_arguments(environment, {**arguments, **more})
-        return World(partial(environment, **arguments, **more), None if tasks is None else _rows(tasks))
+        own = _with_objectives(given, arguments)
+        _check_arguments(environment, own)
+        return World(partial(environment, **own), None if tasks is None else _rows(tasks))
     require(isinstance(environment, str), "environment", "what makes an environment", environment)
     require(environment in WORLDS, "environment", f"one of {', '.join(WORLDS)}", environment)
     require(tasks is None, "tasks", f"none beside {environment}, which has its own", tasks)
     opener = WORLDS[environment]
     _check_arguments(partial(opener, given), arguments)
     return opener(given, **arguments)
+
+
+def _with_objectives(given: _Given, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    if given.objectives is None:
+        return dict(arguments)
+    require("objectives" not in arguments, "environment-args", "no objectives beside --objectives", arguments)
+    return {**arguments, "objectives": given.objectives}
 
 
 def _check_arguments(make: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
@@ -83,14 +93,22 @@ def _check_arguments(make: Callable[..., Any], arguments: Mapping[str, Any]) -> 
 
 
 def _rows(path: str) -> list[dict[str, Any]]:
-    rows = [row for _, row in read_rows(path)]
-    check_ids(rows)
+    rows, places = list[dict[str, Any]](), dict[str, str]()
+    for where, row in read_rows(path):
+        try:
+            name = task_id(row)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        if name in places:
+            raise InputError(f"{where}: id: expected one of its own, got {name!r}, as at {places[name]}")
+        places[name] = where
+        rows.append(row)
+    require(len(rows) > 0, "tasks", "a file with rows", path)
     return rows
 
 
 def _toy(make: Callable[..., Environment], given: _Given, **arguments: Any) -> World:
-    if given.objectives is not None:
-        arguments["objectives"] = given.objectives
+    arguments = _with_objectives(given, arguments)
     _check_arguments(make, arguments)
     make(**arguments)  # which costs nothing, and refuses what is out of its range
     return World(partial(make, **arguments))
@@ -114,6 +132,9 @@ def _retrieval_qa(
     """
     from mem1.envs.qa.retrieval_qa import RetrievalQAEnv
 
+    for name in ("tags", "title_of", "tasks", "retriever"):  # which are given here
+        require(name not in arguments, "environment-args", "arguments that are not made of others", name)
+    _check_arguments(partial(RetrievalQAEnv, None, None), arguments)
     title_of: Callable[[str], str | None] | None = None if corpus is None else partial(_title, corpus)
     require((corpus is None) != (url is None), "environment-args", "either corpus or url", (corpus, url))
     retriever: Any
@@ -125,6 +146,7 @@ def _retrieval_qa(
         retriever = open_retriever(str(_path("corpus", corpus)), index, dense)
     tasks = _composed(given, questions, datasets, held_out)
     make = partial(RetrievalQAEnv, None, retriever, tags=given.tags, title_of=title_of, **arguments)
+    make()  # which refuses what is out of its range
     return World(make, tasks, [retriever] if url is not None else [])
 
 
@@ -159,9 +181,12 @@ def _web_qa(
     from mem1.envs.web.web_qa import WebQAEnv
 
     key = _path("key_file", key_file).read_text().strip()
+    _check_arguments(partial(WebQAEnv, None, None), arguments)
     clients = SerperClient(key, url), PageFetcher(allow=allow)
     tasks = _composed(given, questions, datasets, held_out)
-    return World(partial(WebQAEnv, *clients, **arguments), tasks, clients)
+    make = partial(WebQAEnv, *clients, **({"tags": given.tags} | arguments))
+    make()  # which refuses what is out of its range
+    return World(make, tasks, clients)
 
 
 def _webshop(given: _Given, folder: str, **arguments: Any) -> World:
@@ -169,7 +194,8 @@ def _webshop(given: _Given, folder: str, **arguments: Any) -> World:
     from mem1.envs.webshop.webshop_env import WebShopEnv
 
     require(given.objectives in (None, 1, (1, 1)), "objectives", "1 in webshop", given.objectives)
-    make = partial(WebShopEnv, folder, given.side, **arguments)
+    _check_arguments(partial(WebShopEnv, folder, given.side), arguments)
+    make = partial(WebShopEnv, folder, given.side, **({"tags": given.tags} | arguments))
     return World(make, make().tasks)
 
 
@@ -182,6 +208,7 @@ WORLDS: dict[str, Callable[..., World]] = {
     "webshop": _webshop,
 }
 TOYS = ("multihop", "updates", "delayed")
+COMPOSED = (*TOYS, "retrieval-qa", "web-qa")  # of any number of objectives
 
 
 def _title(corpus: str, passage: str) -> str | None:
@@ -197,10 +224,9 @@ def _titles(corpus: str) -> dict[str, str]:
     return {row.id: row.contents.partition("\n")[0].strip('"') for row in rows}
 
 
-def _path(name: str, path: str | None) -> Path:
-    found = Path(path or "")
-    require(found.is_file(), name, "a file", path)
-    return found
+def _path(name: str, path: object) -> Path:
+    require(isinstance(path, str) and Path(path).is_file(), name, "a file", path)
+    return Path(str(path))
 
 
 def _composed(given: _Given, questions: str, datasets: Sequence[str], held_out: float) -> list[Any]:
@@ -209,8 +235,11 @@ def _composed(given: _Given, questions: str, datasets: Sequence[str], held_out: 
     from mem1.envs.qa.question_files import read_questions
     from mem1.envs.qa.questions import each_question
 
-    train, test = split(each_question(read_questions(questions)), 0, held_out)
+    train, test = split(each_question(read_questions(_path("questions", questions))), 0, held_out)
     rows = train if given.side == "train" else test
     sizes = given.objectives or 2
     low, high = (sizes, sizes) if isinstance(sizes, int) else sizes
-    return [task for n in range(low, high + 1) for task in compose(rows, n, 0, datasets=datasets)]
+    # As many of each size: what the largest gets when each question is asked once, or what is played.
+    known = [row for row in rows if not datasets or row.dataset in datasets]
+    count = max(len(known) // high, -(-given.episodes // (high - low + 1)), 1)
+    return [task for n in range(low, high + 1) for task in compose(rows, n, 0, count, datasets=datasets)]

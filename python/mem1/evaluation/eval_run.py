@@ -1,6 +1,7 @@
 """One evaluation in a folder: every agent at every number of objectives, in parts that a kill cannot break.
 
     settings.json        what was asked for; a run goes on only with the same
+    tokenizer/           of the policy, for `mem1 view`
     parts/               while it runs: trajectories of finished parts
     trajectories.jsonl   all episodes, with their "agent": `mem1 view` opens it
     results.jsonl, .csv  a row for each agent and number of objectives, with intervals
@@ -12,7 +13,9 @@ A run that was killed and started again leaves the files of one that was not, bu
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,84 +23,145 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from mem1.checks import InputError, require
 from mem1.envs.tasks import read_rows
 from mem1.evaluation.plots import plot_results
 from mem1.evaluation.results import Result, summarize, write_csv
 from mem1.evaluation.tables import tables
-from mem1.io import atomic_write
+from mem1.io import atomic_write, leftovers
 from mem1.runtime.progress import Progress
 from mem1.trajectory import Trajectory
 
 SETTINGS, PARTS, TRAJECTORIES = "settings.json", "parts", "trajectories.jsonl"
-_OURS = (SETTINGS, PARTS, TRAJECTORIES, "results.jsonl", "results.csv", "results.png", "tables.md")
-_PART = 64  # episodes; they are played side by side, and what a kill can cost
+TOKENIZER = "tokenizer"
+_OURS = (  # the record of the run first: what else is there is its
+    *(SETTINGS, PARTS, TRAJECTORIES, "results.jsonl", "results.csv", "results.png", "tables.md"),
+    TOKENIZER,
+)
+_PART = 32  # episodes; they are played side by side, and what a kill can cost
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the table to be. play: the episodes of some places, 0 to `episodes`, in their order."""
+    """One row of the table to be. objectives: None where the environment says how many. play: the episodes of
+    some places, 0 to `episodes`, in their order.
+    """
 
     agent: str
-    objectives: int
+    objectives: int | None
     play: Callable[[range, Callable[[], None]], list[Trajectory]]  # the second is called after each episode
 
     @property
     def title(self) -> str:
-        return f"{self.agent}, {self.objectives} objective" + "s" * (self.objectives > 1)
+        n = self.objectives
+        return self.agent if n is None else f"{self.agent}, {n} objective" + "s" * (n > 1)
 
 
-def run_evaluation(
-    cells: Sequence[Cell],
-    episodes: int,
-    out: Path,
-    settings: dict[str, Any],
-    *,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> list[Result]:
-    """Play what is missing in `out`, and write its files. InputError for an `out` with other settings, or
-    with anything else in it, unless `overwrite`, which starts over.
+class EvaluationFolder:
+    """The folder of an evaluation, of all processes on this machine this one's alone until `close`. Nothing
+    is written before `run`, and nothing deleted but what an evaluation has written.
+
+    settings: what the numbers follow from; a run goes on only with the same. overwrite: start over. Raises
+    InputError for a folder that holds anything else, other settings, or a run of another process.
     """
-    require(episodes >= 1, "episodes", "an integer >= 1", episodes)
-    require(len(cells) > 0, "agents", "at least one", cells)
-    progress = progress or Progress(log=lambda line: None)
-    _begin(out, settings, overwrite)
-    if not (out / TRAJECTORIES).is_file():
-        for place, cell in enumerate(cells):
-            _play(cell, out / PARTS / str(place), episodes, progress)
-        with atomic_write(out / TRAJECTORIES) as file:
-            for place in range(len(cells)):
-                for part in _parts(out / PARTS / str(place), episodes):
-                    file.write(part.read_text())
-    results = [
-        summarize(cell.agent, cell.objectives, played)
-        for cell, played in zip(cells, read_cells(out, cells, episodes), strict=True)
-    ]
-    _write_results(results, out)
-    shutil.rmtree(out / PARTS, ignore_errors=True)  # a kill within leaves some, which the next run removes
-    return results
 
+    def __init__(self, out: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
+        self.out, self._settings, self._lock = out, json.loads(json.dumps(settings)), -1
+        if out.exists() and not out.is_dir():
+            raise InputError(f"out: expected a folder, got the file {str(out)!r}")
+        names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+        begun = SETTINGS in names
+        if any(name[0] != "." and not (begun and name in _OURS) for name in names):
+            raise InputError(f"out: expected a new or empty folder, or one of `mem1 eval`, got {str(out)!r}")
+        played = TRAJECTORIES in names or any((out / PARTS).rglob("*.jsonl"))
+        self._fresh = overwrite or not begun or not played
+        if not self._fresh:
+            self._check(_read_settings(out / SETTINGS))
 
-def _begin(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
-    known = json.loads(json.dumps(settings))
-    foreign = [path.name for path in out.iterdir() if path.name not in _OURS] if out.is_dir() else []
-    if (out.exists() and not out.is_dir()) or any(name[0] != "." for name in foreign):
-        raise InputError(f"out: expected a new or empty folder, or one of `mem1 eval`, got {str(out)!r}")
-    before = json.loads((out / SETTINGS).read_text()) if (out / SETTINGS).is_file() else None
-    if before is not None and not overwrite:
-        other = sorted(name for name in {*before, *known} if before.get(name) != known.get(name))
+    def _check(self, before: dict[str, Any]) -> None:
+        now = self._settings
+        other = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         if other:
-            was, now = ({name: one.get(name) for name in other} for one in (before, known))
-            expected = f"the settings of the run in {out}, {was}, or overwrite"
-            raise InputError(f"out: expected {expected}, got {now}")
-        return
-    for name in reversed(_OURS):  # whoever is killed in between finds settings to go on with, or nothing
-        path = out / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    with atomic_write(out / SETTINGS) as file:
-        json.dump(known, file, indent=2)
+            was, wanted = ({name: one.get(name) for name in other} for one in (before, now))
+            raise InputError(
+                f"out: expected the settings of the run in {self.out}, {was}, or overwrite, got {wanted}"
+            )
+
+    def run(
+        self,
+        cells: Sequence[Cell],
+        episodes: int,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        progress: Progress | None = None,
+    ) -> list[Result]:
+        """Play what is missing, and write all files. tokenizer: kept for `mem1 view`. InputError for a part
+        of which every episode has failed: nothing is kept of it, and the next run plays it again.
+        """
+        require(episodes >= 1, "episodes", "an integer >= 1", episodes)
+        require(len(cells) > 0, "agents", "at least one", cells)
+        progress = progress or Progress(log=lambda line: None)
+        self._take()
+        if self._fresh:
+            self._begin()
+        for name in _OURS:
+            for left in leftovers(self.out, name):
+                left.unlink()
+        if tokenizer is not None and not (self.out / TOKENIZER).is_dir():
+            tokenizer.save_pretrained(self.out / TOKENIZER)
+        if not (self.out / TRAJECTORIES).is_file():
+            for place, cell in enumerate(cells):
+                _play(cell, self.out / PARTS / str(place), episodes, progress)
+            with atomic_write(self.out / TRAJECTORIES) as file:
+                for place in range(len(cells)):
+                    for part in _parts(self.out / PARTS / str(place), episodes):
+                        file.write(part.read_text())
+        results = [
+            summarize(cell.agent, cell.objectives or played[0].objectives, played)
+            for cell, played in zip(cells, read_cells(self.out, cells, episodes), strict=True)
+        ]
+        _write_results(results, self.out)
+        if find_spec("matplotlib") is None:
+            progress.log("no results.png: matplotlib is missing (pip install 'mem1_core[plot]')")
+        else:
+            plot_results(results, self.out / "results.png")
+        shutil.rmtree(self.out / PARTS, ignore_errors=True)  # what a kill leaves the next run removes
+        return results
+
+    def close(self) -> None:
+        """Leave the folder to others."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _take(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.out, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise InputError(
+                f"out: expected a folder that no other process uses, got {str(self.out)!r}"
+            ) from None
+
+    def _begin(self) -> None:
+        for name in reversed(_OURS):  # the record last: who is killed in between finds a run without parts
+            path = self.out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        with atomic_write(self.out / SETTINGS) as file:
+            json.dump(self._settings, file, indent=2)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"out: expected a readable {SETTINGS}, or overwrite, got {error}") from None
+    require(isinstance(settings, dict), "out", f"an object in {SETTINGS}, or overwrite", settings)
+    return dict(settings)
 
 
 def _parts(folder: Path, episodes: int) -> Iterator[Path]:
@@ -114,6 +178,12 @@ def _play(cell: Cell, folder: Path, episodes: int, progress: Progress) -> None:
             if part.is_file():
                 continue
             played = cell.play(some, phase.advance)
+            if all(trajectory.error_kind for trajectory in played):
+                first = f"{played[0].finish_reason}: {played[0].error}"
+                expected = "an episode that can be played"
+                raise InputError(
+                    f"{cell.title}: expected {expected}, got {len(played)} that failed, by {first}"
+                )
             with atomic_write(part) as file:
                 for trajectory in played:
                     file.write(json.dumps({"agent": cell.agent, **trajectory.to_dict()}) + "\n")
@@ -134,5 +204,3 @@ def _write_results(results: Sequence[Result], out: Path) -> None:
         write_csv(results, file)
     with atomic_write(out / "tables.md") as file:
         file.write(tables(results))
-    if find_spec("matplotlib") is not None:
-        plot_results(results, out / "results.png")

@@ -1,4 +1,4 @@
-"""Evaluation: an agent with constant memory beside one that keeps everything and one that truncates."""
+"""One row of an evaluation: an agent, or the environment's expert, at one number of objectives."""
 
 from __future__ import annotations
 
@@ -57,6 +57,8 @@ def evaluate(
         ):
             played.append(trajectory)
             phase.advance()
+    place = {seed: n for n, seed in enumerate(seeds)}
+    played.sort(key=lambda trajectory: place[trajectory.seed])  # not as they finished
     return summarize(agent, objectives, played), played
 
 

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TextIO
 
-from mem1.metrics import Mean, means
+from mem1.metrics import FACTS, Mean, means
 from mem1.trajectory import Trajectory
-
-FACTS = ("agent", "objectives", "episodes", "errors", "replays")  # of a row, beside its means
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import queue
+import sys
 import threading
 import time
 import warnings
@@ -29,7 +30,7 @@ class CallPool(Generic[_Key, _Value]):
         self._pending: dict[int, tuple[_Key, _Call[_Value]]] = {}
         self._finished: queue.SimpleQueue[tuple[int, _Value | BaseException]] = queue.SimpleQueue()
         self._submitted = 0
-        self._detached: list[_Call[None]] = []
+        self._detached: list[tuple[_Call[None], float]] = []
 
     @property
     def num_pending(self) -> int:
@@ -53,20 +54,23 @@ class CallPool(Generic[_Key, _Value]):
 
     def detach(self, function: Callable[[float], None]) -> None:
         """Call `function(deadline)` on a thread; of what it raises there is a warning."""
-        self._detached = [call for call in self._detached if not call.over()]
+        self._detached = [(call, until) for call, until in self._detached if not call.over()]
         deadline = time.monotonic() + self.timeout
-        call = _Call[None](0, lambda limit: _warned(function, limit), deadline, queue.SimpleQueue())
+        # Late, it is made all the same: only the wait for it has an end.
+        call = _Call[None](0, lambda _: warn_of_failure(function, deadline), math.inf, queue.SimpleQueue())
         try:
             _THREADS.submit(call)
         except RuntimeError as error:  # the system gives no thread
             warnings.warn(f"{error}; a call was left out", stacklevel=2)
         else:
-            self._detached.append(call)
+            self._detached.append((call, deadline))
 
     def wait_detached(self) -> None:
-        """Wait until all detached calls are over, or their time is."""
-        for call in self._detached:
-            call.over(call.deadline - time.monotonic())
+        """Wait until all detached calls are over, or their time is; not where the interpreter ends, which has
+        stopped their threads.
+        """
+        for call, deadline in [] if sys.is_finalizing() else self._detached:
+            call.over(deadline - time.monotonic())
         self._detached = []
 
     def collect(self, at_least: int = 0) -> list[tuple[_Key, _Value | BaseException]]:
@@ -136,10 +140,11 @@ class _Call(Generic[_Value]):
         self._finished.put((self.number, result))
 
 
-def _warned(function: Callable[[float], None], deadline: float) -> None:
+def warn_of_failure(function: Callable[[float], None], deadline: float = math.inf) -> None:
+    """`function(deadline)`; of what it raises there is a RuntimeWarning."""
     result = try_call(function, deadline)
     if isinstance(result, BaseException):
-        warnings.warn(f"{type(result).__name__}: {result}", RuntimeWarning, stacklevel=2)
+        warnings.warn(str(result), RuntimeWarning, stacklevel=2)
 
 
 def _nothing(deadline: float) -> Any:

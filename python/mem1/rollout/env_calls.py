@@ -23,11 +23,12 @@ from mem1.config import RolloutConfig
 from mem1.envs.base import Environment, ExpertAction
 from mem1.parsing.boundaries import TurnReader
 from mem1.parsing.codec import Codec
-from mem1.rollout.call_pool import retry
+from mem1.rollout.call_pool import retry, try_call
 from mem1.runtime.event_loop import EVENT_LOOP
 from mem1.trajectory import FinishReason
 
 _Value = TypeVar("_Value")
+_MAX_NOTE = 20_000  # characters of an entry of an info that is no number, as JSON
 _LARGEST = torch.finfo(torch.float32).max  # rewards, and their squares in the value loss, are float32
 
 
@@ -100,10 +101,15 @@ class EnvironmentCalls:
     @property
     def closes(self) -> bool:
         """Whether the environment wants to be told that its episode is over."""
-        return callable(getattr(self.environment, "close", None))
+        return callable(try_call(lambda: getattr(self.environment, "close", None)))
 
     def close(self, deadline: float = inf) -> None:
-        _value(self.environment.close(), deadline)  # type: ignore[attr-defined]
+        """Tell the environment that its episode is over. RuntimeError, with its name, for what it raises."""
+        environment: Any = self.environment
+        result = try_call(lambda: _value(environment.close(), deadline))
+        if isinstance(result, BaseException):
+            name = type(environment).__qualname__
+            raise RuntimeError(f"close of {name}: {type(result).__name__}: {result}")
 
     def _expert(self, deadline: float) -> list[int] | None:
         if not self._expert_plays:
@@ -187,7 +193,7 @@ def _step(given: object, total: float) -> tuple[str, float, bool, bool, Mapping[
 
 def _info(given: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
     """The numbers of an info, and the rest of it."""
-    values = {str(name): _plain(value) for name, value in given.items()}
+    values = {_text("step: info", str(name)): _plain(value) for name, value in given.items()}
     numbers = {name: value for name, value in values.items() if isinstance(value, Real)}
     # math.isfinite would raise for an int beyond float64.
     if not all(-_LARGEST <= value <= _LARGEST for value in numbers.values()):
@@ -199,8 +205,9 @@ def _info(given: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
 
 
 def _note(value: object) -> Any:
-    """A copy of `value` as JSON has it, or in words where it has not."""
+    """A copy of `value` as JSON has it, in words where it has not, and its beginning where it is long."""
     try:
-        return json.loads(json.dumps(value, allow_nan=False))
+        text = json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
         return reprlib.repr(value)
+    return json.loads(text) if len(text) <= _MAX_NOTE else text[:_MAX_NOTE] + " ..."

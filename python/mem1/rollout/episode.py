@@ -127,8 +127,9 @@ class Episode:
             self._stages.clear()
             return
         self._reply = reply
-        self._score |= reply.score
-        self._notes |= reply.notes
+        # What was said last counts, be it a number or not.
+        self._score = {k: v for k, v in self._score.items() if k not in reply.notes} | {**reply.score}
+        self._notes = {k: v for k, v in self._notes.items() if k not in reply.score} | {**reply.notes}
         self._invalid_actions += reply.invalid
         if reply.reward:
             self._rewards.append(TokenReward(len(self.tokens) - 1, reply.reward))

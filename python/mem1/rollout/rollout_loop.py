@@ -7,10 +7,10 @@ for trajectory in rollout(model, tokenizer, make_environment, seeds, RolloutConf
 from __future__ import annotations
 
 import operator
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from mem1.envs.tasks import task_id
 from mem1.models.load import stop_ids
 from mem1.models.memory_plan import plan_memory
 from mem1.parsing.codec import Codec
-from mem1.rollout.call_pool import CallPool, try_call
+from mem1.rollout.call_pool import CallPool, try_call, warn_of_failure
 from mem1.rollout.env_calls import Reply
 from mem1.rollout.episode import Episode
 from mem1.seeds import derive_seed
@@ -234,8 +234,11 @@ def _run(
 
 def _close(episode: Episode, calls: CallPool[Episode, Reply]) -> None:
     """Tell the environment, if it wants to know, that its episode is over."""
-    if episode.closing_call is not None:
-        calls.detach(episode.closing_call)
+    call = episode.closing_call
+    if call is not None and episode.run_inline:
+        warn_of_failure(call)
+    elif call is not None:
+        calls.detach(call)
 
 
 def _poll_environments(active: list[Episode], calls: CallPool[Episode, Reply], config: RolloutConfig) -> None:
@@ -352,17 +355,21 @@ def play_expert(
     """
     codec = make_codec(tokenizer, config)
     for task, seed in _episodes(seeds, tasks):
-        episode = Episode(make_environment(), seed, codec, config, expert=True, task=task)
+        environment = try_call(make_environment)
+        episode = Episode(environment, seed, codec, config, expert=True, task=task)  # type: ignore[arg-type]
+        if isinstance(environment, BaseException):
+            episode.take_call()
+            episode.receive(environment)
         try:
             while not episode.finish_reason:
                 call = episode.take_call()
                 if call is not None:
-                    episode.receive(try_call(call, inf))
+                    episode.receive(try_call(call, time.monotonic() + config.env_timeout))
                     continue
                 while episode.pending:
                     episode.commit_fed(len(episode.pending))
                 episode.write(episode.forced(), 0.0)
         finally:
             if episode.closing_call is not None:
-                episode.closing_call(inf)
+                warn_of_failure(episode.closing_call)
         yield episode.trajectory()

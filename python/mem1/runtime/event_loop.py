@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
 import threading
 import time
 from collections.abc import Awaitable
@@ -21,14 +22,22 @@ class EventLoop:
     """An asyncio loop on a daemon thread, which starts with the first call."""
 
     def __init__(self) -> None:
+        self._forget()
+        os.register_at_fork(after_in_child=self._forget)  # the thread stays behind
+
+    def _forget(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def run(self, awaitable: Awaitable[_Value], deadline: float = inf) -> _Value:
         """Wait for the value, or raise what the coroutine raises. It is cancelled, and TimeoutError raised,
-        once `time.monotonic()` has passed `deadline`. Never to be called from a coroutine.
+        once `time.monotonic()` has passed `deadline`. RuntimeError if a coroutine on this loop calls it: it
+        would wait for itself.
         """
-        future = asyncio.run_coroutine_threadsafe(_awaited(awaitable), self._started())
+        loop = self._started()
+        if asyncio._get_running_loop() is loop:
+            raise RuntimeError("EventLoop.run: expected a call from another thread, got one from its own")
+        future = asyncio.run_coroutine_threadsafe(_awaited(awaitable), loop)
         try:
             return future.result(None if deadline == inf else max(0.0, deadline - time.monotonic()))
         except concurrent.futures.TimeoutError:

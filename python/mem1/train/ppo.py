@@ -178,7 +178,7 @@ class PPO:
         """
         rewards = [t.policy_rewards().to(self.device) for t in trajectories]
         for trajectory, given in zip(trajectories, rewards, strict=True):
-            if not math.isfinite(given.square().sum()):
+            if not math.isfinite(given.cumsum(0).square().max() + given.flip(0).cumsum(0).square().max()):
                 raise ValueError(
                     f"trajectories: expected rewards whose squares are finite in float32, got "
                     f"{trajectory.reward} for seed {trajectory.seed}"

@@ -80,9 +80,16 @@ def test_rows_of_ones_own(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"id": 1}\n{"id": 2}\n')
     world = open_world(Own, {"words": "y"}, tasks=str(tmp_path / "rows.jsonl"))
     assert world.make().words == "y" and world.tasks == [{"id": 1}, {"id": 2}]
-    (tmp_path / "rows.jsonl").write_text('{"id": 1}\n{"id": 1}\n')
-    with pytest.raises(InputError, match="tasks: expected ids of which each occurs once, got '1' twice"):
-        open_world(Own, {}, tasks=str(tmp_path / "rows.jsonl"))
+    for text, message in (
+        ('{"id": 1}\n{"id": 1}\n', r"rows.jsonl:2: id: expected one of its own, got '1', as at .*:1"),
+        ('{"id": 1}\n{"name": 1}\n', "rows.jsonl:2: task: expected a row with an id"),
+        ("", "tasks: expected a file with rows"),
+    ):
+        (tmp_path / "rows.jsonl").write_text(text)
+        with pytest.raises(InputError, match=message):
+            open_world(Own, {}, tasks=str(tmp_path / "rows.jsonl"))
+    with pytest.raises(InputError, match="environment-args: expected no objectives beside --objectives"):
+        open_world(Own, {"objectives": 2}, objectives=2)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +99,9 @@ def test_rows_of_ones_own(tmp_path):
         ("multihop", {"colour": 1}, {}, "environment-args: expected arguments of MultiHopEnv: .*'colour'"),
         ("retrieval-qa", {}, {}, "environment-args: expected arguments of retrieval_qa: missing a required"),
         ("retrieval-qa", {"questions": "q"}, {}, "environment-args: expected either corpus or url"),
+        ("retrieval-qa", {"questions": "q", "nope": 1}, {}, "expected arguments of RetrievalQAEnv: .*'nope'"),
+        ("retrieval-qa", {"questions": "q", "tags": 1}, {}, "expected arguments that are not made of others"),
+        ("retrieval-qa", {"questions": "q", "corpus": 5}, {}, "corpus: expected a file, got 5"),
         ("retrieval-qa", {"questions": "q", "corpus": "nope"}, {}, "corpus: expected a file, got 'nope'"),
         ("retrieval-qa", {"questions": "q", "url": "ftp://x"}, {}, "url: expected http"),
         ("web-qa", {"questions": "q", "key_file": "nope"}, {}, "key_file: expected a file, got 'nope'"),
@@ -102,6 +112,19 @@ def test_rows_of_ones_own(tmp_path):
         ("multihop", {}, {"side": "dev"}, "side: expected train or test, got 'dev'"),
     ],
 )
+def test_there_are_as_many_tasks_as_are_played_and_as_many_of_each_size(data):
+    world = open_world("retrieval-qa", data | {"held_out": 1.0}, objectives=16, episodes=50)
+    assert len(world.tasks) == 50 and len({task.id for task in world.tasks}) == 50
+    sizes = [len(task.questions) for task in open_world("retrieval-qa", data, objectives=(1, 4)).tasks]
+    assert {sizes.count(n) for n in (1, 2, 3, 4)} == {len(sizes) // 4}
+
+
+def test_ranges_come_as_lists_from_json():
+    world = open_world("delayed", {"delay": [2, 3], "hops": [1, 2]}, objectives=2)
+    assert world.make().reset(0)
+    assert open_world("updates", {"noise": [0.1, 0.4], "updates": [1, 2]}).make().reset(0)
+
+
 def test_what_cannot_be_made_is_said(name, arguments, how, message):
     needed = {"retrieval-qa": ["bm25s", "aiohttp"], "web-qa": ["trafilatura"], "webshop": ["bm25s"]}
     for package in needed.get(name, []):

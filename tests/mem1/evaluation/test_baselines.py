@@ -120,6 +120,10 @@ def test_external_memory_brings_notes_back_and_their_tokens_count(tokenizer):
     found = text[0].removeprefix("<info>").removesuffix("</info>").strip()
     assert any(found in later and "|" in later for later in text[1:])
     assert all(later.count("|") <= 2 for later in text)
+    plain_infos = [s.length for s in plain.segments if s.kind == "info"]
+    assert len(text) == len(plain_infos) and all(t.startswith("<info> found") for t in text), (
+        "news come first"
+    )
 
 
 def test_external_memory_of_a_coroutine():

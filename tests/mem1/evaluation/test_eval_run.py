@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import pytest
 
 from mem1.checks import InputError
 from mem1.cli import main
-from mem1.evaluation.eval_run import Cell, run_evaluation
+from mem1.envs.toy.tokenizer import build_tokenizer
+from mem1.evaluation.eval_run import Cell, EvaluationFolder
 from mem1.train import checkpoint
 from mem1.trajectory import Trajectory
 
@@ -34,7 +37,9 @@ def files(folder: Path) -> dict[str, Any]:
     """What is in a folder of results, without the times of the clock."""
     found: dict[str, Any] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix == ".png":
+        if path.is_dir():
+            assert path.name == "tokenizer"
+        elif path.suffix == ".png":
             assert path.stat().st_size > 5000
         elif path.suffix == ".jsonl":
             rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -68,7 +73,10 @@ def test_every_agent_gets_a_row_for_each_size(model, tmp_path, capsys):
     assert "max_dlogp" in said.err and "truncate=30" in said.err
     played = [json.loads(line) for line in (tmp_path / "a" / "trajectories.jsonl").read_text().splitlines()]
     assert [row["agent"] for row in played] == [a for a in ALL for _ in range(6)]
-    prompts = {a: [row["tokens"][:9] for row in played if row["agent"] == a] for a in ALL}
+    prompts = {
+        a: [row["tokens"][: row["segments"][0][2]] for row in played if row["agent"] == a] for a in ALL
+    }
+    assert len({tuple(prompt) for prompt in prompts["mem1"]}) == 6
     assert all(prompts[a] == prompts["mem1"] for a in ALL), "every agent gets the same episodes"
     assert {Trajectory.from_dict(row).regime for row in played if row["agent"] == "mem1-reencode"} == {
         "reencode"
@@ -86,6 +94,12 @@ def test_other_settings_are_refused_and_nothing_is_lost(model, tmp_path, capsys)
     out, command = tmp_path / "a", ["eval", "--agents", "oracle", "--objectives", "1", "--out"]
     assert main([*command, str(out), "--episodes", "2"]) == 0
     before = files(out)
+    for name in ("trajectories.jsonl", "results.csv"):  # of another program, under our names
+        (tmp_path / "c").mkdir(exist_ok=True)
+        (tmp_path / "c" / name).write_text("mine")
+    assert main([*command, str(tmp_path / "c"), "--overwrite"]) == 2
+    assert "out: expected a new or empty folder" in capsys.readouterr().err
+    assert (tmp_path / "c" / "results.csv").read_text() == "mine"
     assert main([*command, str(out), "--episodes", "3"]) == 2
     assert "out: expected the settings of the run in" in capsys.readouterr().err
     assert files(out) == before
@@ -103,6 +117,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(model, tmp_path, capsys)
     ("arguments", "message"),
     [
         ([], "model: expected a folder or a Hugging Face id for a policy, got None"),
+        (["--agents", "random", "--env", "web-qa"], "expected arguments of web_qa: missing"),
         (["--agents", "oracle", "oracle"], "agents: expected each once, got 'oracle oracle'"),
         (
             ["--agents", "oracle", "--env", "webshop"],
@@ -124,10 +139,55 @@ def test_a_world_that_is_down_is_shown(model, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("mem1.envs.worlds.MultiHopEnv.reset", down)
     few = ["--objectives", "1", "--episodes", "2", "--out", str(tmp_path / "a")]
-    assert main(["eval", "--model", model, *few]) == 0
-    said = capsys.readouterr().out
-    assert said.count("2: ConnectionError 2") == 2
-    assert "2 episodes failed, seed " in said
+    assert main(["eval", "--model", model, *few]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "mem1, 1 objective: expected an episode that can be played, got 2 that failed, by environment_e"
+        in said
+    )
+    # Nothing is kept of that: once it is up again, the same command plays everything.
+    monkeypatch.undo()
+    assert main(["eval", "--model", model, *few, "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["errors"] for row in rows] == [{}, {}]
+
+
+def test_other_weights_under_the_same_name_are_other_settings(make_model, tokenizer, tmp_path, capsys):
+    few = ["--objectives", "1", "--episodes", "1", "--max-turns", "2", "--max-action-tokens", "8"]
+    for seed in (0, 1):
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        checkpoint.save(tmp_path / "model", make_model(seed=seed), tokenizer)
+        command = ["eval", "--model", str(tmp_path / "model"), *few, "--agents", "mem1"]
+        assert main([*command, "--out", str(tmp_path / "a")]) == 2 * seed
+    assert "weights" in capsys.readouterr().err
+
+
+def test_objectives_are_those_of_the_episodes(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("two_questions.py").write_text(
+        "from mem1.envs.toy.multihop import MultiHopEnv\n\n\ndef make():\n    return MultiHopEnv(2)\n"
+    )
+    out = ["--out", str(tmp_path / "a"), "--episodes", "2", "--json"]
+    made = ["--env", "two_questions:make", "--agents", "oracle"]
+    assert main(["eval", *made, *out]) == 2
+    assert "model: expected one whose tokenizer counts" in capsys.readouterr().err
+    build_tokenizer().save_pretrained("words")
+    assert main(["eval", *made, *out, "--model", "words"]) == 0
+    (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert row["objectives"] == 2 and row["exact_match"] == 2.0
+    # `mem1 view` finds the tokenizer, though no model has played.
+    assert main(["view", str(tmp_path / "a" / "trajectories.jsonl")]) == 0
+
+
+def test_a_folder_in_use_is_left_alone(tmp_path):
+    with closing(EvaluationFolder(tmp_path / "a", {})) as first:
+        first.run([Cell("agent", 1, lambda places, advance: [handmade(n) for n in places])], 2)
+        second = EvaluationFolder(tmp_path / "a", {})
+        with pytest.raises(InputError, match="out: expected a folder that no other process uses"):
+            second.run([Cell("agent", 1, lambda places, advance: [])], 2)
+    (tmp_path / "a" / "settings.json").write_text("[]")
+    with pytest.raises(InputError, match="out: expected an object in settings.json, or overwrite"):
+        EvaluationFolder(tmp_path / "a", {})
 
 
 def test_a_row_that_the_model_has_no_positions_for_is_refused(make_model, tokenizer, tmp_path, capsys):
@@ -174,22 +234,26 @@ def test_a_part_is_whole_or_not_there(tmp_path):
 
     def play(places: range, advance: Any) -> list[Trajectory]:
         played.extend(places)
-        if len(played) == 128 and broken:
+        if len(played) == 96 and broken:
             raise OSError("disk")
         return [handmade(seed) for seed in places]
 
     broken, cell = True, Cell("agent", 1, play)
     with pytest.raises(OSError, match="disk"):
-        run_evaluation([cell], 130, tmp_path / "a", {"x": 1})
+        with closing(EvaluationFolder(tmp_path / "a", {"x": 1})) as folder:
+            folder.run([cell], 130)
+    (tmp_path / "a" / ".trajectories.jsonl.123.new").write_text("left by a kill")
     broken = False
-    (row,) = run_evaluation([cell], 130, tmp_path / "a", {"x": 1})
-    assert played == [*range(128), *range(64, 130)] and row.episodes == 130
+    with closing(EvaluationFolder(tmp_path / "a", {"x": 1})) as folder:
+        (row,) = folder.run([cell], 130)
+    assert not [*(tmp_path / "a").glob(".*")]
+    assert played == [*range(96), *range(64, 130)] and row.episodes == 130
     seeds = [
         json.loads(line)["seed"] for line in (tmp_path / "a" / "trajectories.jsonl").read_text().splitlines()
     ]
     assert seeds == [*range(130)]
     with pytest.raises(InputError, match="out: expected the settings of the run"):
-        run_evaluation([cell], 130, tmp_path / "a", {"x": 2})
+        EvaluationFolder(tmp_path / "a", {"x": 2})
 
 
 def handmade(seed: int) -> Trajectory:

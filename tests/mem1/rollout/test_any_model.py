@@ -98,12 +98,13 @@ def test_a_family(family: str) -> None:
 
 
 @pytest.mark.slow
-def test_every_family_that_an_engine_takes(record_property: Callable[[str, object], None]) -> None:
-    results = {family: examine(family) for family in FAMILIES}
+@pytest.mark.parametrize("part", range(4))  # for several processes
+def test_every_family_that_an_engine_takes(record_property: Callable[[str, object], None], part: int) -> None:
+    results = {family: examine(family) for family in [*FAMILIES][part::4]}
     passed = [family for family, why in results.items() if not why]
     record_property(
         "report",
         f"rolled out, log-probs recomputed within {GATES[torch.float32]}: {len(passed)} families: "
         + " ".join(passed),
     )
-    assert len(passed) >= 50
+    assert len(passed) >= 12

@@ -18,6 +18,7 @@ from mem1.envs.base import Action, ExpertAction, Step
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.models.build import build_critic
 from mem1.rollout.rollout_loop import play_expert, rollout
+from mem1.train.batches import pack
 from mem1.train.ppo import PPO
 from mem1.trajectory import TokenReward, Trajectory
 
@@ -104,13 +105,15 @@ def test_ppo_learns_from_rewards_where_they_came(make_model, tokenizer, bootstra
     played = list(rollout(model, tokenizer, lambda: Paying(truncated=True), range(3), CONFIG, expert=True))
     config = PPOConfig(kl_coef=0.0, bootstrap_turn_limit=bootstrap)
     critic = build_critic(model)
+    with torch.no_grad():
+        critic.head.weight.normal_(std=0.1)
     ppo = PPO(model, critic, None, config, "carry")
     batch, _ = ppo.prepare(played)
     for experience in batch:
         rewards = experience.trajectory.policy_rewards()
         expected = rewards.flip(0).cumsum(0).flip(0)
-        extra = float(experience.returns[-1]) - float(expected[-1])
-        assert (extra == 0.0) or bootstrap
+        stream = pack([experience.trajectory], "carry", torch.device("cpu"))
+        extra = float(critic(**stream.inputs())[0, -1]) if bootstrap else 0.0
         torch.testing.assert_close(experience.returns, expected + extra, atol=1e-5, rtol=0)
 
 
@@ -233,7 +236,8 @@ def test_every_environment_is_closed_once(make_model, tokenizer, monkeypatch, wo
     if given_up:
         next(played)
         played.close()
-        assert {0, 2} <= {*Closing.closed} and len(Closing.closed) >= 3
+        # Those that were open, once each; which had failed once by then depends on timing.
+        assert {0, 2} <= {*Closing.closed} and all(Closing.closed.count(seed) == 1 for seed in (0, 2))
     else:
         assert len(list(played)) == 3
         assert sorted(Closing.closed) == [0, 1, 1, 2], "the failed attempts, too"
@@ -248,7 +252,10 @@ def test_a_close_that_fails_is_a_warning(make_model, tokenizer):
         warnings.simplefilter("always")
         (played,) = rollout(make_model(), tokenizer, lambda: Stuck(1), [0], CONFIG)
     assert played.error_kind == ""
-    assert ["OSError: in use"] == [str(w.message) for w in caught if w.category is RuntimeWarning]
+    name = Stuck.__qualname__
+    assert [f"close of {name}: OSError: in use"] == [
+        str(w.message) for w in caught if w.category is RuntimeWarning
+    ]
 
 
 def test_what_went_through_the_model_is_counted(make_model, tokenizer):

@@ -13,7 +13,7 @@ def interval(name: str, value: int | tuple[int, int], low: int, high: int) -> tu
     """The ends of a range of whole numbers; one number is a range, too. InputError unless it is within
     `low`..`high`.
     """
-    ends = value if isinstance(value, tuple) else (value, value)
+    ends = tuple(value) if isinstance(value, (tuple, list)) else (value, value)  # a list: of JSON
     fits = len(ends) == 2 and all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
     fits = fits and low <= ends[0] <= ends[1] <= high
     require(fits, name, f"a number or a rising interval within {low}..{high}", value)

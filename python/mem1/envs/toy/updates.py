@@ -156,7 +156,7 @@ class UpdatesEnv:
 
 
 def _shares(noise: float | tuple[float, float]) -> tuple[float, float]:
-    ends = noise if isinstance(noise, tuple) else (noise, noise)
+    ends = tuple(noise) if isinstance(noise, (tuple, list)) else (noise, noise)  # a list: of JSON
     fits = len(ends) == 2 and all(isinstance(end, Real) and not isinstance(end, bool) for end in ends)
     fits = fits and 0.0 <= ends[0] <= ends[1] <= MAX_NOISE
     require(fits, "noise", f"a share or a rising interval within 0..{MAX_NOISE}", noise)

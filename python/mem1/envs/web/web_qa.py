@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mem1.checks import InputError, require
-from mem1.envs.base import ExpertAction, Step
+from mem1.envs.base import ExpertAction, Step, require_running
 from mem1.envs.web.page_fetch import PageFetcher
 from mem1.envs.web.page_text import clean
 from mem1.envs.web.search_reply import WebResult, format_reply
@@ -15,11 +15,23 @@ from mem1.envs.web.serper import QueryRefused, SerperClient
 from mem1.envs.web.url_rules import FetchError
 from mem1.metrics import SEPARATOR, UNANSWERED, grade
 from mem1.parsing.action import Action
+from mem1.parsing.tags import MEM1, TagFormat
 
-INSTRUCTION = (
-    "Answer the questions below with what you find on the web. A query of words searches the web; a query "
-    "that is a URL reads that page. Answer all questions at once, briefly, in their order, separated by ';'."
-)
+
+def instruction(tags: TagFormat) -> str:
+    """What to do, with the tags of a format. InputError for one without a query and an answer."""
+    names = [getattr(tags.action(kind), "tag", None) for kind in ("query", "answer")]
+    require(None not in names, "tags", "actions of kind 'query' and 'answer'", ", ".join(tags.tags))
+    query, answer = names
+    notes = "" if tags.state is None else f" In each turn first note in <{tags.state}> what you still need."
+    return (
+        f"Answer the questions below with what you find on the web.{notes} Then write <{query}>: words "
+        f"search the web, a URL reads that page; or, once all is known, <{answer}>: all answers at once, "
+        "briefly, in their order, separated by ';'."
+    )
+
+
+INSTRUCTION = instruction(MEM1)
 MALFORMED = "malformed: expected a query, words to search for or a URL, or an answer"
 
 
@@ -46,8 +58,15 @@ class WebQAEnv:
     """
 
     def __init__(
-        self, search: SerperClient, pages: PageFetcher, *, num_results: int = 10, owns_clients: bool = False
+        self,
+        search: SerperClient,
+        pages: PageFetcher,
+        *,
+        num_results: int = 10,
+        owns_clients: bool = False,
+        tags: TagFormat = MEM1,
     ) -> None:
+        self._instruction = instruction(tags)
         require(1 <= num_results <= 100, "num_results", "a number from 1 to 100", num_results)
         self.objectives = 1
         self._search, self._pages = search, pages
@@ -63,16 +82,13 @@ class WebQAEnv:
         self._task, self._seen, self._running = _objectives(task), (), True
         self.objectives = len(self._task)
         questions = [f"{number}. {each.question}" for number, each in enumerate(self._task, 1)]
-        return "\n".join([INSTRUCTION, *questions])
+        return "\n".join([self._instruction, *questions])
 
     async def step(self, action: Action) -> Step:
         """Search, read or grade. Raises SearchError where the search API fails, RuntimeError if there is no
         running episode.
         """
-        if not self._running:
-            raise RuntimeError(
-                "step: expected a running episode, got one that is over or not begun; call reset"
-            )
+        require_running(self._running)
         if action.kind == "answer":
             self._running = False
             graded = grade(action.text, [each.answers for each in self._task])

@@ -15,7 +15,7 @@ import random
 import re
 from typing import Any
 
-from mem1.checks import InputError
+from mem1.checks import InputError, require
 from mem1.envs.base import ExpertAction, Step, require_running
 from mem1.envs.tasks import task_id
 from mem1.envs.webshop.goals import Goal, Split, split_goals
@@ -25,13 +25,22 @@ from mem1.envs.webshop.purchase_reward import PurchaseReward, purchase_reward
 from mem1.envs.webshop.shop import open_shop
 from mem1.envs.webshop.shop_visit import ShopVisit
 from mem1.parsing.action import Action
+from mem1.parsing.tags import MEM1, TagFormat
 
-INSTRUCTION = (
-    "Buy the product that the instruction asks for, in an online shop. In each turn write all that is worth "
-    "remembering between <IS> and </IS>, then one action: <query>search[words]</query> on the start page, "
-    "<query>click[value]</query> with a value of the available actions on every other one. Choose the "
-    "options that are asked for on the page of the product, then click[buy now], which ends the task.\n"
-)
+
+def default_instruction(tags: TagFormat) -> str:
+    """How to shop, with the tags of a format."""
+    action = tags.action("query")
+    require(action is not None, "tags", "an action of kind 'query'", ", ".join(tags.tags))
+    query = getattr(action, "tag", "")
+    state = tags.state
+    notes = "" if state is None else f"all that is worth remembering between <{state}> and </{state}>, then "
+    return (
+        f"Buy the product that the instruction asks for, in an online shop. In each turn write {notes}one "
+        f"action: <{query}>search[words]</{query}> on the start page, <{query}>click[value]</{query}> with a "
+        "value of the available actions on every other one. Choose the options that are asked for on the "
+        "page of the product, then click[buy now], which ends the task.\n"
+    )
 
 
 class WebShopEnv:
@@ -39,8 +48,8 @@ class WebShopEnv:
 
     split: "train", "test" or "all", which goals are drawn from where `reset` gets none. seed: for the bounds
     of prices, and prices of products with a range (see `open_shop`). instruction: what the prompt begins
-    with. There is no limit of turns: that is the agent's. Raises InputError for an argument that cannot be
-    used.
+    with, by default `default_instruction(tags)`. There is no limit of turns: that is the agent's. Raises
+    InputError for an argument that cannot be used.
 
     An action is `search[...]` or `click[...]`, in a tag of any kind. One that is impossible changes nothing.
     The `info` of each step has `success` and the parts of the reward (`PurchaseReward`), all 0 until the
@@ -55,11 +64,12 @@ class WebShopEnv:
         split: Split = "train",
         *,
         seed: int = 0,
-        instruction: str = INSTRUCTION,
+        instruction: str | None = None,
+        tags: TagFormat = MEM1,
     ) -> None:
         self._shop = open_shop(folder, seed)
         self.tasks = split_goals(self._shop.goals, split)
-        self._prompt = instruction
+        self._prompt = default_instruction(tags) if instruction is None else instruction
         self._running = False
 
     def reset(self, seed: int, task: Any = None) -> str:

@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from typing import Any, ClassVar, Protocol
 
 from mem1.checks import InputError, require
@@ -134,6 +135,10 @@ class ExternalMemory(_Agent):
 
     name = "external-memory"
     notes: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(find_spec("bm25s") is not None, "agents", "bm25s (mem1_core[retrieval]) for its notes", None)
 
     def settings(self, config: RolloutConfig) -> RolloutConfig:
         return replace(config, prune="action", max_info_tokens=(1 + self.notes) * config.max_info_tokens)

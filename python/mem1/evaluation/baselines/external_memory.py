@@ -65,8 +65,8 @@ class Notes:
 
 
 class MemoryEnvironment:
-    """`environment` with a memory: in front of each observation stand the notes that fit the action best,
-    then what was just found becomes a note itself.
+    """`environment` with a memory: behind each observation stand the notes that fit the action best (what is
+    cut at the limit are notes), then what was just found becomes a note itself.
     """
 
     def __init__(self, environment: Environment, count: int) -> None:
@@ -88,9 +88,11 @@ class MemoryEnvironment:
         return self._remembered(action, await given)
 
     def _remembered(self, action: Action, given: Step) -> Step:
+        if not isinstance(given, tuple) or len(given) != 5:
+            return given  # no step: the loop says so
         step = Step(*given)
         if step.terminated or step.truncated or action.kind == "malformed":
             return step
         recalled = [note.text for note in self._notes.recall(action.text, self._count)]
         self._notes.add(f"{action.text} {step.observation}")
-        return step._replace(observation=_NEXT.join([*recalled, step.observation]))
+        return step._replace(observation=_NEXT.join([step.observation, *recalled]))

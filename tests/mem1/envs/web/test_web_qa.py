@@ -19,6 +19,7 @@ from mem1.envs.web.serper import KeyRefused, SearchOutage, SerperClient
 from mem1.envs.web.web_qa import INSTRUCTION, MALFORMED, WebQAEnv
 from mem1.metrics import UNANSWERED
 from mem1.parsing.action import Action
+from mem1.parsing.tags import OFFICIAL
 
 TASK = {"id": "t", "question": "How high is the tower?", "golden_answers": ["330 m", "330 metres"]}
 TWO = {
@@ -252,3 +253,9 @@ def test_close(site: Site) -> None:
 def test_wrong_settings(site: Site, num_results: int) -> None:
     with pytest.raises(InputError, match="num_results: expected"):
         WebQAEnv(SerperClient("key"), PageFetcher(), num_results=num_results)
+
+
+def test_the_prompt_names_the_tags_of_its_format(site: Site) -> None:
+    client = SerperClient("key", site.url("/search"), retries=0)
+    prompt = WebQAEnv(client, PageFetcher(), tags=OFFICIAL).reset(0, TASK)
+    assert "<search>" in prompt and "<think>" in prompt and "<query>" not in prompt

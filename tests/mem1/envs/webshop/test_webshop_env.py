@@ -17,8 +17,9 @@ from mem1.envs.base import Step
 from mem1.envs.webshop.goals import Goal
 from mem1.envs.webshop.oracle import Oracle
 from mem1.envs.webshop.shop import open_shop
-from mem1.envs.webshop.webshop_env import INSTRUCTION, WebShopEnv
+from mem1.envs.webshop.webshop_env import WebShopEnv, default_instruction
 from mem1.parsing.action import Action
+from mem1.parsing.tags import MEM1, OFFICIAL
 
 NOTHING = {"success": 0.0, "r_type": 0.0, "r_att": 0.0, "r_option": 0.0, "r_price": 0.0}
 
@@ -55,7 +56,7 @@ def test_the_prompt(folder: Path) -> None:
         "WebShop [SEP] Instruction: [SEP] Find me easy clean lamps with style: desk, and price lower than "
         f"{environment.goal.price_bound:.2f} dollars [SEP] Search\nAvailable actions: search[<content>]"
     )
-    assert prompt == INSTRUCTION + page
+    assert prompt == default_instruction(MEM1) + page
     assert WebShopEnv(folder, "all", instruction="Buy! ").reset(0, environment.goal) == "Buy! " + page
 
 
@@ -350,3 +351,8 @@ def test_fixed_policies(
     assert figures == {
         name: pytest.approx([total / 11 for total in totals], abs=1e-3) for name, totals in expected.items()
     }
+
+
+def test_the_prompt_names_the_tags_of_its_format(folder: Path) -> None:
+    prompt = WebShopEnv(folder, "all", tags=OFFICIAL).reset(0)
+    assert "<search>click[value]</search>" in prompt and "<think>" in prompt and "<query>" not in prompt
