@@ -141,7 +141,7 @@ PYTHON = {
     "mem1.evaluation.results": May("mem1.metrics mem1.trajectory"),
     "mem1.evaluation.tables": May("mem1.evaluation.results"),
     "mem1.evaluation.eval_run": May(
-        "mem1.checks mem1.envs.tasks mem1.evaluation mem1.io mem1.runtime mem1.trajectory"
+        "transformers mem1.checks mem1.envs.tasks mem1.evaluation mem1.io mem1.runtime mem1.trajectory"
     ),
     "mem1.evaluation.baselines": May(""),
     "mem1.evaluation.baselines.external_memory": May("bm25s mem1.envs"),

@@ -60,7 +60,8 @@ class Environment(Protocol):
     """A task that is worked on in turns. Methods may be coroutines (`async def`).
 
     May have more than the two methods: `objectives`, the number of objectives of the current episode (1);
-    `close()`, called when the episode is over, whatever ended it.
+    `close()`, called when the episode is over, whatever ended it; after a time-out the call that took too
+    long may still be running.
 
     In a rollout, methods are called on a thread while other episodes go on (an environment with an attribute
     `run_inline = True`, which computes its answers in microseconds and cannot hang, is called directly);

@@ -92,6 +92,19 @@ def test_rows_of_ones_own(tmp_path):
         open_world(Own, {"objectives": 2}, objectives=2)
 
 
+def test_there_are_as_many_tasks_as_are_played_and_as_many_of_each_size(data):
+    world = open_world("retrieval-qa", data | {"held_out": 1.0}, objectives=16, episodes=50)
+    assert len(world.tasks) == 50 and len({task.id for task in world.tasks}) == 50
+    sizes = [len(task.questions) for task in open_world("retrieval-qa", data, objectives=(1, 4)).tasks]
+    assert {sizes.count(n) for n in (1, 2, 3, 4)} == {len(sizes) // 4}
+
+
+def test_ranges_come_as_lists_from_json():
+    world = open_world("delayed", {"delay": [2, 3], "hops": [1, 2]}, objectives=2)
+    assert world.make().reset(0)
+    assert open_world("updates", {"noise": [0.1, 0.4], "updates": [1, 2]}).make().reset(0)
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "how", "message"),
     [
@@ -112,19 +125,6 @@ def test_rows_of_ones_own(tmp_path):
         ("multihop", {}, {"side": "dev"}, "side: expected train or test, got 'dev'"),
     ],
 )
-def test_there_are_as_many_tasks_as_are_played_and_as_many_of_each_size(data):
-    world = open_world("retrieval-qa", data | {"held_out": 1.0}, objectives=16, episodes=50)
-    assert len(world.tasks) == 50 and len({task.id for task in world.tasks}) == 50
-    sizes = [len(task.questions) for task in open_world("retrieval-qa", data, objectives=(1, 4)).tasks]
-    assert {sizes.count(n) for n in (1, 2, 3, 4)} == {len(sizes) // 4}
-
-
-def test_ranges_come_as_lists_from_json():
-    world = open_world("delayed", {"delay": [2, 3], "hops": [1, 2]}, objectives=2)
-    assert world.make().reset(0)
-    assert open_world("updates", {"noise": [0.1, 0.4], "updates": [1, 2]}).make().reset(0)
-
-
 def test_what_cannot_be_made_is_said(name, arguments, how, message):
     needed = {"retrieval-qa": ["bm25s", "aiohttp"], "web-qa": ["trafilatura"], "webshop": ["bm25s"]}
     for package in needed.get(name, []):

@@ -113,7 +113,7 @@ def test_ppo_learns_from_rewards_where_they_came(make_model, tokenizer, bootstra
         rewards = experience.trajectory.policy_rewards()
         expected = rewards.flip(0).cumsum(0).flip(0)
         stream = pack([experience.trajectory], "carry", torch.device("cpu"))
-        extra = float(critic(**stream.inputs())[0, -1]) if bootstrap else 0.0
+        extra = critic(**stream.inputs())[0, -1].item() if bootstrap else 0.0
         torch.testing.assert_close(experience.returns, expected + extra, atol=1e-5, rtol=0)
 
 
