@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import re
@@ -19,6 +20,7 @@ import pytest
 from mem1.checks import InputError
 from mem1.cli import main
 from mem1.envs.toy.tokenizer import build_tokenizer
+from mem1.evaluation import eval_run
 from mem1.evaluation.eval_run import Cell, EvaluationFolder
 from mem1.train import checkpoint
 from mem1.trajectory import Trajectory
@@ -254,6 +256,51 @@ def test_a_part_is_whole_or_not_there(tmp_path):
     assert seeds == [*range(130)]
     with pytest.raises(InputError, match="out: expected the settings of the run"):
         EvaluationFolder(tmp_path / "a", {"x": 2})
+
+
+class Killed(BaseException):
+    """A kill: nobody catches it."""
+
+
+def test_a_kill_at_any_file_operation_loses_nothing(tmp_path, monkeypatch):
+    def play(places: range, advance: Any) -> list[Trajectory]:
+        return [handmade(seed) for seed in places]
+
+    def evaluated(out: Path, dies_at: int | None = None, overwrite: bool = False) -> int:
+        """How many file operations it took, or had taken."""
+        count = 0
+
+        def counting(function: Any) -> Any:
+            def counted(*arguments: Any, **options: Any) -> Any:
+                nonlocal count
+                count += 1
+                if count == dies_at:
+                    raise Killed
+                return function(*arguments, **options)
+
+            return counted
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "mkdir", "unlink"):
+                patch.setattr(Path, name, counting(getattr(Path, name)))
+            patch.setattr(shutil, "rmtree", counting(shutil.rmtree))
+            cells = [Cell("one", 1, play), Cell("two", 2, play)]
+            with closing(EvaluationFolder(out, {"x": 1}, overwrite=overwrite)) as folder:
+                folder.run(cells, 40)
+        return count
+
+    monkeypatch.setattr(eval_run, "plot_results", lambda rows, path: path.write_bytes(b"drawn" * 2000))
+    operations = evaluated(tmp_path / "whole")
+    for overwrite in (False, True):
+        for dies_at in range(1, operations + 1 + 10 * overwrite):
+            out = tmp_path / f"{overwrite}-{dies_at}"
+            if overwrite:
+                evaluated(out)
+            with contextlib.suppress(Killed):
+                evaluated(out, dies_at, overwrite)
+            evaluated(out)
+            assert files(out) == files(tmp_path / "whole")
+            assert not [*out.glob(".*")]
 
 
 def handmade(seed: int) -> Trajectory:
