@@ -44,6 +44,7 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _POLAR = ("yes", "no", "noanswer")  # answers of which HotpotQA's scorer knows no half-right
 _RESAMPLES = 2000
+_AT_ONCE = 1 << 18  # numbers that are drawn
 SEPARATOR = ";"
 
 
@@ -162,8 +163,12 @@ class Mean(NamedTuple):
         if np.all(sample == sample[0]):
             return cls(value, value, value, len(values))
         generator, size = np.random.Generator(np.random.PCG64(0)), len(values)
-        resampled = [sample[generator.integers(size, size=size)].mean() for _ in range(_RESAMPLES)]
-        low, high = np.percentile(resampled, (2.5, 97.5))
+        rows = max(1, _AT_ONCE // size)
+        parts = [
+            sample[generator.integers(size, size=(min(rows, _RESAMPLES - done), size))].mean(axis=1)
+            for done in range(0, _RESAMPLES, rows)
+        ]
+        low, high = np.percentile(np.concatenate(parts), (2.5, 97.5))
         return cls(value, float(low), float(high), len(values))
 
 

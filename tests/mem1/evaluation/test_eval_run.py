@@ -286,10 +286,11 @@ def test_a_kill_at_any_file_operation_loses_nothing(tmp_path, monkeypatch):
             patch.setattr(shutil, "rmtree", counting(shutil.rmtree))
             cells = [Cell("one", 1, play), Cell("two", 2, play)]
             with closing(EvaluationFolder(out, {"x": 1}, overwrite=overwrite)) as folder:
-                folder.run(cells, 40)
+                folder.run(cells, 3)
         return count
 
     monkeypatch.setattr(eval_run, "plot_results", lambda rows, path: path.write_bytes(b"drawn" * 2000))
+    monkeypatch.setattr(eval_run, "_PART", 2)
     operations = evaluated(tmp_path / "whole")
     for overwrite in (False, True):
         for dies_at in range(1, operations + 1 + 10 * overwrite):
