@@ -68,26 +68,30 @@ class EvaluationFolder:
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
-        self.out, self._settings, self._lock = out, json.loads(json.dumps(settings)), -1
+        self.out, self._overwrite, self._lock = out, overwrite, -1
+        self._settings: dict[str, Any] = json.loads(json.dumps(settings))
         if out.exists() and not out.is_dir():
             raise InputError(f"out: expected a folder, got the file {str(out)!r}")
-        names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+        self._starts_over()
+
+    def _starts_over(self) -> bool:
+        """Whether nothing that is there is gone on with; refuses what may not be touched."""
+        names = {path.name for path in self.out.iterdir()} if self.out.is_dir() else set()
         begun = SETTINGS in names
         if any(name[0] != "." and not (begun and name in _OURS) for name in names):
-            raise InputError(f"out: expected a new or empty folder, or one of `mem1 eval`, got {str(out)!r}")
-        played = TRAJECTORIES in names or any((out / PARTS).rglob("*.jsonl"))
-        self._fresh = overwrite or not begun or not played
-        if not self._fresh:
-            self._check(_read_settings(out / SETTINGS))
-
-    def _check(self, before: dict[str, Any]) -> None:
-        now = self._settings
+            expected = "a new or empty folder, or one of `mem1 eval`"
+            raise InputError(f"out: expected {expected}, got {str(self.out)!r}")
+        played = TRAJECTORIES in names or any((self.out / PARTS).rglob("*.jsonl"))
+        if self._overwrite or not begun or not played:
+            return True
+        before, now = _read_settings(self.out / SETTINGS), self._settings
         other = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         if other:
             was, wanted = ({name: one.get(name) for name in other} for one in (before, now))
             raise InputError(
                 f"out: expected the settings of the run in {self.out}, {was}, or overwrite, got {wanted}"
             )
+        return False
 
     def run(
         self,
@@ -104,12 +108,12 @@ class EvaluationFolder:
         require(len(cells) > 0, "agents", "at least one", cells)
         progress = progress or Progress(log=lambda line: None)
         self._take()
-        if self._fresh:
+        if self._starts_over():  # asked again: another process may have been here
             self._begin()
         for name in _OURS:
             for left in leftovers(self.out, name):
                 left.unlink()
-        if tokenizer is not None and not (self.out / TOKENIZER).is_dir():
+        if tokenizer is not None and not (self.out / TOKENIZER / "tokenizer.json").is_file():
             tokenizer.save_pretrained(self.out / TOKENIZER)
         if not (self.out / TRAJECTORIES).is_file():
             for place, cell in enumerate(cells):
