@@ -61,7 +61,7 @@ class Faulty(MultiHopEnv):
         if fault == "hang":
             time.sleep(2.5)
         observation = super().step(action)
-        return observation._replace(text=7) if fault == "nonsense" else observation  # type: ignore[arg-type]
+        return observation._replace(observation=7) if fault == "nonsense" else observation  # type: ignore[arg-type]
 
 
 def main(out: Path, updates: int) -> int:
@@ -73,7 +73,7 @@ def main(out: Path, updates: int) -> int:
 
     def rolling(*arguments, original=train.rollout, **settings):
         Faulty.attempts.clear()
-        poisoned.update(gradient=0, logits=0 if poisoned_seeds.issuperset(arguments[3]) else -(10**9))
+        poisoned.update(gradient=0, logits=0 if poisoned_seeds.issuperset(settings["seeds"]) else -(10**9))
         return original(*arguments, **settings)
 
     def stepping(self, *arguments):
