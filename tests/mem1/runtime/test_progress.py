@@ -123,7 +123,7 @@ with progress.phase("all", total=2) as phase:
     for i in range(2):
         with progress.phase("a [part]", total=3) as part:
             for _ in range(3):
-                time.sleep(0.05)
+                time.sleep(0.2)  # the bars are drawn four times a second
                 part.advance(note="loss 0.5")
         progress.log(f"part {i} | done [with it] :smile:")
         print("a warning", file=sys.stderr)
