@@ -172,14 +172,22 @@ class Mean(NamedTuple):
         return cls(value, float(low), float(high), len(values))
 
 
+def measure(trajectory: Trajectory) -> dict[str, float]:
+    """Every metric of one episode: of `EPISODE`, and what its environment has reported, under the name
+    `environment_...` where ours is the same.
+    """
+    reported = {
+        f"environment_{name}" if name in EPISODE or name in FACTS else name: value
+        for name, value in trajectory.score.items()
+    }
+    return {name: of(trajectory) for name, of in EPISODE.items()} | reported
+
+
 def means(trajectories: Sequence[Trajectory]) -> dict[str, Mean]:
     """The mean of every metric over the sound ones of `trajectories`: of `EPISODE`, and of what environments
-    have reported, over the episodes that have it, under the name `environment_...` where ours is the same.
+    have reported, over the episodes that have it.
     """
     sound = [t for t in trajectories if not t.error_kind]
-    found = {name: Mean.of([of(t) for t in sound]) for name, of in EPISODE.items()}
-    for name in dict.fromkeys(name for t in sound for name in t.score):
-        ours = name in EPISODE or name in FACTS  # what an environment calls so is something else
-        values = [t.score[name] for t in sound if name in t.score]
-        found[f"environment_{name}" if ours else name] = Mean.of(values)
-    return found
+    measured = [measure(t) for t in sound]
+    names = dict.fromkeys(name for values in ({**dict.fromkeys(EPISODE)}, *measured) for name in values)
+    return {name: Mean.of([values[name] for values in measured if name in values]) for name in names}

@@ -91,7 +91,7 @@ def test_mistakes_are_one_line(capsys, tmp_path, monkeypatch, arguments, message
     assert message in said and said.count("\n") == 1 and not [*tmp_path.iterdir()]
 
 
-def test_trajectories_become_a_page(make_model, tokenizer, capsys, tmp_path):
+def test_trajectories_become_a_page(make_model, tokenizer, capsys, tmp_path, monkeypatch):
     model = str(checkpoint.save(tmp_path / "model", make_model(), tokenizer))
     saved = tmp_path / "played.jsonl"
     few = ["--episodes", "2", "--max-turns", "2", "--expert", "--out", str(saved)]
@@ -106,10 +106,18 @@ def test_trajectories_become_a_page(make_model, tokenizer, capsys, tmp_path):
     assert main(["view", str(saved), "--tokenizer", model, "--out", str(tmp_path / "b.html")]) == 0
     assert main(["view", str(saved), "--tokenizer", model, "--out", str(saved)]) == 2
     assert "out: expected another file than the trajectories" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert main(["view", "played.jsonl", "--tokenizer", model, "--out", str(saved)]) == 2, "by another name"
+    (tmp_path / "precious.txt").write_text("mine")
+    assert main(["view", str(saved), "--tokenizer", model, "--out", str(tmp_path / "precious.txt")]) == 2
+    assert "out: expected a new file, or one that ends in .html" in capsys.readouterr().err
+    assert (tmp_path / "precious.txt").read_text() == "mine" and saved.read_text().startswith("{")
     saved.write_text(saved.read_text().splitlines()[0] + "\n{}\n")
     assert main(["view", str(saved), "--tokenizer", model]) == 2
     assert "played.jsonl:2: " in capsys.readouterr().err
-    assert main(["view", str(tmp_path / "nowhere.jsonl")]) == 2
+    for nothing in (str(tmp_path / "nowhere.jsonl"), "/", ""):
+        assert main(["view", nothing]) == 2
+        assert "trajectories: expected a file" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -6,10 +6,14 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
+import torch
 
-from mem1.metrics import Mean, exact_match, f1, grade, normalize_answer
+from mem1.metrics import Mean, exact_match, f1, grade, means, measure, normalize_answer
+from mem1.trajectory import TokenReward, Trajectory
+from mem1_core.segments import Segment
 
 # What both scorers make of a text: lower-case, punctuation out, articles out, white space to single blanks.
 NORMALIZED = {
@@ -170,3 +174,13 @@ def test_ninety_five_of_a_hundred_intervals_hold_the_mean() -> None:
         hits += mean.low <= 1.0 <= mean.high
     # Of a skewed distribution a percentile interval of 60 values holds it in about 93 of 100 cases.
     assert 0.90 <= hits / 400 <= 0.97
+
+
+def test_names_of_an_environment_do_not_hide_ours() -> None:
+    segments = [Segment("prompt", 0, 2), Segment("answer", 1, 1)]
+    score = {"reward": 99.0, "objectives": 7.0, "success": 1.0}
+    played = Trajectory(torch.zeros(3, dtype=torch.int64), segments, torch.zeros(3), "action", score=score)
+    measured = measure(replace(played, rewards=[TokenReward(2, 0.5)]))
+    assert measured["reward"] == 0.5 and measured["environment_reward"] == 99.0
+    assert measured["environment_objectives"] == 7.0 and measured["success"] == 1.0
+    assert "objectives" not in measured and means([played])["environment_reward"].value == 99.0

@@ -85,8 +85,12 @@ def _report(options: argparse.Namespace, findings: list[Finding], progress: Prog
 def view(options: argparse.Namespace, progress: Progress) -> None:
     """Write the page of a file of trajectories."""
     source: Path = options.trajectories
+    require(source.is_file(), "trajectories", "a file", str(source))
     out = options.out or source.with_suffix(".html")
-    require(out != source, "out", "another file than the trajectories", str(out))
+    same = out.exists() and source.exists() and out.samefile(source)
+    require(not same, "out", "another file than the trajectories", str(out))
+    free = not out.exists() or (out.is_file() and out.suffix == ".html")
+    require(free, "out", "a new file, or one that ends in .html", str(out))
     named = options.tokenizer or _model_of(source)
     tokenizer = load_tokenizer(checkpoint.newest(named))
     count = write_page(read_trajectories(source), out, tokenizer=tokenizer, title=source.stem)

@@ -43,7 +43,7 @@ Play = Callable[[range, Callable[[], None]], list[Trajectory]]
 def run(options: argparse.Namespace, progress: Progress) -> None:
     """Play, or go on with, an evaluation; say what came of it."""
     if options.json:  # the rows alone belong on standard output
-        progress = Progress(log=lambda line: print(line, file=sys.stderr, flush=True))
+        progress = Progress(log=_to_stderr)
     check_writable(options.out)
     agents: list[Agent] = options.agents
     names = [str(agent) for agent in agents]
@@ -52,6 +52,12 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
     worlds = {n: world_of(options, n, "test", episodes=options.episodes) for n in sizes}
     configs = {n: replace(rollout_config(options, n), synchronous=not options.asynchronous) for n in sizes}
     _check_scripts(agents, worlds[sizes[0]])
+    for n, world in worlds.items():
+        rows = [] if world.tasks is None else shuffled(world.tasks, options.seed, "evaluation")
+        asked = [q.id for task in rows[: options.episodes] for q in getattr(task, "questions", ())]
+        if len({*asked}) < len(asked):
+            told = f"{len(asked)} questions are asked, {len({*asked})} of them different"
+            progress.log(f"{n} objectives: {told}: intervals are narrower than they should be")
     folder = EvaluationFolder(options.out, _settings(options, names, configs), overwrite=options.overwrite)
     model, tokenizer, engine = _policy(options, agents, list(configs.values()), progress)
     cells = [
@@ -69,6 +75,11 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
         progress.log(tables(results))
     _tell(options, agents, model, cells, progress)
     progress.log(f"trajectories and tables are in {options.out}")
+
+
+def _to_stderr(line: str) -> None:
+    with ignore_closed_pipe(sys.stderr):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _check_scripts(agents: Sequence[Agent], world: World) -> None:
@@ -117,9 +128,9 @@ def _player(
     """What plays the episodes of one agent at one number of objectives, the same for every agent."""
     rules, make, tasks = agent.settings(config), agent.environments(world.make), world.tasks
     seeds = evaluation_seeds(options.seed, options.episodes)
-    # What a script writes is not cut. The oracle ends by itself; who acts at random gets a policy's turns.
-    limits = without_limits(rules)
-    limits = limits if isinstance(agent, Oracle) else replace(limits, max_turns=rules.max_turns)
+    # What a script writes is not cut. Random actions get a policy's turns, the oracle more than it needs.
+    turns = 10 * rules.max_turns if isinstance(agent, Oracle) else rules.max_turns
+    limits = replace(without_limits(rules), max_turns=turns)
     rows = None if tasks is None else shuffled(tasks, options.seed, "evaluation")
     if rows is not None:
         expected = f"at least {options.episodes} for as many episodes"
@@ -146,27 +157,36 @@ def _settings(
     options: argparse.Namespace, agents: list[str], configs: dict[int | None, RolloutConfig]
 ) -> dict[str, Any]:
     """What the numbers follow from."""
-    files = [options.tasks, *(v for v in options.environment_args.values() if isinstance(v, str))]
+    given = {
+        name: value for name, value in options.environment_args.items() if name not in ("index", "key_file")
+    }
+    paths = [path for path in (options.tasks, *given.values()) if isinstance(path, str)]
     model = None if options.model is None else str(checkpoint.newest(options.model))
     return {
         "agents": agents,
         "episodes": options.episodes,
         "seed": options.seed,
         "model": options.model,
-        "weights": model and _stamps(Path(model), "*.safetensors"),
+        "weights": model and [stamp for stamp in _stamps(model) if not stamp[0].endswith(".json")],
         "dtype": options.dtype,
         "device": options.device,
+        "threads": options.threads,
         "environment": environment_record(options),
-        "files": {name: _stamps(Path(name).parent, Path(name).name) for name in files if name},
+        "files": {path: stamps for path in paths if (stamps := _stamps(path))},
         "rollout": {str(n): config.to_dict() for n, config in configs.items()},
     }
 
 
-def _stamps(folder: Path, pattern: str) -> list[list[Any]]:
-    """Name, size and time of files: what tells them from others that take their place."""
-    found = sorted(folder.glob(pattern)) if folder.is_dir() and pattern else []
-    stats = [(path, path.stat()) for path in found if path.is_file()]
-    return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+def _stamps(path: str) -> list[list[Any]]:
+    """Name, size and time of a file, or of all files of a folder: what tells them from others in their place.
+    Empty for a text that names neither.
+    """
+    try:
+        found = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
+        stats = [(file, file.stat()) for file in found if file.is_file()]
+    except (OSError, ValueError):  # of an argument that is no path
+        return []
+    return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 
 def _tell(

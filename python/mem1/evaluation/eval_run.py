@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,9 @@ def _play(cell: Cell, folder: Path, episodes: int, progress: Progress) -> None:
             if part.is_file():
                 continue
             played = cell.play(some, phase.advance)
-            if all(trajectory.error_kind for trajectory in played):
+            # A few at the end of a cell that could be played are what they are.
+            whole = part == parts[0] or len(played) == _PART
+            if whole and all(trajectory.error_kind for trajectory in played):
                 first = f"{played[0].finish_reason}: {played[0].error}"
                 expected = "an episode that can be played"
                 raise InputError(
@@ -196,8 +199,16 @@ def _play(cell: Cell, folder: Path, episodes: int, progress: Progress) -> None:
 def read_cells(out: Path, cells: Sequence[Cell], episodes: int) -> Iterator[list[Trajectory]]:
     """The trajectories of each cell, read from the file that all later work reads."""
     rows = read_rows(out / TRAJECTORIES)
-    for _ in cells:
-        yield [Trajectory.from_dict(next(rows)[1]) for _ in range(episodes)]
+    for cell in cells:
+        played = list[Trajectory]()
+        for where, row in islice(rows, episodes):
+            try:
+                played.append(Trajectory.from_dict(row))
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(f"{where}: expected a trajectory, or overwrite, got {error!r}") from None
+        expected = f"{episodes} trajectories of {cell.title}, or overwrite"
+        require(len(played) == episodes, str(out / TRAJECTORIES), expected, len(played))
+        yield played
 
 
 def _write_results(results: Sequence[Result], out: Path) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,25 @@ def test_a_world_that_is_down_is_shown(model, tmp_path, capsys, monkeypatch):
     assert [row["errors"] for row in rows] == [{}, {}]
 
 
+def test_what_names_no_file_is_no_path(tmp_path, capsys):
+    command = ["eval", "--agents", "oracle", "--objectives", "1", "--episodes", "1"]
+    for n, text in enumerate(("x" * 300, "**bold**", "a\0b")):
+        arguments = ["--environment-args", json.dumps({"colour": text}), "--out", str(tmp_path / str(n))]
+        assert main([*command, *arguments]) == 2
+        assert "expected arguments of MultiHopEnv" in capsys.readouterr().err
+
+
+def test_one_that_cannot_be_played_at_the_end_holds_nobody_up(tmp_path):
+    def play(places: range, advance: Any) -> list[Trajectory]:
+        played = [handmade(seed) for seed in places]
+        broken = replace(played[-1], finish_reason="environment_error", error="OSError: x")
+        return [*played[:-1], broken] if places.stop == 33 else played
+
+    with closing(EvaluationFolder(tmp_path / "a", {})) as folder:
+        (row,) = folder.run([Cell("agent", 1, play)], 33)
+    assert row.episodes == 33 and row.errors == {"OSError": 1}
+
+
 def test_other_weights_under_the_same_name_are_other_settings(make_model, tokenizer, tmp_path, capsys):
     few = ["--objectives", "1", "--episodes", "1", "--max-turns", "2", "--max-action-tokens", "8"]
     for seed in (0, 1):
@@ -179,6 +199,30 @@ def test_objectives_are_those_of_the_episodes(tmp_path, capsys, monkeypatch):
     assert row["objectives"] == 2 and row["exact_match"] == 2.0
     # `mem1 view` finds the tokenizer, though no model has played.
     assert main(["view", str(tmp_path / "a" / "trajectories.jsonl")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda lines: lines[:-1], "trajectories.jsonl: expected 2 trajectories of two, 2 objectives"),
+        (
+            lambda lines: [*lines[:-1], '{"a": 1}'],
+            "trajectories.jsonl:4: expected a trajectory, or",
+        ),
+        (lambda lines: [*lines[:-1], "nonsense"], "trajectories.jsonl:4: expected a line of JSON"),
+    ],
+)
+def test_trajectories_that_were_damaged_are_named(tmp_path, damage, message):
+    cells = [
+        Cell(name, n, lambda places, advance: [handmade(s) for s in places])
+        for n, name in ((1, "one"), (2, "two"))
+    ]
+    with closing(EvaluationFolder(tmp_path / "a", {})) as folder:
+        folder.run(cells, 2)
+        file = tmp_path / "a" / "trajectories.jsonl"
+        file.write_text("".join(line + "\n" for line in damage(file.read_text().splitlines())))
+    with closing(EvaluationFolder(tmp_path / "a", {})) as folder, pytest.raises(InputError, match=message):
+        folder.run(cells, 2)
 
 
 def test_a_folder_in_use_is_left_alone(tmp_path):

@@ -48,4 +48,6 @@ def context_passages(where: str, row: Mapping[str, Any]) -> list[ContextPassage]
 
 def _passage(title: str, sentences: list[str], supports: bool) -> ContextPassage:
     """Some sets begin a sentence with the blank that divides it from the one before, some do not."""
+    if not isinstance(sentences, list):  # a text is a list of letters, too
+        raise TypeError(f"sentences: expected a list of texts, got {type(sentences).__name__}")
     return ContextPassage(title.strip(), " ".join(sentence.strip() for sentence in sentences), bool(supports))

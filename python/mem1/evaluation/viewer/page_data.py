@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError
 from mem1.io import without_nan
-from mem1.metrics import EPISODE
+from mem1.metrics import measure
 from mem1.parsing.token_text import TokenText
 from mem1.trajectory import Trajectory
 from mem1_core.eviction_policies import policy_name
@@ -82,9 +82,7 @@ def record(row: Mapping[str, Any], trajectory: Trajectory, vocabulary: Vocabular
         "agent": str(row.get("agent", "")),
         "finish_reason": t.finish_reason.value,
         "objectives": t.objectives,
-        "metrics": without_nan(
-            {name: of(t) for name, of in EPISODE.items()} | {"seconds": t.seconds} | t.score
-        ),
+        "metrics": without_nan(measure(t)),
         "settings": without_nan(
             {"model": t.model, "prune": policy_name(t.prune)} | {name: getattr(t, name) for name in _SETTINGS}
         ),
