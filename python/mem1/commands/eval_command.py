@@ -49,12 +49,12 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
     names = [str(agent) for agent in agents]
     require(len({*names}) == len(names), "agents", "each once", " ".join(names))
     sizes = options.objectives or (OBJECTIVES if options.environment in COMPOSED else [None])
-    worlds = {n: world_of(options, n, "test", episodes=options.episodes) for n in sizes}
+    opened = {n: world_of(options, n, "test", episodes=options.episodes) for n in sizes}
+    worlds = {n: _in_order(world, options) for n, world in opened.items()}
     configs = {n: replace(rollout_config(options, n), synchronous=not options.asynchronous) for n in sizes}
     _check_scripts(agents, worlds[sizes[0]])
     for n, world in worlds.items():
-        rows = [] if world.tasks is None else shuffled(world.tasks, options.seed, "evaluation")
-        asked = [q.id for task in rows[: options.episodes] for q in getattr(task, "questions", ())]
+        asked = [q.id for task in world.tasks or () for q in getattr(task, "questions", ())]
         if len({*asked}) < len(asked):
             told = f"{len(asked)} questions are asked, {len({*asked})} of them different"
             progress.log(f"{n} objectives: {told}: intervals are narrower than they should be")
@@ -75,6 +75,15 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
         progress.log(tables(results))
     _tell(options, agents, model, cells, progress)
     progress.log(f"trajectories and tables are in {options.out}")
+
+
+def _in_order(world: World, options: argparse.Namespace) -> World:
+    """With a row for each episode, the same for every agent."""
+    if world.tasks is None:
+        return world
+    expected = f"at least {options.episodes} for as many episodes"
+    require(len(world.tasks) >= options.episodes, "tasks", expected, len(world.tasks))
+    return world._replace(tasks=shuffled(world.tasks, options.seed, "evaluation")[: options.episodes])
 
 
 def _to_stderr(line: str) -> None:
@@ -126,19 +135,15 @@ def _player(
     engine: Engine | None,
 ) -> Play:
     """What plays the episodes of one agent at one number of objectives, the same for every agent."""
-    rules, make, tasks = agent.settings(config), agent.environments(world.make), world.tasks
+    rules, make = agent.settings(config), agent.environments(world.make)
     seeds = evaluation_seeds(options.seed, options.episodes)
     # What a script writes is not cut. Random actions get a policy's turns, the oracle more than it needs.
     turns = 10 * rules.max_turns if isinstance(agent, Oracle) else rules.max_turns
     limits = replace(without_limits(rules), max_turns=turns)
-    rows = None if tasks is None else shuffled(tasks, options.seed, "evaluation")
-    if rows is not None:
-        expected = f"at least {options.episodes} for as many episodes"
-        require(len(rows) >= options.episodes, "tasks", expected, len(rows))
 
     def play(places: range, advance: Callable[[], None]) -> list[Trajectory]:
         some = [seeds[place] for place in places]
-        given = None if rows is None else [rows[place] for place in places]
+        given = None if world.tasks is None else [world.tasks[place] for place in places]
         played = (
             play_expert(tokenizer, make, some, limits, given)  # type: ignore[arg-type]
             if agent.scripted

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from mem1.checks import InputError, require
 from mem1.envs.tasks import read_rows
 from mem1.evaluation.plots import plot_results
-from mem1.evaluation.results import Result, summarize, write_csv
+from mem1.evaluation.results import Result, row_title, summarize, write_csv
 from mem1.evaluation.tables import tables
 from mem1.io import atomic_write, leftovers
 from mem1.runtime.progress import Progress
@@ -56,8 +56,7 @@ class Cell:
 
     @property
     def title(self) -> str:
-        n = self.objectives
-        return self.agent if n is None else f"{self.agent}, {n} objective" + "s" * (n > 1)
+        return row_title(self.agent, self.objectives)
 
 
 class EvaluationFolder:

@@ -12,7 +12,7 @@ from mem1.checks import require
 from mem1.config import RolloutConfig
 from mem1.engine.engine import Engine
 from mem1.envs.base import Environment, ExpertEnvironment
-from mem1.evaluation.results import Result, summarize
+from mem1.evaluation.results import Result, row_title, summarize
 from mem1.rollout.rollout_loop import play_expert, rollout
 from mem1.runtime.progress import Progress
 from mem1.seeds import derive_seed
@@ -50,7 +50,7 @@ def evaluate(
     require(episodes >= 1, "episodes", "an integer >= 1", episodes)
     progress = progress or Progress(log=lambda line: None)
     played = []
-    with progress.phase(f"{agent}, {objectives} objective" + "s" * (objectives > 1), total=episodes) as phase:
+    with progress.phase(row_title(agent, objectives), total=episodes) as phase:
         seeds = evaluation_seeds(seed, episodes)
         for trajectory in rollout(
             model, tokenizer, make_environment, seeds, config, tasks=tasks, engine=engine

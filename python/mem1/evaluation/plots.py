@@ -26,11 +26,8 @@ def plot_peaks(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
         for agent in dict.fromkeys(result.agent for result in results):
             rows = sorted((r for r in results if r.agent == agent), key=lambda r: r.objectives)
             ax.plot([r.objectives for r in rows], [r[name] for r in rows], marker="o", label=agent)
-        ticks = sorted({r.objectives for r in results})
-        ax.set(xscale="log", yscale="log", xlabel="objectives", ylabel="peak tokens", title=title)
-        ax.set_xticks(ticks, [str(tick) for tick in ticks])
-        ax.minorticks_off()
-        ax.grid(alpha=0.3)
+        ax.set(yscale="log", ylabel="peak tokens", title=title)
+        _against_objectives(ax, results)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path)
 
@@ -46,7 +43,6 @@ def plot_results(results: Sequence[Result], path: str | os.PathLike[str]) -> Non
         "dependency_length_without_prompt": "dependency length (token pairs)",
         "seconds": "seconds an episode",
     }
-    ticks = sorted({r.objectives for r in results})
     for ax, (name, title) in zip(axes.flat, panels.items(), strict=True):
         for agent in dict.fromkeys(result.agent for result in results):
             known = [(r.objectives, r.means[name]) for r in results if r.agent == agent and name in r.means]
@@ -54,10 +50,8 @@ def plot_results(results: Sequence[Result], path: str | os.PathLike[str]) -> Non
             values = [mean.value for _, mean in points]
             ends = [[m.value - m.low for _, m in points], [m.high - m.value for _, m in points]]
             ax.errorbar([n for n, _ in points], values, ends, marker="o", capsize=2, label=agent)
-        ax.set(xscale="log", xlabel="objectives", title=title)
-        ax.set_xticks(ticks, [str(tick) for tick in ticks])
-        ax.minorticks_off()
-        ax.grid(alpha=0.3)
+        ax.set(title=title)
+        _against_objectives(ax, results)
         if name != "exact_match":
             ax.set_yscale("symlog", linthresh=1.0)
     figure.legend(*axes.flat[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -95,6 +89,14 @@ def plot_learning(metrics: str | os.PathLike[str], path: str | os.PathLike[str])
 def plot_trajectory(trajectory: Trajectory, path: str | os.PathLike[str]) -> None:
     """Who sees whom in one trajectory, with its turns and prunes."""
     plot_mask(trajectory.mask, path, title=f"{trajectory.objectives} objectives, {trajectory.turns} turns")
+
+
+def _against_objectives(ax: Any, results: Sequence[Result]) -> None:
+    ticks = sorted({r.objectives for r in results})
+    ax.set(xscale="log", xlabel="objectives")
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.minorticks_off()
+    ax.grid(alpha=0.3)
 
 
 def _number(value: float | None) -> float:

@@ -39,6 +39,11 @@ class Result:
         return record
 
 
+def row_title(agent: str, objectives: int | None) -> str:
+    """What a row is called while it is played: "mem1, 2 objectives"; the agent alone where None."""
+    return agent if objectives is None else f"{agent}, {objectives} objective" + "s" * (objectives > 1)
+
+
 def error_counts(trajectories: Sequence[Trajectory]) -> dict[str, int]:
     """How many of them went wrong, by `Trajectory.error_kind`, the most frequent kind first."""
     counts = Counter(t.error_kind for t in trajectories if t.error_kind)
