@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 
 class InputError(ValueError):
@@ -44,6 +45,37 @@ def require_numbers(
         fits = fits and low <= value <= min(high, sys.float_info.max) and not (above and value == low)
         require(fits, name, f"a finite number {span}", value)
         object.__setattr__(settings, name, float(value))
+
+
+def has_type(value: object, hint: Any) -> bool:
+    """Whether a value as JSON has it is of a type as annotations have it: of a class, Literal, a union, list,
+    dict, Sequence or tuple of such. An integer is a float, True and False are no numbers; a list is a tuple
+    and a sequence, too.
+    """
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind is Any:
+        return True
+    if kind is Annotated:
+        return has_type(value, parts[0])
+    if kind in (Union, UnionType):
+        return any(has_type(value, part) for part in parts)
+    if kind is Literal:
+        return any(type(value) is type(part) and value == part for part in parts)
+    if kind is None:
+        return value is None
+    if kind in (int, bool, float):
+        return type(value) is kind or (kind is float and type(value) is int)
+    if kind is tuple and parts and ... not in parts:
+        fits = isinstance(value, (list, tuple)) and len(value) == len(parts)
+        return fits and all(map(has_type, cast(Sequence[Any], value), parts))
+    if kind in (tuple, Sequence):
+        kind = (list, tuple)
+    if not isinstance(value, kind):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return not parts or all(
+        has_type(one, parts[-1 if kind is dict else 0]) for one in cast(Iterable[Any], inner)
+    )
 
 
 def require_flags(settings: Any, names: str) -> None:

@@ -6,12 +6,13 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from enum import Enum
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cache, cached_property
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
+from mem1.checks import has_type, require
 from mem1_core.eviction import dependency_length, eviction_table
 from mem1_core.eviction_policies import EvictionPolicy, Recorded, short_form
 from mem1_core.layout import Regime, TrajectoryLayout
@@ -193,8 +194,13 @@ class Trajectory:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Trajectory:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`. KeyError, TypeError or ValueError for what cannot be one."""
         rollout_logprobs, prune = data.get("rollout_logprobs"), data["prune"]
+        plain = [name for name in _PLAIN if name in data]
+        for name in plain:
+            require(has_type(data[name], _hints()[name]), name, str(cls.__annotations__[name]), data[name])
+        fits = has_type(data["rewards"], list[tuple[int, float]])
+        require(fits, "rewards", "pairs of a token and a reward", data["rewards"])
         return cls(
             tokens=torch.tensor(data["tokens"], dtype=torch.int64),
             segments=[Segment(*segment) for segment in data["segments"]],
@@ -204,8 +210,13 @@ class Trajectory:
             failures=[Failure(**failure) for failure in data.get("failures", [])],
             finish_reason=FinishReason(data["finish_reason"]),
             prune=Recorded(tuple(prune["lifetimes"]), prune["rule"]) if isinstance(prune, dict) else prune,
-            **{name: data[name] for name in _PLAIN if name in data},
+            **{name: data[name] for name in plain},
         )
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(Trajectory)
 
 
 # The fields that are as they are in JSON.

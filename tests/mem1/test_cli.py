@@ -17,6 +17,7 @@ from mem1.commands.world_options import rollout_config
 from mem1.config import ModelConfig, PPOConfig, RolloutConfig, TrainConfig, WarmStartConfig
 from mem1.parsing.tags import MEM1
 from mem1.runtime.device import whereabouts
+from mem1.runtime.interrupts import Interrupted
 from mem1.seeds import LARGEST, derive_seed
 from mem1.train import checkpoint
 from mem1.trajectory import Trajectory
@@ -277,6 +278,32 @@ def test_rollout_prints_transcripts_or_saves_trajectories(capsys, model, tmp_pat
     assert "3 episodes, " in out and f"trajectories are in {saved}" in out
 
 
+def test_a_rollout_replaces_no_file_and_keeps_what_was_played(capsys, model, tmp_path, monkeypatch):
+    saved = tmp_path / "t.jsonl"
+    command = ["rollout", "--model", model, "--episodes", "3", "--max-turns", "2", "--out", str(saved)]
+    command += ["--num-slots", "1"]
+    written = Trajectory.to_json
+
+    def interrupted(trajectory):
+        if trajectory.seed == 2:
+            raise Interrupted(signal.SIGINT)
+        return written(trajectory)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trajectory, "to_json", interrupted)
+        assert main(command) == 130
+    said = capsys.readouterr()
+    assert f"2 trajectories are in {saved}" in said.out
+    assert said.err == "mem1 rollout: interrupted by SIGINT\n"
+    kept = saved.read_text()
+    assert [json.loads(line)["seed"] for line in kept.splitlines()] == [0, 1]
+    assert main(command) == 2
+    assert "out: expected a new file, or --overwrite, got" in capsys.readouterr().err
+    assert saved.read_text() == kept
+    assert main([*command, "--overwrite"]) == 0
+    assert len(saved.read_text().splitlines()) == 3 and {*tmp_path.iterdir()} == {saved, Path(model)}
+
+
 def test_a_rollout_of_which_nothing_is_left_has_failed(capsys, model, tmp_path, monkeypatch):
     def down(self, seed, task=None):
         raise KeyError("x")
@@ -292,7 +319,8 @@ def test_a_rollout_of_which_nothing_is_left_has_failed(capsys, model, tmp_path, 
 
 def test_rollout_replays_an_episode_of_a_training_run(capsys, model, tmp_path):
     saved = tmp_path / "t.jsonl"
-    few = ["--episodes", "1", "--max-turns", "1", "--max-action-tokens", "4", "--out", str(saved)]
+    few = ["--episodes", "1", "--max-turns", "1", "--max-action-tokens", "4", "--overwrite"]
+    few += ["--out", str(saved)]
     for seed in (derive_seed(5, "training", 3, 1), LARGEST - 1):
         assert main(["rollout", "--model", model, *few, "--seed", str(seed)]) == 0
         assert [json.loads(line)["seed"] for line in saved.read_text().splitlines()] == [seed]
@@ -310,7 +338,7 @@ def test_trajectories_are_written_whole_or_not_at_all(capsys, model, tmp_path, m
 
     monkeypatch.setattr("mem1.commands.rollout_command.rollout", breaks)
     with pytest.raises(OSError, match="disk"):
-        main(["rollout", "--model", model, "--out", str(saved)])
+        main(["rollout", "--model", model, "--overwrite", "--out", str(saved)])
     assert saved.read_text() == "old"
     assert {entry.name for entry in tmp_path.iterdir()} == {"model", "t.jsonl"}
     assert main(["rollout", "--model", model, "--out", str(tmp_path)]) == 2
@@ -321,6 +349,16 @@ def limits(*arguments: str) -> RolloutConfig:
     runs = dict.fromkeys(RUNS, lambda options, progress: None)
     options = build_parser(runs).parse_args(["rollout", "--model", "somewhere", *arguments])
     return rollout_config(options, (options.objectives or (2, 2))[1])
+
+
+def test_limits_of_a_stream_of_facts():
+    """As many turns as twice the reader's, and a piece of noise as its mean has it, thrice."""
+    usual = limits("--env", "updates")
+    many = limits("--env", "updates", "--environment-args", '{"updates": 8, "facts_per_turn": 1}')
+    assert usual.max_turns == 40 and many.max_turns >= 2 * (2 * 9 + 1)
+    assert limits("--env", "updates", "--objectives", "16").max_turns >= 2 * (16 * 4 // 2 + 1)
+    noisy = limits("--env", "updates", "--environment-args", '{"noise": [0.1, 0.9], "facts_per_turn": 16}')
+    assert usual.max_info_tokens == 512 and noisy.max_info_tokens >= 3 * 16 * 10 * 4
 
 
 def test_limits_follow_the_world_unless_given():

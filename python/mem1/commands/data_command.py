@@ -28,7 +28,7 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
     if options.convert is not None:
         for name in ("source", "out"):
             require(getattr(options, name) is not None, name, "a path beside convert", None)
-        made = convert(options.convert, options.source, options.out)
+        made = convert(options.convert, options.source, options.out, overwrite=options.overwrite)
         for line in () if options.json else made.left_out:
             progress.log(f"left out: {line}")
         if options.json:

@@ -135,7 +135,7 @@ def _player(
     engine: Engine | None,
 ) -> Play:
     """What plays the episodes of one agent at one number of objectives, the same for every agent."""
-    rules, make = agent.settings(config), agent.environments(world.make)
+    rules, make = agent.settings(config), agent.environments(world.make, tokenizer, config)
     seeds = evaluation_seeds(options.seed, options.episodes)
     # What a script writes is not cut. Random actions get a policy's turns, the oracle more than it needs.
     turns = 10 * rules.max_turns if isinstance(agent, Oracle) else rules.max_turns

@@ -114,6 +114,7 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("--group-size", type=_positive, default=1, help="times that each is played, with other samples")
     add("--expert", action="store_true", help="the environment's expert writes, the model reads along")
     add("--out", type=Path, help="write trajectories to this .jsonl file instead of the terminal")
+    add("--overwrite", action="store_true", help="replace an --out that is there")
     add("--seed", type=_seed, default=0, help="of the first episode itself, as a trajectory has it")
 
     add = command("view", "one HTML page of trajectories, to open in a browser").add_argument
@@ -126,6 +127,7 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("--convert", metavar="NAME", help="of a data set, with --source and --out")
     add("--source", type=Path, help="its file, as it was published")
     add("--out", type=Path, help="folder for qa.jsonl and corpus.jsonl")
+    add("--overwrite", action="store_true", help="replace those that are there")
     add("--json", action="store_true", help="print a JSON object per line")
 
     add = command("retrieve", "serve a corpus by the retrieval protocol of Search-R1").add_argument
@@ -249,8 +251,8 @@ def _agent(text: str) -> Agent:
 def _json(text: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected JSON, got {text!r}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"expected JSON, got {text!r:.200}: {error}") from None
     if not isinstance(values, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
     return values

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -33,12 +34,9 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
     stream = None if world.tasks is None else TaskStream(world.tasks, 0)
     rows = stream and [stream[seed] for seed in seeds]
     if options.out is not None:
-        require(
-            options.out.is_file() or not options.out.exists(),
-            "out",
-            "the name of a regular file",
-            str(options.out),
-        )
+        there = options.out.exists()
+        require(options.out.is_file() or not there, "out", "the name of a regular file", str(options.out))
+        require(options.overwrite or not there, "out", "a new file, or --overwrite", str(options.out))
         check_writable(options.out.parent)
     model, tokenizer = load_policy(options, progress)
     log_other_settings(options.model, config, progress)
@@ -48,37 +46,55 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
     episodes = options.episodes * options.group_size
     engine = make_engine(model, config, episodes, progress.log)
     start, tokens, failed = time.perf_counter(), 0, list[Trajectory]()
-    with (
-        closing([world]),
-        atomic_write(options.out) if options.out else nullcontext() as file,
-        progress.phase("episodes", total=episodes) as phase,
-    ):
-        for trajectory in rollout(
-            model,
-            tokenizer,
-            world.make,
-            seeds,
-            config,
-            tasks=rows,
-            group_size=options.group_size,
-            expert=options.expert,
-            engine=engine,
-        ):
-            tokens += int(trajectory.policy_mask.sum())
-            phase.advance()
-            failed += [trajectory] if trajectory.error_kind else []
-            if file is None:
+    with closing([world]), progress.phase("episodes", total=episodes) as phase:
+
+        def counted() -> Iterator[Trajectory]:
+            nonlocal tokens
+            for trajectory in rollout(
+                model,
+                tokenizer,
+                world.make,
+                seeds,
+                config,
+                tasks=rows,
+                group_size=options.group_size,
+                expert=options.expert,
+                engine=engine,
+            ):
+                tokens += int(trajectory.policy_mask.sum())
+                failed.extend([trajectory] if trajectory.error_kind else [])
+                phase.advance()
+                yield trajectory
+
+        if options.out is None:
+            for trajectory in counted():
                 progress.log(transcript(trajectory, tokenizer) + "\n")
-            else:
-                file.write(trajectory.to_json() + "\n")
+        else:
+            _write(counted(), options.out, progress)
     seconds = time.perf_counter() - start
     progress.log(f"{episodes} episodes, {tokens} policy tokens, {tokens / seconds:.0f} per second")
     log_failures(failed, progress)
-    if options.out:
-        progress.log(f"trajectories are in {options.out}")
     if len(failed) == episodes:
         expected = "an episode that can be played"
         raise InputError(f"rollout: expected {expected}, got {episodes} that failed, by {reason(failed[0])}")
+
+
+def _write(played: Iterator[Trajectory], path: Path, progress: Progress) -> None:
+    """Trajectories as they come; those that were played before something ended it are kept, too."""
+    ended: BaseException | None = None
+    count = 0
+    with atomic_write(path) as file:
+        try:
+            for trajectory in played:
+                file.write(trajectory.to_json() + "\n")
+                count += 1
+        except (InputError, KeyboardInterrupt, RuntimeError) as error:
+            if not count:
+                raise
+            ended = error
+    progress.log(f"{count} trajectories are in {path}")
+    if ended is not None:
+        raise ended
 
 
 def transcript(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> str:

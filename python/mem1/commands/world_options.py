@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from inspect import isawaitable
@@ -13,6 +14,7 @@ from typing import Any
 
 from mem1.checks import require
 from mem1.config import RolloutConfig
+from mem1.envs.toy.updates import UpdatesEnv
 from mem1.envs.worlds import DEFAULT, TOYS, Objectives, Side, World, open_world
 from mem1.parsing.tags import HINTS
 from mem1.runtime.event_loop import EVENT_LOOP
@@ -81,6 +83,20 @@ def _most(value: Any) -> int:
     return max((end for end in ends if isinstance(end, int)), default=0)
 
 
+def _facts(made: Mapping[str, Any], objectives: int) -> tuple[int, int]:
+    """Of `UpdatesEnv`: the turns of a reader, and the tokens of a piece of its stream: a fact has some four
+    words, and behind each comes noise until a draw says enough, three times the mean at most.
+    """
+    signature = inspect.signature(UpdatesEnv).parameters
+    updates, share, at_once = (
+        made.get(name, signature[name].default) for name in ("updates", "noise", "facts_per_turn")
+    )
+    noise = max((end for end in (share if isinstance(share, (list, tuple)) else [share])), default=0.0)
+    turns = -(-objectives * (_most(updates) + 1) // max(_most(at_once), 1)) + 2
+    statements = _most(at_once) * (1.0 + 3.0 * noise / max(1.0 - noise, 0.1))
+    return turns, round(8 * statements)
+
+
 def rollout_config(options: argparse.Namespace, objectives: int | None) -> RolloutConfig:
     """The settings of the sampler for episodes of at most that many objectives, None for an environment of
     which nothing is known.
@@ -97,6 +113,9 @@ def rollout_config(options: argparse.Namespace, objectives: int | None) -> Rollo
         max_info_tokens = passage + (64 if options.environment == DEFAULT else max_info_tokens)
         per_question = 2 * hops if options.environment == DEFAULT else 8 * hops
         max_turns = max(max_turns, (objectives or 1) * per_question + 2)
+        if options.environment == "updates":
+            turns, tokens = _facts(made, objectives or 2)
+            max_turns, max_info_tokens = max(max_turns, 2 * turns), max(max_info_tokens, passage + tokens)
     elif isinstance(options.environment, str):
         max_info_tokens = _PASSAGES
         max_turns = 10 if options.environment == "webshop" else 6 if (objectives or 1) <= 4 else 20

@@ -9,18 +9,21 @@ from typing import Literal, NamedTuple
 
 from mem1.checks import InputError, require
 from mem1.data.sources import DataFile, DataSet, data_sets
-from mem1.envs.qa.question_files import read_questions
+from mem1.envs.qa.question_files import has_format, read_questions
 from mem1.envs.search.corpus import Corpus
 from mem1.envs.tasks import read_rows
 
 _BLOCK = 1 << 20  # bytes read at a time
+# What files of other sets are called, too: one that is no known version may be one of these.
+_COMMON = {"train.json", "dev.json", "train.parquet", "test.parquet", "qa.jsonl", "corpus.jsonl"}
 
 
 class Finding(NamedTuple):
     """What became of a file.
 
     path: None where the folder has no file of that name. checksum: "missing" then; "matches" for the size and
-    sha256 of a known version, "differs" where there are such and none fits, "unknown" where there are none.
+    sha256 of a known version, "differs" where there are such and none fits, "unknown" where there are none,
+    and where none fits but other sets have files of that name.
     rows: that could be read; None of what is not read (archives, for one). error: why it could not be; "".
     """
 
@@ -34,7 +37,8 @@ class Finding(NamedTuple):
 
 def check(folder: str | os.PathLike[str]) -> list[Finding]:
     """Look for the files of every data set, by their names, in `folder` and all that it holds. Each that is
-    there is read to its end. InputError if `folder` is none.
+    there is read to its end. Of a name that other sets use, such as train.json, questions in another form are
+    none of this set. InputError if `folder` is none.
     """
     root = Path(folder)
     require(root.is_dir(), "folder", "a folder", str(root))
@@ -45,9 +49,10 @@ def check(folder: str | os.PathLike[str]) -> list[Finding]:
     findings = []
     for dataset in data_sets():
         for file in dataset.files:
-            paths = present.get(file.name, [])
-            findings += [_checked(dataset, file, path) for path in paths]
-            if not paths:
+            checked = [_checked(dataset, file, path) for path in present.get(file.name, [])]
+            found = [finding for finding in checked if finding is not None]
+            findings += found
+            if not found:
                 findings.append(Finding(dataset.name, file.name, None, "missing"))
     return findings
 
@@ -61,11 +66,16 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _checked(dataset: DataSet, file: DataFile, path: Path) -> Finding:
+def _checked(dataset: DataSet, file: DataFile, path: Path) -> Finding | None:
+    """None for a file of another set."""
     found = Finding(dataset.name, file.name, path, "unknown")
     try:
-        if file.digests:
-            found = found._replace(checksum="matches" if _is_known(file, path) else "differs")
+        if file.digests and _is_known(file, path):
+            found = found._replace(checksum="matches")
+        elif file.name not in _COMMON:
+            found = found._replace(checksum="differs" if file.digests else "unknown")
+        elif file.content == "questions" and not has_format(path, dataset.format):
+            return None
         return found._replace(rows=_rows(dataset, file, path))
     except (InputError, OSError) as error:
         return found._replace(error=str(error))

@@ -24,14 +24,19 @@ class Converted(NamedTuple):
     left_out: tuple[str, ...]
 
 
-def convert(name: str, source: str | os.PathLike[str], out: str | os.PathLike[str]) -> Converted:
+QUESTIONS, PASSAGES = "qa.jsonl", "corpus.jsonl"
+
+
+def convert(
+    name: str, source: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool = False
+) -> Converted:
     """Write the questions of the file `source`, of the data set `name`, to qa.jsonl in the folder `out`; and
     to corpus.jsonl, each once, the passages that come with them, if there are any.
 
     A row of qa.jsonl has id, dataset, question, golden_answers, support (ids in the corpus) and type; one of
     corpus.jsonl has id, title and contents ('"Title"', a line break, the text). Tasks of several questions
     are taken apart. Each file is whole or not there. Raises InputError for an unknown name, one without
-    questions, and a file that cannot be read as its format.
+    questions, a file that cannot be read as its format, and a folder that has either file unless `overwrite`.
     """
     dataset = data_set(name)
     names = ", ".join(known.name for known in data_sets() if known.format)
@@ -40,17 +45,21 @@ def convert(name: str, source: str | os.PathLike[str], out: str | os.PathLike[st
     left_out: list[str] = []
     questions = each_question(read_questions(source, dataset.format, left_out))
     folder = Path(out)
-    for target in ("qa.jsonl", "corpus.jsonl"):
-        same = (folder / target).exists() and (folder / target).samefile(source)
+    for target in (folder / QUESTIONS, folder / PASSAGES):
+        same = target.exists() and target.samefile(source)
         require(not same, "out", "another folder than that of the source", str(folder))
+        free = overwrite or not target.exists()
+        require(free, "out", f"a folder without {target.name}, or --overwrite", str(folder))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"out: expected a folder that can be made, got {error}") from error
-    passages = _write_passages(source, folder / "corpus.jsonl")  # first: questions never lack theirs
-    with atomic_write(folder / "qa.jsonl") as file:
+    passages = _write_passages(source, folder / PASSAGES)  # first: questions never lack theirs
+    with atomic_write(folder / QUESTIONS) as file:
         for question in questions:
             _write(file, _row(question))
+    if not passages:  # what may be there belongs to the questions that were
+        (folder / PASSAGES).unlink(missing_ok=True)
     return Converted(len(questions), passages, tuple(left_out))
 
 

@@ -97,10 +97,15 @@ def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any
         raise InputError(f"path: expected a file that can be read, got {str(file)!r}: {error}") from None
 
 
+def is_blank(line: bytes) -> bool:
+    """Whether a line of JSONL has nothing but what JSON calls white space."""
+    return not line.strip(b" \t\r\n")
+
+
 def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with file.open("rb") as lines:  # bytes: only "\n" ends a line, not every character that Unicode calls one
         for number, line in enumerate(lines, 1):
-            if line.strip():
+            if not is_blank(line):
                 yield f"{file}:{number}", _object(f"{file}:{number}", line)
 
 
@@ -140,5 +145,6 @@ def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             for row in batch.to_pylist():
                 number += 1
                 yield f"{file}: row {number}", row
-    except pyarrow.ArrowInvalid as error:
+    # A text that is not UTF-8, a time that Python does not have: what pyarrow does not notice itself.
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise InputError(f"{file}: expected a Parquet file, got {error}") from None

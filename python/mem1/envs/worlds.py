@@ -9,9 +9,9 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
-from mem1.checks import InputError, require
+from mem1.checks import InputError, has_type, require
 from mem1.envs.base import Environment
 from mem1.envs.tasks import read_rows, split, task_id
 from mem1.envs.toy.delayed import DelayedRewardEnv
@@ -70,7 +70,7 @@ def open_world(
     require(environment in WORLDS, "environment", f"one of {', '.join(WORLDS)}", environment)
     require(tasks is None, "tasks", f"none beside {environment}, which has its own", tasks)
     opener = WORLDS[environment]
-    _check_arguments(partial(opener, given), arguments)
+    _check_types(partial(opener, given), arguments)
     return opener(given, **arguments)
 
 
@@ -92,6 +92,18 @@ def _check_arguments(make: Callable[..., Any], arguments: Mapping[str, Any]) -> 
         raise InputError(f"environment-args: expected arguments of {name}: {error}") from None
 
 
+def _check_types(make: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """As `_check_arguments`, and that each is of the type that is written there."""
+    _check_arguments(make, arguments)
+    while isinstance(make, partial):
+        make = make.func
+    hints = get_type_hints(make.__init__ if isinstance(make, type) else make)
+    for name, value in arguments.items():
+        if name in hints:
+            expected = inspect.signature(make).parameters[name].annotation
+            require(has_type(value, hints[name]), f"environment-args: {name}", expected, value)
+
+
 def _rows(path: str) -> list[dict[str, Any]]:
     rows, places = list[dict[str, Any]](), dict[str, str]()
     for where, row in read_rows(path):
@@ -109,7 +121,7 @@ def _rows(path: str) -> list[dict[str, Any]]:
 
 def _toy(make: Callable[..., Environment], given: _Given, **arguments: Any) -> World:
     arguments = _with_objectives(given, arguments)
-    _check_arguments(make, arguments)
+    _check_types(make, arguments)
     make(**arguments)  # which costs nothing, and refuses what is out of its range
     return World(partial(make, **arguments))
 
@@ -134,7 +146,7 @@ def _retrieval_qa(
 
     for name in ("tags", "title_of", "tasks", "retriever"):  # which are given here
         require(name not in arguments, "environment-args", "arguments that are not made of others", name)
-    _check_arguments(partial(RetrievalQAEnv, None, None), arguments)
+    _check_types(partial(RetrievalQAEnv, None, None), arguments)
     title_of: Callable[[str], str | None] | None = None if corpus is None else partial(_title, corpus)
     require((corpus is None) != (url is None), "environment-args", "either corpus or url", (corpus, url))
     retriever: Any
@@ -180,8 +192,11 @@ def _web_qa(
     from mem1.envs.web.serper import SerperClient
     from mem1.envs.web.web_qa import WebQAEnv
 
-    key = _path("key_file", key_file).read_text().strip()
-    _check_arguments(partial(WebQAEnv, None, None), arguments)
+    try:
+        key = _path("key_file", key_file).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"key_file: expected a file with a key, got {key_file!r}: {error}") from None
+    _check_types(partial(WebQAEnv, None, None), arguments)
     clients = SerperClient(key, url), PageFetcher(allow=allow)
     tasks = _composed(given, questions, datasets, held_out)
     make = partial(WebQAEnv, *clients, **({"tags": given.tags} | arguments))
@@ -194,7 +209,7 @@ def _webshop(given: _Given, folder: str, **arguments: Any) -> World:
     from mem1.envs.webshop.webshop_env import WebShopEnv
 
     require(given.objectives in (None, 1, (1, 1)), "objectives", "1 in webshop", given.objectives)
-    _check_arguments(partial(WebShopEnv, folder, given.side), arguments)
+    _check_types(partial(WebShopEnv, folder, given.side), arguments)
     make = partial(WebShopEnv, folder, given.side, **({"tags": given.tags} | arguments))
     return World(make, make().tasks)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,11 +11,10 @@ from mem1.checks import InputError
 from mem1.parsing.action import Action
 from mem1.parsing.boundaries import TurnReader
 from mem1.parsing.chat_template import load_chat
-from mem1.parsing.env_text import PlainEncoder
+from mem1.parsing.env_text import PlainEncoder, head_of
 from mem1.parsing.tags import MEM1, ChatMode, TagFormat
 from mem1.parsing.token_text import TokenText
 
-_CHARACTERS_PER_TOKEN = 16  # a first guess at what a limit of tokens is in characters
 _MANY_TURNS = 9999  # as many digits as a hint is reckoned with
 
 
@@ -64,7 +63,7 @@ class Codec:
             parts = [*chat.head, (head, False), (chat.tail, True)]
             return self._plain.encode_parts(parts, first=True)
 
-        return [*opening, *_head(chat.strip(text), limit, encode)[0]]
+        return [*opening, *head_of(chat.strip(text), limit, encode)[0]]
 
     def observation(self, text: str, limit: int, *, turns_left: int, context_full: bool = False) -> list[int]:
         """What the environment writes after an action, at most `limit` tokens: tag, hint, text, the format's
@@ -81,7 +80,7 @@ class Codec:
         def encode(head: str) -> list[int]:
             return self._plain.encode_parts([(opened, True), (head, False), (closed, True)])
 
-        tokens, head = _head(text, limit, encode)
+        tokens, head = head_of(text, limit, encode)
         if len(tokens) <= limit:
             return tokens
         room = limit - len(encode(""))
@@ -151,16 +150,3 @@ class Codec:
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens; special ones have none."""
         return self.text.decode(tokens)
-
-
-def _head(text: str, limit: int, encode: Callable[[str], list[int]]) -> tuple[list[int], str]:
-    """The tokens of `text`, or of a head of it that has more than `limit`, and that head: megabytes are not
-    read to their end.
-    """
-    size = _CHARACTERS_PER_TOKEN * (limit + 1)
-    while True:
-        head = text[:size]
-        tokens = encode(head)
-        if size >= len(text) or len(tokens) > limit:
-            return tokens, head
-        size *= 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from mem1.parsing.token_text import fast_backend, unknown_id
 
 Part = tuple[str, bool]  # a text, and whether it is trusted
+_CHARACTERS_PER_TOKEN = 16  # a first guess at what a limit of tokens is in characters
 
 
 class PlainEncoder:
@@ -54,6 +55,11 @@ class PlainEncoder:
     def starts(self, text: str) -> list[int]:
         """The character at which each token begins."""
         return [begin for begin, _ in self._encoding(text).offsets]
+
+    def head(self, text: str, limit: int) -> str:
+        """The longest head of a text that ends where one of its first `limit` tokens does."""
+        tokens, head = head_of(text, limit, self.encode)
+        return head if len(tokens) <= limit else head[: self.starts(head)[limit]]
 
     def encode_parts(self, parts: Sequence[Part], *, first: bool = False) -> list[int]:
         """The ids of texts that follow one another. In a trusted one, the texts of added tokens become their
@@ -149,3 +155,16 @@ def _model(backend: Tokenizer, dropped: frozenset[int], kept: dict[str, int]) ->
         if "merges" in core:
             core["merges"] = [pair for pair in core["merges"] if not gone & {*pair, "".join(pair)}]
     return Tokenizer.from_str(json.dumps(state)).model
+
+
+def head_of(text: str, limit: int, encode: Callable[[str], list[int]]) -> tuple[list[int], str]:
+    """The tokens of `text`, or of a head of it that has more than `limit`, and that head: megabytes are not
+    read to their end.
+    """
+    size = _CHARACTERS_PER_TOKEN * (limit + 1)
+    while True:
+        head = text[:size]
+        tokens = encode(head)
+        if size >= len(text) or len(tokens) > limit:
+            return tokens, head
+        size *= 4

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from question_rows import HOTPOTQA, NQ_OPEN, write_rows
+from question_rows import HOTPOTQA, NQ_OPEN, QA, TWO_WIKI, write_rows
 from real_data import DATA, needs_data
 
 from mem1.checks import InputError
@@ -43,6 +43,21 @@ def test_files_are_found_compared_and_read(tmp_path: Path) -> None:
         Finding("nq-open", "NQ-open.efficientqa.dev.1.1.jsonl", unlisted, "unknown", 2),
         Finding("musique", "musique_v1.0.zip", archive, "differs"),
     ]
+
+
+def test_names_that_every_set_uses(tmp_path: Path) -> None:
+    """Another set's train.json is none of 2Wiki's; what is, or is broken, is reported."""
+    write_rows(tmp_path / "train.json", NQ_OPEN)
+    assert there(check(tmp_path)) == []
+    two_wiki = write_rows(tmp_path / "dev.json", TWO_WIKI)
+    own = write_rows(tmp_path / "qa.jsonl", QA)
+    assert there(check(tmp_path)) == [
+        Finding("2wiki", "dev.json", two_wiki, "unknown", len(TWO_WIKI)),
+        Finding("qa", "qa.jsonl", own, "unknown", len(QA)),
+    ]
+    two_wiki.write_text(two_wiki.read_text()[:-5])
+    (broken, _) = there(check(tmp_path))
+    assert broken.path == two_wiki and "expected JSON" in broken.error
 
 
 def test_each_copy_is_checked(tmp_path: Path) -> None:

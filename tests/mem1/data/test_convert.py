@@ -92,12 +92,27 @@ def test_names_without_questions_are_refused(tmp_path: Path, name: str) -> None:
 def test_a_malformed_file_leaves_what_was_there(tmp_path: Path) -> None:
     source: Path = write_rows(tmp_path / "rows.json", HOTPOTQA)
     convert("hotpotqa", source, tmp_path)
+    with pytest.raises(InputError, match="out: expected a folder without qa.jsonl, or --overwrite, got"):
+        convert("hotpotqa", source, tmp_path)
     before: dict[str, Any] = {path.name: path.read_text() for path in tmp_path.glob("*.jsonl")}
     write_rows(source, [*HOTPOTQA, {"_id": "x"}])
     with pytest.raises(InputError, match="row 2: question: expected a text"):
-        convert("hotpotqa", source, tmp_path)
+        convert("hotpotqa", source, tmp_path, overwrite=True)
     assert {path.name: path.read_text() for path in tmp_path.glob("*.jsonl")} == before
     assert len(before) == 2
+
+
+def test_what_is_replaced_takes_its_passages_along(tmp_path: Path) -> None:
+    convert("hotpotqa", write_rows(tmp_path / "rows.json", HOTPOTQA), tmp_path / "out")
+    passages = tmp_path / "out" / "corpus.jsonl"
+    assert passages.is_file()
+    nq = write_rows(tmp_path / "NQ-open.dev.jsonl", NQ_OPEN)
+    assert convert("nq-open", nq, tmp_path / "out", overwrite=True).passages == 0
+    assert not passages.exists() and len(read_questions(tmp_path / "out" / "qa.jsonl")) == len(NQ_OPEN)
+    convert("hotpotqa", tmp_path / "rows.json", tmp_path / "other")
+    (tmp_path / "other" / "qa.jsonl").unlink()
+    with pytest.raises(InputError, match="out: expected a folder without corpus.jsonl, or --overwrite"):
+        convert("nq-open", nq, tmp_path / "other")
 
 
 def test_a_file_is_not_converted_into_itself(tmp_path: Path) -> None:

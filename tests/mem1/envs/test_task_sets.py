@@ -103,6 +103,21 @@ def test_what_is_malformed_is_named_by_its_place(tmp_path, name, content, messag
         read(tmp_path / name)
 
 
+def test_values_of_parquet_that_python_does_not_have_are_named(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    beyond = pyarrow.array([2**62], pyarrow.timestamp("us"))
+    text = pyarrow.Array.from_buffers(
+        pyarrow.string(),
+        1,
+        [None, pyarrow.array([0, 1], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"\xff")],
+    )
+    for name, values in ("time", beyond), ("text", text):
+        path = tmp_path / f"{name}.parquet"
+        parquet.write_table(pyarrow.Table.from_arrays([values], ["id"]), path)
+        with pytest.raises(InputError, match=rf"{name}\.parquet: expected a Parquet file, got "):
+            read(path)
+
+
 def test_a_line_ends_with_a_line_feed_alone(tmp_path):
     row = {"id": "a", "text": "one\u2028two\x85three\rfour"}
     (tmp_path / "a.jsonl").write_text(

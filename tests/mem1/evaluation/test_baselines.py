@@ -24,9 +24,26 @@ CONFIG = RolloutConfig(max_turns=40, max_info_tokens=64)
 def played(agent: str, tokenizer, make: Any = lambda: MultiHopEnv(4), seed: int = 3) -> Trajectory:
     rules = parse_agent(agent)
     config = rules.settings(CONFIG)
-    (trajectory,) = play_expert(tokenizer, rules.environments(make), [seed], config)
+    (trajectory,) = play_expert(tokenizer, rules.environments(make, tokenizer, CONFIG), [seed], config)
     assert trajectory.error_kind == "", trajectory.error
     return trajectory
+
+
+def test_a_memory_holds_no_more_than_a_policy_sees(tokenizer):
+    """Observations of a thousand words, of which it sees 64 tokens, as a note or as found."""
+
+    class Long(MultiHopEnv):
+        def step(self, action):
+            return super().step(action)._replace(observation="ada " * 1000)
+
+    trajectory = played("external-memory=2", tokenizer, lambda: Long(3))
+    lengths = [segment.length for segment in trajectory.segments if segment.kind == "info"]
+    assert len(lengths) >= 3 and max(lengths) <= 3 * CONFIG.max_info_tokens
+    assert CONFIG.max_info_tokens - 4 <= lengths[0] <= CONFIG.max_info_tokens + 4  # with its tags
+    environment = memory.MemoryEnvironment(Long(3), 2, lambda text: text[:8])
+    environment.reset(0)
+    said = [environment.step(Action("query", "ada boss")).observation for _ in range(4)]
+    assert said == ["ada ada ", "ada ada  | ada boss", *["ada ada  | ada boss | ada boss"] * 2]
 
 
 def test_short_forms():
@@ -132,7 +149,7 @@ def test_external_memory_of_a_coroutine():
             return MultiHopEnv.step(self, action)
 
     async def texts() -> list[str]:
-        environment, said = memory.MemoryEnvironment(Later(2), 2), []
+        environment, said = memory.MemoryEnvironment(Later(2), 2, str), []
         environment.reset(0)
         while True:
             step = await environment.step(environment.expert_action().action)
@@ -140,7 +157,7 @@ def test_external_memory_of_a_coroutine():
             if step.terminated:
                 return said
 
-    environment, said, step = memory.MemoryEnvironment(MultiHopEnv(2), 2), [], Step("")
+    environment, said, step = memory.MemoryEnvironment(MultiHopEnv(2), 2, str), [], Step("")
     environment.reset(0)
     while not step.terminated:
         step = environment.step(environment.expert_action().action)
@@ -149,7 +166,7 @@ def test_external_memory_of_a_coroutine():
 
 
 def test_notes_of_one_episode_are_not_the_next_ones():
-    environment = memory.MemoryEnvironment(MultiHopEnv(1), 3)
+    environment = memory.MemoryEnvironment(MultiHopEnv(1), 3, str)
     for _ in range(2):
         environment.reset(0)
         step = environment.step(environment.expert_action().action)

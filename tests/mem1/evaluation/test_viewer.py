@@ -103,6 +103,12 @@ BAD_ENTRIES: dict[str, dict[str, Any]] = {
     "no score": {"score": []},
     "failures that are none": {"failures": [1]},
     "a reward behind the end": {"rewards": [[10_000, 1.0]]},
+    "a reward that is a word": {"rewards": [[0, "x"]]},
+    "a model that is a list": {"model": ["x"]},
+    "objectives that are no number": {"objectives": float("nan")},
+    "no number of invalid actions": {"invalid_actions": None},
+    "an id below 0": {"tokens": [-1], "logprobs": [0], "segments": [["prompt", 0, 1]]},
+    "an id past 32 bits": {"tokens": [2**62], "logprobs": [0], "segments": [["prompt", 0, 1]]},
 }
 
 

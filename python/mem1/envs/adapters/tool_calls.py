@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from mem1.checks import InputError, require
+from mem1.checks import InputError, has_type, require
 
 Function = Callable[..., Any]
 _SYNTAX = '{"name": ..., "arguments": {...}}'
@@ -125,16 +124,16 @@ def _check_parameters(name: str, signature: inspect.Signature) -> None:
 
 
 def _supported(kind: Any) -> bool:
-    origin, arguments = get_origin(kind), get_args(kind)
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
     if origin is Literal:
         return all(type(value) in _PLAIN for value in arguments)
     if origin is Annotated:
         return _supported(arguments[0])
-    if origin is dict:
+    if origin is dict and arguments:
         return arguments[0] is str and _supported(arguments[1])
     if origin in (list, Union, UnionType):
         return all(map(_supported, arguments))
-    return kind in _FREE or kind in _PLAIN
+    return origin in _FREE or origin in _PLAIN
 
 
 def _check_arguments(name: str, signature: inspect.Signature, given: object) -> None:
@@ -145,26 +144,16 @@ def _check_arguments(name: str, signature: inspect.Signature, given: object) -> 
     if missing or not given.keys() <= parameters.keys():
         raise CallError(f"{name}: expected {name}{signature}, got {', '.join(given) or 'no arguments'}")
     for key, value in given.items():
-        if not _fits(value, parameters[key].annotation):
-            expected = inspect.formatannotation(parameters[key].annotation)
+        kind = parameters[key].annotation
+        if kind is not _EMPTY and not (has_type(value, kind) and _is_finite(value)):
+            expected = inspect.formatannotation(kind)
             raise CallError(f"{name}: {key}: expected {expected}, got {reprlib.repr(value)}")
 
 
-def _fits(value: object, kind: Any) -> bool:
-    """Whether a value that JSON has given is of a supported type."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if kind in _FREE:
-        return True
-    if origin is Literal:
-        return any(type(value) is type(one) and value == one for one in arguments)
-    if origin is Annotated:
-        return _fits(value, arguments[0])
-    if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in arguments)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(one, arguments[0]) for one in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_fits(one, arguments[1]) for one in value.values())
-    if kind is float and isinstance(value, float):
-        return math.isfinite(value)
-    return type(value) is kind or (kind is float and type(value) is int)
+def _is_finite(value: object) -> bool:
+    """Python's JSON has NaN and infinity, and no other."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True

@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +69,13 @@ def read_questions(
         found.append(read)
     require(number > 0, "path", "a file with at least one row", str(path))
     return found
+
+
+def has_format(path: str | os.PathLike[str], format: str) -> bool:
+    """Whether the first row of a file has the fields by which `format` is known. InputError as
+    `read_questions`, for a file that cannot be read.
+    """
+    return any(_READERS[format].marks <= row.keys() for _, row in islice(read_rows(path), 1))
 
 
 def _recognised(where: str, row: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from mem1.envs.search.retriever import Passage, Retriever
+from mem1.envs.search.retriever import Passage, Retriever, check_results
 
 Results = list[list[Passage]]
 
@@ -85,7 +85,7 @@ class Batcher:
         # The best few are the first of the best many, so that one search serves all.
         search = asyncio.ensure_future(self._search(queries, max(request.top_k for request in batch)))
         await asyncio.wait({search})
-        if error := search.exception():
+        if error := _error(search):
             if len(batch) > 1:  # whose fault it is shows when each is searched alone
                 for request in batch:
                     await self._answer([request])
@@ -101,9 +101,12 @@ class Batcher:
     async def _search(self, queries: list[str], top_k: int) -> Results:
         found = await asyncio.to_thread(self._retriever.search, queries, top_k)
         results = await found if inspect.isawaitable(found) else found
-        if len(results) != len(queries):
-            raise RuntimeError(f"expected results of {len(queries)} queries, got {len(results)}")
+        check_results(results, len(queries))
         return results
+
+
+def _error(search: asyncio.Future[Results]) -> BaseException | None:
+    return asyncio.CancelledError("cancelled") if search.cancelled() else search.exception()
 
 
 def _failed(error: BaseException) -> SearchError:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Awaitable, Sequence
-from typing import NamedTuple, Protocol
+from numbers import Real
+from typing import Any, NamedTuple, Protocol
 
 MAX_QUERY_CHARS = 4096  # of a query, which a policy writes; what comes after them is not searched for
 NOTHING_FOUND = "No passage was found."
@@ -31,6 +34,25 @@ class Retriever(Protocol):
         below 1.
         """
         ...
+
+
+def check_results(results: Any, count: int) -> None:
+    """RuntimeError unless these are what a retriever may return for `count` queries."""
+    if not isinstance(results, (list, tuple)) or len(results) != count:
+        raise RuntimeError(f"expected a list of results of {count} queries, got {reprlib.repr(results)}")
+    for passages in results:
+        if not isinstance(passages, (list, tuple)) or not all(map(_is_passage, passages)):
+            raise RuntimeError(f"expected a list of passages, got {reprlib.repr(passages)}")
+
+
+def _is_passage(passage: Any) -> bool:
+    return (
+        isinstance(passage, Passage)
+        and isinstance(passage.id, str)
+        and isinstance(passage.contents, str)
+        and isinstance(passage.score, Real)
+        and math.isfinite(passage.score)
+    )
 
 
 def format_passages(passages: Sequence[Passage]) -> str:

@@ -32,17 +32,21 @@ class HtmlConverter:
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
         self._idle: deque[_Worker] = deque()
+        self._under_way: set[threading.Event] = set()
         weakref.finalize(self, _end, self._idle)
 
-    def text(self, html: str) -> str | None:
-        """The text of a page; None if it took too long, or took the process down. Raises InputError if
-        trafilatura cannot be loaded.
+    def text(self, html: str, over: threading.Event | None = None) -> str | None:
+        """The text of a page; None if it took too long, took the process down, or if another thread has set
+        `over`, which says that nobody waits for it. Raises InputError if trafilatura cannot be loaded.
         """
+        over = over or threading.Event()
         try:
             worker = self._idle.pop()
         except IndexError:
             worker = _started()
-        text = worker.ask(html, self._timeout)
+        self._under_way.add(over)
+        text = worker.ask(html, self._timeout, over)
+        self._under_way.discard(over)
         if text is None:
             worker.end()
         else:
@@ -50,7 +54,9 @@ class HtmlConverter:
         return text
 
     def close(self) -> None:
-        """End the processes that are free."""
+        """End all processes. Pages that are being converted have no text."""
+        for over in [*self._under_way]:
+            over.set()
         _end(self._idle)
 
 
@@ -58,7 +64,6 @@ class _Worker:
     """A process that runs html_worker.py, for one caller at a time."""
 
     def __init__(self) -> None:
-        self._expired = False
         self._process = subprocess.Popen(
             [sys.executable, str(_PROGRAM)],
             stdin=subprocess.PIPE,
@@ -69,12 +74,15 @@ class _Worker:
             start_new_session=True,  # an interrupt at the terminal is not meant for it
         )
 
-    def ask(self, html: str | None, timeout: float) -> str | None:
-        """The text of a page, or what is said without one at the start; None if none came in time."""
+    def ask(self, html: str | None, timeout: float, over: threading.Event) -> str | None:
+        """The text of a page, or what is said without one at the start; None if none came in time, or before
+        `over` was set. Sets it.
+        """
         asked, answers = self._process.stdin, self._process.stdout
         assert asked and answers  # pipes
-        timer = threading.Timer(timeout, self._expire)
-        timer.start()
+        self._answered = self._expired = False
+        watch = threading.Thread(target=self._watch, args=(timeout, over), daemon=True)
+        watch.start()
         line = ""
         try:
             if html is not None:
@@ -84,8 +92,9 @@ class _Worker:
         except OSError:  # the process is no more
             pass
         finally:
-            timer.cancel()
-            timer.join()  # from here on it is settled whether the time was over
+            self._answered = True
+            over.set()
+            watch.join()  # from here on it is settled whether the time was over
         whole = line.endswith("\n") and not self._expired
         return str(json.loads(line)) if whole else None
 
@@ -94,14 +103,16 @@ class _Worker:
         self._process.kill()
         self._process.communicate()
 
-    def _expire(self) -> None:
-        self._expired = True
-        self._process.kill()
+    def _watch(self, timeout: float, over: threading.Event) -> None:
+        over.wait(timeout)
+        if not self._answered:
+            self._expired = True
+            self._process.kill()
 
 
 def _started() -> _Worker:
     worker = _Worker()
-    if worker.ask(None, _START_SECONDS) is None:
+    if worker.ask(None, _START_SECONDS, threading.Event()) is None:
         worker.end()
         raise InputError(f"mem1.envs.web: expected trafilatura, got none that can be loaded: {INSTALL}")
     return worker

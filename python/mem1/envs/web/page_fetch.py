@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -18,6 +19,7 @@ _HTML = ("text/html", "application/xhtml+xml")
 _PLAIN = ("text/plain", "application/json")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MAX_KIND_CHARS = 80
+_CONVERSION_SECONDS = 10.0  # for a page: a large one takes one or two, and others wait
 
 
 class Page(NamedTuple):
@@ -41,10 +43,10 @@ class PageFetcher:
     HTML end with it, or with `close`.
 
     allow: "host:port" entries that may be fetched although they are not public, local servers for instance.
-    ports: those of all others. timeout: seconds for all of a fetch: name, redirects, body, conversion.
-    max_bytes: of a body, packed or not. max_chars: of the text, which is cut there. conversions: how many run
-    side by side. resolver: who is asked for the addresses of names, the system by default. Raises InputError
-    for settings that are none.
+    ports: those of all others. timeout: seconds for all of a fetch: name, redirects, body, conversion, and
+    that ten at most. max_bytes: of a body, packed or not. max_chars: of the text, which is cut there.
+    conversions: how many run side by side. resolver: who is asked for the addresses of names, the system by
+    default. Raises InputError for settings that are none.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class PageFetcher:
         self.timeout, self.max_bytes, self.max_chars = timeout, max_bytes, max_chars
         self.max_redirects, self.user_agent = max_redirects, user_agent
         self._rules, self._resolver = UrlRules(allow, ports), resolver
-        self._converter = HtmlConverter(timeout)
+        self._converter = HtmlConverter(min(timeout, _CONVERSION_SECONDS))
         self._threads = ThreadPoolExecutor(conversions, "mem1 html")  # each waits for a process
 
     async def fetch(self, url: str) -> Page:
@@ -93,8 +95,11 @@ class PageFetcher:
             raise FetchError("connection failed") from None
         except aiohttp.ClientError:
             raise FetchError("not an answer of a web server") from None
-        loop = asyncio.get_running_loop()
-        text = await loop.run_in_executor(self._threads, self._text, document)
+        loop, over = asyncio.get_running_loop(), threading.Event()
+        try:
+            text = await loop.run_in_executor(self._threads, self._text, document, over)
+        finally:
+            over.set()  # if the time was over, or the fetch cancelled, so is the conversion
         if text is None:
             raise FetchError("HTML that cannot be converted")
         if not text:
@@ -129,8 +134,8 @@ class PageFetcher:
             auto_decompress=False,
         )
 
-    def _text(self, document: _Document) -> str | None:
+    def _text(self, document: _Document, over: threading.Event) -> str | None:
         text: str | None = clean(decode(document.body, document.charset))
         if text and document.content_type in _HTML:
-            text = self._converter.text(text)
+            text = self._converter.text(text, over)
         return text and clean(text, self.max_chars)

@@ -9,12 +9,16 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, ClassVar, Protocol
+
+from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError, require
 from mem1.config import RolloutConfig
 from mem1.envs.base import Environment, ExpertAction, SampledEnvironment
+from mem1.parsing.env_text import PlainEncoder
 from mem1.parsing.tags import SUMMARY
 from mem1.seeds import derive_seed
 from mem1_core.eviction_policies import Compact, HideObservations, Truncate
@@ -32,8 +36,10 @@ class Agent(Protocol):
         """Those of the sampler."""
         ...
 
-    def environments(self, make: MakeEnvironment) -> MakeEnvironment:
-        """What makes the environments that it plays in."""
+    def environments(
+        self, make: MakeEnvironment, tokenizer: PreTrainedTokenizerBase, config: RolloutConfig
+    ) -> MakeEnvironment:
+        """What makes the environments that it plays in; `config` is what `settings` was given."""
         ...
 
 
@@ -53,7 +59,9 @@ class _Agent:
     def settings(self, config: RolloutConfig) -> RolloutConfig:
         return config
 
-    def environments(self, make: MakeEnvironment) -> MakeEnvironment:
+    def environments(
+        self, make: MakeEnvironment, tokenizer: PreTrainedTokenizerBase, config: RolloutConfig
+    ) -> MakeEnvironment:
         return make
 
 
@@ -143,10 +151,13 @@ class ExternalMemory(_Agent):
     def settings(self, config: RolloutConfig) -> RolloutConfig:
         return replace(config, prune="action", max_info_tokens=(1 + self.notes) * config.max_info_tokens)
 
-    def environments(self, make: MakeEnvironment) -> MakeEnvironment:
+    def environments(
+        self, make: MakeEnvironment, tokenizer: PreTrainedTokenizerBase, config: RolloutConfig
+    ) -> MakeEnvironment:
         from mem1.evaluation.baselines.external_memory import MemoryEnvironment  # which wants bm25s
 
-        return lambda: MemoryEnvironment(make(), self.notes)
+        cut = partial(PlainEncoder(tokenizer).head, limit=config.max_info_tokens)
+        return lambda: MemoryEnvironment(make(), self.notes, cut)
 
 
 @dataclass(frozen=True)
@@ -164,7 +175,9 @@ class RandomActions(_Agent):
     name = "random"
     scripted = True
 
-    def environments(self, make: MakeEnvironment) -> MakeEnvironment:
+    def environments(
+        self, make: MakeEnvironment, tokenizer: PreTrainedTokenizerBase, config: RolloutConfig
+    ) -> MakeEnvironment:
         return lambda: _AtRandom(make())
 
 

@@ -7,7 +7,7 @@ words of a note, and links lead to the notes that are most like it, so that no o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from inspect import isawaitable
 from typing import Any, NamedTuple
 
@@ -65,12 +65,12 @@ class Notes:
 
 
 class MemoryEnvironment:
-    """`environment` with a memory: behind each observation stand the notes that fit the action best (what is
-    cut at the limit are notes), then what was just found becomes a note itself.
+    """`environment` with a memory: behind each observation stand the `count` notes that fit the action best,
+    then what was just found becomes a note itself. cut: what a policy would see of a text.
     """
 
-    def __init__(self, environment: Environment, count: int) -> None:
-        self._environment, self._count = environment, count
+    def __init__(self, environment: Environment, count: int, cut: Callable[[str], str]) -> None:
+        self._environment, self._count, self._cut = environment, count, cut
         self._notes = Notes()
 
     def __getattr__(self, name: str) -> Any:
@@ -91,8 +91,10 @@ class MemoryEnvironment:
         if not isinstance(given, tuple) or len(given) != 5:
             return given  # no step: the loop says so
         step = Step(*given)
-        if step.terminated or step.truncated or action.kind == "malformed":
+        over = step.terminated or step.truncated or action.kind == "malformed"
+        if over or not isinstance(step.observation, str):
             return step
         recalled = [note.text for note in self._notes.recall(action.text, self._count)]
-        self._notes.add(f"{action.text} {step.observation}")
-        return step._replace(observation=_NEXT.join([step.observation, *recalled]))
+        seen = self._cut(step.observation)
+        self._notes.add(self._cut(f"{action.text} {seen}"))
+        return step._replace(observation=_NEXT.join([seen, *recalled]))

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mem1.checks import InputError
+from mem1.checks import InputError, require
 from mem1.io import without_nan
 from mem1.metrics import measure
 from mem1.parsing.token_text import TokenText
@@ -32,6 +32,8 @@ def checked(where: str, row: Mapping[str, Any]) -> Trajectory:
         trajectory = Trajectory.from_dict(dict(row))
         trajectory.score = {str(name): float(value) for name, value in trajectory.score.items()}
         trajectory.peak_tokens()  # asks the rule, which refuses segments that are out of order
+        strange = trajectory.tokens[(trajectory.tokens < 0) | (trajectory.tokens >= 2**31)]
+        require(len(strange) == 0, "tokens", "ids from 0 to 2**31 - 1", strange[:4].tolist())
     except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{where}: expected a trajectory, got {type(error).__name__}: {error}") from None
     return trajectory

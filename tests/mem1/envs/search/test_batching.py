@@ -9,6 +9,7 @@ import pytest
 from small_corpus import Recorded
 
 from mem1.envs.search.batching import Batcher, OverloadedError, SearchError
+from mem1.envs.search.retriever import Passage
 
 
 def texts(found):
@@ -124,6 +125,45 @@ def test_a_request_whose_client_has_gone_disturbs_nobody():
     assert texts(run(work, Recorded())) == [["stays 0"]]
 
 
+NONSENSE = {
+    "no list": None,
+    "no lists": [None],
+    "no passages": [[None]],
+    "tuples": [[("a", "b", 1.0)]],
+    "a number for a text": [[Passage("a", 1, 1.0)]],
+    "a score that is none": [[Passage("a", "b", float("nan"))]],
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_a_retriever_that_gives_nonsense_fails_its_search_alone(case):
+    class Nonsense(Recorded):
+        def search(self, queries, top_k):
+            return NONSENSE[case] if queries == ["bad"] else super().search(queries, top_k)
+
+    async def work(batcher):
+        with pytest.raises(SearchError, match="RuntimeError: expected a list of "):
+            await batcher.search(["bad"], 1)
+        return await batcher.search(["later"], 1)
+
+    assert texts(run(work, Nonsense())) == [["later 0"]]
+
+
+def test_a_search_that_is_cancelled_fails_alone():
+    class Cancelled(Recorded):
+        async def search(self, queries, top_k):
+            if queries == ["bad"]:
+                raise asyncio.CancelledError
+            return super().search(queries, top_k)
+
+    async def work(batcher):
+        with pytest.raises(SearchError, match="CancelledError"):
+            await batcher.search(["bad"], 1)
+        return await batcher.search(["later"], 1)
+
+    assert texts(run(work, Cancelled())) == [["later 0"]]
+
+
 def test_a_retriever_may_be_a_coroutine_and_must_answer_every_query():
     class Awaited(Recorded):
         async def search(self, queries, top_k):
@@ -132,7 +172,7 @@ def test_a_retriever_may_be_a_coroutine_and_must_answer_every_query():
 
     async def work(batcher):
         found = await batcher.search(["a", "b"], 1)
-        with pytest.raises(SearchError, match="RuntimeError: expected results of 2 queries, got 1"):
+        with pytest.raises(SearchError, match="RuntimeError: expected a list of results of 2 queries, got"):
             await batcher.search(["a", "short"], 1)
         return found
 

@@ -86,6 +86,25 @@ def test_a_file_that_is_replaced_stays_readable_and_one_that_is_overwritten_is_r
         corpus[0]
 
 
+def test_a_file_that_is_touched_stays_readable(tmp_path):
+    path = write_rows(tmp_path / "corpus.jsonl", [{"id": "a", "contents": "x"}, {"id": "b", "contents": "y"}])
+    corpus = opened(path)
+    corpus.identity()
+    os.utime(path, ns=(1, 1))
+    assert corpus[0] == ("a", "x") and corpus[1] == ("b", "y")
+    path.write_text(path.read_text().replace("x", "z"))  # in place, and as long
+    with pytest.raises(InputError, match="corpus_path: expected a file that nobody writes"):
+        corpus[0]
+
+
+@pytest.mark.parametrize("blank", ["\f", "\v", "\x85", "\xa0"])
+def test_a_line_of_what_json_does_not_call_blank_is_named(tmp_path, blank):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"id": "a", "contents": "x"}\n \t\r\n' + blank + '\n{"id": "b", "contents": "y"}\n')
+    with pytest.raises(InputError, match=r"corpus.jsonl:3: expected a line of JSON"):
+        list(Corpus(path).rows())
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
     rows = [{"id": f"{n}", "contents": "x"} for n in range(3)]
     path = write_rows(tmp_path / "corpus.jsonl", rows)

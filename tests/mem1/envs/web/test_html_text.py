@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,29 @@ def test_a_page_that_takes_its_process_down(program: Path, page: str) -> None:
     assert time.monotonic() - start < 10.0
     text = converter.text("a")
     assert text and text.endswith(" a")
+    converter.close()
+
+
+def test_a_page_that_nobody_waits_for(program: Path) -> None:
+    """Its process ends at once, and so it does with `close`."""
+    converter = HtmlConverter(60.0)
+
+    def given_up(give_up: Callable[[], None], over: threading.Event) -> None:
+        found: list[str | None] = []
+        thread = threading.Thread(target=lambda: found.append(converter.text("sleep", over)))
+        thread.start()
+        while not converter._under_way:
+            time.sleep(0.01)
+        start = time.monotonic()
+        give_up()
+        thread.join()
+        assert found == [None] and time.monotonic() - start < 5.0
+        assert not converter._idle and not converter._under_way
+
+    over = threading.Event()
+    given_up(over.set, over)
+    given_up(converter.close, threading.Event())
+    assert converter.text("a")
     converter.close()
 
 

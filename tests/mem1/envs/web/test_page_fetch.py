@@ -45,6 +45,27 @@ def reason(fetcher: PageFetcher, url: str) -> str:
 # --- What is read -------------------------------------------------------------------------------------------
 
 
+def test_a_fetch_that_is_cancelled_takes_its_conversion_along(site: Site) -> None:
+    attributes = " ".join(f"a{i}=1" for i in range(40_000)).encode()
+    url = site.page("/slow", b"<body>" + ARTICLE + b"<p " + attributes + b">hi</p></body>", kind="text/html")
+    quick = site.page("/quick", ARTICLE, kind="text/html")
+    fetcher = PageFetcher(allow=[site.entry], timeout=60.0, conversions=1)
+    assert "The river rises" in fetch(fetcher, quick).text
+
+    async def cancelled() -> None:
+        fetching = asyncio.ensure_future(fetcher.fetch(url))
+        while not fetcher._converter._under_way:
+            await asyncio.sleep(0.01)
+        fetching.cancel()
+        await asyncio.wait({fetching})
+
+    LOOP.run(cancelled())
+    start = time.monotonic()
+    assert "The river rises" in fetch(fetcher, quick).text  # another process, at once
+    assert time.monotonic() - start < 8.0
+    fetcher.close()
+
+
 def test_plain_text(fetcher: PageFetcher, site: Site) -> None:
     url = site.page("/plain", b"one\r\n\r\ntwo  three\n")
     assert fetch(fetcher, f"{url}#part") == Page(url, "one\n\ntwo  three")
