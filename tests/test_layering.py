@@ -80,13 +80,14 @@ PYTHON = {
     "mem1": May("", types="mem1.agent mem1.trajectory"),
     "mem1.__main__": May("", call="mem1.cli"),
     "mem1.checks": May(""),
+    "mem1.extras": May("mem1.checks"),
     "mem1.seeds": May("numpy"),
     "mem1.io": May("mem1.checks"),
     "mem1.config": May(
         "mem1.checks mem1.parsing.tags mem1.seeds mem1_core.eviction_policies mem1_core.layout"
     ),
     "mem1.trajectory": May(
-        "torch mem1_core.eviction mem1_core.eviction_policies mem1_core.layout mem1_core.mask "
+        "torch mem1.checks mem1_core.eviction mem1_core.eviction_policies mem1_core.layout mem1_core.mask "
         "mem1_core.segments"
     ),
     "mem1.runtime.progress": May("rich mem1.io"),
@@ -98,18 +99,21 @@ PYTHON = {
     "mem1.parsing.*": May("tokenizers transformers mem1.checks mem1.parsing"),
     "mem1.envs.toy.tokenizer": May("tokenizers transformers mem1.envs.toy"),
     "mem1.envs.toy.training": May("mem1.config mem1.envs.toy"),
-    "mem1.envs.tasks": May("mem1.checks", call="pyarrow"),
+    "mem1.envs.tasks": May("mem1.checks mem1.extras", call="pyarrow"),
     "mem1.envs.search.*": May(
         "numpy aiohttp yarl bm25s Stemmer sentence_transformers faiss mem1.checks mem1.envs.search "
-        "mem1.envs.tasks mem1.io",
+        "mem1.envs.tasks mem1.extras mem1.io",
     ),
     "mem1.envs.web.*": May(
-        "aiohttp yarl trafilatura lxml mem1.checks mem1.envs.base mem1.envs.web mem1.metrics mem1.parsing"
+        "aiohttp yarl trafilatura lxml mem1.checks mem1.envs.base mem1.envs.web mem1.extras mem1.metrics "
+        "mem1.parsing"
     ),
     "mem1.envs.webshop.*": May(
-        "numpy mem1.checks mem1.envs mem1.parsing", call="bm25s Stemmer rapidfuzz textblob spacy"
+        "numpy mem1.checks mem1.envs mem1.extras mem1.parsing", call="bm25s Stemmer rapidfuzz textblob spacy"
     ),
-    "mem1.envs.adapters.*": May("mem1.checks mem1.envs mem1.metrics mem1.parsing", call="gymnasium"),
+    "mem1.envs.adapters.*": May(
+        "mem1.checks mem1.envs mem1.extras mem1.metrics mem1.parsing", call="gymnasium"
+    ),
     "mem1.envs.*": May(
         "mem1.checks mem1.envs mem1.metrics mem1.parsing mem1_core.eviction_policies mem1_core.segments"
     ),
@@ -146,7 +150,7 @@ PYTHON = {
     "mem1.evaluation.baselines": May(""),
     "mem1.evaluation.baselines.external_memory": May("bm25s mem1.envs"),
     "mem1.evaluation.baselines.agents": May(
-        "mem1.checks mem1.config mem1.envs mem1.parsing mem1.seeds mem1_core.eviction_policies",
+        "transformers mem1.checks mem1.config mem1.envs mem1.parsing mem1.seeds mem1_core.eviction_policies",
         call="mem1.evaluation.baselines",
     ),
     "mem1.evaluation.viewer": May(""),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +114,9 @@ def retrieve(options: argparse.Namespace, progress: Progress) -> None:
     """Serve until a signal ends it."""
     from mem1.envs.search.retrieval_server import ServerConfig, run_server
 
+    names = {field.name for field in fields(ServerConfig)} & vars(options).keys()
+    config = ServerConfig(**{name: getattr(options, name) for name in names})
     index = None if options.index is None else str(options.index)
     retriever = open_retriever(str(options.corpus), index, options.dense)
     progress.log(f"{len(retriever):,} passages")
-    config = ServerConfig(host=options.host, port=options.port)
     run_server(retriever, config, lambda url: progress.log(f"listening at {url}"))

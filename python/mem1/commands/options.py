@@ -136,6 +136,11 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("--dense", metavar="MODEL", help="vectors of this sentence-transformers model in the place of BM25")
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=_port, default=8000, help="port to listen on")
+    add("--top-k", type=_positive, default=3, help="passages of a query that does not say how many")
+    add("--max-queries", type=_positive, default=1024, help="of one request")
+    add("--max-batch-size", type=_positive, default=64, help="queries that are searched together")
+    add("--max-wait-ms", type=float, default=2.0, help="for more queries of a batch")
+    add("--max-pending", type=_positive, default=4096, help="queries at a time; more are told to come again")
 
     add = command("demo", "train, evaluate and plot in about five minutes on two idle cores").add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="folder for everything it makes")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mem1.checks import InputError, require
+from mem1.extras import extra
 
 _Task = TypeVar("_Task")
 
@@ -131,13 +132,9 @@ def _object(where: str, line: bytes) -> dict[str, Any]:
 
 
 def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
+    with extra("data", str(file)):
         import pyarrow
         import pyarrow.parquet
-    except ImportError:
-        raise InputError(
-            f"{file}: expected pyarrow to read it, got none: pip install 'mem1_core[data]'"
-        ) from None
     file.open("rb").close()
     try:
         number = 0

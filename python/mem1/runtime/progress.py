@@ -91,6 +91,8 @@ class Progress:
         if self._log is not None:
             self._log(line)
             return
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        line = line.encode(encoding, "backslashreplace").decode(encoding)  # names of files may be any bytes
         with ignore_closed_pipe(sys.stdout):
             if self._bars is not None:
                 self._bars.console.print(line, soft_wrap=True)

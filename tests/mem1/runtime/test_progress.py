@@ -194,6 +194,18 @@ def test_plain_lines_in_a_pipe():
     assert done.stdout.splitlines() == [f"part {i} | done [with it] :smile:" for i in range(2)] + ["over"]
 
 
+def test_names_of_files_may_be_any_bytes():
+    code = "from mem1.runtime.progress import Progress; Progress().log('a\\udcff\\u00e9')"
+    for encoding, said in ("utf-8", "a\\udcff\u00e9\n"), ("ascii", "a\\udcff\\xe9\n"):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+        assert done.stdout.decode() == said
+
+
 def test_work_goes_on_when_nobody_reads(tmp_path):
     finished = tmp_path / "finished"
     process = subprocess.Popen(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mem1.checks import InputError, require
+from mem1.checks import require
 from mem1.envs.adapters.session import Session, invalid, readable
 from mem1.envs.base import Action, Step, require_running
+from mem1.extras import extra
 
 MAX_SHOWN = 200  # characters of a space's alphabet that an observation lists
 
@@ -88,10 +89,8 @@ class GymnasiumEnv(Session):
 
     def _check_spaces(self) -> str:
         """What actions are allowed, in words."""
-        try:
+        with extra("gym", "make"):
             from gymnasium import spaces
-        except ImportError:
-            raise InputError("make: expected gymnasium, got none: pip install gymnasium") from None
 
         actions: Any = getattr(self._env, "action_space", None)
         observations = getattr(self._env, "observation_space", None)
@@ -117,6 +116,7 @@ def _folded(text: str) -> str:
 
 
 def _table(words: Mapping[str, Any]) -> dict[str, Any]:
+    require(all(isinstance(word, str) for word in words), "to_action", "words", list(words))
     table = {_folded(word): chosen for word, chosen in words.items()}
     sound = 0 < len(table) == len(words) and "" not in table
     require(sound, "to_action", "words that differ in more than case and blanks", list(words))

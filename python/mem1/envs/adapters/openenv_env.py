@@ -9,7 +9,8 @@ from mem1.envs.adapters.session import Session, attempt, invalid, readable
 from mem1.envs.base import NOTHING, Action, Step, require_running
 
 MALFORMED = "expected a complete action"
-_REFUSED = "VALIDATION_ERROR"  # the code by which a server says that an action is not of its type
+# How the client says that an action is not of the server's type: a code behind the server's words.
+_REFUSED = "(code: VALIDATION_ERROR)"
 
 
 def seed_and_task(seed: int, task: Any) -> dict[str, Any]:
@@ -90,6 +91,6 @@ class OpenEnvEnvironment(Session):
 
 
 def _refused(error: BaseException) -> Step:
-    if _REFUSED not in str(error):
+    if not str(error).endswith(_REFUSED):
         raise error
     return invalid(error)

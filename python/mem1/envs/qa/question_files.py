@@ -140,7 +140,7 @@ def _search_r1(place: _Place, row: Mapping[str, Any]) -> QuestionRow | str:
     if isinstance(target, list) and any(isinstance(answers, list) for answers in target):
         return _mem1_task(place, row, target, source, prefix, extra.get("indices"))
     name = place.id if extra.get("index") is None else f"{prefix}-{extra['index']}"
-    text = _text(place, "question", row.get("question") or _asked(place, row, _QUESTION))
+    text = _text(place, "question", row.get("question") or _asked(place, row, _QUESTION, str.partition))
     return Question(name, text, _texts(place, _TARGET, target), source)
 
 
@@ -148,7 +148,7 @@ def _mem1_task(
     place: _Place, row: Mapping[str, Any], target: list[Any], source: str, prefix: str, indices: Any
 ) -> QuestionTask | str:
     """target: of each question its golden answers. indices: the places of the questions in their set."""
-    texts = _NEXT_QUESTION.split(_asked(place, row, _QUESTIONS).strip())
+    texts = _NEXT_QUESTION.split(_asked(place, row, _QUESTIONS, str.rpartition).strip())
     if len(texts) != len(target):
         return f"{len(target)} questions that cannot be told apart"
     task, names = place.id, [f"{place.id}.{part}" for part in range(len(target))]
@@ -164,13 +164,16 @@ def _mem1_task(
     return QuestionTask(task, tuple(parts))
 
 
-def _asked(place: _Place, row: Mapping[str, Any], mark: str) -> str:
-    """What the last user's message has after `mark`: all of it, where that is missing."""
+def _asked(
+    place: _Place, row: Mapping[str, Any], mark: str, cut: Callable[[str, str], tuple[str, str, str]]
+) -> str:
+    """What the last user's message has after `mark`, the first one or the last; all of it without one."""
     prompt = row.get("prompt")
     fits = isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt)
     _require(fits, place, "prompt", "a list of chat messages", prompt)
     texts = [message.get("content") for message in prompt or () if message.get("role") == "user"]
-    return _text(place, "prompt", texts[-1] if texts else None).rpartition(mark)[2]
+    text = _text(place, "prompt", texts[-1] if texts else None)
+    return cut(text, mark)[2] if mark in text else text
 
 
 def _support(place: _Place, row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ passages and short queries want a small k1 and b: Anserini's 0.9 and 0.4.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import unicodedata
@@ -17,19 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from mem1.checks import InputError, require
+from mem1.checks import require
 from mem1.envs.search.corpus import Corpus
 from mem1.envs.search.index_folder import damaged, open_index
 from mem1.envs.search.retriever import MAX_QUERY_CHARS, Passage
+from mem1.extras import extra
 
-try:
+with extra("retrieval", "BM25Retriever"):
     import bm25s
     import Stemmer
-except ImportError as error:
-    raise InputError(
-        f"BM25Retriever: expected the packages bm25s and PyStemmer, got none ({error}): "
-        "pip install 'mem1_core[retrieval]'"
-    ) from None
 
 STOP_WORDS = frozenset(
     "a an and are as at be but by for if in into is it no not of on or such that the their then there these "
@@ -76,7 +73,7 @@ class BM25Retriever:
         Raises InputError for a corpus with faults (by file and line), one without words, and an
         `index_folder` that cannot be written.
         """
-        require(k1 >= 0, "k1", "a number >= 0", k1)
+        require(0 <= k1 < math.inf, "k1", "a number >= 0", k1)
         require(0 <= b <= 1, "b", "a number from 0 to 1", b)
         settings = {
             "method": "bm25 1",  # to be counted up when `split_words` changes
@@ -139,6 +136,8 @@ def _load(index: Path) -> Any:
         model = bm25s.BM25.load(index, mmap=True)
     except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
         raise damaged(index, error) from None
+    if len(model.vocab_dict) != len(model.scores["indptr"]) - 1:
+        raise damaged(index, ValueError(f"{len(model.vocab_dict)} words"))
     for name in ("data", "indices", "indptr"):
         # Plain views: slices of numpy's own class for arrays on disk take several times as long.
         model.scores[name] = np.asarray(model.scores[name])

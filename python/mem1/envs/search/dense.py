@@ -16,15 +16,11 @@ from mem1.checks import InputError, require
 from mem1.envs.search.corpus import Corpus
 from mem1.envs.search.index_folder import damaged, open_index
 from mem1.envs.search.retriever import MAX_QUERY_CHARS, Passage
+from mem1.extras import extra
 
-try:
+with extra("dense", "DenseRetriever"):
     import faiss
     from sentence_transformers import SentenceTransformer
-except ImportError as error:
-    raise InputError(
-        f"DenseRetriever: expected the packages sentence-transformers and faiss-cpu, got none ({error}): "
-        "pip install 'mem1_core[dense]'"
-    ) from None
 
 _INDEX = "passages.faiss"
 _CHUNK = 4096  # passages of which texts are in memory at a time

@@ -12,18 +12,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from mem1.checks import InputError, require
+from mem1.checks import require
 from mem1.envs.search.retriever import MAX_QUERY_CHARS, Passage
+from mem1.extras import extra
 
-try:
+with extra("retrieval", "retrieval client"):
     import aiohttp
-except ImportError as error:
-    raise InputError(
-        f"retrieval client: expected the package aiohttp, got none ({error}): "
-        "pip install 'mem1_core[retrieval]'"
-    ) from None
+    import yarl
 
-_UNAVAILABLE = (502, 503, 504)  # a proxy in front of a server that is down, or a server with too much to do
+# A proxy in front of a server that is down, or a server with too much to do.
+_UNAVAILABLE = (429, 502, 503, 504)
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds
 
 
@@ -44,8 +42,9 @@ class RetrievalClient:
     number of tasks at once.
 
     url: of /retrieve. timeout: seconds for a search; as long as they last, it is tried again after errors of
-    the connection and while the server is not available (502, 503, 504; it waits as long as a Retry-After
-    says): a search changes nothing. attempt_timeout: seconds for one try. max_response_bytes: of an answer.
+    the connection and while the server is not available (429, 502, 503, 504; it waits for as long as a
+    Retry-After says): a search changes nothing. attempt_timeout: seconds for one try. max_response_bytes: of
+    an answer.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class RetrievalClient:
         attempt_timeout: float = 10.0,
         max_response_bytes: int = 16 << 20,
     ) -> None:
-        require(str(url).startswith(("http://", "https://")), "url", "http://... or https://...", url)
+        require(_is_url(url), "url", "http://... or https://...", url)
         require(timeout > 0, "timeout", "seconds > 0", timeout)
         require(attempt_timeout > 0, "attempt_timeout", "seconds > 0", attempt_timeout)
         require(max_response_bytes > 0, "max_response_bytes", "a number > 0", max_response_bytes)
@@ -85,8 +84,8 @@ class RetrievalClient:
                 wait = max(failure.pause, pause * random.uniform(0.5, 1.0))
                 if time.monotonic() + wait >= deadline:
                     raise ConnectionError(
-                        f"retrieval: expected an answer from {self.url} within {self._timeout:g} s, "
-                        f"got none: {failure}"
+                        f"retrieval: expected an answer from {_without_secrets(self.url)} "
+                        f"within {self._timeout:g} s, got none: {failure}"
                     ) from failure.__cause__
             await asyncio.sleep(wait)
             pause = min(2 * pause, _LONGEST_PAUSE)
@@ -176,6 +175,19 @@ def _passage(entry: Any) -> Passage:
 def _expect(condition: bool, expected: str, value: Any) -> None:
     if not condition:
         raise RetrievalError(f"retrieval: expected {expected}, got {reprlib.repr(value)}")
+
+
+def _is_url(text: object) -> bool:
+    try:
+        parsed = yarl.URL(text if isinstance(text, str) else "")
+    except ValueError:
+        return False
+    return parsed.scheme in ("http", "https") and bool(parsed.host)
+
+
+def _without_secrets(url: str) -> str:
+    """Without user, password and query."""
+    return str(yarl.URL(url).with_user(None).with_query(None))
 
 
 def _seconds(retry_after: str) -> float:

@@ -26,15 +26,11 @@ from typing import Any
 from mem1.checks import InputError, require, require_integers, require_numbers
 from mem1.envs.search.batching import Batcher, OverloadedError, SearchError
 from mem1.envs.search.retriever import Passage, Retriever
+from mem1.extras import extra
 
-try:
+with extra("retrieval", "retrieval server"):
     from aiohttp import web
     from yarl import URL
-except ImportError as error:
-    raise InputError(
-        f"retrieval server: expected the package aiohttp, got none ({error}): "
-        "pip install 'mem1_core[retrieval]'"
-    ) from None
 
 RETRY_AFTER = 1  # seconds
 _log = logging.getLogger(__name__)
@@ -56,6 +52,8 @@ class ServerConfig:
     shutdown_timeout: float = 10.0  # seconds for requests under way when the server is stopped
 
     def __post_init__(self) -> None:
+        named = isinstance(self.host, str) and bool(self.host.strip())
+        require(named, "host", "a name or an address", self.host)
         require_integers(self, "port", 0, 65535)
         require_integers(self, "top_k max_top_k max_queries max_batch_size max_pending max_body_bytes", 1)
         require_numbers(self, "max_wait_ms shutdown_timeout")
@@ -113,7 +111,11 @@ def _application(retriever: Retriever, config: ServerConfig) -> web.Application:
 
     async def retrieve(request: web.Request) -> web.Response:
         try:
-            queries, top_k, scores = parse_request(await request.read(), config)
+            body = await request.read()
+        except (ConnectionError, web.RequestPayloadError) as error:  # the client is gone, or packs badly
+            return _refusal(400, f"body: expected one that can be read, got {type(error).__name__}")
+        try:
+            queries, top_k, scores = parse_request(body, config)
             results = await batcher.search(queries, top_k) if queries else []
         except InputError as error:
             return _refusal(400, str(error))

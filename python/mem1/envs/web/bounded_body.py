@@ -8,6 +8,8 @@ from mem1.envs.web.web_packages import aiohttp
 
 ACCEPT_ENCODING = "gzip"  # the one compression that is read
 _CHUNK = 65536
+_GZIP = 16 + zlib.MAX_WBITS  # with its header
+_MAGIC = b"\x1f\x8b"
 
 
 class BodyError(Exception):
@@ -22,22 +24,37 @@ async def read_body(response: aiohttp.ClientResponse, limit: int) -> bytes:
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("identity", "", "gzip", "x-gzip"):
         raise BodyError("an unknown compression")
-    unpacker = zlib.decompressobj(16 + zlib.MAX_WBITS) if encoding.endswith("gzip") else None
+    unpacker = _Gzip() if encoding.endswith("gzip") else None
     body, received = bytearray(), 0
     async for chunk in response.content.iter_chunked(_CHUNK):
         received += len(chunk)
         # One byte more than fits shows that there is more: nothing is ever left inside the unpacker.
-        body += _unpacked(unpacker, chunk, limit + 1 - len(body)) if unpacker else chunk
+        body += unpacker.unpacked(chunk, limit + 1 - len(body)) if unpacker else chunk
         if max(received, len(body)) > limit:
             raise BodyError(f"too large: more than {limit} bytes")
-    if unpacker and received and not unpacker.eof:
+    if unpacker and received and not unpacker.ended:
         raise BodyError("a compressed body that ends too soon")
     return bytes(body)
 
 
-def _unpacked(unpacker: zlib._Decompress, chunk: bytes, limit: int) -> bytes:
-    """At most `limit` bytes; what comes after the end of the compressed stream is left out."""
-    try:
-        return unpacker.decompress(chunk, limit)
-    except zlib.error:
-        raise BodyError("a body that cannot be unpacked") from None
+class _Gzip:
+    """A file of gzip, which is one compressed stream or several, one behind the other (RFC 1952, 2.2)."""
+
+    def __init__(self) -> None:
+        self._stream = zlib.decompressobj(_GZIP)
+        self.ended = False  # with the end of a stream
+
+    def unpacked(self, chunk: bytes, limit: int) -> bytes:
+        """At most `limit` bytes; what comes after the end and is no other stream is left out."""
+        found = b""
+        while chunk and limit > len(found):
+            if self.ended and not chunk.startswith(_MAGIC):
+                break
+            if self.ended:
+                self._stream = zlib.decompressobj(_GZIP)
+            try:
+                found += self._stream.decompress(chunk, limit - len(found))
+            except zlib.error:
+                raise BodyError("a body that cannot be unpacked") from None
+            self.ended, chunk = self._stream.eof, self._stream.unused_data
+        return found

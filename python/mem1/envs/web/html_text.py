@@ -16,7 +16,6 @@ from collections import deque
 from pathlib import Path
 
 from mem1.checks import InputError
-from mem1.envs.web.web_packages import INSTALL
 
 _PROGRAM = Path(__file__).with_name("html_worker.py")
 _START_SECONDS = 60.0  # to load the packages
@@ -114,7 +113,10 @@ def _started() -> _Worker:
     worker = _Worker()
     if worker.ask(None, _START_SECONDS, threading.Event()) is None:
         worker.end()
-        raise InputError(f"mem1.envs.web: expected trafilatura, got none that can be loaded: {INSTALL}")
+        raise InputError(
+            "mem1.envs.web: expected the package trafilatura, got none that can be loaded: "
+            "pip install 'mem1_core[web]'"
+        )
     return worker
 
 

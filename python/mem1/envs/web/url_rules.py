@@ -19,11 +19,12 @@ _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _UNICAST = ipaddress.IPv6Network("2000::/3")  # all of IPv6 that is given out
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_SPECIAL = (  # global by their number, and still no hosts of the web
+_SPECIAL = (  # global by their number, to some versions of Python, and still no hosts of the web
     ipaddress.IPv4Network("100.64.0.0/10"),  # carrier-grade NAT
     ipaddress.IPv4Network("168.63.129.16/32"),  # a cloud's metadata
     ipaddress.IPv4Network("192.0.0.0/24"),
     ipaddress.IPv4Network("192.88.99.0/24"),  # relays of 6to4
+    ipaddress.IPv6Network("3fff::/20"),  # of documents (RFC 9637)
 )
 _NAME = re.compile(r"[a-z0-9_.-]{1,253}")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mem1.envs.webshop.optional_packages import webshop_extra
+from mem1.extras import extra
 
 MOST_RESULTS = 50
 _LONGEST_QUERY = 4096  # characters; the longest of all 6,910 instructions has 275
@@ -26,7 +26,7 @@ class ProductSearch:
     """
 
     def __init__(self, documents: Mapping[str, str]) -> None:
-        with webshop_extra():
+        with extra("webshop", "webshop"):
             import bm25s
         self._asins = tuple(documents)
         self._index = bm25s.BM25(method="lucene", k1=_K1, b=_B)
@@ -46,7 +46,7 @@ class ProductSearch:
 
 def terms(text: str) -> list[str]:
     """The stems (Porter's) of the words of two characters or more that are no stop words."""
-    with webshop_extra():
+    with extra("webshop", "webshop"):
         import Stemmer
     readable = text.lower().encode(errors="replace").decode()  # the stemmer takes no lone surrogates
     words = [word for word in _WORD.findall(readable) if word not in _STOP_WORDS]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from mem1.envs.webshop.catalogue import Product
 from mem1.envs.webshop.goals import Goal
-from mem1.envs.webshop.optional_packages import webshop_extra
+from mem1.extras import extra
 
 _ALIKE = 85  # of 100
 COLOURS = tuple(
@@ -102,7 +102,7 @@ def _is_chosen(name: str, value: str, chosen: Collection[str]) -> bool:
 
 
 def _alike(one: str, other: str) -> bool:
-    with webshop_extra():
+    with extra("webshop", "webshop"):
         from rapidfuzz import fuzz, utils
     plain = (utils.default_process(text.translate(_LATIN_1)) for text in (one, other))
     return round(fuzz.token_set_ratio(*plain)) > _ALIKE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mem1.envs.webshop.optional_packages import webshop_extra
+from mem1.extras import extra
 
 _SPACY_MODEL = "en_core_web_sm"
 
@@ -43,7 +43,7 @@ def _spacy_tagger() -> TitleTagger | None:
 
 
 def _textblob_tagger() -> TitleTagger:
-    with webshop_extra():
+    with extra("webshop", "webshop"):
         from textblob.en.taggers import PatternTagger
     tag = PatternTagger().tag
 

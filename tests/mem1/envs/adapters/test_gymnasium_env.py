@@ -191,6 +191,8 @@ def test_a_space_that_does_not_fit_is_named(make: Any, settings: dict[str, Any],
 
 @pytest.mark.parametrize("words", [{}, {"a": 0, " A ": 1}, {" ": 0}])
 def test_words_that_cannot_be_told_apart_are_named(words: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="to_action: expected words, got"):
+        GymnasiumEnv(Other, to_action={0: 0})  # type: ignore[dict-item]
     with pytest.raises(InputError, match="to_action: expected words"):
         GymnasiumEnv(Other, words)
 

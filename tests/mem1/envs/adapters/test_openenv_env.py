@@ -29,6 +29,8 @@ class Client:
         self.calls.append(action)
         if action == "bad":
             raise RuntimeError("Server error: Invalid message (code: VALIDATION_ERROR)")
+        if action == "quoted":  # an environment's own words
+            raise RuntimeError("Server error: no 'VALIDATION_ERROR' here (code: EXECUTION_ERROR)")
         if action == "gone":
             raise ConnectionResetError("gone")
         if action == "broken":
@@ -115,6 +117,8 @@ def test_faults_of_the_server_are_raised_and_no_step_is_made_twice(environment: 
     assert environment.retryable == (OSError, RuntimeError)
     value(environment.reset(0))
     assert environment.retryable == ()
+    with pytest.raises(RuntimeError, match="here"):
+        step(environment, "quoted")
     with pytest.raises(RuntimeError, match="division by zero"):
         step(environment, "broken")
     with pytest.raises(ConnectionResetError):

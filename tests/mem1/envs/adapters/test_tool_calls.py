@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -107,6 +108,9 @@ def test_a_query_that_calls_nothing_is_told_what_was_expected(query: str, told: 
 @pytest.mark.parametrize(
     ("kind", "fitting", "others"),
     [
+        (typing.List, [[], [1, "a"]], [None, {}]),  # noqa: UP006
+        (typing.Dict, [{}, {"a": 1}], [None, []]),  # noqa: UP006
+        (typing.List[int], [[], [1]], [["a"], 1]),  # noqa: UP006
         (str, ["", "a"], [1, None, ["a"]]),
         (int, [0, -3], [1.0, True, "1"]),
         (float, [1, 1.5], ["1", True, None]),

@@ -123,6 +123,13 @@ def test_a_prompt_without_an_instruction_is_the_question(tmp_path: Path) -> None
     assert read == [Question("nq-train-3", "who?", ("a",), "nq")]
 
 
+def test_a_question_about_a_question(tmp_path: Path) -> None:
+    prompt = [{"role": "user", "content": "Answer. Question: who asked 'Question: who?'"}]
+    row = search_r1_row("nq", 3, "", ["a"], prompt=prompt)
+    (read,) = read_questions(write_rows(tmp_path / "rows.jsonl", [row]))
+    assert isinstance(read, Question) and read.question == "who asked 'Question: who?'"
+
+
 def test_mem1_has_the_questions_of_a_task_a_row(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     rows = [

@@ -133,6 +133,15 @@ def test_a_damaged_index_is_named(tmp_path, name, damage):
         BM25Retriever.open(path, tmp_path / "index")
 
 
+def test_an_index_without_its_words_is_named(tmp_path):
+    path = write_towns(tmp_path / "corpus.jsonl", 3)
+    BM25Retriever.open(path, tmp_path / "index")
+    (words,) = (tmp_path / "index").glob("*/vocab.index.json")
+    words.write_text("{}")
+    with pytest.raises(InputError, match="index_folder: expected a whole index.*0 words.*delete it"):
+        BM25Retriever.open(path, tmp_path / "index")
+
+
 def test_several_threads_find_what_one_does(towns):
     queries = [f"Running rivers of town{n}" for n in range(40)]
     expected, found = towns.search(queries, 3), []
@@ -147,7 +156,7 @@ def test_several_threads_find_what_one_does(towns):
 def test_without_its_packages_the_extra_is_named():
     code = "import sys\nsys.modules['Stemmer'] = None\nimport mem1.envs.search.bm25"
     with python(code) as process:
-        assert "InputError: BM25Retriever: expected the packages bm25s and PyStemmer" in process.stderr.read()
+        assert "InputError: BM25Retriever: expected the package Stemmer, got none" in process.stderr.read()
         assert process.wait() == 1
     assert "torch" not in python_modules("mem1.envs.search.bm25")
 

@@ -101,5 +101,5 @@ def test_what_cannot_be_used_is_named(model, corpus, tmp_path):
 def test_without_its_packages_the_extra_is_named():
     code = "import sys\nsys.modules['faiss'] = None\nimport mem1.envs.search.dense"
     with python(code) as process:
-        assert "InputError: DenseRetriever: expected the packages sentence-trans" in process.stderr.read()
+        assert "InputError: DenseRetriever: expected the package faiss, got none" in process.stderr.read()
         assert process.wait() == 1

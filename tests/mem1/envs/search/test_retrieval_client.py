@@ -147,7 +147,7 @@ def test_compression_is_not_asked_for_and_not_unpacked():
         searched(handler)
 
 
-@pytest.mark.parametrize("status", [502, 503, 504])
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
 def test_a_server_that_is_not_available_is_asked_again(status):
     times = []
 
@@ -239,10 +239,20 @@ def test_nobody_there_is_a_connection_error():
         asyncio.run(RetrievalClient("http://127.0.0.1:9/retrieve", timeout=0.2).search(["a"], 1))
 
 
+def test_secrets_of_a_url_are_not_told():
+    client = RetrievalClient("http://me:secret@127.0.0.1:9/retrieve?key=secret", timeout=0.2)
+    with pytest.raises(ConnectionError, match="answer from http://127.0.0.1:9/retrieve within") as error:
+        asyncio.run(client.search(["a"], 1))
+    assert "secret" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
         ({"url": "localhost:8000"}, "url: expected http://... or https://..."),
+        ({"url": "http://"}, "url: expected http://... or https://..., got 'http://'"),
+        ({"url": "http://[::1"}, "url: expected http"),
+        ({"url": 5}, "url: expected http"),
         ({"timeout": 0}, "timeout: expected seconds > 0"),
         ({"attempt_timeout": -1}, "attempt_timeout: expected seconds > 0"),
         ({"max_response_bytes": 0}, "max_response_bytes: expected a number > 0"),

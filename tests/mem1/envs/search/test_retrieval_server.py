@@ -99,6 +99,27 @@ def test_a_large_body_is_refused():
     assert posted({"queries": ["a" * 900]}, max_body_bytes=1000)[0] == 200
 
 
+def test_clients_that_hang_up_or_pack_badly_disturb_nobody(caplog):
+    async def work(session, url):
+        port = int(url.rpartition(":")[2].partition("/")[0])
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        await writer.drain()
+        writer.close()
+        await asyncio.sleep(0.1)
+        assert not [record for record in caplog.records if record.exc_info]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        head = b"POST /retrieve HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n"
+        writer.write(head + b"Connection: close\r\n\r\nnone")
+        said = await reader.read()
+        assert said.startswith(b"HTTP/1.1 400") and b"body: expected one that can be read, got " in said
+        writer.close()
+        async with session.post(url, json={"queries": ["good"]}) as response:
+            assert response.status == 200
+
+    served(work)
+
+
 def test_paths_and_methods():
     async def work(session, url):
         base = url.removesuffix("/retrieve")
@@ -173,6 +194,7 @@ def test_an_address_that_is_taken_is_named():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
+        ({"host": ""}, "host: expected a name or an address, got ''"),
         ({"port": 65536}, "port: expected an integer from 0 to 65535"),
         ({"max_batch_size": 0}, "max_batch_size: expected an integer >= 1"),
         ({"max_wait_ms": -1}, "max_wait_ms: expected a finite number >= 0"),

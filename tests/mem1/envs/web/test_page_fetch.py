@@ -125,6 +125,17 @@ def test_gzip(fetcher: PageFetcher, site: Site) -> None:
     assert fetch(fetcher, url).text == ("packed " * 100).strip()
 
 
+def test_gzip_of_several_streams(site: Site) -> None:
+    streams = b"".join(gzip.compress(text, mtime=0) for text in (b"one ", b"", b"two " * 40_000, b"three"))
+    url = site.page("/streams", streams, Content_Encoding="gzip")
+    fetcher = PageFetcher(allow=[site.entry], max_bytes=160_009, max_chars=200_000)
+    assert fetch(fetcher, url).text == "one " + "two " * 40_000 + "three"
+    url = site.page("/one too many", streams + gzip.compress(b"!", mtime=0), Content_Encoding="gzip")
+    assert reason(fetcher, url) == "too large: more than 160009 bytes"
+    cut = site.page("/cut", streams[:-3], Content_Encoding="gzip")
+    assert reason(fetcher, cut) == "a compressed body that ends too soon"
+
+
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 def test_redirects(fetcher: PageFetcher, site: Site, status: int) -> None:
     end = site.page("/folder/end", b"the end")
