@@ -46,6 +46,7 @@ _POLAR = ("yes", "no", "noanswer")  # answers of which HotpotQA's scorer knows n
 _RESAMPLES = 2000
 _AT_ONCE = 1 << 18  # numbers that are drawn
 SEPARATOR = ";"
+REWARDS = ("exact_match", "f1")  # of a `Grade`, what an answer can be paid by
 
 
 def normalize_answer(text: str) -> str:
@@ -100,6 +101,10 @@ class Grade(NamedTuple):
             "f1": self.f1,
             "answers_missing": float(self.answers_missing),
         }
+
+    def by_objective(self) -> dict[str, list[float]]:
+        """More entries, of each objective its own."""
+        return {"objectives_em": list(self.exact_matches), "objectives_f1": list(self.f1s)}
 
 
 # The entries of `Step.info` as long as there is no answer.

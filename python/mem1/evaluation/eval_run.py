@@ -63,8 +63,9 @@ class EvaluationFolder:
     """The folder of an evaluation, of all processes on this machine this one's alone until `close`. Nothing
     is written before `run`, and nothing deleted but what an evaluation has written.
 
-    settings: what the numbers follow from; a run goes on only with the same. overwrite: start over. Raises
-    InputError for a folder that holds anything else, other settings, or a run of another process.
+    settings: what the numbers follow from; a run goes on only with the same, but for more "agents" behind
+    those that it has. overwrite: start over. Raises InputError for a folder that holds anything else, other
+    settings, or a run of another process.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
@@ -86,6 +87,9 @@ class EvaluationFolder:
             return True
         before, now = _read_settings(self.out / SETTINGS), self._settings
         other = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+        known = before.get("agents")
+        if other == ["agents"] and isinstance(known, list) and now["agents"][: len(known)] == known:
+            return False
         if other:
             was, wanted = ({name: one.get(name) for name in other} for one in (before, now))
             raise InputError(
@@ -115,11 +119,17 @@ class EvaluationFolder:
                 left.unlink()
         if tokenizer is not None and not (self.out / TOKENIZER / "tokenizer.json").is_file():
             tokenizer.save_pretrained(self.out / TOKENIZER)
-        if not (self.out / TRAJECTORIES).is_file():
-            for place, cell in enumerate(cells):
-                _play(cell, self.out / PARTS / str(place), episodes, progress)
-            with atomic_write(self.out / TRAJECTORIES) as file:
-                for place in range(len(cells)):
+        whole = self.out / TRAJECTORIES
+        known = _known(whole, cells, episodes) if whole.is_file() else 0
+        if known < len(cells):
+            self._record()  # of agents that came later
+            for place in range(known, len(cells)):
+                _play(cells[place], self.out / PARTS / str(place), episodes, progress)
+            with atomic_write(whole) as file:
+                if known:
+                    with whole.open() as before:
+                        shutil.copyfileobj(before, file)
+                for place in range(known, len(cells)):
                     for part in _parts(self.out / PARTS / str(place), episodes):
                         file.write(part.read_text())
         results = [
@@ -155,6 +165,9 @@ class EvaluationFolder:
         for name in reversed(_OURS):  # the record last: who is killed in between finds a run without parts
             path = self.out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self._record()
+
+    def _record(self) -> None:
         with atomic_write(self.out / SETTINGS) as file:
             json.dump(self._settings, file, indent=2)
 
@@ -193,6 +206,17 @@ def _play(cell: Cell, folder: Path, episodes: int, progress: Progress) -> None:
             with atomic_write(part) as file:
                 for trajectory in played:
                     file.write(json.dumps({"agent": cell.agent, **trajectory.to_dict()}) + "\n")
+
+
+def _known(path: Path, cells: Sequence[Cell], episodes: int) -> int:
+    """How many of the cells, from the first, a file has; InputError for one of others."""
+    agents = [row.get("agent") for _, row in read_rows(path)]
+    wanted = [cell.agent for cell in cells for _ in range(episodes)]
+    # Those of a whole file are looked at one by one, when they are read.
+    whole = len(agents) % episodes == 0 and agents == wanted[: len(agents)] or len(agents) == len(wanted)
+    expected = f"{episodes} trajectories of {', '.join(cell.title for cell in cells)}, or overwrite"
+    require(whole, str(path), expected, f"{len(agents)} of {', '.join(map(str, dict.fromkeys(agents)))}")
+    return len(agents) // episodes
 
 
 def read_cells(out: Path, cells: Sequence[Cell], episodes: int) -> Iterator[list[Trajectory]]:

@@ -201,10 +201,31 @@ def test_objectives_are_those_of_the_episodes(tmp_path, capsys, monkeypatch):
     assert main(["view", str(tmp_path / "a" / "trajectories.jsonl")]) == 0
 
 
+def test_agents_are_added_to_a_finished_evaluation(tmp_path, capsys):
+    """As if they had been asked for at once; who was there stays first."""
+
+    def played(name: str) -> dict[str, Any]:
+        return {file: rows for file, rows in files(tmp_path / name).items() if file != "tables.md"}
+
+    command = ["eval", "--objectives", "1", "2", "--episodes", "3", "--agents"]
+    assert main([*command, "oracle", "--out", str(tmp_path / "a")]) == 0
+    before = played("a")["trajectories.jsonl"]
+    assert main([*command, "oracle", "random", "--out", str(tmp_path / "a")]) == 0
+    assert main([*command, "oracle", "random", "--out", str(tmp_path / "b")]) == 0
+    assert played("a") == played("b") and played("a")["trajectories.jsonl"][:6] == before
+    for other in (["random"], ["random", "oracle"], ["oracle"]):
+        assert main([*command, *other, "--out", str(tmp_path / "a")]) == 2
+        assert "out: expected the settings of the run in" in capsys.readouterr().err
+    assert played("a") == played("b")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda lines: lines[:-1], "trajectories.jsonl: expected 2 trajectories of two, 2 objectives"),
+        (
+            lambda lines: lines[:-1],
+            "jsonl: expected 2 trajectories of one, .*, two, .*, or overwrite, got .3 of one, two",
+        ),
         (
             lambda lines: [*lines[:-1], '{"a": 1}'],
             "trajectories.jsonl:4: expected a trajectory, or",

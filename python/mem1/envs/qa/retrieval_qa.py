@@ -17,11 +17,10 @@ from mem1.checks import InputError, require
 from mem1.envs.base import ExpertAction, Step, require_running
 from mem1.envs.qa.questions import Question, QuestionRow
 from mem1.envs.search.retriever import Passage, Retriever, format_passages
-from mem1.metrics import SEPARATOR, Grade, grade
+from mem1.metrics import REWARDS, SEPARATOR, Grade, grade
 from mem1.parsing.action import Action
 from mem1.parsing.tags import MEM1, TagFormat
 
-REWARDS = ("exact_match", "f1")
 UNKNOWN = "unknown"  # what the expert answers where nothing was found
 
 
@@ -64,7 +63,7 @@ class RetrievalQAEnv:
 
     Where `retriever.search` gives an awaitable, so does `step`. `Step.info` has the metrics of
     `mem1.metrics.Grade`, 0 before the end; `gold_found`, the number of objectives of which a passage that
-    supports it has been shown; and of each objective, as lists, `objectives_em` and
+    supports it has been shown; and of each objective, as lists, `objectives_em`, `objectives_f1` and
     `objectives_gold_found`. Raises InputError for an argument out of its range.
     """
 
@@ -150,7 +149,7 @@ class RetrievalQAEnv:
         return {
             **self._grade.info(),
             "gold_found": float(sum(self._gold_found)),
-            "objectives_em": list(self._grade.exact_matches),
+            **self._grade.by_objective(),
             "objectives_gold_found": [float(found) for found in self._gold_found],
         }
 

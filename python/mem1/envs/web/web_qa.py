@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mem1.checks import InputError, require
 from mem1.envs.base import ExpertAction, Step, require_running
@@ -13,7 +13,7 @@ from mem1.envs.web.page_text import clean
 from mem1.envs.web.search_reply import WebResult, format_reply
 from mem1.envs.web.serper import QueryRefused, SerperClient
 from mem1.envs.web.url_rules import FetchError
-from mem1.metrics import SEPARATOR, UNANSWERED, grade
+from mem1.metrics import REWARDS, SEPARATOR, UNANSWERED, grade
 from mem1.parsing.action import Action
 from mem1.parsing.tags import MEM1, TagFormat
 
@@ -51,7 +51,9 @@ class WebQAEnv:
     A query that begins with http:// or https:// reads that page, any other is searched for. What the policy's
     own words lead to (a page that is not there, an address that is refused) is told in the observation. A
     search API that fails raises a SearchError; an outage is an OSError as well, after which a rollout asks
-    again. The reward is the share of questions answered exactly.
+    again. The reward is the share of questions answered exactly, or with reward="f1" the mean F1. strict: a
+    wrong number of answers makes all of them wrong. The last info has `objectives_em` and `objectives_f1`, of
+    each question.
 
     search and pages may serve many environments side by side; with `owns_clients` they are closed by `close`.
     num_results: of a search.
@@ -63,12 +65,16 @@ class WebQAEnv:
         pages: PageFetcher,
         *,
         num_results: int = 10,
+        strict: bool = False,
+        reward: Literal["exact_match", "f1"] = "exact_match",
         owns_clients: bool = False,
         tags: TagFormat = MEM1,
     ) -> None:
         self._instruction = instruction(tags)
         require(1 <= num_results <= 100, "num_results", "a number from 1 to 100", num_results)
+        require(reward in REWARDS, "reward", f"one of {', '.join(REWARDS)}", reward)
         self.objectives = 1
+        self._strict, self._reward = strict, reward
         self._search, self._pages = search, pages
         self._num_results, self._owns_clients = num_results, owns_clients
         self._task: tuple[_Objective, ...] = ()
@@ -91,8 +97,9 @@ class WebQAEnv:
         require_running(self._running)
         if action.kind == "answer":
             self._running = False
-            graded = grade(action.text, [each.answers for each in self._task])
-            return Step("answered", graded.exact_match / self.objectives, True, info=graded.info())
+            graded = grade(action.text, [each.answers for each in self._task], strict=self._strict)
+            reward = getattr(graded, self._reward) / self.objectives
+            return Step("answered", reward, True, info=graded.info() | graded.by_objective())
         words = clean(action.text).split()
         if action.kind != "query" or not words:
             return Step(MALFORMED, info={**UNANSWERED, "invalid_action": True})

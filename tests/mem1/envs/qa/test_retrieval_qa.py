@@ -92,6 +92,7 @@ def test_passages_are_shown_and_counted() -> None:
         "answers_missing": 0.0,
         "gold_found": 1.0,
         "objectives_em": [0.0, 0.0, 0.0],
+        "objectives_f1": [0.0, 0.0, 0.0],
         "objectives_gold_found": [1.0, 0.0, 0.0],
     }
     assert retriever.calls == [(["who built the bridge"], 2)]

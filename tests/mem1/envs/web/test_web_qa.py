@@ -122,6 +122,9 @@ def test_malformed(env: WebQAEnv, site: Site, kind: str, text: str) -> None:
     assert site.requests == []
 
 
+SHORT = {"exact_match": "em", "f1": "f1"}
+
+
 @pytest.mark.parametrize(
     ("answer", "reward", "info"),
     [
@@ -137,7 +140,9 @@ def test_answers(env: WebQAEnv, answer: str, reward: float, info: dict[str, floa
     env.reset(0, TWO)
     said = step(env, "answer", answer)
     assert said.terminated and said.reward == reward
-    assert said.info == pytest.approx(info)
+    objectives = {name: sum(said.info[f"objectives_{short}"]) for name, short in SHORT.items()}
+    assert objectives == pytest.approx({name: info[name] for name in SHORT})
+    assert {name: said.info[name] for name in info} == pytest.approx(info)
     with pytest.raises(RuntimeError, match="running episode"):
         step(env, "query", "more")
 
@@ -259,3 +264,14 @@ def test_the_prompt_names_the_tags_of_its_format(site: Site) -> None:
     client = SerperClient("key", site.url("/search"), retries=0)
     prompt = WebQAEnv(client, PageFetcher(), tags=OFFICIAL).reset(0, TASK)
     assert "<search>" in prompt and "<think>" in prompt and "<query>" not in prompt
+
+
+def test_strict_grades_and_rewards_by_f1(env: WebQAEnv) -> None:
+    strict = WebQAEnv(env._search, env._pages, strict=True)
+    strict.reset(0, TWO)
+    assert step(strict, "answer", "330 m").reward == 0.0
+    words = WebQAEnv(env._search, env._pages, reward="f1")
+    words.reset(0, TWO)
+    assert step(words, "answer", "330; S. Sauvestre").reward == pytest.approx((1 + 2 / 3) / 2)
+    with pytest.raises(InputError, match="reward: expected one of exact_match, f1, got 'em'"):
+        WebQAEnv(env._search, env._pages, reward="em")  # type: ignore[arg-type]
