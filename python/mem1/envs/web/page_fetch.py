@@ -18,6 +18,7 @@ from mem1.envs.web.web_packages import aiohttp, yarl
 _HTML = ("text/html", "application/xhtml+xml")
 _PLAIN = ("text/plain", "application/json")
 _REDIRECTS = (301, 302, 303, 307, 308)
+_UNKNOWN = "application/octet-stream"
 _MAX_KIND_CHARS = 80
 _CONVERSION_SECONDS = 10.0  # for a page: a large one takes one or two, and others wait
 
@@ -116,7 +117,9 @@ class PageFetcher:
                         continue
                     if not 200 <= response.status < 300:
                         raise FetchError(f"status {response.status}")
-                    kind = response.content_type
+                    # What is no type, aiohttp calls text/plain before 3.14.
+                    named = "/" in response.headers.get("Content-Type", "/")
+                    kind = response.content_type if named else _UNKNOWN
                     if kind not in _HTML + _PLAIN:
                         raise FetchError(f"not text: {one_line(kind, _MAX_KIND_CHARS)}")
                     body = await read_body(response, self.max_bytes)
