@@ -174,3 +174,12 @@ def test_the_parser_refuses(model, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         main(["rollout", "--model", model, *arguments])
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_an_evaluation_goes_on_with_the_same_code_only(model, capsys):
+    command = ["eval", "--agents", "mem1", "--model", model, "--episodes", "1", "--out", "eval", *SMALL]
+    command += ["--environment", "own_world:Guess", "--prune", "own_world:keep_all"]
+    assert main(command) == 0 and main(command) == 0
+    Path("own_world.py").write_text(WORLD + "number = 4\n")
+    assert main(command) == 2
+    assert "out: expected the settings of the run in eval, {'files': " in capsys.readouterr().err

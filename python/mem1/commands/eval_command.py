@@ -165,7 +165,8 @@ def _settings(
     given = {
         name: value for name, value in options.environment_args.items() if name not in ("index", "key_file")
     }
-    paths = [path for path in (options.tasks, *given.values()) if isinstance(path, str)]
+    own = [_source(one) for one in (options.environment, options.prune) if callable(one)]
+    paths = [path for path in (options.tasks, *given.values(), *own) if isinstance(path, str)]
     model = None if options.model is None else str(checkpoint.newest(options.model))
     return {
         "agents": agents,
@@ -180,6 +181,11 @@ def _settings(
         "files": {path: stamps for path in paths if (stamps := _stamps(path))},
         "rollout": {str(n): config.to_dict() for n, config in configs.items()},
     }
+
+
+def _source(imported: Any) -> str | None:
+    """The file of MODULE:NAME; None of what has none."""
+    return getattr(sys.modules.get(getattr(imported, "__module__", "")), "__file__", None)
 
 
 def _stamps(path: str) -> list[list[Any]]:
