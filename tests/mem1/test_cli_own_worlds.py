@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -176,7 +177,8 @@ def test_the_parser_refuses(model, capsys, arguments, message):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_an_evaluation_goes_on_with_the_same_code_only(model, capsys):
+def test_an_evaluation_goes_on_with_the_same_code_only(model, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "own_world", raising=False)  # of another test, in another folder
     command = ["eval", "--agents", "mem1", "--model", model, "--episodes", "1", "--out", "eval", *SMALL]
     command += ["--environment", "own_world:Guess", "--prune", "own_world:keep_all"]
     assert main(command) == 0 and main(command) == 0
