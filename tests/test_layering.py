@@ -114,6 +114,7 @@ PYTHON = {
     "mem1.envs.adapters.*": May(
         "mem1.checks mem1.envs mem1.extras mem1.metrics mem1.parsing", call="gymnasium"
     ),
+    "mem1.envs.worlds": May("mem1.checks mem1.envs mem1.parsing mem1.runtime.event_loop"),
     "mem1.envs.*": May(
         "mem1.checks mem1.envs mem1.metrics mem1.parsing mem1_core.eviction_policies mem1_core.segments"
     ),

@@ -122,7 +122,10 @@ def demo(
         tokenizer, config.rollout, partial(MultiHopEnv, 4), agent="MEM1", objectives=4, episodes=1
     )
     plot_trajectory(shown[0], out / "trajectory_mask.png")
+    tokenizer.save_pretrained(out / "tokenizer")  # for `mem1 view`
     title(f"done. Plots, tables and trajectories are in {out.resolve()}")
+    log(f"mem1 view {out / 'trajectories.jsonl'} makes a page of them")
+    log(f"mem1 eval --model {out / 'train'} evaluates further")
 
 
 def demo_config(quick: bool, seed: int) -> TrainConfig:

@@ -94,7 +94,7 @@ class Trajectory:
     rollout_logprobs: Tensor | None = None
     failures: list[Failure] = field(default_factory=list)  # earlier attempts at this episode
     notes: dict[str, Any] = field(default_factory=dict)  # what the environment reported beside numbers
-    invalid_actions: int = 0  # malformed ones, and those that the environment called invalid
+    invalid_turns: list[int] = field(default_factory=list)  # malformed, or called invalid by the environment
     model_tokens: int = 0  # that went through the model; those of a prompt that another read, not
 
     def __post_init__(self) -> None:
@@ -121,6 +121,11 @@ class Trajectory:
         if self.finish_reason == FinishReason.ENVIRONMENT_ERROR:
             return self.error.partition(":")[0]
         return ""
+
+    @property
+    def invalid_actions(self) -> int:
+        """How many turns had no valid action."""
+        return len(self.invalid_turns)
 
     @cached_property
     def mask(self) -> TrajectoryMask:
@@ -178,6 +183,7 @@ class Trajectory:
             "prune": short_form(self.prune) or asdict(eviction_table(self.segments, self.prune).recorded()),
             "finish_reason": self.finish_reason.value,
             "reward": self.reward,
+            "invalid_actions": self.invalid_actions,
             "rewards": [list(reward) for reward in self.rewards],
             "peak_tokens": self.peak_tokens(),
             "dependency_length": self.dependency_length(),
@@ -222,5 +228,5 @@ def _hints() -> dict[str, Any]:
 # The fields that are as they are in JSON.
 _PLAIN = (
     *("task", "seed", "sampling_seed", "model", "objectives", "error", "score", "notes", "seconds"),
-    *("regime", "temperature", "top_p", "top_k", "greedy", "invalid_actions", "model_tokens"),
+    *("regime", "temperature", "top_p", "top_k", "greedy", "invalid_turns", "model_tokens"),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,13 @@ def test_rollout_prints_transcripts_or_saves_trajectories(capsys, model, tmp_pat
     assert {t.prune for t in played} == {40}
     out = capsys.readouterr().out
     assert "3 episodes, " in out and f"trajectories are in {saved}" in out
+
+
+def test_turns_without_a_valid_action_are_called_so(capsys, model):
+    command = ["rollout", "--model", model, "--episodes", "1", "--max-turns", "2", "--max-action-tokens", "8"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^  1 invalid  ", said, re.M) and re.search(r"^  1    info  ", said, re.M)
 
 
 def test_a_rollout_replaces_no_file_and_keeps_what_was_played(capsys, model, tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def test_a_file_is_converted_and_played(capsys, tmp_path):
     played = ["eval", "--agents", "oracle", "--env", "retrieval-qa", "--objectives", "1", "--episodes", "1"]
     played += ["--environment-args", json.dumps(arguments), "--out", str(tmp_path / "eval")]
     assert main(played) == 2
-    assert "model: expected one whose tokenizer counts" in capsys.readouterr().err
+    assert "model: expected one: its tokenizer counts the tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,9 @@ def test_trajectories_become_a_page(make_model, tokenizer, capsys, tmp_path, mon
     assert "Content-Security-Policy" in page and "<title>played</title>" in page
     saved.write_text(re.sub(r'"model": "[^"]*"', '"model": ""', saved.read_text()))
     assert main(["view", str(saved)]) == 2
-    assert "tokenizer: expected one, as the trajectories name no model" in capsys.readouterr().err
+    assert (
+        "tokenizer: expected --tokenizer FOLDER, as the trajectories name no model" in capsys.readouterr().err
+    )
     assert main(["view", str(saved), "--tokenizer", model, "--out", str(tmp_path / "b.html")]) == 0
     assert main(["view", str(saved), "--tokenizer", model, "--out", str(saved)]) == 2
     assert "out: expected another file than the trajectories" in capsys.readouterr().err

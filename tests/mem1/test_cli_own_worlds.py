@@ -14,6 +14,9 @@ from mem1.train import checkpoint
 from mem1.trajectory import Trajectory
 
 WORLD = '''
+from dataclasses import replace
+
+from mem1.evaluation.baselines.agents import Agent
 from mem1.envs.base import ExpertAction, Step
 from mem1.parsing.action import Action
 
@@ -36,6 +39,12 @@ class Guess:
 class Taught(Guess):
     def expert_action(self):
         return ExpertAction("", Action("answer", "ada"))
+
+class Forgetful(Agent):
+    name = "forgetful"
+
+    def settings(self, config):
+        return replace(config, prune="last_turns=1")
 
 def keep_all(segments):
     return [True] * len(segments)
@@ -185,3 +194,19 @@ def test_an_evaluation_goes_on_with_the_same_code_only(model, capsys, monkeypatc
     Path("own_world.py").write_text(WORLD + "number = 4\n")
     assert main(command) == 2
     assert "out: expected the settings of the run in eval, {'files': " in capsys.readouterr().err
+
+
+def test_an_agent_of_ones_own(model, capsys):
+    command = ["eval", "--agents", "mem1", "own_world:Forgetful", "--model", model, "--episodes", "2", *SMALL]
+    assert main([*command, "--out", "eval", "--environment", "own_world:Guess"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\| *forgetful \| ", said) and re.search(r"\| *agent \| *regime", said)
+    rows = [json.loads(line) for line in Path("eval/trajectories.jsonl").read_text().splitlines()]
+    assert [(row["agent"], row["prune"]) for row in rows] == [("mem1", "action")] * 2 + [
+        ("forgetful", "last_turns=1")
+    ] * 2
+    with pytest.raises(SystemExit):
+        main(["eval", "--agents", "own_world:Guess", "--model", model])
+    said = capsys.readouterr().err
+    assert "--agents: expected an Agent (mem1.evaluation.baselines.agents), got 'own_world:Guess'" in said
+    assert said.count("\n") == 1 and said.endswith("(mem1 eval --help has all options)\n")

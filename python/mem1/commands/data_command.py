@@ -38,7 +38,7 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
             progress.log(f"{made.questions} questions, {made.passages} passages are in {options.out}")
         return
     for name in ("source", "out"):
-        require(getattr(options, name) is None, name, "none without convert", getattr(options, name))
+        require(getattr(options, name) is None, name, "none without convert", str(getattr(options, name)))
     if options.check is not None:
         _report(options, [found for found in check(options.check) if found.path is not None], progress)
     else:
@@ -80,7 +80,7 @@ def _report(options: argparse.Namespace, findings: list[Finding], progress: Prog
     require(bool(findings), "check", "a folder with a file of a known data set", str(options.check))
     broken = [found for found in findings if found.error]
     if broken:
-        raise InputError("; ".join(f"{found.path}: {found.error}" for found in broken))
+        raise InputError("; ".join(found.error for found in broken))
 
 
 def view(options: argparse.Namespace, progress: Progress) -> None:
@@ -106,7 +106,7 @@ def _model_of(source: Path) -> str:
     names = Counter(row.get("model", "") for row in read_trajectories(source))
     del names[""]  # of scripts
     name = names.most_common(1)[0][0] if names else ""
-    require(bool(name), "tokenizer", "one, as the trajectories name no model", None)
+    require(bool(name), "tokenizer", "--tokenizer FOLDER, as the trajectories name no model", None)
     return str(name)
 
 

@@ -7,7 +7,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,20 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import require
-from mem1.commands.loading import check_writable, load_policy, log_failures, log_other_settings
+from mem1.commands.loading import (
+    check_writable,
+    load_policy,
+    log_failures,
+    log_other_settings,
+    log_unknown,
+)
 from mem1.commands.world_options import closing, environment_record, rollout_config, world_of
 from mem1.config import RolloutConfig
 from mem1.engine.engine import Engine
 from mem1.envs.tasks import shuffled
 from mem1.envs.toy.tokenizer import build_tokenizer
 from mem1.envs.worlds import COMPOSED, TOYS, World
-from mem1.evaluation.baselines.agents import Agent, Oracle, RandomActions
+from mem1.evaluation.baselines.agents import AGENTS, Agent, FullContext, Mem1, Oracle, RandomActions
 from mem1.evaluation.eval_run import Cell, EvaluationFolder, read_cells
 from mem1.evaluation.evaluation_loop import OBJECTIVES, evaluation_seeds, without_limits
 from mem1.evaluation.results import table
@@ -32,10 +38,16 @@ from mem1.models.load import load_tokenizer
 from mem1.rollout.rollout_loop import check_positions, make_codec, make_engine, play_expert, rollout
 from mem1.runtime.progress import Progress
 from mem1.train import checkpoint
-from mem1.train.parity import parity
+from mem1.train.parity import Parity, parity
 from mem1.trajectory import Trajectory
 
 _COMPARED = 16  # trajectories of an agent whose log-probs are recomputed
+
+
+@dataclass(frozen=True)
+class _Gap(Parity):
+    agent: str
+
 
 Play = Callable[[range, Callable[[], None]], list[Trajectory]]
 
@@ -45,10 +57,11 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
     if options.json:  # the rows alone belong on standard output
         progress = Progress(log=_to_stderr)
     check_writable(options.out)
-    agents: list[Agent] = options.agents
+    agents: list[Agent] = getattr(options, "agents", [Mem1(), FullContext()])
     names = [str(agent) for agent in agents]
     require(len({*names}) == len(names), "agents", "each once", " ".join(names))
     sizes = options.objectives or (OBJECTIVES if options.environment in COMPOSED else [None])
+    require(len({*sizes}) == len(sizes), "objectives", "each once", " ".join(map(str, sizes)))
     opened = {n: world_of(options, n, "test", episodes=options.episodes) for n in sizes}
     worlds = {n: _in_order(world, options) for n, world in opened.items()}
     configs = {n: replace(rollout_config(options, n), synchronous=not options.asynchronous) for n in sizes}
@@ -58,7 +71,7 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
         if len({*asked}) < len(asked):
             told = f"{len(asked)} questions are asked, {len({*asked})} of them different"
             progress.log(f"{n} objectives: {told}: intervals are narrower than they should be")
-    folder = EvaluationFolder(options.out, _settings(options, names, configs), overwrite=options.overwrite)
+    folder = EvaluationFolder(options.out, _settings(options, agents, configs), overwrite=options.overwrite)
     model, tokenizer, engine = _policy(options, agents, list(configs.values()), progress)
     cells = [
         Cell(str(agent), n, _player(options, agent, worlds[n], config, model, tokenizer, engine))
@@ -73,7 +86,7 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
                 print(json.dumps(row.to_dict(), allow_nan=False), flush=True)
     else:
         progress.log(tables(results))
-    _tell(options, agents, model, cells, progress)
+    _tell(options, agents, model, tokenizer, cells, progress)
     progress.log(f"trajectories and tables are in {options.out}")
 
 
@@ -111,7 +124,9 @@ def _policy(
     if all(agent.scripted for agent in agents):
         if options.model is None:
             fits = options.environment in TOYS
-            require(fits, "model", "one whose tokenizer counts, for an environment of real text", None)
+            require(
+                fits, "model", "one: its tokenizer counts the tokens of an environment of real text", None
+            )
             return None, build_tokenizer(), None
         return None, load_tokenizer(checkpoint.newest(options.model)), None
     require(options.model is not None, "model", "a folder or a Hugging Face id for a policy", None)
@@ -159,17 +174,18 @@ def _player(
 
 
 def _settings(
-    options: argparse.Namespace, agents: list[str], configs: dict[int | None, RolloutConfig]
+    options: argparse.Namespace, agents: Sequence[Agent], configs: dict[int | None, RolloutConfig]
 ) -> dict[str, Any]:
     """What the numbers follow from."""
     given = {
         name: value for name, value in options.environment_args.items() if name not in ("index", "key_file")
     }
-    own = [_source(one) for one in (options.environment, options.prune) if callable(one)]
+    theirs = [type(agent) for agent in agents if type(agent) not in AGENTS]
+    own = [_source(one) for one in (options.environment, options.prune, *theirs) if callable(one)]
     paths = [path for path in (options.tasks, *given.values(), *own) if isinstance(path, str)]
     model = None if options.model is None else str(checkpoint.newest(options.model))
     return {
-        "agents": agents,
+        "agents": [str(agent) for agent in agents],
         "episodes": options.episodes,
         "seed": options.seed,
         "model": options.model,
@@ -204,6 +220,7 @@ def _tell(
     options: argparse.Namespace,
     agents: Sequence[Agent],
     model: Any,
+    tokenizer: PreTrainedTokenizerBase,
     cells: Sequence[Cell],
     progress: Progress,
 ) -> None:
@@ -217,7 +234,9 @@ def _tell(
         if not agent.scripted:
             config = agent.settings(RolloutConfig(regime=options.regime))
             with torch.inference_mode():
-                gaps.append(parity(model, played[str(agent)], config.regime, options.temperature))
+                gap = parity(model, played[str(agent)], config.regime, options.temperature)
+            gaps.append(_Gap(**asdict(gap), agent=str(agent)))
     if gaps:
         progress.log(f"sampled and recomputed log-probs, {_COMPARED} episodes of an agent at most")
-        progress.log(table(gaps))
+        progress.log(table(gaps, ("agent", *(field.name for field in fields(Parity)))))
+    log_unknown((t for trajectories in played.values() for t in trajectories), tokenizer, progress)

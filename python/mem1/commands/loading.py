@@ -15,11 +15,18 @@ from transformers import PreTrainedTokenizerBase
 from mem1.checks import InputError
 from mem1.config import RolloutConfig
 from mem1.models.load import load_report
+from mem1.parsing.token_text import unknown_id
 from mem1.runtime.device import whereabouts
 from mem1.runtime.progress import Progress
 from mem1.train import checkpoint
 from mem1.train.run_folder import CONFIG
 from mem1.trajectory import Trajectory
+
+_TRAINED_WITH = (
+    *("format", "chat", "system", "observation_role", "prune", "regime"),
+    *("max_prompt_tokens", "max_action_tokens", "max_state_tokens", "max_info_tokens", "max_turns"),
+)
+_UNKNOWN_SHARE = 0.01  # of tokens, from which on a tokenizer cannot be meant for a text
 
 
 def load_policy(options: argparse.Namespace, progress: Progress) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -38,7 +45,7 @@ def log_other_settings(model: str, config: RolloutConfig, progress: Progress) ->
         if (folder / CONFIG).is_file():
             trained = json.loads((folder / CONFIG).read_text()).get("rollout", {})
             now = config.to_dict()
-            for name in "format chat system observation_role prune regime".split():
+            for name in _TRAINED_WITH:
                 was, given = trained.get(name, now[name]), json.loads(json.dumps(now[name]))
                 if was != given:
                     progress.log(f"trained with {name} {was}, now {given}")
@@ -63,6 +70,17 @@ def log_failures(trajectories: Iterable[Trajectory], progress: Progress, whose: 
     if failed:
         said = f"{len(failed)} episodes failed, seed {failed[0].seed} by {reason(failed[0])}"
         progress.log(f"{whose}: {said}" if whose else said)
+
+
+def log_unknown(
+    trajectories: Iterable[Trajectory], tokenizer: PreTrainedTokenizerBase, progress: Progress
+) -> None:
+    """That the texts are not of the tokenizer's words, if so."""
+    unknown = unknown_id(tokenizer)
+    tokens = torch.cat([torch.empty(0, dtype=torch.int64), *(t.tokens for t in trajectories)])
+    share = float((tokens == unknown).float().mean()) if unknown is not None and len(tokens) else 0.0
+    if share >= _UNKNOWN_SHARE:
+        progress.log(f"{100 * share:.0f} % of all tokens stand for words that this tokenizer does not know")
 
 
 def reason(failed: Trajectory) -> str:

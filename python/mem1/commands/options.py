@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from math import inf
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, NoReturn, cast, get_args
 
 from mem1.checks import InputError
 from mem1.config import DTYPES, ChatMode, EvictionPolicy, Regime, RolloutConfig, TrainConfig
@@ -26,8 +26,17 @@ from mem1_core.eviction_policies import RULES
 Command = Callable[[argparse.Namespace, Progress], None]
 
 _SIZES = " ".join(map(str, OBJECTIVES))
-_AGENTS = " ".join(agent.name + "[=N]" * len(fields(agent)) for agent in AGENTS)
+_AGENTS = ", ".join(
+    agent.name + "".join(f"[=N, {field.default}]" for field in fields(agent)) for agent in AGENTS
+)
 _RULES = ["a number of tokens", *(rule.name + "=N" * len(fields(rule)) for rule in RULES)]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help has all options)\n")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -39,7 +48,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
     """runs: what each command does with its options."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mem1",
         description="Train, evaluate and run agents with constant memory (MEM1, arXiv 2506.15841).",
     )
@@ -93,9 +102,9 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
         "--agents",
         type=_agent,
         nargs="+",
-        default=[parse_agent(name) for name in ("mem1", "full-context")],
+        default=argparse.SUPPRESS,
         metavar="AGENT",
-        help=f"any of {_AGENTS}",
+        help=f"any of {_AGENTS}, MODULE:NAME of your own (default: mem1 full-context)",
     )
     add("--out", type=Path, default=Path("runs/eval"), help="folder of the results; goes on with what it has")
     add("--overwrite", action="store_true", help="start over in an --out that has results")
@@ -247,6 +256,13 @@ def _environment(text: str) -> Any:
 
 
 def _agent(text: str) -> Agent:
+    if ":" in text:
+        made = _imported(text)
+        made = made() if isinstance(made, type) and issubclass(made, Agent) else made
+        if not isinstance(made, Agent):
+            expected = "an Agent (mem1.evaluation.baselines.agents)"
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return made
     try:
         return parse_agent(text)
     except InputError as error:

@@ -20,6 +20,7 @@ from mem1.rollout.rollout_loop import make_codec, make_engine, rollout
 from mem1.runtime.progress import Progress
 from mem1.seeds import LARGEST
 from mem1.trajectory import Trajectory
+from mem1_core.segments import by_policy
 
 
 def run(options: argparse.Namespace, progress: Progress) -> None:
@@ -102,7 +103,8 @@ def transcript(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> st
     text_of, lines, start = TokenText(tokenizer), [], 0
     for kind, turn, length in trajectory.segments:
         text = text_of.decode(trajectory.tokens[start : start + length].tolist())
-        lines.append(f"{turn:3d} {kind:>6}  {text}")
+        said = "invalid" if turn in trajectory.invalid_turns and by_policy(kind) else kind
+        lines.append(f"{turn:3d} {said:>7}  {text}")
         start += length
     lines.append(
         f"seed {trajectory.seed}: {trajectory.error or trajectory.finish_reason}, "

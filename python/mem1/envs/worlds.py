@@ -18,10 +18,12 @@ from mem1.envs.toy.delayed import DelayedRewardEnv
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.envs.toy.updates import UpdatesEnv
 from mem1.parsing.tags import MEM1, TagFormat
+from mem1.runtime.event_loop import EVENT_LOOP
 
 Side = Literal["train", "test"]
 Objectives = int | tuple[int, int] | None  # of an episode; a range; whatever the environment's own default is
 DEFAULT = "multihop"
+_PROBE_SECONDS = 10.0  # for the first answer of a server
 
 
 class World(NamedTuple):
@@ -139,8 +141,9 @@ def _retrieval_qa(
     **arguments: Any,
 ) -> World:
     """questions: a file of any known format. corpus: a JSONL file that is searched here, by BM25 or the
-    vectors of the model `dense`, with its `index` beside it; url: of a server that searches. held_out: the
-    share of questions that is not for training.
+    vectors of the model `dense`, with its `index` beside it. url: of a server that searches instead; the
+    oracle then has the titles of `corpus`, if that is given. held_out: the share of questions that is not for
+    training.
     """
     from mem1.envs.qa.retrieval_qa import RetrievalQAEnv
 
@@ -148,18 +151,36 @@ def _retrieval_qa(
         require(name not in arguments, "environment-args", "arguments that are not made of others", name)
     _check_types(partial(RetrievalQAEnv, None, None), arguments)
     title_of: Callable[[str], str | None] | None = None if corpus is None else partial(_title, corpus)
-    require((corpus is None) != (url is None), "environment-args", "either corpus or url", (corpus, url))
+    require(corpus is not None or url is not None, "environment-args", "a corpus or a url", (corpus, url))
+    local = url is None or (dense is None and index is None)
+    require(local, "environment-args", "no dense and no index beside url", (dense, index))
     retriever: Any
     if url is not None:
-        from mem1.envs.search.retrieval_client import RetrievalClient
-
-        retriever = RetrievalClient(url)
+        retriever = _client(url)
     else:
         retriever = open_retriever(str(_path("corpus", corpus)), index, dense)
     tasks = _composed(given, questions, datasets, held_out)
     make = partial(RetrievalQAEnv, None, retriever, tags=given.tags, title_of=title_of, **arguments)
     make()  # which refuses what is out of its range
     return World(make, tasks, [retriever] if url is not None else [])
+
+
+def _client(url: str) -> Any:
+    """Of a server that has answered."""
+    from mem1.envs.search.retrieval_client import RetrievalClient, RetrievalError
+
+    async def asked() -> None:
+        client = RetrievalClient(url, timeout=_PROBE_SECONDS)
+        try:
+            await client.search(["a question"], 1)
+        finally:
+            await client.close()
+
+    try:
+        EVENT_LOOP.run(asked())
+    except (ConnectionError, RetrievalError) as error:
+        raise InputError(f"url: expected a server of the retrieval protocol, got {error}") from None
+    return RetrievalClient(url)
 
 
 @cache  # one index in memory, however many worlds search it

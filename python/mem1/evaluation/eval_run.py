@@ -79,7 +79,7 @@ class EvaluationFolder:
         """Whether nothing that is there is gone on with; refuses what may not be touched."""
         names = {path.name for path in self.out.iterdir()} if self.out.is_dir() else set()
         begun = SETTINGS in names
-        if any(name[0] != "." and not (begun and name in _OURS) for name in names):
+        if not begun and any(name[0] != "." for name in names):
             expected = "a new or empty folder, or one of `mem1 eval`"
             raise InputError(f"out: expected {expected}, got {str(self.out)!r}")
         played = TRAJECTORIES in names or any((self.out / PARTS).rglob("*.jsonl"))

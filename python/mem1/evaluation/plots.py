@@ -15,6 +15,8 @@ from mem1.evaluation.results import Result
 from mem1.trajectory import Trajectory
 from mem1_core.plot import plot_mask
 
+_MARKERS = "os^Dv<>P*"
+
 
 def plot_peaks(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
     """Peak tokens against the number of objectives, with the prompt (left) and without (right), a line per
@@ -44,16 +46,27 @@ def plot_results(results: Sequence[Result], path: str | os.PathLike[str]) -> Non
         "seconds": "seconds an episode",
     }
     for ax, (name, title) in zip(axes.flat, panels.items(), strict=True):
-        for agent in dict.fromkeys(result.agent for result in results):
+        agents = list(dict.fromkeys(result.agent for result in results))
+        for place, agent in enumerate(agents):
             known = [(r.objectives, r.means[name]) for r in results if r.agent == agent and name in r.means]
             points = sorted((n, mean) for n, mean in known if mean.count)
             values = [mean.value for _, mean in points]
             ends = [[m.value - m.low for _, m in points], [m.high - m.value for _, m in points]]
-            ax.errorbar([n for n, _ in points], values, ends, marker="o", capsize=2, label=agent)
+            # A little beside one another: agents that are equally good hide none.
+            beside = 1.04 ** (place - (len(agents) - 1) / 2)
+            ax.errorbar(
+                [n * beside for n, _ in points],
+                values,
+                ends,
+                marker=_MARKERS[place % len(_MARKERS)],
+                fillstyle="none",
+                capsize=2,
+                label=agent,
+            )
         ax.set(title=title)
         _against_objectives(ax, results)
-        if name != "exact_match":
-            ax.set_yscale("symlog", linthresh=1.0)
+        shown = [r.means[name].value for r in results if name in r.means and r.means[name].count]
+        _scale(ax, shown)
     figure.legend(*axes.flat[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path)
 
@@ -89,6 +102,18 @@ def plot_learning(metrics: str | os.PathLike[str], path: str | os.PathLike[str])
 def plot_trajectory(trajectory: Trajectory, path: str | os.PathLike[str]) -> None:
     """Who sees whom in one trajectory, with its turns and prunes."""
     plot_mask(trajectory.mask, path, title=f"{trajectory.objectives} objectives, {trajectory.turns} turns")
+
+
+def _scale(ax: Any, values: Sequence[float]) -> None:
+    """Logarithmic where it takes more than a decade or two; ticks without powers of ten in between."""
+    from matplotlib.ticker import EngFormatter
+
+    if values and min(values) > 0 and max(values) > 30 * min(values):
+        ax.set_yscale("log")
+        ax.yaxis.minorticks_off()
+    else:
+        ax.set_ylim(bottom=min([0.0, *values]))
+    ax.yaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _against_objectives(ax: Any, results: Sequence[Result]) -> None:

@@ -84,7 +84,8 @@ def load(
 ) -> LoadedModel:
     """Load a causal language model of the Hugging Face format and its tokenizer.
 
-    path_or_id: a folder, or an id, which is looked for in the local cache and on the hub. dtype: of the
+    path_or_id: a folder, that of a training run for its last checkpoint, or an id, which is looked for in the
+    local cache and on the hub. dtype: of the
     weights, "auto" is what they are saved in; buffers such as rotary frequencies stay as they are. device: as
     in `pick_device`. attention: with any but "mem1" the model is as Hugging Face makes it, for comparisons,
     and not checked; an engine takes "mem1" only.
@@ -220,8 +221,9 @@ def _rows(model: PreTrainedModel) -> int:
 def _folder(path_or_id: str | os.PathLike[str]) -> Path:
     """Where the files are."""
     path = Path(path_or_id)
-    if (path / "config.json").is_file():
-        return path
+    for folder in (path, path / "last"):
+        if (folder / "config.json").is_file():
+            return folder
     if path.exists() or not _ID.fullmatch(str(path_or_id)):
         raise InputError(f"model: expected a model folder with a config.json, got {str(path)!r}")
     try:

@@ -31,7 +31,8 @@ from mem1_core.segments import Segment
 
 _MAX_MESSAGE = 200  # characters of an exception's message
 _OURS = Path(__file__).parents[1]
-_LIBRARIES = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+_PYTHON = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib")}
+_PACKAGES = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
 _UNIFORM_BATCH = 64  # random numbers at a time
 
 
@@ -86,7 +87,8 @@ class Episode:
         self._reply = Reply([], 1)  # the last one
         self._rewards: list[TokenReward] = []
         self._score, self._notes = dict[str, float](), dict[str, Any]()
-        self._invalid_actions = self._model_tokens = 0
+        self._invalid_turns: list[int] = []
+        self._model_tokens = 0
         self._began = time.perf_counter()
         self._uniform: list[float] = []  # drawn and not yet used, the next one last
         self._generator = torch.Generator().manual_seed(derive_seed(seed, "sampling", sampling_seed))
@@ -130,7 +132,7 @@ class Episode:
         # What was said last counts, be it a number or not.
         self._score = {k: v for k, v in self._score.items() if k not in reply.notes} | {**reply.score}
         self._notes = {k: v for k, v in self._notes.items() if k not in reply.score} | {**reply.notes}
-        self._invalid_actions += reply.invalid
+        self._invalid_turns += [self.turn] if reply.invalid else []
         if reply.reward:
             self._rewards.append(TokenReward(len(self.tokens) - 1, reply.reward))
         if reply.finish_reason:
@@ -235,7 +237,7 @@ class Episode:
             rollout_logprobs=None if same else torch.tensor(self.rollout_logprobs, dtype=torch.float32),
             failures=self.failures,
             notes=self._notes,
-            invalid_actions=self._invalid_actions,
+            invalid_turns=self._invalid_turns,
             model_tokens=self._model_tokens,
         )
 
@@ -280,13 +282,21 @@ def _describe(error: BaseException) -> str:
     message = try_call(str, error)
     text = message if isinstance(message, str) else "(no message: its __str__ raised)"
     said = f"{type(error).__name__}: {textwrap.shorten(_printable(text), _MAX_MESSAGE)}"
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if not Path(frame.filename).is_relative_to(_OURS)]
-    if not theirs:
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not Path(frame.filename).is_relative_to(_OURS)
+    ]
+    packaged = [frame for frame in frames if _within(frame, _PACKAGES)]
+    own = [frame for frame in frames if not _within(frame, _PYTHON | _PACKAGES)] or packaged
+    if not own:
         return said
-    own = [frame for frame in theirs if not any(Path(frame.filename).is_relative_to(x) for x in _LIBRARIES)]
-    last = (own or theirs)[-1]
+    last = own[-1]
     return f"{said} (line {last.lineno} of {_printable(Path(last.filename).name)}, in {last.name})"
+
+
+def _within(frame: traceback.FrameSummary, folders: set[str]) -> bool:
+    return any(Path(frame.filename).is_relative_to(folder) for folder in folders)
 
 
 def _printable(text: str) -> str:

@@ -108,6 +108,10 @@ def test_other_settings_are_refused_and_nothing_is_lost(model, tmp_path, capsys)
     assert files(out) == before
     assert main([*command, str(out), "--episodes", "3", "--overwrite"]) == 0
     assert len(files(out)["trajectories.jsonl"]) == 3
+    (out / "notes.txt").write_text("mine")  # beside a run's own files others are left alone
+    for more in ([], ["--overwrite"]):
+        assert main([*command, str(out), "--episodes", "3", *more]) == 0
+    assert (out / "notes.txt").read_text() == "mine"
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.tex").write_text("mine")
     for more in ([], ["--overwrite"]):
@@ -192,7 +196,7 @@ def test_objectives_are_those_of_the_episodes(tmp_path, capsys, monkeypatch):
     out = ["--out", str(tmp_path / "a"), "--episodes", "2", "--json"]
     made = ["--env", "two_questions:make", "--agents", "oracle"]
     assert main(["eval", *made, *out]) == 2
-    assert "model: expected one whose tokenizer counts" in capsys.readouterr().err
+    assert "model: expected one: its tokenizer counts" in capsys.readouterr().err
     build_tokenizer().save_pretrained("words")
     assert main(["eval", *made, *out, "--model", "words"]) == 0
     (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

@@ -46,7 +46,7 @@ def test_a_row_is_the_mean_over_the_episodes():
         prune="action",
         rewards=[TokenReward(22, 0.5)],
         score={"exact_match": 2.0, "f1": 3.0},
-        invalid_actions=1,
+        invalid_turns=[1],
         model_tokens=25,
         seconds=4.0,
     )

@@ -106,7 +106,7 @@ BAD_ENTRIES: dict[str, dict[str, Any]] = {
     "a reward that is a word": {"rewards": [[0, "x"]]},
     "a model that is a list": {"model": ["x"]},
     "objectives that are no number": {"objectives": float("nan")},
-    "no number of invalid actions": {"invalid_actions": None},
+    "no list of invalid turns": {"invalid_turns": None},
     "an id below 0": {"tokens": [-1], "logprobs": [0], "segments": [["prompt", 0, 1]]},
     "an id past 32 bits": {"tokens": [2**62], "logprobs": [0], "segments": [["prompt", 0, 1]]},
 }

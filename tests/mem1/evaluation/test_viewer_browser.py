@@ -85,6 +85,11 @@ def test_turns_and_what_was_written(open_page: Open, tokenizer: PreTrainedTokeni
     assert shown == [part.text.lower().replace("is>", "IS>").split() for part in THREE_TURNS]
 
 
+def test_turns_without_a_valid_action_are_marked(open_page: Open, tokenizer: PreTrainedTokenizerFast) -> None:
+    page = open_page(make_trajectory(tokenizer, invalid_turns=[2]))
+    assert texts(page, "article h3") == ["Turn 1", "Turn 2, no valid action", "Turn 3"]
+
+
 @pytest.mark.parametrize("prune", ["action", "state", "never", 12, "hide_observations=1", "summary"])
 def test_memory_at_every_turn(
     open_page: Open, tokenizer: PreTrainedTokenizerFast, prune: EvictionPolicy

@@ -287,3 +287,12 @@ def test_an_id_is_looked_for_in_the_cache(saved, tmp_path):
     assert lines[3].startswith(unknown) and "'small/other'" in lines[3]
     assert lines[4] == "model: expected a model folder with a config.json, got 'a/b/c'"
     assert lines[5].startswith("model: expected a model folder with a config.json, got ")
+
+
+def test_the_folder_of_a_training_run_is_its_last_checkpoint(saved, tmp_path):
+    path = saved()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last").symlink_to(path)
+    assert load(tmp_path / "run").report.parameters == load(path).report.parameters
+    with pytest.raises(InputError, match="expected a model folder with a config.json"):
+        load(tmp_path)

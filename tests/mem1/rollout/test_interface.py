@@ -61,7 +61,7 @@ def test_each_reward_counts_for_the_last_token_written_before_it(tokenizer):
     assert {written[i]: float(r) for i, r in enumerate(rewards) if r} == {ends[0]: 0.5, ends[2]: -0.25}
     assert played.finish_reason == "environment"
     assert played.score == {"turns so far": 3.0} and played.notes == {"said": "query"}
-    assert played.invalid_actions == 1 and played.turns == 3
+    assert played.invalid_actions == len(played.invalid_turns) == 1 and played.turns == 3
     again = Trajectory.from_dict(json.loads(played.to_json()))
     assert again.rewards == played.rewards and again.to_json() == played.to_json()
 

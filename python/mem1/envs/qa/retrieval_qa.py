@@ -61,10 +61,11 @@ class RetrievalQAEnv:
     number of answers makes all of them wrong. reward: what an answer is paid by, "exact_match" or "f1", over
     the number of objectives. title_of: the title of a passage by its id, for the expert.
 
-    Where `retriever.search` gives an awaitable, so does `step`. `Step.info` has the metrics of
-    `mem1.metrics.Grade`, 0 before the end; `gold_found`, the number of objectives of which a passage that
-    supports it has been shown; and of each objective, as lists, `objectives_em`, `objectives_f1` and
-    `objectives_gold_found`. Raises InputError for an argument out of its range.
+    Calls are made again after the errors that the retriever calls `retryable`, by default OSErrors. Where
+    `retriever.search` gives an awaitable, so does `step`. `Step.info` has the metrics of
+    `mem1.metrics.Grade`, those of no answer before the end; `gold_found`, the number of objectives of which a
+    passage that supports it has been shown; and of each objective, as lists, `objectives_em`, `objectives_f1`
+    and `objectives_gold_found`. Raises InputError for an argument out of its range.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class RetrievalQAEnv:
         require(isinstance(top_k, int) and top_k >= 1, "top_k", "a number >= 1", top_k)
         require(reward in REWARDS, "reward", f"one of {', '.join(REWARDS)}", reward)
         self._tasks, self._retriever, self._top_k = tasks, retriever, top_k
+        self.retryable = getattr(retriever, "retryable", (OSError,))
         self._instruction = default_instruction(tags) if instruction is None else instruction
         query, answer = _tag(tags, "query"), _tag(tags, "answer")
         self._hint = (
@@ -96,7 +98,7 @@ class RetrievalQAEnv:
 
     def _begin(self, questions: tuple[Question, ...]) -> None:
         self._questions = questions
-        self._grade = Grade((0.0,) * len(questions), (0.0,) * len(questions), False)
+        self._grade = Grade((0.0,) * len(questions), (0.0,) * len(questions), answers_missing=True)
         self._gold_found = [False] * len(questions)
         self._asked: set[str] = set()
 

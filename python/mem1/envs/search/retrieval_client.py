@@ -41,11 +41,13 @@ class RetrievalClient:
     """A `Retriever` whose `search` is a coroutine function. May be used on several event loops, and by any
     number of tasks at once.
 
-    url: of /retrieve. timeout: seconds for a search; as long as they last, it is tried again after errors of
-    the connection and while the server is not available (429, 502, 503, 504; it waits for as long as a
-    Retry-After says): a search changes nothing. attempt_timeout: seconds for one try. max_response_bytes: of
-    an answer.
+    url: of the server, with its path, which is /retrieve as a rule. timeout: seconds for a search; as long as
+    they last, it is tried again after errors of the connection and while the server is not available (429,
+    502, 503, 504; it waits for as long as a Retry-After says): a search changes nothing. attempt_timeout:
+    seconds for one try. max_response_bytes: of an answer.
     """
+
+    retryable: tuple[type[Exception], ...] = ()  # for who asks: it has been tried again already
 
     def __init__(
         self,
@@ -79,6 +81,8 @@ class RetrievalClient:
             try:
                 answer = await self._attempt(request, deadline - time.monotonic())
                 return parse_results(answer, len(texts), top_k)
+            except RetrievalError as error:
+                raise RetrievalError(f"{error} (of {_without_secrets(self.url)})") from error.__cause__
             except _Unavailable as failure:
                 # Of many clients each comes back at a moment of its own.
                 wait = max(failure.pause, pause * random.uniform(0.5, 1.0))

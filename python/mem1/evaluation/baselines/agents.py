@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,25 +26,13 @@ from mem1_core.eviction_policies import Compact, HideObservations, Truncate
 MakeEnvironment = Callable[[], Environment]
 
 
-class Agent(Protocol):
-    """scripted: a script of the environment's writes instead of a policy."""
-
-    name: ClassVar[str]
-    scripted: ClassVar[bool]
-
-    def settings(self, config: RolloutConfig) -> RolloutConfig:
-        """Those of the sampler."""
-        ...
-
-    def environments(
-        self, make: MakeEnvironment, tokenizer: PreTrainedTokenizerBase, config: RolloutConfig
-    ) -> MakeEnvironment:
-        """What makes the environments that it plays in; `config` is what `settings` was given."""
-        ...
-
-
 @dataclass(frozen=True)
-class _Agent:
+class Agent:
+    """What an agent changes; a subclass of your own is one more. Its fields are integers >= 1.
+
+    name: in tables. scripted: a script of the environment's writes instead of a policy.
+    """
+
     name: ClassVar[str]
     scripted: ClassVar[bool] = False
 
@@ -57,16 +45,18 @@ class _Agent:
         return "=".join([self.name, *(str(getattr(self, field.name)) for field in fields(self))])
 
     def settings(self, config: RolloutConfig) -> RolloutConfig:
+        """Those of the sampler."""
         return config
 
     def environments(
         self, make: MakeEnvironment, tokenizer: PreTrainedTokenizerBase, config: RolloutConfig
     ) -> MakeEnvironment:
+        """What makes the environments that it plays in; `config` is what `settings` was given."""
         return make
 
 
 @dataclass(frozen=True)
-class Mem1(_Agent):
+class Mem1(Agent):
     """Rewrites its internal state in each turn and forgets the turns before, by the rule and in the regime of
     the settings.
     """
@@ -75,7 +65,7 @@ class Mem1(_Agent):
 
 
 @dataclass(frozen=True)
-class Mem1Reencode(_Agent):
+class Mem1Reencode(Agent):
     """The same, with the pruned context encoded again after each prune, as serving engines do."""
 
     name = "mem1-reencode"
@@ -85,7 +75,7 @@ class Mem1Reencode(_Agent):
 
 
 @dataclass(frozen=True)
-class FullContext(_Agent):
+class FullContext(Agent):
     """Forgets nothing."""
 
     name = "full-context"
@@ -95,7 +85,7 @@ class FullContext(_Agent):
 
 
 @dataclass(frozen=True)
-class Truncation(_Agent):
+class Truncation(Agent):
     """Keeps the prompt and the newest turns, of at most `tokens` tokens."""
 
     name = "truncate"
@@ -106,7 +96,7 @@ class Truncation(_Agent):
 
 
 @dataclass(frozen=True)
-class LastObservations(_Agent):
+class LastObservations(Agent):
     """Keeps all that it wrote, and the observations of the last `turns` turns."""
 
     name = "last-observations"
@@ -117,7 +107,7 @@ class LastObservations(_Agent):
 
 
 @dataclass(frozen=True)
-class RunningSummary(_Agent):
+class RunningSummary(Agent):
     """Keeps everything until there are more than `tokens` live tokens; then all goes but its newest state. In
     a format without one it is asked for a summary, which takes the place of all that was written so far.
     """
@@ -136,7 +126,7 @@ class RunningSummary(_Agent):
 
 
 @dataclass(frozen=True)
-class ExternalMemory(_Agent):
+class ExternalMemory(Agent):
     """Sees one turn at a time, as MEM1; each observation becomes a note outside of the context, and `notes`
     of these come back with every observation (after A-MEM, arXiv 2502.12110; its tokens count).
     """
@@ -161,7 +151,7 @@ class ExternalMemory(_Agent):
 
 
 @dataclass(frozen=True)
-class Oracle(_Agent):
+class Oracle(Agent):
     """The environment's expert: what can be had."""
 
     name = "oracle"
@@ -169,7 +159,7 @@ class Oracle(_Agent):
 
 
 @dataclass(frozen=True)
-class RandomActions(_Agent):
+class RandomActions(Agent):
     """One of the possible actions, whichever: what can be had for nothing."""
 
     name = "random"
@@ -198,7 +188,7 @@ class _AtRandom:
         return self._environment.random_action(self._rng)
 
 
-AGENTS: tuple[type[_Agent], ...] = (
+AGENTS: tuple[type[Agent], ...] = (
     *(Mem1, Mem1Reencode, FullContext, Truncation, LastObservations, RunningSummary, ExternalMemory),
     *(Oracle, RandomActions),
 )

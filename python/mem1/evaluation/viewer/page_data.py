@@ -90,6 +90,7 @@ def record(row: Mapping[str, Any], trajectory: Trajectory, vocabulary: Vocabular
         ),
         "error": str(t.error),
         "notes": json.dumps(t.notes, ensure_ascii=False) if t.notes else "",
+        "invalid_turns": t.invalid_turns,
         "failures": [f"{kind} after {turns} turns" for kind, turns, _ in t.failures],
         "parts": list(_parts(t)),
         "wide": wide,

@@ -20,7 +20,8 @@ class Turns {
     this.views = trajectory.parts.map((part) => this.#partView(part));
     this.root.replaceChildren(
       ...trajectory.turns.map(({ turn, begin, end }) => {
-        const name = turn ? `Turn ${turn}` : "Prompt";
+        const invalid = trajectory.record.invalid_turns.includes(turn) ? ", no valid action" : "";
+        const name = turn ? `Turn ${turn}${invalid}` : "Prompt";
         const card = make("article", { class: "card", "data-turn": turn, "aria-label": name });
         if (turn) card.append(make("h3", {}, name));
         card.append(

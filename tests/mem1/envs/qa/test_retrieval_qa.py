@@ -89,7 +89,7 @@ def test_passages_are_shown_and_counted() -> None:
     assert step.info == {
         "exact_match": 0.0,
         "f1": 0.0,
-        "answers_missing": 0.0,
+        "answers_missing": 1.0,
         "gold_found": 1.0,
         "objectives_em": [0.0, 0.0, 0.0],
         "objectives_f1": [0.0, 0.0, 0.0],

@@ -9,9 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from mem1.checks import InputError
 from mem1.config import RolloutConfig
 from mem1.envs.qa.questions import Question
 from mem1.envs.qa.retrieval_qa import RetrievalQAEnv
+from mem1.envs.worlds import open_world
 from mem1.rollout.rollout_loop import rollout
 from mem1.runtime.event_loop import EVENT_LOOP
 
@@ -62,6 +64,7 @@ def test_errors_and_nonsense_end_their_own_episode(make_model, tokenizer, url):
     found = play(make_model, tokenizer, RetrievalClient(url, timeout=2.0))
     assert found["sound"] == ("", "", 1.0)
     assert found["error"][0] == "RetrievalError" and "expected status 200, got 500" in found["error"][1]
+    assert f"(of {url})" in found["error"][1] and "line" not in found["error"][1]
     assert found["nonsense"][0] == "RetrievalError" and "retrieval: expected" in found["nonsense"][1]
 
 
@@ -69,3 +72,25 @@ def test_nothing_ends_every_episode_in_time(make_model, tokenizer):
     found = play(make_model, tokenizer, RetrievalClient("http://127.0.0.1:9/retrieve", timeout=0.5))
     assert {kind for kind, _, _ in found.values()} == {"ConnectionError"}
     assert all("retrieval" in error and "0.5 s" in error for _, error, _ in found.values())
+
+
+def test_a_server_that_does_not_answer_is_said_before_any_episode(url, monkeypatch, tmp_path):
+    monkeypatch.setattr("mem1.envs.worlds._PROBE_SECONDS", 0.3)
+    rows = [
+        {"id": f"{n}", "question": "who ?", "golden_answers": ["carla"], "support": ["1"]} for n in range(3)
+    ]
+    questions = tmp_path / "qa.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(json.dumps({"id": "1", "contents": '"ada"\ncarla'}) + "\n")
+    arguments = {"questions": str(questions), "held_out": 1.0, "corpus": str(corpus)}
+    down = "http://127.0.0.1:9/retrieve"
+    expected = f"url: expected a server of the retrieval protocol, got .* answer from {down} within 0.3 s"
+    with pytest.raises(InputError, match=expected):
+        open_world("retrieval-qa", arguments | {"url": down}, objectives=1)
+    # The corpus beside a url is for the oracle: it asks for titles, too.
+    world = open_world("retrieval-qa", arguments | {"url": url}, objectives=1)
+    environment = world.make()
+    environment.reset(0, world.tasks[0])
+    environment._asked.add("who ?")
+    assert environment.expert_action().action.text == "ada"
