@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from passages import QuestionEnv
 
-from mem1.config import PPOConfig, RolloutConfig, WarmStartConfig
+from mem1.config import AlgorithmConfig, RolloutConfig, WarmStartConfig
 from mem1.models.build import build_critic
 from mem1.models.load import load
 from mem1.rollout.rollout_loop import rollout
-from mem1.train.ppo import PPO
+from mem1.train.learner import Learner
 from mem1.train.warmstart import expert_examples, warm_start
 from mem1.trajectory import Trajectory
 
@@ -59,13 +59,19 @@ def main(path: str, data: str, steps: int = 40) -> None:
         say("supervised", seconds=time.perf_counter() - began, **record)
     model.eval()
     played = play(16)
-    config = PPOConfig(critic_only_updates=0, max_tokens_per_micro_batch=2048, actor_lr=1e-6, critic_lr=1e-5)
+    config = AlgorithmConfig(
+        critic_only_updates=0, max_tokens_per_micro_batch=2048, actor_lr=1e-6, critic_lr=1e-5
+    )
     reference = copy.deepcopy(model).requires_grad_(False)
-    ppo = PPO(model, build_critic(model), reference, config, CONFIG.regime, CONFIG.temperature)
+    learner = Learner(model, build_critic(model), reference, config, CONFIG.regime, CONFIG.temperature)
     began = time.perf_counter()
-    batch, metrics = ppo.prepare(played)
+    batch, metrics = learner.prepare(played)
     say("prepared", seconds=time.perf_counter() - began, **metrics)
-    say("learned", **ppo.learn(batch, torch.Generator().manual_seed(0)), seconds=time.perf_counter() - began)
+    say(
+        "learned",
+        **learner.learn(batch, torch.Generator().manual_seed(0)),
+        seconds=time.perf_counter() - began,
+    )
 
 
 def described(played: list[Trajectory], seconds: float) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from mem1.config import PPOConfig
+from mem1.config import AlgorithmConfig
 from mem1.models.build import build_critic
 from mem1.models.load import load
-from mem1.train.ppo import PPO
+from mem1.train.learner import Learner
 from mem1.trajectory import TokenReward, Trajectory
 
 
@@ -28,16 +28,16 @@ def main(path: str, file: str, episodes: int | None = None) -> None:
         trajectory.rewards = [TokenReward(trajectory.tokens.numel() - 1, float(trajectory.seed % 2))]
     actor, _, report = load(path)
     print(report)
-    config = PPOConfig(critic_only_updates=0, kl_coef=0.0, max_tokens_per_micro_batch=4096)
-    ppo = PPO(actor, build_critic(actor), None, config, played[0].regime, played[0].temperature)
+    config = AlgorithmConfig(critic_only_updates=0, kl_coef=0.0, max_tokens_per_micro_batch=4096)
+    learner = Learner(actor, build_critic(actor), None, config, played[0].regime, played[0].temperature)
     began = time.perf_counter()
-    batch, metrics = ppo.prepare(played)
+    batch, metrics = learner.prepare(played)
     print(
         {name: metrics[name] for name in ("dlogp_max", "dlogp_mean")},
         f"{time.perf_counter() - began:.0f} s",
         flush=True,
     )
-    metrics = ppo.learn(batch, torch.Generator().manual_seed(0))
+    metrics = learner.learn(batch, torch.Generator().manual_seed(0))
     print(metrics, f"{time.perf_counter() - began:.0f} s", flush=True)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mem1.config import ModelConfig, PPOConfig, RolloutConfig, WarmStartConfig
+from mem1.config import AlgorithmConfig, ModelConfig, RolloutConfig, WarmStartConfig
 from mem1.envs.toy.curriculum import Curriculum
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.envs.toy.tokenizer import build_tokenizer
@@ -26,7 +26,7 @@ from mem1.evaluation.evaluation_loop import evaluate
 from mem1.models.build import build_critic, build_model
 from mem1.rollout.rollout_loop import rollout
 from mem1.runtime.waiting import share_cpus
-from mem1.train.ppo import PPO
+from mem1.train.learner import Learner
 from mem1.train.warmstart import warm_start
 
 LIMITS = RolloutConfig(max_turns=6, max_action_tokens=32)
@@ -51,12 +51,14 @@ def measured(steps: int, episodes: int) -> dict[str, float]:
     list(islice(warm, 2))
     found = {WARM_START: seconds(lambda: list(warm)) / steps}
 
-    ppo = PPO(model, build_critic(model), None, PPOConfig(kl_coef=0.0, critic_only_updates=0), "carry")
+    learner = Learner(
+        model, build_critic(model), None, AlgorithmConfig(kl_coef=0.0, critic_only_updates=0), "carry"
+    )
     make = partial(MultiHopEnv, (1, 4))
 
     def update() -> None:
         played = list(rollout(model.eval(), tokenizer, make, range(episodes), LIMITS))
-        ppo.update(played, torch.Generator().manual_seed(0))
+        learner.update(played, torch.Generator().manual_seed(0))
 
     found[UPDATE] = seconds(update)
     found[EVALUATION] = seconds(

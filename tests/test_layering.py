@@ -161,7 +161,8 @@ PYTHON = {
     ),
     "mem1.evaluation.*": May(f"torch transformers mem1.evaluation.results mem1.runtime {LOOP}"),
     "mem1.train.*": May(
-        f"torch transformers mem1_core mem1.io mem1.models mem1.runtime mem1.train mem1.evaluation {LOOP}"
+        "torch transformers safetensors mem1_core mem1.io mem1.models mem1.runtime mem1.train "
+        "mem1.evaluation " + LOOP
     ),
     "mem1.agent": May("transformers mem1"),
     "mem1.demo": May("torch transformers mem1"),
@@ -275,8 +276,8 @@ def test_python_table_has_no_dead_row() -> None:
         ("mem1.commands.eval_command", "from mem1_core.layout import TrajectoryLayout", ""),
         ("mem1_core.unheard_of", "", "has no row"),
         ("mem1.unheard_of", "", "has no row"),
-        ("mem1.engine", "from mem1.train import ppo", "mem1.train.ppo"),
-        ("mem1.rollout.episode", "from mem1.train import ppo", "mem1.train.ppo"),
+        ("mem1.engine", "from mem1.train import learner", "mem1.train.learner"),
+        ("mem1.rollout.episode", "from mem1.train import learner", "mem1.train.learner"),
     ],
 )
 def test_python_rule_catches(module: str, source: str, caught: str) -> None:

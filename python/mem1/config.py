@@ -29,6 +29,8 @@ from mem1_core.eviction_policies import (
 )
 from mem1_core.layout import Regime
 
+Algorithm = Literal["ppo", "grpo", "rloo", "reinforce"]
+ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -202,18 +204,27 @@ class WarmStartConfig:
 
 
 @dataclass(frozen=True)
-class PPOConfig:
-    """Proximal policy optimisation; the defaults are the paper's except the learning rates, made for the
-    small model.
+class AlgorithmConfig:
+    """How an update learns from a batch of episodes; the defaults are the paper's PPO except the learning
+    rates, made for the small model. `mem1.train.advantages` has the formulas.
     """
 
-    gamma: float = 1.0
+    name: Algorithm = "ppo"  # all but the first without a critic
+    gamma: float = 1.0  # of ppo, as lam
     lam: float = 1.0
-    clip_ratio: float = 0.2
+    group_std: bool = True  # grpo: divide by the standard deviation of a group
+    whiten: bool | None = None  # advantages, over the batch's tokens; None: where the algorithm does, ppo
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None  # how often -A the loss of a bad token can be; usually 3
     value_clip: float = 0.5
     kl_coef: float = 0.001
-    kl_placement: Literal["reward", "loss"] = "reward"  # taken from it where positive, or as k3 in the loss
+    kl_placement: Literal["reward", "loss"] = "reward"  # taken from it where positive, or in the loss
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # in the loss
     entropy_coef: float = 0.001
+    state_weight: float = 1.0  # of advantages of tokens of the state, and of actions
+    action_weight: float = 1.0
+    format_reward: float = 0.0  # for an episode without an invalid action, less its share of these
     epochs: int = 1
     mini_batch_size: int = 32  # trajectories of one optimiser step
     max_tokens_per_micro_batch: int = 8192  # tokens of one forward, rounded up to a whole trajectory
@@ -231,25 +242,36 @@ class PPOConfig:
     rollout_is_cap: float | None = None
 
     def __post_init__(self) -> None:
+        require_choice(self, "name", ALGORITHMS)
         require_integers(self, "epochs mini_batch_size max_tokens_per_micro_batch", 1)
         require_integers(self, "actor_lr_warmup_steps critic_lr_warmup_steps critic_only_updates", 0)
         require_numbers(self, "gamma lam", 0.0, 1.0)
-        require_numbers(self, "clip_ratio", 0.0, 1.0, above=True)
+        require_numbers(self, "clip_low", 0.0, 1.0, above=True)
+        require_numbers(self, "clip_high")
         require_numbers(self, "value_clip max_grad_norm", above=True)
         require_numbers(self, "actor_lr critic_lr", 0.0, 1.0, above=True)
-        require_numbers(self, "kl_coef entropy_coef")
+        require_numbers(self, "kl_coef entropy_coef state_weight action_weight")
+        require_numbers(self, "format_reward", -1e6, 1e6)
         require_choice(self, "kl_placement", ("reward", "loss"))
-        require_flags(self, "bootstrap_turn_limit")
-        if self.rollout_is_cap is not None:
-            require_numbers(self, "rollout_is_cap", above=True)
+        require_choice(self, "kl_estimator", ("k1", "k2", "k3"))
+        require_flags(self, "bootstrap_turn_limit group_std")
+        if self.whiten is None:
+            object.__setattr__(self, "whiten", self.name == "ppo")
+        require_flags(self, "whiten")
+        for name, low in (("rollout_is_cap", 0.0), ("dual_clip", 1.0)):
+            if getattr(self, name) is not None:
+                require_numbers(self, name, low, above=True)
+        critic = self.name == "ppo" or not self.bootstrap_turn_limit
+        require(critic, "bootstrap_turn_limit", f"False for {self.name}, which has no critic", True)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run: warm start, then PPO."""
+    """One training run: warm start, then updates on episodes of the policy."""
 
-    max_updates: int = 100  # PPO updates
+    max_updates: int = 100
     batch_size: int = 64  # trajectories of one update
+    group_size: int = 1  # of these, how many play the same task
     environment: dict[str, Any] = field(default_factory=dict)  # what it is made with, kept with the run
     save_every: int = 20  # updates
     keep: int = 2  # checkpoints: the newest ones, and the best
@@ -260,10 +282,14 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     warmstart: WarmStartConfig = field(default_factory=WarmStartConfig)
-    ppo: PPOConfig = field(default_factory=PPOConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
 
     def __post_init__(self) -> None:
-        require_integers(self, "batch_size save_every keep", 1)
+        require_integers(self, "batch_size group_size save_every keep", 1)
+        whole = self.batch_size % self.group_size == 0
+        require(whole, "batch_size", f"a multiple of group_size={self.group_size}", self.batch_size)
+        grouped = self.algorithm.name not in ("grpo", "rloo") or self.group_size > 1
+        require(grouped, "group_size", f"at least 2 for {self.algorithm.name}", self.group_size)
         require_integers(self, "max_updates", 0)
         require_integers(self, "seed", 0, LARGEST - 1)
         require_numbers(self, "max_failed", 0.0, 1.0)

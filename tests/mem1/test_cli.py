@@ -15,7 +15,7 @@ from mem1.checks import InputError
 from mem1.cli import RUNS, main
 from mem1.commands.options import build_parser
 from mem1.commands.world_options import rollout_config
-from mem1.config import ModelConfig, PPOConfig, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.config import AlgorithmConfig, ModelConfig, RolloutConfig, TrainConfig, WarmStartConfig
 from mem1.parsing.tags import MEM1
 from mem1.runtime.device import whereabouts
 from mem1.runtime.interrupts import Interrupted
@@ -84,7 +84,7 @@ def test_the_settings_of_a_training_run(trained, tmp_path):
         model=ModelConfig(dtype="bfloat16"),
         rollout=RolloutConfig(regime="reencode", prune="state", max_info_tokens=664),
         warmstart=WarmStartConfig(steps=9),
-        ppo=PPOConfig(actor_lr=1e-5, critic_lr=1e-4, kl_coef=0.0),
+        algorithm=AlgorithmConfig(actor_lr=1e-5, critic_lr=1e-4, kl_coef=0.0),
     )
     assert where == out and not out.exists()
     given = {name: rest.pop(name) for name in ("make_environment", "tokenizer", "draw_example", "progress")}

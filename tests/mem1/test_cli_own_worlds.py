@@ -104,7 +104,7 @@ def test_training_goes_on_with_the_same_options_only(model, capsys):
     )
     assert main(played) == 0 and "trained with" not in capsys.readouterr().out
     records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    assert [(record["phase"], record["step"]) for record in records] == [("ppo", 1), ("ppo", 2)]
+    assert [(record["phase"], record["step"]) for record in records] == [("policy", 1), ("policy", 2)]
 
 
 def test_a_rule_of_ones_own(model, capsys):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast, get_args
 
 from mem1.checks import InputError
-from mem1.config import DTYPES, ChatMode, EvictionPolicy, Regime, RolloutConfig, TrainConfig
+from mem1.config import ALGORITHMS, DTYPES, ChatMode, EvictionPolicy, Regime, RolloutConfig, TrainConfig
 from mem1.envs.worlds import DEFAULT, WORLDS
 from mem1.evaluation.baselines.agents import AGENTS, Agent, parse_agent
 from mem1.evaluation.evaluation_loop import OBJECTIVES
@@ -74,18 +74,30 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
             )
         return group
 
-    add = command("train", "warm start on expert trajectories, then PPO", plays=True).add_argument
+    add = command("train", "warm start on expert trajectories, then reinforcement", plays=True).add_argument
     add("--out", type=Path, default=Path("runs/train"), help="folder of the run")
-    add("--model", type=str, help="start PPO from this folder or Hugging Face id, without a warm start")
+    add("--model", type=str, help="start updates from this folder or Hugging Face id, without a warm start")
     add("--resume", action="store_true", help="go on in --out, with the options of that run")
     add("--overwrite", action="store_true", help="start over in an --out that has a run")
     add("--objectives", type=_interval, help="questions per episode: 2 or 1-4 (default: 1-4)")
-    add("--max-updates", type=int, default=config.max_updates, help="PPO updates")
+    add("--algorithm", choices=ALGORITHMS, default=config.algorithm.name, help="all but ppo without a critic")
+    add("--max-updates", type=int, default=config.max_updates, help="of the policy")
     add("--batch-size", type=_positive, default=config.batch_size, help="episodes per update")
+    add(
+        "--group-size",
+        type=_positive,
+        default=config.group_size,
+        help="of these, how many play one task",
+    )
     add("--warmstart-steps", type=int, help=f"supervised steps (default: {config.warmstart.steps})")
-    add("--actor-lr", type=float, default=config.ppo.actor_lr, help="learning rate of the policy")
-    add("--critic-lr", type=float, default=config.ppo.critic_lr, help="learning rate of the critic")
-    add("--kl-coef", type=float, default=config.ppo.kl_coef, help="weight of the KL to the start of PPO")
+    add("--actor-lr", type=float, default=config.algorithm.actor_lr, help="learning rate of the policy")
+    add("--critic-lr", type=float, default=config.algorithm.critic_lr, help="learning rate of the critic")
+    add(
+        "--kl-coef",
+        type=float,
+        default=config.algorithm.kl_coef,
+        help="weight of the KL to the first policy",
+    )
     add(
         "--save-every",
         type=_positive,

@@ -10,7 +10,7 @@ from typing import Any
 from mem1.checks import InputError, require
 from mem1.commands.loading import check_writable
 from mem1.commands.world_options import closing, environment_record, rollout_config, world_of
-from mem1.config import ModelConfig, PPOConfig, TrainConfig, WarmStartConfig
+from mem1.config import AlgorithmConfig, ModelConfig, TrainConfig, WarmStartConfig
 from mem1.envs.toy.training import toy_training
 from mem1.envs.worlds import DEFAULT
 from mem1.runtime.progress import Progress
@@ -29,6 +29,7 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
     config = TrainConfig(
         max_updates=options.max_updates,
         batch_size=options.batch_size,
+        group_size=options.group_size,
         environment=environment,
         save_every=options.save_every,
         keep=options.keep,
@@ -38,7 +39,12 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
         model=ModelConfig(dtype=options.dtype),
         rollout=rollout_config(options, objectives and objectives[1]),
         warmstart=WarmStartConfig(steps=WarmStartConfig.steps if steps is None else steps),
-        ppo=PPOConfig(actor_lr=options.actor_lr, critic_lr=options.critic_lr, kl_coef=options.kl_coef),
+        algorithm=AlgorithmConfig(
+            name=options.algorithm,
+            actor_lr=options.actor_lr,
+            critic_lr=options.critic_lr,
+            kl_coef=options.kl_coef,
+        ),
     )
     check_writable(options.out)
     with _task(options, config) as task:

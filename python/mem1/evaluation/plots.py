@@ -78,7 +78,7 @@ def plot_learning(metrics: str | os.PathLike[str], path: str | os.PathLike[str])
     """
     records: list[dict[str, Any]] = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
     figure, (left, right) = _figure(1, 2)
-    for ax, phase, names in ((left, "warmstart", ("loss",)), (right, "ppo", ("reward", "answered"))):
+    for ax, phase, names in ((left, "warmstart", ("loss",)), (right, "policy", ("reward", "answered"))):
         rows = [record for record in records if record["phase"] == phase]
         for name in names:
             ax.plot(

@@ -71,7 +71,8 @@ class Critic(nn.Module):
         hidden = self.trunk(
             input_ids=input_ids, position_ids=position_ids, mem1_mask=mem1_mask, use_cache=False
         ).last_hidden_state
-        return self.head(hidden).squeeze(-1)
+        # A copy: what hooks a sharded module has on its output, they lose on a view.
+        return self.head(hidden).squeeze(-1).clone()
 
 
 def build_critic(actor: PreTrainedModel) -> Critic:

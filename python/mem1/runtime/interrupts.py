@@ -47,6 +47,11 @@ class Interrupts:
         if kind is None:  # one that came in the last step
             self.check()
 
+    @property
+    def pending(self) -> int:
+        """The signal that waits for the next `check`; 0: none."""
+        return self._pending or 0
+
     def check(self) -> None:
         """Raise Interrupted, once, if a signal has come."""
         signum, self._pending = self._pending, None

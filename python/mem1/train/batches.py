@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import heapq
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mem1.config import Regime
-from mem1.engine.output_layer import output_layer
+from mem1.engine.output_layer import OutputLayer, output_layer
 from mem1.trajectory import Trajectory
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.ops import linear_logprob
+from mem1_core.segments import Segment
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -46,43 +50,83 @@ class PackedBatch:
         }
 
 
-def pack(trajectories: list[Trajectory], regime: Regime, device: torch.device | str = "cpu") -> PackedBatch:
-    """One stream of all `trajectories`, laid out for `regime`."""
+def pack(
+    trajectories: Sequence[Trajectory], regime: Regime, device: torch.device | str = "cpu"
+) -> PackedBatch:
+    """One stream of all `trajectories`, laid out for `regime`; of none a token that teaches nothing, for a
+    rank that has to take part all the same.
+    """
+    if not trajectories:
+        layout = TrajectoryLayout.from_segments([Segment("prompt", 0, 1)])
+        return PackedBatch(torch.zeros(1, dtype=torch.int64, device=device), layout.to(device))
     return PackedBatch(
         tokens=torch.cat([t.tokens for t in trajectories]).to(device),
         layout=TrajectoryLayout.pack([t.layout(regime) for t in trajectories]).to(device),
     )
 
 
-def split(trajectories: list[Trajectory], max_tokens: int, regime: Regime = "carry") -> Iterator[list[int]]:
-    """Indices of the trajectories in groups of at most `max_tokens` rows of the layout of
-    `regime`, which are the tokens of a forward; a longer trajectory is a group of its own. Never an empty
-    group, none left out.
+def micro_batches(lengths: Sequence[int], max_tokens: int, ranks: int = 1) -> list[list[list[int]]]:
+    """Which trajectories share a forward: for each rank a list of groups, as many for one as for another.
+
+    lengths: rows of each (`rows`). A group has at most `max_tokens` rows, but for a longer trajectory by
+    itself; groups are about equally long, and may be empty where there are more ranks than trajectories.
+    Every trajectory is in one. The same lengths give the same groups.
+
+    The longest first, each to the group that has least (Graham 1969), with as few groups as that allows.
     """
-    group: list[int] = []
-    tokens = 0
-    for i, trajectory in enumerate(trajectories):
-        n = trajectory.layout(regime).token_index.numel()
-        if group and tokens + n > max_tokens:
-            yield group
-            group, tokens = [], 0
-        group.append(i)
-        tokens += n
-    if group:
-        yield group
+    order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
+    most = max([max_tokens, *lengths])
+    count = -(-max(sum(lengths), 1) // most)
+    while True:
+        count += -count % ranks
+        groups: list[list[int]] = [[] for _ in range(count)]
+        loads = [(0, group) for group in range(count)]
+        fits = True
+        for place in order:
+            load, group = heapq.heappop(loads)
+            groups[group].append(place)
+            heapq.heappush(loads, (load + lengths[place], group))
+            fits = fits and (load == 0 or load + lengths[place] <= max_tokens)
+        if fits:
+            break
+        count += 1
+    return [[sorted(group) for group in groups[rank::ranks]] for rank in range(ranks)]
 
 
-def label_hidden(model: Any, batch: PackedBatch) -> Tensor:
-    """The hidden states [M, H] from which the policy's tokens are predicted."""
-    hidden = model.get_decoder()(**batch.inputs(), use_cache=False).last_hidden_state[0]
-    return hidden[batch.layout.logit_rows]
+def rows(trajectory: Trajectory, regime: Regime) -> int:
+    """The tokens of a forward that a trajectory takes."""
+    return int(trajectory.layout(regime).token_index.numel())
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward ends in what training wants of it.
+
+    All that needs the weight of the output layer happens inside `forward`: where the model is sharded, that
+    is where a rank has it whole.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, stream: PackedBatch, finish: Callable[[Tensor, OutputLayer], _Result]) -> _Result:
+        """What `finish` makes of the hidden states [M, H] from which the policy's tokens are predicted, and
+        of the output layer.
+        """
+        hidden = self.model.get_decoder()(**stream.inputs(), use_cache=False).last_hidden_state[0]
+        return finish(hidden[stream.layout.logit_rows], output_layer(self.model))
 
 
 @torch.no_grad()
-def recompute_logprobs(model: Any, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
-    """Log-probs fp32 [M] of the policy's tokens under `model`, by one forward over the batch."""
-    head = output_layer(model)
-    hidden, temperature = label_hidden(model, batch), head.temperature(temperature)
-    return linear_logprob(
-        hidden, head.weight, batch.targets, temperature, bias=head.bias, softcap=head.softcap
-    )[0]
+def recompute_logprobs(policy: Any, stream: PackedBatch, temperature: float = 1.0) -> Tensor:
+    """Log-probs fp32 [M] of the policy's tokens under a `Policy`, or a model, by one forward."""
+
+    def logprobs(hidden: Tensor, head: OutputLayer) -> Tensor:
+        return linear_logprob(
+            *(hidden, head.weight, stream.targets, head.temperature(temperature)),
+            bias=head.bias,
+            softcap=head.softcap,
+        )[0]
+
+    found: Tensor = (policy if isinstance(policy, Policy) else Policy(policy))(stream, logprobs)
+    return found

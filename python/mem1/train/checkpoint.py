@@ -1,41 +1,43 @@
-"""Checkpoints: a folder in the Hugging Face format, plus the trainer's own state in `trainer.pt`."""
+"""Checkpoints: a folder in the Hugging Face format, plus the trainer's own state (`trainer_state`)."""
 
 from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError
 from mem1.io import sync, unfinished
 from mem1.models.load import check_json, without_bars
 from mem1.models.load import load as load_model
+from mem1.runtime.ranks import Ranks
+from mem1.train import trainer_state
 from mem1.train.optim import Diverged, not_finite
+from mem1.train.trainer_state import TrainerState
 
 CHECKPOINTS = "checkpoints"  # the folder within a training run's
-PHASES = ("warmstart", "ppo")  # of a training run; a checkpoint is called by one and its step
-_TRAINER, _SCORE = "trainer.pt", "score.json"
+PHASES = ("warmstart", "policy")  # of a training run; a checkpoint is called by one and its step
+_SCORE = "score.json"
 
 
 class Checkpoint(NamedTuple):
     model: Any  # causal language model with attention "mem1"
     tokenizer: PreTrainedTokenizerBase
-    trainer: dict[str, Any] | None  # None: a plain model, not one of a training run
+    trainer: TrainerState | None  # None: a plain model, not one of a training run
 
 
 class Place(NamedTuple):
     """How far a run is. Places compare as they follow one another."""
 
     phase: int  # index in PHASES
-    step: int  # steps of the warm start, or updates of PPO, that are done
+    step: int  # steps of the warm start, or updates of the policy, that are done
 
     def __str__(self) -> str:
         return f"{PHASES[self.phase]}-{self.step:06}"
@@ -67,38 +69,51 @@ def save(
     path: str | os.PathLike[str],
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    trainer: dict[str, Any] | None = None,
+    values: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
+    *,
     score: float | None = None,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Write a checkpoint to the new folder `path`, which has its name only once all of it is on disk.
 
-    Any Hugging Face tool can load the folder; `trainer` is saved in it with torch.save, `score` in
-    score.json. Raises InputError if there is something at `path` already (a folder cannot be replaced in one
-    go), Diverged, and writes nothing, for numbers that are not finite, the trainer's included.
+    Any Hugging Face tool can load the folder. values, tensors: the trainer's state, what JSON has and the
+    rest; `score` goes to score.json. All of `ranks` call it, each with the whole model and its parts of the
+    tensors; None: this process saves by itself. Raises InputError if there is something at `path` already (a
+    folder cannot be replaced in one go), Diverged, and writes nothing, for numbers that are not finite, the
+    trainer's included.
     """
-    path = Path(path)
+    path, ranks = Path(path), ranks or Ranks()
     if path.exists():
         raise InputError(f"path: expected a name that is free, got {str(path)!r}")
-    name = not_finite([*model.state_dict().items(), *_tensors(trainer, "trainer")])
+    tensors = tensors or {}
+    name = next(filter(None, ranks.gather(not_finite([*model.state_dict().items(), *tensors.items()]))), "")
     if name:
         raise Diverged(f"model: expected finite weights to save, got others in {name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = unfinished(path)
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
-        with without_bars():
-            model.save_pretrained(fresh)
-            tokenizer.save_pretrained(fresh)
-        if trainer is not None:
-            torch.save(trainer, fresh / _TRAINER)
-        if score is not None:
-            (fresh / _SCORE).write_text(json.dumps({"score": score}))
-        for file in [*fresh.rglob("*"), fresh]:
-            sync(file)
-        fresh.rename(path)
-        sync(path.parent)
-    finally:
+    fresh = ranks.broadcast(unfinished(path))
+    if ranks.first:
+        path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        if ranks.first:
+            with without_bars():
+                model.save_pretrained(fresh)
+                tokenizer.save_pretrained(fresh)
+            if score is not None:
+                (fresh / _SCORE).write_text(json.dumps({"score": score}))
+        ranks.barrier()
+        if values is not None:
+            trainer_state.write(fresh, values, tensors, ranks)
+        ranks.barrier()
+        if ranks.first:
+            for file in [*fresh.rglob("*"), fresh]:
+                sync(file)
+            fresh.rename(path)
+            sync(path.parent)
+        ranks.barrier()
+    finally:
+        if ranks.first:
+            shutil.rmtree(fresh, ignore_errors=True)
     return path
 
 
@@ -112,30 +127,12 @@ def load(path: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu")
     path = newest(path)
     check_json(Path(path) / _SCORE)
     model, tokenizer, _ = load_model(path, dtype, device)
-    return Checkpoint(model, tokenizer, _load_trainer(Path(path) / _TRAINER))
+    folder = Path(path)
+    trainer = TrainerState(folder) if (folder / trainer_state.VALUES).is_file() else None
+    return Checkpoint(model, tokenizer, trainer)
 
 
 def newest(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """The newest checkpoint of a training run's folder, or `path` itself where it is none."""
     there = (Path(path) / "config.json").is_file()
     return path if there else next(iter(numbered(Path(path))), path)
-
-
-def _tensors(tree: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors within dictionaries and lists, by their path."""
-    if isinstance(tree, torch.Tensor):
-        yield name, tree
-    elif isinstance(tree, (dict, list, tuple)):
-        for key, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _tensors(part, f"{name}.{key}")
-
-
-def _load_trainer(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise InputError(f"path: expected a readable trainer state in {str(path)!r}, got {reason}") from error
-    return state

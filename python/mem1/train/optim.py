@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 MAX_SKIPPED = 3  # steps in a row
+_BESIDE_NORM = 1e-6  # as torch's clip_grad_norm_ has it
 
 
 class Diverged(RuntimeError):
@@ -66,8 +68,8 @@ class AdamW:
     def bytes_to_come(self) -> int:
         """Of gradients and moments that the next step makes and that are not there yet."""
         narrow = sum(parameter.nbytes for parameter, _ in self._narrow)
-        gradients = sum(master.nbytes for master in self.masters if master.grad is None)
-        moments = sum(2 * master.nbytes for master in self.masters if master not in self.inner.state)
+        gradients = sum(_local(master).nbytes for master in self.masters if master.grad is None)
+        moments = sum(2 * _local(master).nbytes for master in self.masters if master not in self.inner.state)
         return narrow + gradients + moments
 
     def zero_grad(self) -> None:
@@ -91,9 +93,9 @@ class AdamW:
         """
         self.collect()
         gradients = [master.grad for master in self.masters if master.grad is not None]
-        norm = float(get_total_norm(gradients))
+        norm = _whole_norm(gradients)
         if math.isfinite(norm):
-            clip_grads_with_norm_(self.masters, self.max_grad_norm, torch.tensor(norm))
+            torch._foreach_mul_(gradients, min(1.0, self.max_grad_norm / (norm + _BESIDE_NORM)))
             for group in self.inner.param_groups:
                 group["lr"] = learning_rate
             self.inner.step()
@@ -109,22 +111,52 @@ class AdamW:
             )
         return norm
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "inner": self.inner.state_dict(),
-            "masters": [master.detach() for _, master in self._narrow],
-            "steps": self.steps,
-            "skipped": self.skipped,
-        }
+    def values(self) -> dict[str, int]:
+        """What a resumed run needs, beside `tensors`."""
+        return {"steps": self.steps, "skipped": self.skipped}
+
+    def tensors(
+        self, named: Mapping[str, nn.Parameter], known: Container[str] = (), *, alone: bool = False
+    ) -> dict[str, Tensor]:
+        """Masters and moments by the names of the parameters, as far as there are any; those in `known`,
+        names of a saved state, are made. Filled anew, they have to be followed by `restore`.
+
+        A parameter that is its own master is in it where it is a part of one, and with `alone`, for a model
+        that is saved nowhere else.
+        """
+        masters = {id(parameter): master for parameter, master in self._narrow}
+        found: dict[str, Tensor] = {}
+        for name, parameter in named.items():
+            if not parameter.requires_grad:
+                continue
+            master = masters.get(id(parameter), parameter)
+            if f"{name}.exp_avg" in known and master not in self.inner.state:
+                moments = {key: torch.zeros_like(master) for key in ("exp_avg", "exp_avg_sq")}
+                self.inner.state[master] = {"step": torch.tensor(0.0), **moments}
+            if alone or master is not parameter or isinstance(parameter, DTensor):
+                found[f"{name}.master"] = master.detach()
+            found |= {f"{name}.{key}": value for key, value in self.inner.state.get(master, {}).items()}
+        return found
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.inner.load_state_dict(state["inner"])
-        for (_, master), saved in zip(self._narrow, state["masters"], strict=True):
-            master.copy_(saved)
-        self.steps, self.skipped = state["steps"], state["skipped"]
+    def restore(self, values: Mapping[str, int]) -> None:
+        """Go on from a saved state, whose tensors are filled in."""
+        self.steps, self.skipped = values["steps"], values["skipped"]
+        for parameter, master in self._narrow:
+            parameter.copy_(master)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """This rank's part."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _whole_norm(gradients: list[Tensor]) -> float:
+    """Of all together, whatever part of them this rank has."""
+    norm = get_total_norm(gradients)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def not_finite(named: Iterable[tuple[str, Tensor]]) -> str:
     """The name of the first tensor that holds NaN or infinity, "" if none does."""
-    return next((name for name, value in named if not bool(value.isfinite().all())), "")
+    return next((name for name, value in named if not bool(_local(value).isfinite().all())), "")

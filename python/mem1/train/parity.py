@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mem1.config import Regime
-from mem1.train.batches import pack, recompute_logprobs, split
+from mem1.train.batches import micro_batches, pack, recompute_logprobs, rows
 from mem1.trajectory import Trajectory
 from mem1_core.eviction_policies import rule_name
 
@@ -47,7 +47,8 @@ def parity(
     chosen = [t for t in trajectories if t.policy_mask.any()]
     weight = model.get_output_embeddings().weight
     difference = [torch.empty(0)]
-    for group in split(chosen, max_tokens_per_micro_batch, regime):
+    lengths = [rows(trajectory, regime) for trajectory in chosen]
+    for group in micro_batches(lengths, max_tokens_per_micro_batch)[0] if chosen else ():
         part = [chosen[i] for i in group]
         new = recompute_logprobs(model, pack(part, regime, weight.device), temperature).cpu()
         difference.append(new - torch.cat([t.logprobs[t.policy_mask] for t in part]))

@@ -2,7 +2,7 @@
 
 train.json                     the settings
 metrics.jsonl                  a line for each step
-checkpoints/ppo-000020/        the newest ones, and the best
+checkpoints/policy-000020/        the newest ones, and the best
 last, best                     links to two of them
 """
 
@@ -13,11 +13,15 @@ import fcntl
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from mem1.checks import InputError
 from mem1.io import atomic_write, leftovers, link, sync, unfinished
+from mem1.runtime.ranks import Ranks
 from mem1.train import checkpoint
 from mem1.train.checkpoint import CHECKPOINTS, PHASES, Checkpoint, Place, numbered, score_of
 
@@ -29,7 +33,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems on
 # Settings that a resumed run may change: they decide how long and where it runs, not what it learns.
 FREE = frozenset(
     "max_updates save_every keep max_failed device threads warmstart.save_every "
-    "ppo.max_tokens_per_micro_batch rollout.num_slots rollout.kv_memory rollout.max_num_batched_tokens "
+    "algorithm.max_tokens_per_micro_batch rollout.num_slots rollout.kv_memory rollout.max_num_batched_tokens "
     "rollout.env_timeout rollout.env_retries rollout.episode_retries".split()
 )
 
@@ -156,13 +160,27 @@ class RunFolder:
         return None, damaged
 
     def save(
-        self, place: Place, model: Any, tokenizer: Any, trainer: dict[str, Any], score: float | None = None
+        self,
+        place: Place,
+        model: Any,
+        tokenizer: Any,
+        values: dict[str, Any],
+        tensors: Mapping[str, Tensor] | None = None,
+        *,
+        score: float | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """Save a checkpoint and remove old ones: the newest `keep` stay, and the one of the highest score."""
-        if self.metrics.exists():
+        """Save a checkpoint and remove old ones: the newest `keep` stay, and the one of the highest score.
+        All of `ranks` call it, as `checkpoint.save`.
+        """
+        ranks = ranks or Ranks()
+        if ranks.first and self.metrics.exists():
             sync(self.metrics)  # first: steps that are saved are not done again
-        trainer = trainer | {"settings": self.settings}
-        checkpoint.save(self.path / CHECKPOINTS / str(place), model, tokenizer, trainer, score)
+        values = values | {"settings": self.settings}
+        path = self.path / CHECKPOINTS / str(place)
+        checkpoint.save(path, model, tokenizer, values, tensors, score=score, ranks=ranks)
+        if not ranks.first:
+            return
         self._link()
         best = self._best()
         for old in numbered(self.path)[self.keep :]:

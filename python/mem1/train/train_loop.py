@@ -1,4 +1,4 @@
-"""One training run, top to bottom: a model, a supervised warm start, then PPO."""
+"""One training run, top to bottom: a model, a supervised warm start, then updates on its own episodes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -27,13 +27,16 @@ from mem1.models.build import build_critic, build_model, dropouts
 from mem1.models.load import load_report
 from mem1.rollout.rollout_loop import check_positions, make_codec, make_engine, rollout
 from mem1.runtime.device import pick_device, whereabouts
-from mem1.runtime.interrupts import Interrupts
+from mem1.runtime.interrupts import Interrupted, Interrupts
 from mem1.runtime.progress import Progress
+from mem1.runtime.ranks import Ranks
 from mem1.seeds import derive_seed
 from mem1.train import checkpoint
 from mem1.train.checkpoint import Place
-from mem1.train.ppo import PPO
+from mem1.train.learner import Learner
 from mem1.train.run_folder import Resumed, RunFolder
+from mem1.train.sharding import copy_weights, sharded_learner
+from mem1.train.trainer_state import TrainerState
 from mem1.train.warmstart import DrawExample, expert_examples, optimizer_for, warm_start
 from mem1.trajectory import FinishReason, Trajectory
 
@@ -58,13 +61,14 @@ def train(
     """Train and return the last checkpoint, which is also in the folder `out/last`.
 
     `out` gets what `RunFolder` says: settings, metrics.jsonl (one line per step, its "phase" is warmstart or
-    ppo) and checkpoints. `init` is a checkpoint to start from, in place of random weights and a warm start.
+    policy) and checkpoints. `init` is a checkpoint to start from, in place of random weights and a warm
+    start.
 
-    make_environment: makes an environment for each episode of PPO (`config.environment` only keeps on record
-    what it was made with). tasks: the task set, whose rows go to the episodes in an order that follows from
-    the seed, all once before any comes again. tokenizer: that of a model with random weights. draw_example:
-    what the warm start learns from, laid out as the rollouts to come, see `warm_start`; by default the
-    episodes of the environment's expert.
+    make_environment: makes an environment for each episode of the policy (`config.environment` only keeps on
+    record what it was made with). tasks: the task set, whose rows go to the episodes, or groups of them, in
+    an order that follows from the seed, all once before any comes again. tokenizer: that of a model with
+    random weights. draw_example: what the warm start learns from, laid out as the rollouts to come, see
+    `warm_start`; by default the episodes of the environment's expert.
 
     All random numbers follow from `config.seed`, and nothing from time: `resume` goes on from the newest
     checkpoint in `out` to where the unbroken run would have come. Ctrl-C and SIGTERM save the last complete
@@ -82,19 +86,23 @@ def train(
         torch.set_num_threads(config.threads)
     settings = config.to_dict() | {"init": init and str(init)}
     rows = None if tasks is None else TaskStream(tasks, config.seed)
-    device, run = pick_device(config.device), RunFolder(Path(out), config.keep)
+    device = pick_device(config.device)
+    ranks = Ranks.join(device)
+    device, run = ranks.place(device), RunFolder(Path(out), config.keep)
+    progress = progress if ranks.first else Progress(log=lambda line: None)
 
     with Interrupts() as interrupts, closing(run):
         # 1. A model: of the run so far, of a checkpoint, or a new one.
-        state: dict[str, Any] | None = None
-        resumed = run.resume(settings) if resume else Resumed(None, init and str(init), [])
+        saved: TrainerState | None = None
+        resumed = run.resume(settings) if resume and ranks.first else Resumed(None, init and str(init), [])
         for line in resumed.notes:
             progress.log(line)
-        if resume and init is not None and str(init) != resumed.init:
-            raise InputError(f"resume: expected the init of the run, {resumed.init!r}, got {str(init)!r}")
-        init = resumed.init and Path(resumed.init)
-        if resumed.checkpoint is not None:
-            actor, tokenizer, state = resumed.checkpoint
+        run_init, goes_on = ranks.broadcast((resumed.init, resumed.checkpoint is not None))
+        if resume and init is not None and str(init) != run_init:
+            raise InputError(f"resume: expected the init of the run, {run_init!r}, got {str(init)!r}")
+        init = run_init and Path(run_init)
+        if goes_on:
+            actor, tokenizer, saved = resumed.checkpoint or checkpoint.load(out)
         elif init is not None:
             actor, tokenizer, _ = checkpoint.load(init, config.model.dtype)
             progress.log(str(load_report(actor, tokenizer, str(init))))
@@ -103,41 +111,45 @@ def train(
                 raise InputError("tokenizer: expected one for a model with random weights, got none")
             actor = build_model(tokenizer, config.model, derive_seed(config.seed, "weights"))
         actor.to(device)
-        progress.log(whereabouts(actor))
+        progress.log(whereabouts(actor) + (f", {ranks.size} processes" if ranks.size > 1 else ""))
         require(any(p.requires_grad for p in actor.parameters()), "model", "weights that learn", "none")
         check_positions(actor, config.rollout)
         check_policy(actor.eval())
         make_codec(tokenizer, config.rollout, actor)  # which refuses what cannot be used
-        warm = init is None and (state is None or "ppo" not in state)
+        warm = init is None and (saved is None or "learner" not in saved)
         examples = draw_example
         if warm and config.warmstart.steps and examples is None:
             examples = expert_examples(
                 tokenizer, cast(Callable[[], ExpertEnvironment], make_environment), config.rollout, rows
             )
-        if resumed.checkpoint is None:
-            run.begin(settings | {"init": resumed.init}, overwrite=overwrite or resume)
+        if not goes_on and ranks.first:
+            run.begin(settings | {"init": run_init}, overwrite=overwrite or resume)
 
-        # 2. The warm start.
+        # 2. The warm start, by the first alone.
         if warm:
-            _warm_start(actor, tokenizer, examples, config, run, state or {}, interrupts, progress)
-            state = None
+            if ranks.first:
+                _warm_start(actor, tokenizer, examples, config, run, saved, interrupts, progress)
+            ranks.share(actor)
+            saved = None
 
-        # 3. PPO.
-        critic = build_critic(actor)
-        reference = copy.deepcopy(actor).requires_grad_(False) if config.ppo.kl_coef else None
-        ppo = PPO(actor, critic, reference, config.ppo, config.rollout.regime, config.rollout.temperature)
-        if state:
-            critic.load_state_dict(state["critic"])
-            if reference is not None:
-                reference.load_state_dict(state["reference"])
-            ppo.load_state_dict(state["ppo"])
+        # 3. Updates on episodes of the policy.
+        critic = build_critic(actor) if config.algorithm.name == "ppo" else None
+        reference = copy.deepcopy(actor).requires_grad_(False) if config.algorithm.kl_coef else None
+        sampler = actor if ranks.size == 1 else copy.deepcopy(actor).requires_grad_(False)
+        learner = sharded_learner(actor, critic, reference, config, ranks)
+        if saved:
+            learner.restore(saved["learner"], saved)
+            copy_weights(learner.policy.model, sampler)
         engine = make_engine(
-            actor.eval(), config.rollout, config.batch_size, progress.log, reserved_bytes=ppo.bytes_to_come
+            *(sampler.eval(), config.rollout, config.batch_size, progress.log),
+            reserved_bytes=learner.bytes_to_come,
         )
         if dropped := dropouts(actor):
-            progress.log(f"dropout is off during PPO ({', '.join(dropped)})")
-        play = partial(rollout, actor, tokenizer, make_environment, config=config.rollout, engine=engine)
-        return _ppo(ppo, tokenizer, play, rows, config, run, state or {}, interrupts, progress)
+            progress.log(f"dropout is off during the updates ({', '.join(dropped)})")
+        play = partial(rollout, sampler, tokenizer, make_environment, config=config.rollout, engine=engine)
+        return _updates(
+            learner, sampler, tokenizer, play, rows, config, run, saved, ranks, interrupts, progress
+        )
 
 
 def _warm_start(
@@ -146,23 +158,26 @@ def _warm_start(
     draw_example: DrawExample | None,  # None: for a warm start of no steps
     config: TrainConfig,
     run: RunFolder,
-    state: dict[str, Any],
+    state: TrainerState | None,
     interrupts: Interrupts,
     progress: Progress,
 ) -> None:
-    """The supervised steps that `state` has not, with checkpoints; the last one is where PPO starts."""
+    """The supervised steps that `state` has not, with checkpoints; the last one is where updates begin."""
     optimizer, done, total = optimizer_for(actor, config.warmstart), 0, config.warmstart.steps
+    named, skipped = dict(actor.named_parameters()), 0
     if state:
-        optimizer.load_state_dict(state["optimizer"])
-        done = optimizer.steps + state["skipped_steps"]
-    skipped, saved = state.get("skipped_steps", 0), done if state else None
+        state.fill(optimizer.tensors(named, state.names))
+        optimizer.restore(state["optimizer"])
+        skipped = state["skipped_steps"]
+        done = optimizer.steps + skipped
+    saved = done if state else None
 
     def save() -> None:
         nonlocal saved
         if saved != done:
             saved = done  # one that fails is not tried again: what it was shall be seen
-            trainer = {"optimizer": optimizer.state_dict(), "skipped_steps": skipped}
-            run.save(Place(0, done), actor, tokenizer, trainer)
+            values = {"optimizer": optimizer.values(), "skipped_steps": skipped}
+            run.save(Place(0, done), actor, tokenizer, values, optimizer.tensors(named))
 
     regime, lessons = config.rollout.regime, config.warmstart
     steps = warm_start(
@@ -195,77 +210,96 @@ def _warm_start(
             save()
 
 
-def _ppo(
-    ppo: PPO,
+def _updates(
+    learner: Learner,
+    sampler: Any,
     tokenizer: Any,
     play: Callable[..., Iterator[Trajectory]],
     rows: TaskStream | None,
     config: TrainConfig,
     run: RunFolder,
-    state: dict[str, Any],
+    state: TrainerState | None,
+    ranks: Ranks,
     interrupts: Interrupts,
     progress: Progress,
 ) -> checkpoint.Checkpoint:
-    actor = ppo.actor
-    rewards: list[float] = state.get("rewards", [])  # since the last checkpoint that has a score
-    saved: int | None = ppo.updates if state else None
+    rewards: list[float] = state["rewards"] if state else []  # since the last checkpoint that has a score
+    saved: int | None = learner.updates if state else None
 
     def save() -> None:
         nonlocal saved, rewards
-        if saved == ppo.updates:
+        if saved == learner.updates:
             return
-        saved = ppo.updates  # one that fails is not tried again: what it was shall be seen
+        saved = learner.updates  # one that fails is not tried again: what it was shall be seen
         # Only where every run saves: how often one was interrupted shall not decide which is the best.
-        due = ppo.updates % config.save_every == 0 or ppo.updates == config.max_updates
+        due = learner.updates % config.save_every == 0 or learner.updates == config.max_updates
         score = fmean(rewards) if due and rewards else None
         if score is not None:
             rewards = []
-        trainer = {
-            "critic": ppo.critic.state_dict(),
-            "reference": None if ppo.reference is None else ppo.reference.state_dict(),
-            "ppo": ppo.state_dict(),
-            "rewards": rewards,
-        }
-        run.save(Place(1, ppo.updates), actor, tokenizer, trainer, score)
+        values = {"learner": learner.values(), "rewards": rewards}
+        place = Place(1, learner.updates)
+        run.save(place, sampler, tokenizer, values, learner.tensors(), score=score, ranks=ranks)
 
-    complete = True  # the weights are those of `ppo.updates` updates, and these are on record
+    complete = True  # the weights are those of `learner.updates` updates, and these are on record
+    together = True  # every rank comes to the end of this
     try:
-        while ppo.updates < config.max_updates:
-            update, began = ppo.updates, time.perf_counter()
-            seeds = [derive_seed(config.seed, "training", update, i) for i in range(config.batch_size)]
-            place = {seed: i for i, seed in enumerate(seeds)}
-            given = rows and [rows[update * config.batch_size + i] for i in range(config.batch_size)]
+        while learner.updates < config.max_updates:
+            update, began = learner.updates, time.perf_counter()
+            together = ranks.size == 1
             # Nothing is lost in these: the same update starts over from its seeds.
-            with interrupts.allowed():
-                actor.eval()
-                trajectories = []
-                with progress.phase(f"update {update + 1}: rollout", config.batch_size) as phase:
-                    for trajectory in play(seeds=seeds, tasks=given):
-                        trajectories.append(trajectory)
-                        phase.advance(note=trajectory.error_kind)
-                # In the order of the seeds, not of the clock.
-                trajectories.sort(key=lambda t: place[t.seed])
+            with interrupts.allowed() if together else nullcontext():
+                sampler.eval()
+                trajectories = _play(play, update, rows, config, ranks, progress)
                 _check_failures(trajectories, config.max_failed)
                 rolled = time.perf_counter()
-                batch, metrics = ppo.prepare(trajectories)
+                batch, metrics = learner.prepare(trajectories)
             complete = False
             shuffle = torch.Generator().manual_seed(derive_seed(config.seed, "minibatches", update))
-            steps = config.ppo.epochs * -(-len(batch) // config.ppo.mini_batch_size)
+            steps = config.algorithm.epochs * -(-len(batch) // config.algorithm.mini_batch_size)
             with progress.phase(f"update {update + 1}: optimiser steps", steps) as phase:
-                metrics |= ppo.learn(batch, shuffle, phase.advance)
-            record = {"phase": "ppo", "step": ppo.updates, **describe(trajectories), **metrics}
+                metrics |= learner.learn(batch, shuffle, phase.advance)
+            if ranks.size > 1:
+                copy_weights(learner.policy.model, sampler)
+            record = {"phase": "policy", "step": learner.updates, **describe(trajectories), **metrics}
             record |= {"rollout_seconds": rolled - began, "update_seconds": time.perf_counter() - rolled}
-            append_json(run.metrics, without_nan(record))
+            if ranks.first:
+                append_json(run.metrics, without_nan(record))
             rewards.append(record["reward"])
-            complete = True
+            complete = together = True
             progress.log(_line(record, config.max_updates))
-            if ppo.updates % config.save_every == 0:
+            if learner.updates % config.save_every == 0:
                 save()
-            interrupts.check()
+            if signum := max(ranks.gather(interrupts.pending)):
+                raise Interrupted(signum)
     finally:
-        if complete:
+        if complete and together:
             save()
-    return checkpoint.Checkpoint(actor.eval(), tokenizer, None)
+    return checkpoint.Checkpoint(sampler.eval(), tokenizer, None)
+
+
+def _play(
+    play: Callable[..., Iterator[Trajectory]],
+    update: int,
+    rows: TaskStream | None,
+    config: TrainConfig,
+    ranks: Ranks,
+    progress: Progress,
+) -> list[Trajectory]:
+    """The episodes of an update, each played by one of the ranks, in the order of the seeds."""
+    tasks = config.batch_size // config.group_size
+    seeds = [derive_seed(config.seed, "training", update, i) for i in range(tasks)]
+    place = {seed: i for i, seed in enumerate(seeds)}
+    mine = range(ranks.rank, tasks, ranks.size)
+    given = rows and [rows[update * tasks + i] for i in mine]
+    played = []
+    with progress.phase(f"update {update + 1}: rollout", len(mine) * config.group_size) as phase:
+        if mine:
+            own = [seeds[i] for i in mine]
+            for trajectory in play(seeds=own, tasks=given, group_size=config.group_size):
+                played.append(trajectory)
+                phase.advance(note=trajectory.error_kind)
+    everyone = [trajectory for theirs in ranks.gather(played) for trajectory in theirs]
+    return sorted(everyone, key=lambda t: (place[t.seed], t.sampling_seed))  # not by the clock
 
 
 def _check_failures(trajectories: list[Trajectory], max_failed: float) -> None:

@@ -13,13 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError
 from mem1.config import RolloutConfig, WarmStartConfig
-from mem1.engine.output_layer import output_layer
+from mem1.engine.output_layer import OutputLayer
 from mem1.envs.base import Example, ExpertEnvironment
 from mem1.envs.tasks import TaskStream
 from mem1.parsing.token_text import unknown_id
 from mem1.rollout.rollout_loop import play_expert
 from mem1.seeds import derive_seed
-from mem1.train.batches import PackedBatch, label_hidden
+from mem1.train.batches import PackedBatch, Policy
 from mem1.train.optim import AdamW
 from mem1.trajectory import FinishReason
 from mem1_core.layout import Regime, TrajectoryLayout
@@ -150,9 +150,12 @@ def label_logprobs(
     layouts = [TrajectoryLayout.from_segments(e.segments, regime=regime, prune=e.prune) for e in batch]
     layout = TrajectoryLayout.pack(layouts).to(device)
     tokens = torch.tensor([token for e in batch for token in e.tokens], device=device)
-    stream, head = PackedBatch(tokens, layout), output_layer(actor)
-    hidden = label_hidden(actor, stream)
-    logprob, _ = linear_logprob(
-        hidden, head.weight, stream.targets, head.temperature(1.0), bias=head.bias, softcap=head.softcap
-    )
-    return logprob, head.likeliest(hidden.detach()) == stream.targets
+    stream = PackedBatch(tokens, layout)
+
+    def finish(hidden: Tensor, head: OutputLayer) -> tuple[Tensor, Tensor]:
+        logprob, _ = linear_logprob(
+            hidden, head.weight, stream.targets, head.temperature(1.0), bias=head.bias, softcap=head.softcap
+        )
+        return logprob, head.likeliest(hidden.detach()) == stream.targets
+
+    return Policy(actor)(stream, finish)

@@ -317,11 +317,11 @@ def test_pictures(tokenizer, tmp_path):
     pytest.importorskip("matplotlib")
     results, played = expert_rows(tokenizer, RolloutConfig(), (1, 2))
     records = [{"phase": "warmstart", "step": i, "loss": 3 / i} for i in (1, 2, 3)]
-    records += [{"phase": "ppo", "step": i, "reward": 0.1 * i, "answered": 0.5} for i in (1, 2)]
+    records += [{"phase": "policy", "step": i, "reward": 0.1 * i, "answered": 0.5} for i in (1, 2)]
     # Gaps: no number, one that is none, and an update of which nothing is said.
     records += [
-        {"phase": "ppo", "step": 3, "reward": None, "answered": math.nan},
-        {"phase": "ppo", "step": 4},
+        {"phase": "policy", "step": 3, "reward": None, "answered": math.nan},
+        {"phase": "policy", "step": 4},
     ]
     results.append(replace(results[0], objectives=4, means={}))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

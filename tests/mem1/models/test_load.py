@@ -249,9 +249,9 @@ def test_the_folder_of_a_run_is_its_newest_checkpoint(saved, tmp_path):
     path = saved()
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     for step in (1, 2):
-        shutil.copytree(path, tmp_path / "run" / "checkpoints" / f"ppo-{step:06}")
-    (tmp_path / "run" / "checkpoints" / "ppo-000002" / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match="ppo-000002"):
+        shutil.copytree(path, tmp_path / "run" / "checkpoints" / f"policy-{step:06}")
+    (tmp_path / "run" / "checkpoints" / "policy-000002" / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="policy-000002"):
         checkpoint.load(tmp_path / "run")
 
 

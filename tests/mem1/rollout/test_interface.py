@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from mem1.checks import InputError
-from mem1.config import PPOConfig, RolloutConfig
+from mem1.config import AlgorithmConfig, RolloutConfig
 from mem1.envs.base import Action, ExpertAction, Step
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.models.build import build_critic
 from mem1.rollout.rollout_loop import play_expert, rollout
 from mem1.train.batches import pack
-from mem1.train.ppo import PPO
+from mem1.train.learner import Learner
 from mem1.trajectory import TokenReward, Trajectory
 
 CONFIG = RolloutConfig(num_slots=4, max_action_tokens=12, max_turns=6, env_timeout=20.0, env_retries=0)
@@ -103,12 +103,12 @@ def test_ppo_learns_from_rewards_where_they_came(make_model, tokenizer, bootstra
     """With gamma = lam = 1 and no KL, the return of a token is the sum of the rewards from it on."""
     model = make_model()
     played = list(rollout(model, tokenizer, lambda: Paying(truncated=True), range(3), CONFIG, expert=True))
-    config = PPOConfig(kl_coef=0.0, bootstrap_turn_limit=bootstrap)
+    config = AlgorithmConfig(kl_coef=0.0, bootstrap_turn_limit=bootstrap)
     critic = build_critic(model)
     with torch.no_grad():
         critic.head.weight.normal_(std=0.1)
-    ppo = PPO(model, critic, None, config, "carry")
-    batch, _ = ppo.prepare(played)
+    learner = Learner(model, critic, None, config, "carry")
+    batch, _ = learner.prepare(played)
     for experience in batch:
         rewards = experience.trajectory.policy_rewards()
         expected = rewards.flip(0).cumsum(0).flip(0)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from mem1.config import ModelConfig, PPOConfig, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.config import AlgorithmConfig, ModelConfig, RolloutConfig, TrainConfig, WarmStartConfig
 from mem1.engine.engine import Engine
 from mem1.envs.base import Action, Step
 from mem1.envs.toy.multihop import MultiHopEnv
@@ -21,7 +21,7 @@ from mem1.envs.toy.training import toy_training
 from mem1.runtime.interrupts import Interrupted
 from mem1.seeds import derive_seed
 from mem1.train import train_loop as train
-from mem1.train.ppo import PPO
+from mem1.train.learner import Learner
 
 FAULTY = 0.05  # of the calls
 NAN_GRADIENT, NAN_LOGITS = 9, 21  # updates
@@ -41,7 +41,7 @@ CONFIG = TrainConfig(
     ),
     rollout=RolloutConfig(num_slots=4, max_action_tokens=12, max_turns=3, env_timeout=1.0, synchronous=True),
     warmstart=WarmStartConfig(steps=20, batch_tokens=256, save_every=7),
-    ppo=PPOConfig(mini_batch_size=4, actor_lr=1e-3, critic_only_updates=1),
+    algorithm=AlgorithmConfig(mini_batch_size=4, actor_lr=1e-3, critic_only_updates=1),
 )
 
 
@@ -65,7 +65,7 @@ class Faulty(MultiHopEnv):
 
 
 def main(out: Path, updates: int) -> int:
-    step, logits = PPO.step, Engine.logits
+    step, logits = Learner.step, Engine.logits
     poisoned = {"gradient": 0, "logits": 0}
     poisoned_seeds = {
         derive_seed(CONFIG.seed, "training", NAN_LOGITS - 1, i) for i in range(CONFIG.batch_size)
@@ -94,7 +94,7 @@ def main(out: Path, updates: int) -> int:
             made[0] = torch.nan
         return made
 
-    train.rollout, PPO.step, Engine.logits = rolling, stepping, poisoning
+    train.rollout, Learner.step, Engine.logits = rolling, stepping, poisoning
     config = CONFIG.__class__(**{**vars(CONFIG), "max_updates": updates})
     resume = any(out.glob("checkpoints/*-*"))
     try:

@@ -17,14 +17,14 @@ CONFIG = RolloutConfig(max_action_tokens=24, max_turns=4)
 
 def test_a_checkpoint_holds_model_tokenizer_and_trainer(make_model, tokenizer, tmp_path):
     model = make_model()
-    path = checkpoint.save(tmp_path / "run" / "last", model, tokenizer, {"step": 3, "x": torch.ones(2)})
+    path = checkpoint.save(tmp_path / "run" / "last", model, tokenizer, {"step": 3}, {"x": torch.ones(2)})
     loaded = checkpoint.load(path)
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.model.state_dict()[name])
     text = "questions : ada boss ; <IS> bruno </IS> <query> ada boss </query>"
     assert loaded.tokenizer.encode(text) == tokenizer.encode(text)
     assert loaded.tokenizer.decode(tokenizer.encode(text)) == tokenizer.decode(tokenizer.encode(text))
-    assert loaded.trainer["step"] == 3
+    assert loaded.trainer["step"] == 3 and torch.equal(loaded.trainer.tensors()["x"], torch.ones(2))
     assert loaded.model.config._attn_implementation == "mem1"
     plain = AutoModelForCausalLM.from_pretrained(path)  # any tool can read it
     assert torch.equal(plain.lm_head.weight, model.lm_head.weight)
@@ -34,7 +34,7 @@ def test_a_checkpoint_is_never_overwritten(make_model, tokenizer, tmp_path):
     checkpoint.save(tmp_path / "last", make_model(), tokenizer, {"step": 1})
     with pytest.raises(InputError, match="path: expected a name that is free, got "):
         checkpoint.save(tmp_path / "last", make_model(), tokenizer, {"step": 2})
-    assert checkpoint.load(tmp_path / "last").trainer == {"step": 1}
+    assert checkpoint.load(tmp_path / "last").trainer.values == {"step": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["last"]
 
 
@@ -42,11 +42,13 @@ def test_a_failed_save_leaves_nothing_behind(make_model, tokenizer, tmp_path):
     with pytest.raises(AttributeError):
         checkpoint.save(tmp_path / "last", make_model(), None)
     assert list(tmp_path.iterdir()) == []
-    checkpoint.save(tmp_path / "checkpoints" / "ppo-000001", make_model(), tokenizer, {"step": 1})
-    assert checkpoint.load(tmp_path).trainer == {"step": 1}  # the folder of a run stands for its newest
+    checkpoint.save(tmp_path / "checkpoints" / "policy-000001", make_model(), tokenizer, {"step": 1})
+    assert checkpoint.load(tmp_path).trainer.values == {
+        "step": 1
+    }  # the folder of a run stands for its newest
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "trainer.pt"])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "trainer.json"])
 def test_a_damaged_file_is_named(make_model, tokenizer, tmp_path, name):
     path = checkpoint.save(tmp_path / "last", make_model(), tokenizer, {"step": 1})
     if name == "tokenizer.json":

@@ -8,10 +8,10 @@ from functools import partial
 
 import pytest
 
-from mem1.config import PPOConfig, TrainConfig, WarmStartConfig
+from mem1.config import AlgorithmConfig, TrainConfig, WarmStartConfig
 from mem1.envs.toy.training import toy_training
 from mem1.runtime.progress import Progress
-from mem1.train import batches, ppo
+from mem1.train import advantages, batches, learner
 from mem1.train import train_loop as train
 
 SETTINGS = TrainConfig(
@@ -19,7 +19,7 @@ SETTINGS = TrainConfig(
     batch_size=8,
     environment={"objectives": (1, 1)},
     warmstart=WarmStartConfig(steps=150),
-    ppo=PPOConfig(
+    algorithm=AlgorithmConfig(
         mini_batch_size=4,
         epochs=2,
         critic_only_updates=1,
@@ -40,11 +40,15 @@ def test_the_curve_is_that_of_the_reference_loss(tmp_path, monkeypatch):
     curves = []
     for backend in ("auto", "reference"):
         with monkeypatch.context() as patch:
-            for module, name in ((ppo, "fused_linear_ppo_loss"), (batches, "linear_logprob"), (ppo, "gae")):
+            for module, name in (
+                (learner, "fused_linear_ppo_loss"),
+                (batches, "linear_logprob"),
+                (advantages, "gae"),
+            ):
                 patch.setattr(module, name, partial(getattr(module, name), backend=backend))
             train.train(config, tmp_path / backend, **given, init=tmp_path / "start")
         lines = (tmp_path / backend / "metrics.jsonl").read_text().splitlines()
-        curves.append([r for r in map(json.loads, lines) if r["phase"] == "ppo"])
+        curves.append([r for r in map(json.loads, lines) if r["phase"] == "policy"])
     ours, reference = curves
     assert len(ours) == len(reference) == 5
     for step, (one, other) in enumerate(zip(ours, reference, strict=True)):

@@ -16,14 +16,14 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from mem1.checks import InputError
-from mem1.config import ModelConfig, PPOConfig, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.config import AlgorithmConfig, ModelConfig, RolloutConfig, TrainConfig, WarmStartConfig
 from mem1.envs.toy.training import toy_training
 from mem1.runtime.interrupts import Interrupted
 from mem1.runtime.progress import Progress
 from mem1.train import checkpoint, run_folder
 from mem1.train import train_loop as train
+from mem1.train.learner import Learner
 from mem1.train.optim import AdamW
-from mem1.train.ppo import PPO
 from mem1.train.run_folder import METRICS
 
 CONFIG = TrainConfig(
@@ -41,7 +41,7 @@ CONFIG = TrainConfig(
     warmstart=WarmStartConfig(steps=5, batch_tokens=256, save_every=2),
     # Large steps and a KL that weighs: whatever is not restored shows in the weights. The warm-up is still
     # under way at the stop.
-    ppo=PPOConfig(
+    algorithm=AlgorithmConfig(
         kl_coef=0.5,
         mini_batch_size=3,
         actor_lr=0.01,
@@ -60,7 +60,8 @@ def run(config: TrainConfig, out: Path, **how: Any) -> None:
 def state(out: Path) -> dict[str, Any]:
     """All that the newest checkpoint of a run holds, by its path in the nested dicts and lists."""
     saved = checkpoint.load(out)
-    return flat({"actor": dict(saved.model.state_dict()), "trainer": saved.trainer})
+    weights, trainer = dict(saved.model.state_dict()), saved.trainer
+    return flat({"actor": weights, "values": trainer.values, "tensors": trainer.tensors()})
 
 
 def flat(tree: Any, path: str = "") -> dict[str, Any]:
@@ -123,8 +124,8 @@ def test_the_second_half_goes_on_from_the_first(tmp_path, unbroken):
             float((resumed[name] - stopped[name]).abs().max()) for name in resumed if name.startswith(part)
         )
 
-    assert moved("/actor") > 0.01 and moved("/trainer/critic") > 0.01
-    assert moved("/trainer/reference") == 0
+    assert moved("/actor") > 0.01 and moved("/tensors/critic") > 0.01
+    assert moved("/tensors/reference") == 0
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -133,8 +134,8 @@ def test_the_second_half_goes_on_from_the_first(tmp_path, unbroken):
     [
         (train, "append_json", 2, None),  # in step 3 of the warm start
         (train, "rollout", 2, 2),  # of update 3
-        (PPO, "prepare", 2, 2),
-        (PPO, "step", 4, 3),  # in the middle of update 3, which is finished
+        (Learner, "prepare", 2, 2),
+        (Learner, "step", 4, 3),  # in the middle of update 3, which is finished
         (checkpoint, "save", 1, None),
     ],
 )
@@ -147,7 +148,7 @@ def test_an_interrupted_run_loses_nothing(
             run(CONFIG, tmp_path)
     assert error.value.signum == signum
     if updates is not None:
-        assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == updates
+        assert checkpoint.load(tmp_path).trainer["learner"]["updates"] == updates
     run(CONFIG, tmp_path, resume=True)
     assert_same(tmp_path, unbroken)
 
@@ -160,7 +161,7 @@ def test_a_finished_run_is_resumed_to_no_more(tmp_path, updates):
     run(replace(config, max_updates=updates), tmp_path, resume=True)
     run(replace(config, max_updates=updates), tmp_path, resume=True)
     assert records(tmp_path) == before
-    assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == 2
+    assert checkpoint.load(tmp_path).trainer["learner"]["updates"] == 2
 
 
 def test_a_signal_in_the_first_rollout_after_a_resume(tmp_path, unbroken, monkeypatch):
@@ -202,15 +203,15 @@ def test_a_signal_in_the_last_save_is_not_swallowed(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         save = checkpoint.save
 
-        def signalled(path, *arguments):
-            if path.name.startswith("ppo"):
+        def signalled(path, *arguments, **how):
+            if path.name.startswith("policy"):
                 os.kill(os.getpid(), signal.SIGTERM)
-            return save(path, *arguments)
+            return save(path, *arguments, **how)
 
         patch.setattr(checkpoint, "save", signalled)
         with pytest.raises(Interrupted):
             run(config, tmp_path)
-    assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == 1
+    assert checkpoint.load(tmp_path).trainer["learner"]["updates"] == 1
 
 
 @pytest.mark.parametrize("when", [3, 6])  # in the warm start, after update 2
@@ -245,13 +246,13 @@ def test_interruptions_do_not_decide_which_checkpoint_is_the_best(tmp_path, monk
             patch.setattr(train, "describe", rewarded)
             for stop in stops:
                 with monkeypatch.context() as other:
-                    interrupt(other, PPO, "prepare", stop, signal.SIGTERM)
+                    interrupt(other, Learner, "prepare", stop, signal.SIGTERM)
                     with pytest.raises(Interrupted):
                         run(config, tmp_path / name)
                 assert checkpoint.load(tmp_path / name).trainer["rewards"] == [0.9]
             run(config, tmp_path / name, resume=bool(stops))
         best.append((os.readlink(tmp_path / name / "best"), checkpoint.score_of(tmp_path / name / "best")))
-    assert best[0] == best[1] == ("checkpoints/ppo-000006", pytest.approx(0.3))
+    assert best[0] == best[1] == ("checkpoints/policy-000006", pytest.approx(0.3))
 
 
 def test_a_run_killed_before_its_first_checkpoint_goes_on_with_what_it_began_with(
@@ -264,7 +265,7 @@ def test_a_run_killed_before_its_first_checkpoint_goes_on_with_what_it_began_wit
         pass
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "PPO", lambda *arguments: (_ for _ in ()).throw(Killed))
+        patch.setattr(train, "sharded_learner", lambda *arguments: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             run(config, tmp_path / "killed", init=unbroken)
     run(config, tmp_path / "killed", resume=True)
@@ -273,7 +274,10 @@ def test_a_run_killed_before_its_first_checkpoint_goes_on_with_what_it_began_wit
 
 def test_numbers_of_numpy_become_python_s(tmp_path):
     config = replace(
-        CONFIG, max_updates=1, seed=np.int64(3), ppo=replace(CONFIG.ppo, actor_lr=np.float64(1e-3))
+        CONFIG,
+        max_updates=1,
+        seed=np.int64(3),
+        algorithm=replace(CONFIG.algorithm, actor_lr=np.float64(1e-3)),
     )
     config = replace(config, environment={"objectives": (np.int64(1), 2)})
     config = replace(config, rollout=replace(config.rollout, regime=np.str_("carry")))
@@ -320,21 +324,21 @@ def test_a_save_that_fails_shows_why(tmp_path, monkeypatch, fails):
         with pytest.raises(PermissionError, match="not permitted"):
             run(config, tmp_path, resume=True)
     run(config, tmp_path, resume=True)
-    assert [record["step"] for record in records(tmp_path) if record["phase"] == "ppo"] == [1, 2]
+    assert [record["step"] for record in records(tmp_path) if record["phase"] == "policy"] == [1, 2]
 
 
 def test_a_second_signal_stops_at_once_with_the_checkpoint_before(tmp_path, unbroken, monkeypatch):
     with monkeypatch.context() as patch:
-        interrupt(patch, PPO, "step", 4, signal.SIGINT, times=2)
+        interrupt(patch, Learner, "step", 4, signal.SIGINT, times=2)
         with pytest.raises(Interrupted):
             run(replace(CONFIG, save_every=1), tmp_path)
-    assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == 2
+    assert checkpoint.load(tmp_path).trainer["learner"]["updates"] == 2
     run(CONFIG, tmp_path, resume=True)
     assert records(tmp_path) == records(unbroken)
 
 
 def test_an_error_in_the_middle_of_an_update_leaves_the_checkpoint_before(tmp_path, unbroken, monkeypatch):
-    step, calls = PPO.step, []
+    step, calls = Learner.step, []
 
     def breaks(self, *arguments):
         calls.append(1)
@@ -343,10 +347,10 @@ def test_an_error_in_the_middle_of_an_update_leaves_the_checkpoint_before(tmp_pa
         return step(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PPO, "step", breaks)
+        patch.setattr(Learner, "step", breaks)
         with pytest.raises(MemoryError):
             run(replace(CONFIG, save_every=1), tmp_path)
-    assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == 2
+    assert checkpoint.load(tmp_path).trainer["learner"]["updates"] == 2
     run(CONFIG, tmp_path, resume=True)
     assert records(tmp_path) == records(unbroken)
 
@@ -359,7 +363,7 @@ def test_settings_that_make_another_run_are_refused(tmp_path, unbroken):
         (replace(CONFIG, environment={"objectives": (4, 4)}), "environment.objectives [1, 2] -> [4, 4]"),
         (replace(CONFIG, rollout=replace(CONFIG.rollout, temperature=0.5)), "rollout.temperature 1.0 -> 0.5"),
         (replace(CONFIG, rollout=replace(CONFIG.rollout, regime="reencode")), "rollout.regime carry -> reen"),
-        (replace(CONFIG, ppo=replace(CONFIG.ppo, kl_coef=0.0)), "ppo.kl_coef 0.5 -> 0.0"),
+        (replace(CONFIG, algorithm=replace(CONFIG.algorithm, kl_coef=0.0)), "algorithm.kl_coef 0.5 -> 0.0"),
     ):
         with pytest.raises(InputError, match="resume: expected the settings of the run, got ") as error:
             run(other, unbroken, resume=True)
@@ -378,7 +382,7 @@ def test_settings_that_change_nothing_learned_are_told(tmp_path):
     run(more, tmp_path, resume=True, progress=Progress(log=said.append))
     assert "resumed with other settings: keep 2 -> 5, max_updates 1 -> 2, rollout.num_slots 4 -> 2" in said
     assert json.loads((tmp_path / "train.json").read_text())["keep"] == 5
-    assert [record["step"] for record in records(tmp_path) if record["phase"] == "ppo"] == [1, 2]
+    assert [record["step"] for record in records(tmp_path) if record["phase"] == "policy"] == [1, 2]
 
 
 def test_the_free_settings_are_settings():
@@ -390,8 +394,8 @@ def test_the_free_settings_are_settings():
 
 def test_a_run_from_a_checkpoint_and_one_without_updates(tmp_path, unbroken):
     run(replace(CONFIG, max_updates=0), tmp_path / "none", init=unbroken)
-    assert checkpoint.load(tmp_path / "none").trainer["ppo"]["updates"] == 0
+    assert checkpoint.load(tmp_path / "none").trainer["learner"]["updates"] == 0
     run(replace(CONFIG, max_updates=1), tmp_path / "one", init=unbroken)
-    assert [record["phase"] for record in records(tmp_path / "one")] == ["ppo"]
+    assert [record["phase"] for record in records(tmp_path / "one")] == ["policy"]
     run(replace(CONFIG, max_updates=1), tmp_path / "one", init=unbroken, overwrite=True)
     assert [record["step"] for record in records(tmp_path / "one")] == [1]

@@ -28,6 +28,10 @@ def model(make_model):
     return make_model(hidden_size=16, intermediate_size=16, num_hidden_layers=1)
 
 
+SHARD = "trainer/shard-00001-model-00001-of-00001.safetensors"
+FILES = ["model.safetensors", "config.json", "tokenizer.json", "trainer.json", SHARD]
+
+
 def begun(path: Path, keep: int = 2) -> RunFolder:
     run = RunFolder(path, keep)
     run.begin(SETTINGS, overwrite=False)
@@ -35,7 +39,7 @@ def begun(path: Path, keep: int = 2) -> RunFolder:
 
 
 def save(run: RunFolder, step: int, model, tokenizer, score: float | None = None) -> None:
-    run.save(Place(1, step), model, tokenizer, {"step": step}, score)
+    run.save(Place(1, step), model, tokenizer, {"step": step}, {"x": torch.ones(100)}, score=score)
 
 
 def names(run: RunFolder) -> list[str]:
@@ -47,16 +51,16 @@ def test_the_newest_and_the_best_stay(model, tokenizer, tmp_path):
     run.save(Place(0, 500), model, tokenizer, {})
     for step, score in ((1, 0.1), (2, 0.7), (3, 0.3), (4, 0.2), (5, None)):
         save(run, step, model, tokenizer, score)
-    assert names(run) == ["ppo-000005", "ppo-000004", "ppo-000002"]
-    assert os.readlink(run.path / "last") == "checkpoints/ppo-000005"
-    assert os.readlink(run.path / "best") == "checkpoints/ppo-000002"
+    assert names(run) == ["policy-000005", "policy-000004", "policy-000002"]
+    assert os.readlink(run.path / "last") == "checkpoints/policy-000005"
+    assert os.readlink(run.path / "best") == "checkpoints/policy-000002"
     assert checkpoint.score_of(run.path / "best") == 0.7 and checkpoint.score_of(run.path / "last") is None
     assert checkpoint.load(run.path / "best").trainer["step"] == 2
     assert (
         checkpoint.load(run.path).trainer["step"] == checkpoint.load(run.path / "last").trainer["step"] == 5
     )
     save(run, 6, model, tokenizer, 0.7)  # as good and newer
-    assert names(run) == ["ppo-000006", "ppo-000005"]
+    assert names(run) == ["policy-000006", "policy-000005"]
     assert sorted(path.name for path in run.path.iterdir()) == [
         *("best", "checkpoints", "last", "metrics.jsonl", "train.json")
     ]
@@ -66,7 +70,7 @@ def test_places_follow_one_another():
     assert Place(0, 900) < Place(0, 1000) < Place(1, 0) < Place(1, 9) < Place(1, 10**7)
     for place in (Place(0, 900), Place(1, 0), Place(1, 10**7)):
         assert Place.of(str(place)) == place
-    assert Place.of("ppo-1.new") is None and Place.of(".ppo-000001.77.new") is None
+    assert Place.of("policy-1.new") is None and Place.of(".policy-000001.77.new") is None
 
 
 @pytest.mark.parametrize("phase", ["save", "remove"])
@@ -125,13 +129,13 @@ def test_without_its_links_a_run_is_found(model, tokenizer, tmp_path):
 def test_a_run_is_not_overwritten_without_being_told(model, tokenizer, tmp_path):
     run = begun(tmp_path / "run")
     save(run, 1, model, tokenizer, score=1.0)
-    run.metrics.write_text('{"phase": "ppo", "step": 1}\n')
+    run.metrics.write_text('{"phase": "policy", "step": 1}\n')
     with pytest.raises(
-        InputError, match="out: expected a folder without a run, got .*ppo-000001 and metrics"
+        InputError, match="out: expected a folder without a run, got .*policy-000001 and metrics"
     ):
         RunFolder(run.path).begin(SETTINGS, overwrite=False)
     run.close()
-    assert run.metrics.read_text() and names(run) == ["ppo-000001"]
+    assert run.metrics.read_text() and names(run) == ["policy-000001"]
     (run.path / "mine.txt").write_text("kept")
     RunFolder(run.path).begin(SETTINGS, overwrite=True)
     assert names(run) == [] and run.metrics.read_text() == ""
@@ -154,7 +158,7 @@ def test_every_difference_is_listed_and_those_that_matter_refused(model, tokeniz
     _, _, told = run.resume(free)
     assert told == [
         "resumed with other settings: max_updates 9 -> 12, rollout.num_slots 4 -> 8",
-        "goes on from ppo-000001",
+        "goes on from policy-000001",
     ]
     assert json.loads((run.path / "train.json").read_text()) == free | {"init": None}
 
@@ -164,10 +168,10 @@ def test_records_of_steps_to_come_are_dropped(model, tokenizer, tmp_path):
     lines = [
         *(
             '{"phase": "warmstart", "step": 900}',
-            '{"phase": "ppo", "step": 1}',
-            '{"phase": "ppo", "step": 2}',
+            '{"phase": "policy", "step": 1}',
+            '{"phase": "policy", "step": 2}',
         ),
-        *('{"phase": "ppo", "step": 3}', '{"phase": "ppo", "st'),
+        *('{"phase": "policy", "step": 3}', '{"phase": "policy", "st'),
     ]
     run.metrics.write_text("\n".join(lines))
     save(run, 2, model, tokenizer)
@@ -185,13 +189,13 @@ def test_what_is_no_run_is_named(tmp_path, model, tokenizer):
         RunFolder(Path("/proc/nothing/run")).begin(SETTINGS, overwrite=False)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "trainer.pt"])
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", ["cut", "gone", "flipped"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(model, tokenizer, tmp_path, name, how):
     run = begun(tmp_path / "run")
     for step in (1, 2):
         save(run, step, model, tokenizer)
-    damaged = run.path / "checkpoints" / "ppo-000002"
+    damaged = run.path / "checkpoints" / "policy-000002"
     if how == "cut":
         (damaged / name).write_bytes((damaged / name).read_bytes()[:100])
     elif how == "flipped":  # in its head, where something notices
@@ -201,32 +205,34 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(model, tokenizer, tmp_
     else:
         (damaged / name).unlink()
     loaded, _, told = run.resume(SETTINGS)
-    assert loaded.trainer["step"] == 1 and names(run) == ["ppo-000001"]
+    assert loaded.trainer["step"] == 1 and names(run) == ["policy-000001"]
     assert len(told) == 2
-    assert re.match("ppo-000002 is damaged and now ppo-000002.damaged: (path|model): expected ", told[0])
-    assert os.readlink(run.path / "last") == "checkpoints/ppo-000001"
+    assert re.match(
+        "policy-000002 is damaged and now policy-000002.damaged: (path|model): expected ", told[0]
+    )
+    assert os.readlink(run.path / "last") == "checkpoints/policy-000001"
     save(run, 2, model, tokenizer)
-    (run.path / "checkpoints" / "ppo-000001" / name).unlink()
-    (run.path / "checkpoints" / "ppo-000002" / name).unlink()
+    (run.path / "checkpoints" / "policy-000001" / name).unlink()
+    (run.path / "checkpoints" / "policy-000002" / name).unlink()
     with pytest.raises(
         InputError, match="resume: expected a checkpoint that is whole, got none: (path|model): expected"
     ):
         run.resume(SETTINGS)
-    assert names(run) == ["ppo-000002", "ppo-000001"], "nothing is renamed or begun anew"
+    assert names(run) == ["policy-000002", "policy-000001"], "nothing is renamed or begun anew"
 
 
 def test_the_best_is_that_of_what_is_there(model, tokenizer, tmp_path):
     run = begun(tmp_path / "run", keep=9)
     for step, score in ((1, 0.2), (2, 0.9), (3, 0.1)):
         save(run, step, model, tokenizer, score)
-    assert os.readlink(run.path / "best") == "checkpoints/ppo-000002"
-    (run.path / "checkpoints" / "ppo-000002" / "trainer.pt").unlink()
-    (run.path / "checkpoints" / "ppo-000003" / "trainer.pt").unlink()
+    assert os.readlink(run.path / "best") == "checkpoints/policy-000002"
+    (run.path / "checkpoints" / "policy-000002" / "trainer.json").unlink()
+    (run.path / "checkpoints" / "policy-000003" / "trainer.json").unlink()
     for _ in range(2):  # a second time, what is set aside makes room
         run.resume(SETTINGS)
-        assert os.readlink(run.path / "best") == os.readlink(run.path / "last") == "checkpoints/ppo-000001"
+        assert os.readlink(run.path / "best") == os.readlink(run.path / "last") == "checkpoints/policy-000001"
         save(run, 2, model, tokenizer)
-        (run.path / "checkpoints" / "ppo-000002" / "trainer.pt").unlink()
+        (run.path / "checkpoints" / "policy-000002" / "trainer.json").unlink()
     run.begin(SETTINGS, overwrite=True)
     assert list((run.path / "checkpoints").iterdir()) == []
 
@@ -235,9 +241,9 @@ def test_only_its_own_leftovers_are_removed(model, tokenizer, tmp_path):
     run = begun(tmp_path / "run")
     save(run, 1, model, tokenizer)
     mine = [".zshrc.new", ".trajectories.jsonl.999.new", "checkpoints/.notes.7.new"]
-    others = [".metrics.jsonl.999.new", "checkpoints/.ppo-000009.999.new"]
+    others = [".metrics.jsonl.999.new", "checkpoints/.policy-000009.999.new"]
     for name in mine + others:
-        (run.path / name).mkdir() if "ppo" in name else (run.path / name).touch()
+        (run.path / name).mkdir() if "policy" in name else (run.path / name).touch()
     run.resume(SETTINGS)
     assert all((run.path / name).exists() for name in mine)
     assert not any((run.path / name).exists() for name in others)
@@ -250,7 +256,7 @@ def test_an_old_checkpoint_that_cannot_go_yet_stops_nothing(model, tokenizer, tm
     with monkeypatch.context() as patch:
         patch.setattr(os, "rmdir", lambda *a, **s: (_ for _ in ()).throw(OSError(39, "Directory not empty")))
         save(run, 2, model, tokenizer)
-    assert names(run) == ["ppo-000002"]
+    assert names(run) == ["policy-000002"]
     run.resume(SETTINGS)
     assert not list(run.path.rglob(".*"))
 
@@ -271,12 +277,12 @@ def test_a_run_without_a_checkpoint_yet_begins_anew(tmp_path):
 def test_lines_that_are_no_records_are_left_out_and_told(model, tokenizer, tmp_path):
     run = begun(tmp_path / "run")
     save(run, 2, model, tokenizer)
-    good = '{"phase": "ppo", "step": 1}\n'
+    good = '{"phase": "policy", "step": 1}\n'
     run.metrics.write_bytes(
         b'{"phase": "p\n\0\0\0\n[1]\n{"phase": "sleep", "step": 1}\n' + good.encode() + b'{"ph'
     )
     _, _, told = run.resume(SETTINGS)
-    assert told == ["goes on from ppo-000002", "metrics.jsonl: left out 4 lines that are no records"]
+    assert told == ["goes on from policy-000002", "metrics.jsonl: left out 4 lines that are no records"]
     assert run.metrics.read_text() == good
 
 
@@ -307,7 +313,7 @@ def test_overwriting_leaves_the_folder_of_checkpoints_where_it_is(model, tokeniz
     with pytest.raises(TypeError):  # what cannot be written is found before anything is deleted
         save(run, 1, model, tokenizer)
         run.begin(SETTINGS | {"seed": object()}, overwrite=True)
-    assert names(run) == ["ppo-000001"]
+    assert names(run) == ["policy-000001"]
 
 
 def test_weights_that_are_not_finite_are_never_saved(model, tokenizer, tmp_path):
@@ -319,6 +325,6 @@ def test_weights_that_are_not_finite_are_never_saved(model, tokenizer, tmp_path)
         save(run, 2, model, tokenizer)
     with torch.no_grad():
         model.lm_head.weight[0, 0] = 0.0
-    with pytest.raises(RuntimeError, match="got others in trainer.critic.head"):
-        run.save(Place(1, 2), model, tokenizer, {"critic": {"head": torch.tensor([1.0, torch.inf])}})
-    assert names(run) == ["ppo-000001"] and not list(run.path.rglob(".*"))
+    with pytest.raises(RuntimeError, match="got others in critic.head"):
+        run.save(Place(1, 2), model, tokenizer, {}, {"critic.head": torch.tensor([1.0, torch.inf])})
+    assert names(run) == ["policy-000001"] and not list(run.path.rglob(".*"))

@@ -62,14 +62,14 @@ def test_fifty_updates_beside_everything_that_goes_wrong(tmp_path):
     assert len(stopped) >= 2, statuses
 
     found, wanted = records(broken), records(unbroken)
-    assert [r["step"] for r in wanted if r["phase"] == "ppo"] == list(range(1, UPDATES + 1))
+    assert [r["step"] for r in wanted if r["phase"] == "policy"] == list(range(1, UPDATES + 1))
     for one, other in zip(found, wanted, strict=True):
         assert one == other
     models = [checkpoint.load(out).model.state_dict() for out in (broken, unbroken)]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
     assert not list(broken.rglob(".*")), "no leftovers"
 
-    ppo = [r for r in wanted if r["phase"] == "ppo"]
+    ppo = [r for r in wanted if r["phase"] == "policy"]
     assert [r["step"] for r in ppo if r["skipped_steps"]] == [9]
     assert [r["step"] for r in ppo if "policy" in r["errors"]] == [21]
     assert sum(r["replays"] for r in ppo) > 10

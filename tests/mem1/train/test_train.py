@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from mem1.checks import InputError
-from mem1.config import ModelConfig, PPOConfig, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.config import AlgorithmConfig, ModelConfig, RolloutConfig, TrainConfig, WarmStartConfig
 from mem1.engine.engine import Engine
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.envs.toy.training import toy_training
@@ -19,8 +20,8 @@ from mem1.runtime.progress import Progress
 from mem1.seeds import derive_seed
 from mem1.train import checkpoint
 from mem1.train import train_loop as train
+from mem1.train.learner import Learner
 from mem1.train.optim import Diverged
-from mem1.train.ppo import PPO
 from mem1.train.run_folder import METRICS
 
 TINY = TrainConfig(
@@ -36,11 +37,11 @@ TINY = TrainConfig(
     ),
     rollout=RolloutConfig(num_slots=4, max_action_tokens=12, max_turns=2, env_retries=0, episode_retries=0),
     warmstart=WarmStartConfig(steps=0),
-    ppo=PPOConfig(critic_only_updates=0, mini_batch_size=2),
+    algorithm=AlgorithmConfig(critic_only_updates=0, mini_batch_size=2),
 )
 
 
-def records(run: Path, phase: str = "ppo") -> list[dict]:
+def records(run: Path, phase: str = "policy") -> list[dict]:
     lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
     return [line for line in lines if line["phase"] == phase]
 
@@ -68,14 +69,14 @@ class Watched:
 
     def __init__(self, monkeypatch) -> None:
         self.learned: list[list[int]] = []
-        prepare = PPO.prepare
+        prepare = Learner.prepare
 
-        def watching(ppo, trajectories):
-            batch, metrics = prepare(ppo, trajectories)
+        def watching(learner, trajectories):
+            batch, metrics = prepare(learner, trajectories)
             self.learned.append([experience.trajectory.seed for experience in batch])
             return batch, metrics
 
-        monkeypatch.setattr(PPO, "prepare", watching)
+        monkeypatch.setattr(Learner, "prepare", watching)
 
 
 def failing(config: TrainConfig, bad: set[tuple[int, int]], times: int = 10**9):
@@ -108,7 +109,7 @@ def test_failed_episodes_are_not_learned_from(tmp_path, monkeypatch):
     assert first["errors"] == {"LookupError": 2} and second["errors"] == {"LookupError": 1}
     assert first["replays"] == 0 and first["dropped_turns"] == 1.0
     assert any("failed: LookupError 2" in line for line in said)
-    assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == 2
+    assert checkpoint.load(tmp_path).trainer["learner"]["updates"] == 2
 
 
 def test_episodes_are_played_again_and_the_failures_told(tmp_path, monkeypatch):
@@ -126,10 +127,10 @@ def test_a_world_that_is_down_for_good_stops_the_run(tmp_path):
     make = failing(TINY, {(1, 0), (1, 1), (1, 3)})
     with pytest.raises(train.EpisodesFailed, match="3 of 4 episodes failed .LookupError 3.*the make is down"):
         run(TINY, tmp_path, make_environment=make, progress=quiet())
-    assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == 1, "what was learned before is kept"
+    assert checkpoint.load(tmp_path).trainer["learner"]["updates"] == 1, "what was learned before is kept"
     patient = replace(TINY, max_failed=1.0)
     run(patient, tmp_path, make_environment=make, resume=True, progress=quiet())
-    assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == 2
+    assert checkpoint.load(tmp_path).trainer["learner"]["updates"] == 2
     everything = failing(TINY, {(0, i) for i in range(4)})
     with pytest.raises(train.EpisodesFailed, match="4 of 4"):
         run(patient, tmp_path / "all", make_environment=everything, progress=quiet())
@@ -172,7 +173,7 @@ def test_an_update_follows_the_seeds_and_not_the_clock(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("which", ["actor", "critic"])
 def test_a_gradient_that_is_not_finite_is_not_stepped_on(tmp_path, monkeypatch, which):
-    step, calls = PPO.step, []
+    step, calls = Learner.step, []
 
     def poison(self, batch, train_actor=True, normalizer=None):
         calls.append(1)
@@ -187,19 +188,21 @@ def test_a_gradient_that_is_not_finite_is_not_stepped_on(tmp_path, monkeypatch, 
                 handle.remove()
         return step(self, batch, train_actor, normalizer)
 
-    monkeypatch.setattr(PPO, "step", poison)
+    monkeypatch.setattr(Learner, "step", poison)
     said = []
     run(TINY, tmp_path, progress=Progress(log=said.append))
     assert [record["skipped_steps"] for record in records(tmp_path)] == [1, 0]
     assert any("skipped steps: 1" in line for line in said)
     saved = checkpoint.load(tmp_path)
     assert all(parameter.isfinite().all() for parameter in saved.model.parameters())
-    assert saved.trainer["ppo"]["optimizers"][which]["steps"] == 3
-    assert all(value.isfinite().all() for value in saved.trainer["critic"].values())
+    assert saved.trainer["learner"]["optimizers"][which]["steps"] == 3
+    tensors = saved.trainer.tensors()
+    assert any(name.startswith("critic.") for name in tensors)
+    assert all(value.isfinite().all() for value in tensors.values())
 
 
 def test_three_in_a_row_stop_the_run_with_the_last_good_weights(tmp_path, monkeypatch):
-    step = PPO.step
+    step = Learner.step
 
     def poison(self, batch, train_actor=True, normalizer=None):
         if self.updates == 1:
@@ -207,11 +210,11 @@ def test_three_in_a_row_stop_the_run_with_the_last_good_weights(tmp_path, monkey
                 experience.returns.fill_(torch.nan)
         return step(self, batch, train_actor, normalizer)
 
-    monkeypatch.setattr(PPO, "step", poison)
-    config = replace(TINY, max_updates=9, save_every=1, ppo=replace(TINY.ppo, mini_batch_size=1))
+    monkeypatch.setattr(Learner, "step", poison)
+    config = replace(TINY, max_updates=9, save_every=1, algorithm=replace(TINY.algorithm, mini_batch_size=1))
     with pytest.raises(Diverged, match="3 steps in a row"):
         run(config, tmp_path, progress=quiet())
-    assert checkpoint.load(tmp_path).trainer["ppo"]["updates"] == 1
+    assert checkpoint.load(tmp_path).trainer["learner"]["updates"] == 1
     assert len(records(tmp_path)) == 1
 
 
@@ -274,7 +277,9 @@ def test_dropout_is_off_and_said_once(tmp_path, make_model, tokenizer):
         phi.lm_head.bias.normal_()
     init = checkpoint.save(tmp_path / "init", phi, tokenizer)
     said = []
-    one_step = replace(TINY, max_updates=1, ppo=replace(TINY.ppo, mini_batch_size=TINY.batch_size))
+    one_step = replace(
+        TINY, max_updates=1, algorithm=replace(TINY.algorithm, mini_batch_size=TINY.batch_size)
+    )
     run(one_step, tmp_path / "run", init=init, progress=Progress(log=said.append))
     assert sum("dropout is off" in line for line in said) == 1
     (record,) = records(tmp_path / "run")
@@ -287,7 +292,8 @@ def test_bf16_is_trained_through_fp32_masters(tmp_path):
     run(config, tmp_path, progress=quiet())
     saved = checkpoint.load(tmp_path)
     assert saved.model.dtype == torch.bfloat16
-    masters = saved.trainer["ppo"]["optimizers"]["actor"]["masters"]
+    saved_tensors = saved.trainer.tensors().items()
+    masters = [value for name, value in saved_tensors if re.fullmatch(r"actor\..*\.master", name)]
     assert masters and all(master.dtype == torch.float32 for master in masters)
     resumed = replace(config, max_updates=3)
     run(resumed, tmp_path, resume=True, progress=quiet())
@@ -299,17 +305,17 @@ def test_bf16_is_trained_through_fp32_masters(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ppo": {"clip_ratio": -1.0}}, "clip_ratio: expected a finite number > 0 and <= 1, got -1.0"),
-        ({"ppo": {"value_clip": -1.0}}, "value_clip: expected a finite number > 0"),
-        ({"ppo": {"max_grad_norm": 0.0}}, "max_grad_norm: expected a finite number > 0"),
-        ({"ppo": {"epochs": 1.5}}, "epochs: expected an integer >= 1, got 1.5"),
-        ({"ppo": {"gamma": float("nan")}}, "gamma: expected a finite number"),
-        ({"ppo": {"lam": 2.0}}, "lam: expected a finite number >= 0 and <= 1, got 2.0"),
-        ({"ppo": {"entropy_coef": float("nan")}}, "entropy_coef: expected a finite number"),
-        ({"ppo": {"critic_only_updates": -1}}, "critic_only_updates: expected an integer >= 0"),
-        ({"ppo": {"mini_batch_size": True}}, "mini_batch_size: expected an integer >= 1, got True"),
-        ({"ppo": {"rollout_is_cap": 0.0}}, "rollout_is_cap: expected a finite number > 0"),
-        ({"ppo": {"kl_placement": "both"}}, "kl_placement: expected one of reward, loss, got 'both'"),
+        ({"algorithm": {"clip_low": -1.0}}, "clip_low: expected a finite number > 0 and <= 1, got -1.0"),
+        ({"algorithm": {"value_clip": -1.0}}, "value_clip: expected a finite number > 0"),
+        ({"algorithm": {"max_grad_norm": 0.0}}, "max_grad_norm: expected a finite number > 0"),
+        ({"algorithm": {"epochs": 1.5}}, "epochs: expected an integer >= 1, got 1.5"),
+        ({"algorithm": {"gamma": float("nan")}}, "gamma: expected a finite number"),
+        ({"algorithm": {"lam": 2.0}}, "lam: expected a finite number >= 0 and <= 1, got 2.0"),
+        ({"algorithm": {"entropy_coef": float("nan")}}, "entropy_coef: expected a finite number"),
+        ({"algorithm": {"critic_only_updates": -1}}, "critic_only_updates: expected an integer >= 0"),
+        ({"algorithm": {"mini_batch_size": True}}, "mini_batch_size: expected an integer >= 1, got True"),
+        ({"algorithm": {"rollout_is_cap": 0.0}}, "rollout_is_cap: expected a finite number > 0"),
+        ({"algorithm": {"kl_placement": "both"}}, "kl_placement: expected one of reward, loss, got 'both'"),
         ({"warmstart": {"batch_tokens": 0}}, "batch_tokens: expected an integer >= 1, got 0"),
         ({"warmstart": {"warmup_steps": -1}}, "warmup_steps: expected an integer >= 0"),
         ({"warmstart": {"weight_decay": -1.0}}, "weight_decay: expected a finite number >= 0"),
@@ -323,8 +329,8 @@ def test_bf16_is_trained_through_fp32_masters(tmp_path):
             "dtype: expected one of auto, float32, bfloat16, float16, got 'float8'",
         ),
         ({"model": {"initializer_range": 0.0}}, "initializer_range: expected a finite number > 0"),
-        ({"ppo": {"gamma": 10**400}}, "gamma: expected a finite number >= 0 and <= 1, got 1000"),
-        ({"ppo": {"critic_lr": 1e38}}, "critic_lr: expected a finite number > 0 and <= 1, got 1e+38"),
+        ({"algorithm": {"gamma": 10**400}}, "gamma: expected a finite number >= 0 and <= 1, got 1000"),
+        ({"algorithm": {"critic_lr": 1e38}}, "critic_lr: expected a finite number > 0 and <= 1, got 1e+38"),
         (
             {"model": {"hidden_size": 6, "num_attention_heads": 2, "num_key_value_heads": 2}},
             "hidden_size: expected a multiple of 2 * num_attention_heads=2, got 6",

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from mem1.checks import InputError
-from mem1.config import PPOConfig, RolloutConfig
+from mem1.config import AlgorithmConfig, RolloutConfig
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.models.build import build_critic
 from mem1.rollout.rollout_loop import rollout
-from mem1.train.batches import pack, recompute_logprobs, split
-from mem1.train.ppo import PPO, explained_variance
+from mem1.train.batches import pack, recompute_logprobs
+from mem1.train.learner import Learner, explained_variance
 from mem1.trajectory import FinishReason, TokenReward, Trajectory
 from mem1_core.segments import Segment
 
@@ -35,56 +35,44 @@ def played(make_model, tokenizer) -> list[Trajectory]:
     return trajectories
 
 
-def build(make_model, reference=True, **settings) -> PPO:
+def build(make_model, reference=True, **settings) -> Learner:
     actor = make_model()
     torch.manual_seed(1)
     frozen = copy.deepcopy(actor).requires_grad_(False) if reference else None
-    return PPO(actor, build_critic(actor), frozen, PPOConfig(**settings), "carry")
+    return Learner(actor, build_critic(actor), frozen, AlgorithmConfig(**settings), "carry")
 
 
-def gradients(ppo: PPO, batch) -> list[torch.Tensor]:
+def gradients(learner: Learner, batch) -> list[torch.Tensor]:
     """The gradients of one step, read before the optimisers use them."""
-    for optimizer in ppo.optimizers.values():
+    for optimizer in learner.optimizers.values():
         optimizer.step = lambda rate: 0.0
-    ppo.step(batch)
-    return [p.grad.clone() for model in (ppo.actor, ppo.critic) for p in model.parameters()]
+    learner.step(batch)
+    return [p.grad.clone() for model in (learner.actor, learner.critic) for p in model.parameters()]
 
 
 def test_splitting_a_minibatch_changes_no_gradient(make_model, played):
     results = []
     for max_tokens_per_micro_batch in (10**6, 150, 1):
-        ppo = build(make_model, max_tokens_per_micro_batch=max_tokens_per_micro_batch, max_grad_norm=1e9)
+        learner = build(make_model, max_tokens_per_micro_batch=max_tokens_per_micro_batch, max_grad_norm=1e9)
         with torch.no_grad():  # away from the old policy, so that ratios and clipping matter
-            for parameter in ppo.actor.parameters():
+            for parameter in learner.actor.parameters():
                 parameter.mul_(1.02)
-        batch, _ = ppo.prepare(played)
+        batch, _ = learner.prepare(played)
         for experience in batch:
             experience.old_logprob = experience.trajectory.logprobs[experience.trajectory.policy_mask]
-        results.append(gradients(ppo, batch))
+        results.append(gradients(learner, batch))
     assert max(float(g.abs().max()) for g in results[0]) > 1e-3
     for other in results[1:]:
         for whole, parts in zip(results[0], other, strict=True):
             torch.testing.assert_close(parts, whole, atol=2e-5, rtol=1e-3)
 
 
-def test_splitting_leaves_nothing_out(played):
-    for max_tokens_per_micro_batch in (1, 100, 200, 10**6):
-        groups = list(split(played, max_tokens_per_micro_batch))
-        assert [i for group in groups for i in group] == list(range(len(played)))
-        assert all(groups)
-        for group in groups:
-            assert (
-                len(group) == 1 or sum(played[i].tokens.numel() for i in group) <= max_tokens_per_micro_batch
-            )
-    assert list(split([], 100)) == []
-
-
 def test_advantages_reach_policy_tokens_only_and_carry_the_reward(make_model, played):
     """With gamma = lam = 1 the return of every token is the episode's reward less the KL to come (here
     none).
     """
-    ppo = build(make_model)
-    batch, metrics = ppo.prepare(played)
+    learner = build(make_model)
+    batch, metrics = learner.prepare(played)
     for experience in batch:
         count = int(experience.trajectory.policy_mask.sum())
         assert experience.returns.shape == experience.advantage.shape == (count,)
@@ -110,14 +98,15 @@ def alone(module, trajectory: Trajectory) -> torch.Tensor:
 def test_prepare_and_step_follow_the_formulas(make_model, tokenizer, kl_placement):
     """Every number is recomputed from single trajectories, with no setting at a value that hides it."""
     gamma, lam, clip, value_clip, kl, entropy, temperatures = 0.9, 0.8, 0.15, 0.1, 0.3, 0.07, 0.7
-    ppo = PPO(
+    learner = Learner(
         make_model(),
         build_critic(make_model()),
         make_model(),
-        PPOConfig(
+        AlgorithmConfig(
             gamma=gamma,
             lam=lam,
-            clip_ratio=clip,
+            clip_low=clip,
+            clip_high=clip,
             value_clip=value_clip,
             kl_coef=kl,
             kl_placement=kl_placement,
@@ -129,17 +118,17 @@ def test_prepare_and_step_follow_the_formulas(make_model, tokenizer, kl_placemen
     )
     torch.manual_seed(2)
     with torch.no_grad():
-        ppo.critic.head.weight.normal_(std=0.1)
-        for parameter in ppo.actor.parameters():
+        learner.critic.head.weight.normal_(std=0.1)
+        for parameter in learner.actor.parameters():
             parameter.mul_(1.1)  # away from the reference
     environment = partial(MultiHopEnv, (1, 3))
     played = list(
-        rollout(ppo.actor, tokenizer, environment, range(6), replace(ROLLOUT, temperature=temperatures))
+        rollout(learner.actor, tokenizer, environment, range(6), replace(ROLLOUT, temperature=temperatures))
     )
     for trajectory in played:
         trajectory.rewards = [TokenReward(trajectory.tokens.numel() - 1, float(trajectory.seed % 2))]
 
-    batch, metrics = ppo.prepare(played)
+    batch, metrics = learner.prepare(played)
     assert [experience.trajectory for experience in batch] == played
     assert metrics["dlogp_max"] < 5e-5
     advantages = []
@@ -148,9 +137,9 @@ def test_prepare_and_step_follow_the_formulas(make_model, tokenizer, kl_placemen
         choice = trajectory.tokens[trajectory.policy_mask][:, None]
         logprob, reference = (
             (alone(model, trajectory) / temperatures).log_softmax(-1).gather(1, choice)[:, 0]
-            for model in (ppo.actor, ppo.reference)
+            for model in (learner.actor, learner.reference.model)
         )
-        value = alone(ppo.critic, trajectory)
+        value = alone(learner.critic, trajectory)
         assert value.std() > 0.1
         reward = (
             -kl * (logprob - reference).clamp(min=0) if kl_placement == "reward" else torch.zeros_like(value)
@@ -176,10 +165,10 @@ def test_prepare_and_step_follow_the_formulas(make_model, tokenizer, kl_placemen
         torch.cat([getattr(experience, name) for experience in batch])
         for name in ("old_logprob", "ref_logprob", "old_value", "advantage", "returns")
     )
-    table = torch.cat([alone(ppo.actor, t) / temperatures for t in played]).log_softmax(-1)
+    table = torch.cat([alone(learner.actor, t) / temperatures for t in played]).log_softmax(-1)
     tokens = torch.cat([t.tokens[t.policy_mask] for t in played])
     logprob = table.gather(1, tokens[:, None])[:, 0]
-    value = torch.cat([alone(ppo.critic, t) for t in played])
+    value = torch.cat([alone(learner.critic, t) for t in played])
     ratio = (logprob - old).exp()
     assert ((ratio > 1 + clip) & (advantage > 0)).any() and ((ratio < 1 - clip) & (advantage < 0)).any()
     plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip)
@@ -197,14 +186,14 @@ def test_prepare_and_step_follow_the_formulas(make_model, tokenizer, kl_placemen
         "value_clip_fraction": (clipped_error > error).float().mean(),
         "ratio_max": ratio.max(),
     }
-    got = ppo.step(batch)
+    got = learner.step(batch)
     assert {name: got[name] for name in expected} == pytest.approx(
         {name: float(number) for name, number in expected.items()}, rel=1e-3, abs=1e-5
     )
 
 
 def test_every_epoch_steps_through_all_minibatches_while_the_rates_warm_up(make_model, played):
-    ppo = build(
+    learner = build(
         make_model,
         epochs=3,
         mini_batch_size=4,
@@ -215,15 +204,15 @@ def test_every_epoch_steps_through_all_minibatches_while_the_rates_warm_up(make_
         critic_lr_warmup_steps=8,
     )
     rates: dict[str, list[float]] = {"actor": [], "critic": []}
-    for name, optimizer in ppo.optimizers.items():
+    for name, optimizer in learner.optimizers.items():
         take = optimizer.step
         optimizer.step = lambda rate, r=rates[name], take=take: r.append(rate) or take(rate)
-    seeds, step = [], ppo.step
-    ppo.step = lambda batch, *rest: (
+    seeds, step = [], learner.step
+    learner.step = lambda batch, *rest: (
         seeds.extend(experience.trajectory.seed for experience in batch) or step(batch, *rest)
     )
     for _ in range(2):
-        ppo.update(played)
+        learner.update(played)
     # Two minibatches of four, three times, in two updates; the actor sits out the first of these.
     assert rates["critic"] == pytest.approx([0.02 * min(1, n / 8) for n in range(1, 13)])
     assert rates["actor"] == pytest.approx([0.01 * min(1, n / 4) for n in range(1, 7)])
@@ -232,11 +221,11 @@ def test_every_epoch_steps_through_all_minibatches_while_the_rates_warm_up(make_
 
 
 def test_kl_in_the_reward_lowers_returns(make_model, played):
-    ppo = build(make_model, kl_coef=0.5)
+    learner = build(make_model, kl_coef=0.5)
     with torch.no_grad():
-        for parameter in ppo.actor.parameters():
+        for parameter in learner.actor.parameters():
             parameter.mul_(1.2)
-    batch, metrics = ppo.prepare(played)
+    batch, metrics = learner.prepare(played)
     assert metrics["kl_reference"] > 0.01
     for experience in batch:
         penalty = (experience.old_logprob - experience.ref_logprob).clamp(min=0) * 0.5
@@ -245,19 +234,21 @@ def test_kl_in_the_reward_lowers_returns(make_model, played):
 
 
 def test_updates_make_rewarded_actions_more_likely(make_model, played):
-    ppo = build(make_model, actor_lr=3e-4, critic_lr=3e-3, critic_only_updates=1, epochs=2, mini_batch_size=4)
+    learner = build(
+        make_model, actor_lr=3e-4, critic_lr=3e-3, critic_only_updates=1, epochs=2, mini_batch_size=4
+    )
     stream = pack(played, "carry")
     rewarded = torch.cat(
         [torch.full((count,), t.reward > 0) for t, count in zip(played, stream.counts, strict=True)]
     )
-    before = recompute_logprobs(ppo.actor, stream)
-    first = ppo.update(played, torch.Generator().manual_seed(0))
-    assert torch.equal(recompute_logprobs(ppo.actor, stream), before), (
+    before = recompute_logprobs(learner.actor, stream)
+    first = learner.update(played, torch.Generator().manual_seed(0))
+    assert torch.equal(recompute_logprobs(learner.actor, stream), before), (
         "the first update is the critic's alone"
     )
     assert "policy_loss" not in first
-    last = [ppo.update(played, torch.Generator().manual_seed(i)) for i in range(1, 7)][-1]
-    change = recompute_logprobs(ppo.actor, stream) - before
+    last = [learner.update(played, torch.Generator().manual_seed(i)) for i in range(1, 7)][-1]
+    change = recompute_logprobs(learner.actor, stream) - before
     assert float(change[rewarded].mean()) > float(change[~rewarded].mean()) + 0.05
     assert last["value_loss"] < first["value_loss"]
     assert {"kl", "entropy", "clip_fraction", "ratio_max", "actor_grad_norm", "critic_grad_norm"} <= set(last)
@@ -268,8 +259,10 @@ def test_other_regimes_train(make_model, tokenizer, regime):
     actor = make_model()
     config = RolloutConfig(num_slots=4, regime=regime, max_action_tokens=16, max_turns=5)
     played = list(rollout(actor, tokenizer, lambda: MultiHopEnv(2), range(4), config))
-    ppo = PPO(actor, build_critic(actor), None, PPOConfig(kl_coef=0.0, critic_only_updates=0), regime)
-    metrics = ppo.update(played)
+    learner = Learner(
+        actor, build_critic(actor), None, AlgorithmConfig(kl_coef=0.0, critic_only_updates=0), regime
+    )
+    metrics = learner.update(played)
     assert metrics["actor_grad_norm"] > 0
     assert (metrics["dlogp_max"] < 5e-5) == (regime == "reencode")
 
@@ -277,12 +270,12 @@ def test_other_regimes_train(make_model, tokenizer, regime):
 def test_kl_in_the_loss_pulls_back(make_model, played):
     losses = {}
     for kl in (0.0, 10.0):
-        ppo = build(make_model, kl_placement="loss", kl_coef=kl, entropy_coef=0.0)
+        learner = build(make_model, kl_placement="loss", kl_coef=kl, entropy_coef=0.0)
         with torch.no_grad():
-            for parameter in ppo.actor.parameters():
+            for parameter in learner.actor.parameters():
                 parameter.mul_(1.05)
-        batch, _ = ppo.prepare(played)
-        losses[kl] = ppo.step(batch)["policy_loss"]
+        batch, _ = learner.prepare(played)
+        losses[kl] = learner.step(batch)["policy_loss"]
     assert losses[10.0] > losses[0.0] + 0.01
 
 
@@ -306,19 +299,19 @@ def test_a_reference_is_needed_for_a_kl(make_model):
 
 def test_a_last_smaller_minibatch_weighs_what_its_tokens_do(make_model, played):
     """Steps of three and one of two add up to the gradient of all, and no step is blown up by having few."""
-    ppo = build(make_model, mini_batch_size=3, critic_only_updates=0, max_grad_norm=1e9)
-    batch, _ = ppo.prepare(played)
-    seen, step = [], ppo.step
+    learner = build(make_model, mini_batch_size=3, critic_only_updates=0, max_grad_norm=1e9)
+    batch, _ = learner.prepare(played)
+    seen, step = [], learner.step
 
     def watching(part, train_actor, normalizer):
-        for optimizer in ppo.optimizers.values():
+        for optimizer in learner.optimizers.values():
             optimizer.step = lambda rate: 0.0
         result = step(part, train_actor, normalizer)
-        seen.append((len(part), normalizer, [p.grad.clone() for p in ppo.actor.parameters()]))
+        seen.append((len(part), normalizer, [p.grad.clone() for p in learner.actor.parameters()]))
         return result
 
-    ppo.step = watching
-    metrics = ppo.learn(batch)
+    learner.step = watching
+    metrics = learner.learn(batch)
     tokens = sum(len(experience.old_logprob) for experience in batch)
     assert [size for size, _, _ in seen] == [3, 3, 2]
     assert {normalizer for _, normalizer, _ in seen} == {tokens * 3 / 8}
@@ -332,14 +325,14 @@ def test_a_last_smaller_minibatch_weighs_what_its_tokens_do(make_model, played):
 
 
 def test_explained_variance_of_equal_returns_is_nan(make_model, played):
-    ppo = build(make_model, reference=False, kl_coef=0.0)
+    learner = build(make_model, reference=False, kl_coef=0.0)
     with torch.no_grad():
-        ppo.critic.head.weight.normal_(std=0.1)
+        learner.critic.head.weight.normal_(std=0.1)
     equal = [copy.copy(t) for t in played]
     for trajectory in equal:
         trajectory.rewards = [TokenReward(trajectory.tokens.numel() - 1, 0.5)]
-    assert math.isnan(ppo.prepare(equal)[1]["explained_variance"])
-    assert not math.isnan(ppo.prepare(played)[1]["explained_variance"])
+    assert math.isnan(learner.prepare(equal)[1]["explained_variance"])
+    assert not math.isnan(learner.prepare(played)[1]["explained_variance"])
     returns = torch.tensor([1.0, 2.0, 4.0])
     assert explained_variance(returns, returns) == 1.0
     assert explained_variance(returns, torch.zeros(3)) == pytest.approx(0.0)
@@ -367,16 +360,20 @@ def test_the_turn_limit_is_terminal_unless_bootstrapped(make_model, tokenizer):
         batches = []
         for bootstrap in (False, True):
             settings = {"gamma": 0.9, "lam": 0.8, "bootstrap_turn_limit": bootstrap}
-            ppo = PPO(
-                make_model(), build_critic(make_model()), None, PPOConfig(kl_coef=0.0, **settings), regime
+            learner = Learner(
+                make_model(),
+                build_critic(make_model()),
+                None,
+                AlgorithmConfig(kl_coef=0.0, **settings),
+                regime,
             )
             with torch.no_grad():
-                ppo.critic.head.weight.fill_(0.05)
-            batches.append(ppo.prepare(played)[0])
+                learner.critic.head.weight.fill_(0.05)
+            batches.append(learner.prepare(played)[0])
         for trajectory, plain, more in zip(played, *batches, strict=True):
             layout = trajectory.layout(regime)
             with torch.no_grad():
-                values = ppo.critic(
+                values = learner.critic(
                     trajectory.tokens[layout.token_index][None], layout.position_ids[None], layout.mask
                 )[0]
             gained = 0.0 if trajectory.finish_reason == "answered" else 0.9 * float(values[-1])
@@ -394,25 +391,25 @@ def test_truncated_importance_weights(make_model, tokenizer):
         trajectory.rewards = [TokenReward(trajectory.tokens.numel() - 1, float(trajectory.seed % 2))]
     found = {}
     for cap in (None, 1.2, 9.0):
-        ppo = build(
+        learner = build(
             make_model, reference=False, kl_coef=0.0, entropy_coef=0.0, rollout_is_cap=cap, max_grad_norm=1e9
         )
-        batch, _ = ppo.prepare(played)
-        found[cap] = gradients(ppo, batch)[0]
+        batch, _ = learner.prepare(played)
+        found[cap] = gradients(learner, batch)[0]
     torch.testing.assert_close(found[1.2], found[None] * 1.2, atol=1e-6, rtol=1e-3)
     torch.testing.assert_close(found[9.0], found[None] * math.exp(0.5), atol=1e-6, rtol=1e-3)
 
 
 def test_dropout_is_off_also_where_layers_are_recomputed(make_model, played):
-    ppo = build(make_model)
-    ppo.actor.gradient_checkpointing_enable()
-    ppo.actor.model.layers[0].mlp.add_module("drop", torch.nn.Dropout(0.5))
-    batch, _ = ppo.prepare(played)
-    assert ppo.step(batch)["ratio_max"] < 1.0001
-    assert not ppo.actor.model.layers[0].mlp.drop.training and ppo.actor.model.layers[0].training
+    learner = build(make_model)
+    learner.actor.gradient_checkpointing_enable()
+    learner.actor.model.layers[0].mlp.add_module("drop", torch.nn.Dropout(0.5))
+    batch, _ = learner.prepare(played)
+    assert learner.step(batch)["ratio_max"] < 1.0001
+    assert not learner.actor.model.layers[0].mlp.drop.training and learner.actor.model.layers[0].training
     for name in ("dropout", "activation_dropout", "layerdrop"):
-        setattr(ppo.actor.model.layers[0], name, 0.1)
+        setattr(learner.actor.model.layers[0], name, 0.1)
         expected = "expected no dropout beside gradient checkpointing"
         with pytest.raises(InputError, match=rf"{expected}, got {name}=0.1 in model.layers.0"):
-            ppo.step(batch)
-        delattr(ppo.actor.model.layers[0], name)
+            learner.step(batch)
+        delattr(learner.actor.model.layers[0], name)

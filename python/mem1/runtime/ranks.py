@@ -1,0 +1,78 @@
+"""The processes of a training run, which compute together: one, or as many as `torchrun` has started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+
+_Value = TypeVar("_Value")
+_TIMEOUT = timedelta(hours=2)  # of one exchange: somebody else may still be at an environment
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of them this is. Every method is called by all of them, in the same order."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def join(cls, device: torch.device) -> Ranks:
+        """Those of the process group that there is, or that torchrun wants; else this process alone."""
+        if not distributed.is_initialized():
+            if not distributed.is_torchelastic_launched():
+                return cls()
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            distributed.init_process_group(backend, timeout=_TIMEOUT)
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+    def place(self, device: torch.device) -> torch.device:
+        """This one's device of that kind."""
+        if device.type != "cuda" or self.size == 1:
+            return device
+        mine = torch.device("cuda", distributed.get_node_local_rank())
+        torch.cuda.set_device(mine)
+        return mine
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and speaks."""
+        return self.rank == 0
+
+    def gather(self, value: _Value) -> list[_Value]:
+        """The values of all, by rank: anything that can be pickled, its tensors on the CPU."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        distributed.all_gather_object(found, value)
+        return found
+
+    def broadcast(self, value: _Value) -> _Value:
+        """The value of the first."""
+        if self.size == 1:
+            return value
+        found: list[Any] = [value]
+        distributed.broadcast_object_list(found, src=0)
+        return found[0]
+
+    @torch.no_grad()
+    def share(self, module: nn.Module) -> None:
+        """Give all the weights that the first has, in place."""
+        if self.size > 1:
+            for tensor in module.state_dict().values():
+                distributed.broadcast(tensor, src=0)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all, the same bits for each."""
+        if self.size > 1:
+            distributed.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.size > 1:
+            distributed.barrier()

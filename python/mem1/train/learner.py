@@ -1,0 +1,378 @@
+"""What an update learns from a batch of trajectories: PPO, GRPO, RLOO, REINFORCE, on any number of ranks.
+
+Every rank knows all trajectories and what the algorithm makes of them; forwards and backwards are dealt out.
+So groups, whitening and normalisers are those of the whole batch, however it is split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Mapping
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mem1.checks import require
+from mem1.config import AlgorithmConfig, Regime
+from mem1.engine.output_layer import OutputLayer
+from mem1.models.build import without_dropout
+from mem1.runtime.ranks import Ranks
+from mem1.train.advantages import Experience, set_advantages
+from mem1.train.batches import PackedBatch, Policy, micro_batches, pack, recompute_logprobs, rows
+from mem1.train.optim import AdamW
+from mem1.train.trainer_state import TrainerState
+from mem1.trajectory import Trajectory
+from mem1_core.ops import clipped_value_loss, fused_linear_ppo_loss
+from mem1_core.reference import kl_estimate
+
+
+class Learner:
+    """The state of a training run: its models and their optimisers.
+
+    actor and reference: causal language models with attention "mem1", or a `Policy` of one. critic: module
+    with `forward(input_ids, position_ids, mem1_mask) -> values [B, N]`, for "ppo" only. `reference` may be
+    None only if `config.kl_coef` is 0. ranks: of several, each has a part of the weights (`sharding.shard`),
+    and all call every method, with the same arguments.
+    """
+
+    def __init__(
+        self,
+        actor: Any,
+        critic: nn.Module | None,
+        reference: Any | None,
+        config: AlgorithmConfig,
+        regime: Regime,
+        temperature: float = 1.0,
+        ranks: Ranks | None = None,
+    ) -> None:
+        if reference is None and config.kl_coef:
+            raise ValueError(f"reference: expected a frozen model for kl_coef = {config.kl_coef}, got None")
+        if (critic is not None) != (config.name == "ppo"):
+            expected = "one" if config.name == "ppo" else "None"
+            raise ValueError(f"critic: expected {expected} for {config.name}, got {type(critic).__name__}")
+        self.policy, self.critic = actor if isinstance(actor, Policy) else Policy(actor), critic
+        self.reference = Policy(reference) if reference and not isinstance(reference, Policy) else reference
+        self.config, self.regime, self.temperature = config, regime, temperature
+        self.ranks = ranks or Ranks()
+        self.device = next(actor.parameters()).device
+        self.optimizers = {
+            name: AdamW(model.parameters(), betas=(0.9, 0.95), max_grad_norm=config.max_grad_norm)
+            for name, model in (("actor", self.policy), ("critic", critic))
+            if model is not None
+        }
+        self.updates = 0
+
+    @property
+    def actor(self) -> Any:
+        """The causal language model that learns."""
+        return self.policy.model
+
+    def update(
+        self, trajectories: list[Trajectory], generator: torch.Generator | None = None
+    ) -> dict[str, float]:
+        """Learn from one batch: `prepare`, then `learn`."""
+        batch, metrics = self.prepare(trajectories)
+        return metrics | self.learn(batch, generator)
+
+    def learn(
+        self,
+        batch: list[Experience],
+        generator: torch.Generator | None = None,
+        stepped: Callable[[], None] = lambda: None,
+    ) -> dict[str, float]:
+        """The optimiser steps of one update. `generator` shuffles the minibatches; `stepped` is called after
+        each step.
+
+        Every minibatch is divided by the tokens that one has on average: what a token weighs does not depend
+        on who shares its minibatch, nor on whether it falls into a last, smaller one.
+
+        Returns, as means over policy tokens: with a critic `value_loss`, `value_clip_fraction`; and, once the
+        actor learns too, `policy_loss`, `kl` (as kl_reference, at each step), `entropy`, `clip_fraction`;
+        `ratio_max`, the largest probability ratio of all; `actor_grad_norm` and `critic_grad_norm`, means
+        over the steps, before clipping; `skipped_steps`, those that were not taken as their gradients had no
+        finite norm. Raises Diverged when these do not end.
+        """
+        config = self.config
+        train_actor = self.critic is None or self.updates >= config.critic_only_updates
+        tokens = sum(len(e.old_logprob) for e in batch)
+        normalizer = tokens * min(config.mini_batch_size / len(batch), 1.0)
+        steps: list[dict[str, float]] = []
+        for _ in range(config.epochs):
+            order = torch.randperm(len(batch), generator=generator).tolist()
+            for start in range(0, len(order), config.mini_batch_size):
+                part = [batch[i] for i in order[start : start + config.mini_batch_size]]
+                steps.append(self.step(part, train_actor, normalizer))
+                stepped()
+        self.updates += 1
+        return _summary(steps, tokens * config.epochs)
+
+    @torch.no_grad()
+    def prepare(self, trajectories: list[Trajectory]) -> tuple[list[Experience], dict[str, float]]:
+        """Old log-probs, reference log-probs, values, rewards and advantages of a batch, with their metrics.
+        Changes nothing.
+
+        Trajectories that failed or in which the policy wrote nothing are left out; raises ValueError if none
+        is left, or for rewards whose squares are not finite in fp32. A reward belongs to the last token that
+        the policy wrote before it.
+
+        The metrics, as means over policy tokens: `dlogp_max`, `dlogp_mean`, the |difference| between the
+        sampled log-probs and the trainer's; `kl_reference`, the k3 estimate of KL(policy | reference);
+        `advantage_mean` before whitening; with a critic `value_mean` and `explained_variance`, the share of
+        the returns' variance that it foresaw, NaN if they have none.
+        """
+        trajectories = [t for t in trajectories if not t.error_kind and t.policy_mask.any()]
+        if not trajectories:
+            raise ValueError(
+                "trajectories: expected at least one, sound, in which the policy wrote a token, got none"
+            )
+        self._without_dropout()
+        measured: dict[int, Experience] = {}
+        for group in self._mine(trajectories):
+            part = [trajectories[i] for i in group]
+            measured |= dict(zip(group, self._measured(part), strict=True))
+        if self.ranks.size > 1:
+            mine = {place: _moved(experience, "cpu") for place, experience in measured.items()}
+            measured = {place: e for theirs in self.ranks.gather(mine) for place, e in theirs.items()}
+        batch = [_moved(measured[place], self.device, trajectories[place]) for place in sorted(measured)]
+        metrics = {"advantage_mean": set_advantages(batch, self.config)}
+        old, ref = (torch.cat([getattr(e, name) for e in batch]) for name in ("old_logprob", "ref_logprob"))
+        sampled = torch.cat([t.logprobs[t.policy_mask] for t in trajectories]).to(self.device)
+        error = (old - sampled).abs()
+        metrics |= {
+            "dlogp_max": float(error.max()),
+            "dlogp_mean": float(error.mean()),
+            "kl_reference": float(kl_estimate(old, ref, "k3").mean()),
+        }
+        if self.critic is not None:
+            value = torch.cat([e.old_value for e in batch if e.old_value is not None])
+            returns = torch.cat([e.returns for e in batch])
+            metrics["value_mean"] = float(value.mean())
+            metrics["explained_variance"] = explained_variance(returns, value)
+        return batch, metrics
+
+    def _mine(self, trajectories: list[Trajectory]) -> list[list[int]]:
+        """This rank's groups of the trajectories, as many as any rank has; some may be empty."""
+        lengths = [rows(trajectory, self.regime) for trajectory in trajectories]
+        groups = micro_batches(lengths, self.config.max_tokens_per_micro_batch, self.ranks.size)
+        return groups[self.ranks.rank]
+
+    def _measured(self, trajectories: list[Trajectory]) -> list[Experience]:
+        """What the models say of some trajectories; of none they are asked all the same."""
+        stream = pack(trajectories, self.regime, self.device)
+        old = recompute_logprobs(self.policy, stream, self.temperature)
+        ref = old
+        if self.reference is not None:
+            ref = recompute_logprobs(self.reference, stream, self.temperature)
+        columns = [old, ref]
+        if self.critic is not None:
+            values = self.critic(**stream.inputs())[0].float()
+            columns.append(values[stream.layout.logit_rows])
+        parts = list(zip(*(column.split(stream.counts) for column in columns), strict=True))
+        found, end = [], 0
+        for trajectory, part in zip(trajectories, parts[: len(trajectories)], strict=True):
+            end += rows(trajectory, self.regime)
+            valued = (None, None) if self.critic is None else (part[2], values[end - 1])
+            found.append(Experience(trajectory, *part[:2], *valued, advantage=part[0], returns=part[0]))
+        return found
+
+    def step(
+        self, batch: list[Experience], train_actor: bool = True, normalizer: float | None = None
+    ) -> dict[str, float]:
+        """One optimiser step on a minibatch, accumulated over streams of at most `max_tokens_per_micro_batch`
+        tokens.
+
+        Every loss is divided by `normalizer`, by default the tokens of the minibatch, so how it is split
+        changes nothing. The metrics are means over its tokens.
+        """
+        self._without_dropout()
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        total = sum(len(e.old_logprob) for e in batch)
+        normalizer = normalizer or total
+        sums: dict[str, float] = {}
+        ratio = -math.inf
+        for group in self._mine([e.trajectory for e in batch]):
+            part = [batch[i] for i in group]
+            stream = pack([e.trajectory for e in part], self.regime, self.device)
+            if self.critic is not None:
+                _add(sums, self._value_step(part, stream, normalizer))
+            if train_actor:
+                found, largest = self._policy_step(part, stream, normalizer)
+                ratio = _largest([ratio, largest]) if part else ratio
+                _add(sums, found)
+        names = list(sums)
+        summed = self.ranks.sum(torch.tensor([sums[name] for name in names], dtype=torch.float64))
+        result = {"tokens": total} | {
+            name: float(value) / total for name, value in zip(names, summed, strict=True)
+        }
+        config = self.config
+        for name, peak, warmup in (
+            ("critic", config.critic_lr, config.critic_lr_warmup_steps),
+            ("actor", config.actor_lr, config.actor_lr_warmup_steps),
+        ):
+            if name == "actor" and not train_actor or name not in self.optimizers:
+                continue
+            optimizer = self.optimizers[name]
+            rate = peak * min(1.0, (optimizer.steps + 1) / max(warmup, 1))
+            result[f"{name}_grad_norm"] = optimizer.step(rate)
+        if train_actor:
+            result["ratio_max"] = _largest(self.ranks.gather(ratio))
+        return result
+
+    def _value_step(self, part: list[Experience], stream: PackedBatch, normalizer: float) -> dict[str, float]:
+        """The critic's gradients of one stream. Metrics are sums over its tokens."""
+        assert self.critic is not None
+        everything = torch.ones_like(stream.targets, dtype=torch.bool)
+        empty = torch.empty(0, device=self.device)
+        old_value, returns = (
+            torch.cat([empty, *(getattr(e, name) for e in part)]) for name in ("old_value", "returns")
+        )
+        value = self.critic(**stream.inputs())[0, stream.layout.logit_rows].float()
+        loss, clipped = clipped_value_loss(
+            value, old_value, returns, everything, self.config.value_clip, normalizer=normalizer
+        )
+        loss.backward()
+        self.optimizers["critic"].collect()
+        return {
+            "value_loss": float(loss.detach()) * normalizer,
+            "value_clip_fraction": float(clipped) * len(value),
+        }
+
+    def _policy_step(
+        self, part: list[Experience], stream: PackedBatch, normalizer: float
+    ) -> tuple[dict[str, float], float]:
+        """The actor's gradients of one stream; sums of metrics over its tokens, and the largest ratio."""
+        config, empty = self.config, torch.empty(0, device=self.device)
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([empty, *(getattr(e, name) for e in part)])
+
+        drawn = None
+        if config.rollout_is_cap is not None:
+            drawn = torch.cat([empty, *(e.rollout_logprob() for e in part)])
+
+        def finish(hidden: Tensor, head: OutputLayer) -> tuple[Tensor, dict[str, Tensor]]:
+            return fused_linear_ppo_loss(
+                hidden,
+                head.weight,
+                stream.targets,
+                joined("old_logprob"),
+                joined("advantage"),
+                torch.ones_like(stream.targets, dtype=torch.bool),
+                ref_logprob=joined("ref_logprob"),
+                rollout_logprob=drawn,
+                bias=head.bias,
+                softcap=head.softcap,
+                temperature=head.temperature(self.temperature),
+                clip_low=config.clip_low,
+                clip_high=config.clip_high,
+                dual_clip=config.dual_clip,
+                rollout_is_cap=config.rollout_is_cap or 1.0,
+                kl_coef=config.kl_coef if config.kl_placement == "loss" else 0.0,
+                kl_estimator=config.kl_estimator,
+                entropy_coef=config.entropy_coef,
+                normalizer=normalizer,
+            )
+
+        loss, metrics = self.policy(stream, finish)
+        loss.backward()
+        self.optimizers["actor"].collect()
+        tokens = sum(stream.counts)
+        sums = {name: float(metrics[name]) * tokens for name in ("kl", "entropy", "clip_fraction")}
+        if not tokens:  # means of none
+            sums = dict.fromkeys(sums, 0.0)
+        return {"policy_loss": float(loss.detach()) * normalizer, **sums}, float(metrics["ratio_max"])
+
+    @property
+    def bytes_to_come(self) -> int:
+        """What gradients and optimisers will take beside what is there; without activations."""
+        return sum(optimizer.bytes_to_come for optimizer in self.optimizers.values())
+
+    def _without_dropout(self) -> None:
+        for module in (self.policy, self.critic, self.reference):
+            if module is not None:
+                without_dropout(module.model if isinstance(module, Policy) else module)
+
+    def values(self) -> dict[str, Any]:
+        """What a resumed run needs besides the actor, as JSON has it; and `tensors`."""
+        optimizers = {name: optimizer.values() for name, optimizer in self.optimizers.items()}
+        return {"updates": self.updates, "optimizers": optimizers}
+
+    def tensors(self, known: Container[str] = ()) -> dict[str, Tensor]:
+        """By name; this rank's parts. Those in `known`, names of a saved state, are made if need be."""
+        models = {"actor": self.policy, "critic": self.critic}
+        found: dict[str, Tensor] = {}
+        for name, optimizer in self.optimizers.items():
+            named = {f"{name}.{key}": p for key, p in models[name].named_parameters()}  # type: ignore[union-attr]
+            found |= optimizer.tensors(named, known, alone=name == "critic")
+        if self.reference is not None:
+            found |= {f"reference.{key}": p.detach() for key, p in self.reference.named_parameters()}
+        return found
+
+    def restore(self, values: Mapping[str, Any], saved: TrainerState) -> None:
+        """Go on from a saved state; the actor has its weights already. InputError for one that lacks some."""
+        tensors = self.tensors(saved.names)
+        # An actor in float32 on one rank has no masters: it was saved as it is.
+        own = {name for name in tensors if name.startswith("actor.") and name.endswith(".master")}
+        missing = tensors.keys() - own - saved.names
+        require(not missing, "path", "a state of this run's models", f"none of {min(missing, default='')}")
+        saved.fill({name: tensor for name, tensor in tensors.items() if name in saved.names})
+        for name, optimizer in self.optimizers.items():
+            optimizer.restore(values["optimizers"][name])
+        self.updates = values["updates"]
+
+
+def explained_variance(returns: Tensor, value: Tensor) -> float:
+    """1 - Var(returns - value) / Var(returns), of [n] each; NaN where the returns are all the same."""
+    # They are sums of advantages and values: what is the same differs by rounding.
+    if returns.std(unbiased=False) <= 1e-6 * returns.abs().max():
+        return math.nan
+    return float(1 - (returns - value).var(unbiased=False) / returns.var(unbiased=False))
+
+
+def _moved(
+    experience: Experience, device: torch.device | str, trajectory: Trajectory | None = None
+) -> Experience:
+    """Its tensors there. With its trajectory, which every rank has, it is not sent around."""
+
+    def there(value: Tensor | None) -> Tensor | None:
+        return None if value is None else value.to(device)
+
+    old = experience.old_logprob.to(device)
+    return Experience(
+        trajectory,  # type: ignore[arg-type]
+        old,
+        experience.ref_logprob.to(device),
+        there(experience.old_value),
+        there(experience.last_value),
+        old,
+        old,
+    )
+
+
+def _add(sums: dict[str, float], more: dict[str, float]) -> None:
+    for name, value in more.items():
+        sums[name] = sums.get(name, 0.0) + value
+
+
+def _largest(values: list[float]) -> float:
+    """NaN if there is one, which `max` would forget or keep by the order."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def _summary(steps: list[dict[str, float]], tokens: int) -> dict[str, float]:
+    """The metrics of an update from those of its steps, which saw `tokens` policy tokens in all."""
+    result: dict[str, float] = {"skipped_steps": 0}
+    for name in steps[0]:
+        values = [step[name] for step in steps]
+        if name == "ratio_max":
+            result[name] = _largest(values)
+        elif name.endswith("grad_norm"):
+            taken = [value for value in values if math.isfinite(value)]
+            result["skipped_steps"] += len(values) - len(taken)
+            result[name] = fmean(taken) if taken else math.nan
+        elif name != "tokens":
+            result[name] = sum(step[name] * step["tokens"] for step in steps) / tokens
+    return result

@@ -1,0 +1,95 @@
+"""Models in parts: FSDP2 over the ranks of a run (`torch.distributed.fsdp.fully_shard`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+
+from mem1.config import TrainConfig
+from mem1.models.build import Critic, to_dtype
+from mem1.runtime.ranks import Ranks
+from mem1.train.batches import Policy
+from mem1.train.learner import Learner
+
+
+def shard(
+    module: nn.Module,
+    model: Any,
+    ranks: Ranks,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    replicas: int = 1,
+    cpu_offload: bool = False,
+) -> None:
+    """Leave each rank its part of the parameters of `module`, in place; with one rank nothing is done.
+
+    A layer is gathered for as long as it computes; what belongs to none (embedding, output layer, norm) for
+    the whole of `module.forward`, in which all that uses it has to happen. model: the decoder within, of
+    Hugging Face. compute_dtype: of forwards and backwards, None the parameters' own; parameters, gradients
+    and what an optimiser keeps stay in theirs. replicas: of the whole, each over ranks / replicas (HSDP).
+
+    Gradients are those of the sum of all ranks' losses.
+    """
+    if ranks.size == 1:
+        return
+    device = next(module.parameters()).device.type
+    shape, names = (ranks.size,), ("shard",)
+    if replicas > 1:
+        shape, names = (replicas, ranks.size // replicas), ("replicate", "shard")
+    settings = {
+        "mesh": init_device_mesh(device, shape, mesh_dim_names=names),
+        "mp_policy": MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+    }
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    for layer in [one for one in module.modules() if type(one).__name__ in kinds]:
+        fully_shard(layer, **settings)
+    fully_shard(module, **settings)
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+
+@torch.no_grad()
+def copy_weights(module: nn.Module, copy: nn.Module) -> None:
+    """Give `copy`, a whole module of the same parameters in any dtype, the weights of a sharded one. All
+    ranks call this.
+    """
+    theirs = dict(copy.named_parameters())
+    for name, parameter in module.named_parameters():
+        theirs[name].copy_(whole(parameter))
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """All of a parameter, of which each rank has a part. All ranks call this."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def sharded_learner(
+    actor: Any, critic: Critic | None, reference: Any | None, config: TrainConfig, ranks: Ranks
+) -> Learner:
+    """What learns, in parts where there are several ranks: of half precision, which then computes, the parts
+    are in float32.
+    """
+    policy, frozen = Policy(actor), None if reference is None else Policy(reference)
+    narrow = next(actor.parameters()).dtype
+    dtype = None if narrow == torch.float32 else narrow
+    parts = [(policy, actor), (frozen, reference), (critic, actor)]
+    for module, model in parts if ranks.size > 1 else ():
+        if module is not None:
+            to_dtype(module, torch.float32)
+            shard(module, model, ranks, compute_dtype=dtype)
+    rollout = config.rollout
+    return Learner(policy, critic, frozen, config.algorithm, rollout.regime, rollout.temperature, ranks)
