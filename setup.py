@@ -120,7 +120,12 @@ EXTRAS = {
     "web": ["aiohttp>=3.11", "trafilatura>=2", "lxml_html_clean"],
     "webshop": [*BM25, "rapidfuzz>=3.10", "textblob>=0.19"],
     "gym": ["gymnasium>=1"],
+    "tensorboard": ["tensorboard>=2.18"],
+    "wandb": ["wandb>=0.19"],
+    "trackio": ["trackio>=0.5"],
 }
+
+LARGE = ("dense", "wandb", "trackio")  # and left to those who test them
 
 setup(
     version=project_version(),
@@ -131,7 +136,7 @@ setup(
     extras_require={
         **EXTRAS,
         "test": [
-            *(one for name, needed in EXTRAS.items() if name != "dense" for one in needed),
+            *(one for name, needed in EXTRAS.items() if name not in LARGE for one in needed),
             "accelerate>=1.1",
             "hypothesis>=6.100",
             "pytest>=8.1",

@@ -161,8 +161,9 @@ PYTHON = {
     ),
     "mem1.evaluation.*": May(f"torch transformers mem1.evaluation.results mem1.runtime {LOOP}"),
     "mem1.train.*": May(
-        "torch transformers safetensors mem1_core mem1.io mem1.models mem1.runtime mem1.train "
-        "mem1.evaluation " + LOOP
+        "torch transformers safetensors mem1_core mem1.extras mem1.io mem1.models mem1.runtime mem1.train "
+        "mem1.evaluation " + LOOP,
+        call="wandb trackio",
     ),
     "mem1.agent": May("transformers mem1"),
     "mem1.demo": May("torch transformers mem1"),

@@ -29,6 +29,7 @@ from mem1_core.eviction_policies import (
 )
 from mem1_core.layout import Regime
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
 Algorithm = Literal["ppo", "grpo", "rloo", "reinforce"]
 ALGORITHMS: tuple[str, ...] = get_args(Algorithm)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -276,6 +277,7 @@ class TrainConfig:
     save_every: int = 20  # updates
     keep: int = 2  # checkpoints: the newest ones, and the best
     max_failed: float = 0.5  # share of a batch's episodes that may fail for good before the run stops
+    trackers: tuple[str, ...] = ()  # beside metrics.jsonl: tensorboard, wandb, trackio
     device: str = "auto"  # "auto": the first CUDA device if there is one, else the CPU
     threads: int | None = None  # torch threads; None leaves torch's choice
     seed: int = 0
@@ -296,6 +298,9 @@ class TrainConfig:
         require(isinstance(self.device, str), "device", "'auto' or the name of a torch device", self.device)
         if self.threads is not None:
             require_integers(self, "threads", 1, 4096)
+        known = isinstance(self.trackers, (tuple, list)) and all(name in TRACKERS for name in self.trackers)
+        require(known, "trackers", f"some of {', '.join(TRACKERS)}", self.trackers)
+        object.__setattr__(self, "trackers", tuple(self.trackers))
         object.__setattr__(self, "environment", _recorded("environment", self.environment))
         require(not self.rollout.greedy, "greedy", "False in training, which learns from samples", True)
 

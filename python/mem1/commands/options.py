@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any, NoReturn, cast, get_args
 
 from mem1.checks import InputError
-from mem1.config import ALGORITHMS, DTYPES, ChatMode, EvictionPolicy, Regime, RolloutConfig, TrainConfig
+from mem1.config import (
+    ALGORITHMS,
+    DTYPES,
+    TRACKERS,
+    ChatMode,
+    EvictionPolicy,
+    Regime,
+    RolloutConfig,
+    TrainConfig,
+)
 from mem1.envs.worlds import DEFAULT, WORLDS
 from mem1.evaluation.baselines.agents import AGENTS, Agent, parse_agent
 from mem1.evaluation.evaluation_loop import OBJECTIVES
@@ -105,6 +114,7 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
         help="updates from checkpoint to checkpoint",
     )
     add("--keep", type=_positive, default=config.keep, help="checkpoints: the newest, beside the best")
+    add("--track", choices=TRACKERS, nargs="+", default=(), help="where records go beside metrics.jsonl")
     add("--seed", type=_seed, default=config.seed, help="of the run: weights, episodes, samples, order")
 
     what = "agents on the same weights side by side: answers, memory and time"

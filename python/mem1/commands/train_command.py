@@ -33,6 +33,7 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
         environment=environment,
         save_every=options.save_every,
         keep=options.keep,
+        trackers=tuple(options.track),
         device=options.device,
         threads=options.threads,
         seed=options.seed,

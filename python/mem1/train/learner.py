@@ -26,6 +26,9 @@ from mem1.train.trainer_state import TrainerState
 from mem1.trajectory import Trajectory
 from mem1_core.ops import clipped_value_loss, fused_linear_ppo_loss
 from mem1_core.reference import kl_estimate
+from mem1_core.segments import by_policy
+
+_LARGEST_LOG = 20.0  # of a ratio, as the loss has it
 
 
 class Learner:
@@ -71,7 +74,7 @@ class Learner:
 
     def update(
         self, trajectories: list[Trajectory], generator: torch.Generator | None = None
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Learn from one batch: `prepare`, then `learn`."""
         batch, metrics = self.prepare(trajectories)
         return metrics | self.learn(batch, generator)
@@ -90,9 +93,9 @@ class Learner:
 
         Returns, as means over policy tokens: with a critic `value_loss`, `value_clip_fraction`; and, once the
         actor learns too, `policy_loss`, `kl` (as kl_reference, at each step), `entropy`, `clip_fraction`;
-        `ratio_max`, the largest probability ratio of all; `actor_grad_norm` and `critic_grad_norm`, means
-        over the steps, before clipping; `skipped_steps`, those that were not taken as their gradients had no
-        finite norm. Raises Diverged when these do not end.
+        `ratio_max` and `ratio_min`, the extreme probability ratios of all; `actor_grad_norm` and
+        `critic_grad_norm`, means over the steps, before clipping; `skipped_steps`, those that were not taken
+        as their gradients had no finite norm. Raises Diverged when these do not end.
         """
         config = self.config
         train_actor = self.critic is None or self.updates >= config.critic_only_updates
@@ -109,7 +112,7 @@ class Learner:
         return _summary(steps, tokens * config.epochs)
 
     @torch.no_grad()
-    def prepare(self, trajectories: list[Trajectory]) -> tuple[list[Experience], dict[str, float]]:
+    def prepare(self, trajectories: list[Trajectory]) -> tuple[list[Experience], dict[str, Any]]:
         """Old log-probs, reference log-probs, values, rewards and advantages of a batch, with their metrics.
         Changes nothing.
 
@@ -118,9 +121,9 @@ class Learner:
         the policy wrote before it.
 
         The metrics, as means over policy tokens: `dlogp_max`, `dlogp_mean`, the |difference| between the
-        sampled log-probs and the trainer's; `kl_reference`, the k3 estimate of KL(policy | reference);
-        `advantage_mean` before whitening; with a critic `value_mean` and `explained_variance`, the share of
-        the returns' variance that it foresaw, NaN if they have none.
+        sampled log-probs and the trainer's; `dlogp_turns`, its mean in each turn; `kl_reference`, the k3
+        estimate of KL(policy | reference); `advantage_mean` before whitening; with a critic `value_mean` and
+        `explained_variance`, the share of the returns' variance that it foresaw, NaN if they have none.
         """
         trajectories = [t for t in trajectories if not t.error_kind and t.policy_mask.any()]
         if not trajectories:
@@ -136,13 +139,14 @@ class Learner:
             mine = {place: _moved(experience, "cpu") for place, experience in measured.items()}
             measured = {place: e for theirs in self.ranks.gather(mine) for place, e in theirs.items()}
         batch = [_moved(measured[place], self.device, trajectories[place]) for place in sorted(measured)]
-        metrics = {"advantage_mean": set_advantages(batch, self.config)}
+        metrics: dict[str, Any] = {"advantage_mean": set_advantages(batch, self.config)}
         old, ref = (torch.cat([getattr(e, name) for e in batch]) for name in ("old_logprob", "ref_logprob"))
         sampled = torch.cat([t.logprobs[t.policy_mask] for t in trajectories]).to(self.device)
         error = (old - sampled).abs()
         metrics |= {
             "dlogp_max": float(error.max()),
             "dlogp_mean": float(error.mean()),
+            "dlogp_turns": _by_turn(error.cpu(), trajectories),
             "kl_reference": float(kl_estimate(old, ref, "k3").mean()),
         }
         if self.critic is not None:
@@ -192,15 +196,15 @@ class Learner:
         total = sum(len(e.old_logprob) for e in batch)
         normalizer = normalizer or total
         sums: dict[str, float] = {}
-        ratio = -math.inf
+        ratios: list[Tensor] = []  # the extremes of logs
         for group in self._mine([e.trajectory for e in batch]):
             part = [batch[i] for i in group]
             stream = pack([e.trajectory for e in part], self.regime, self.device)
             if self.critic is not None:
                 _add(sums, self._value_step(part, stream, normalizer))
             if train_actor:
-                found, largest = self._policy_step(part, stream, normalizer)
-                ratio = _largest([ratio, largest]) if part else ratio
+                found, log_ratio = self._policy_step(part, stream, normalizer)
+                ratios += [log_ratio.max(), log_ratio.min()] if part else []
                 _add(sums, found)
         names = list(sums)
         summed = self.ranks.sum(torch.tensor([sums[name] for name in names], dtype=torch.float64))
@@ -218,7 +222,9 @@ class Learner:
             rate = peak * min(1.0, (optimizer.steps + 1) / max(warmup, 1))
             result[f"{name}_grad_norm"] = optimizer.step(rate)
         if train_actor:
-            result["ratio_max"] = _largest(self.ranks.gather(ratio))
+            everyone = [ratio for theirs in self.ranks.gather([float(r) for r in ratios]) for ratio in theirs]
+            result["ratio_max"] = math.exp(min(_extreme(max, everyone), _LARGEST_LOG))
+            result["ratio_min"] = math.exp(_extreme(min, everyone))
         return result
 
     def _value_step(self, part: list[Experience], stream: PackedBatch, normalizer: float) -> dict[str, float]:
@@ -242,8 +248,8 @@ class Learner:
 
     def _policy_step(
         self, part: list[Experience], stream: PackedBatch, normalizer: float
-    ) -> tuple[dict[str, float], float]:
-        """The actor's gradients of one stream; sums of metrics over its tokens, and the largest ratio."""
+    ) -> tuple[dict[str, float], Tensor]:
+        """The actor's gradients of one stream; sums of metrics over its tokens, and their log-ratios [M]."""
         config, empty = self.config, torch.empty(0, device=self.device)
 
         def joined(name: str) -> Tensor:
@@ -283,7 +289,8 @@ class Learner:
         sums = {name: float(metrics[name]) * tokens for name in ("kl", "entropy", "clip_fraction")}
         if not tokens:  # means of none
             sums = dict.fromkeys(sums, 0.0)
-        return {"policy_loss": float(loss.detach()) * normalizer, **sums}, float(metrics["ratio_max"])
+        sums["policy_loss"] = float(loss.detach()) * normalizer
+        return sums, metrics["logprob"] - joined("old_logprob")
 
     @property
     def bytes_to_come(self) -> int:
@@ -357,9 +364,18 @@ def _add(sums: dict[str, float], more: dict[str, float]) -> None:
         sums[name] = sums.get(name, 0.0) + value
 
 
-def _largest(values: list[float]) -> float:
-    """NaN if there is one, which `max` would forget or keep by the order."""
-    return math.nan if any(map(math.isnan, values)) else max(values)
+def _extreme(which: Callable[[list[float]], float], values: list[float]) -> float:
+    """`max` or `min`; NaN if there is one, which these would forget or keep by the order."""
+    return math.nan if any(map(math.isnan, values)) else which(values)
+
+
+def _by_turn(values: Tensor, trajectories: list[Trajectory]) -> list[float]:
+    """Means over the policy's tokens of each turn, from the first."""
+    written = [segment for t in trajectories for segment in t.segments if by_policy(segment.kind)]
+    lengths = torch.tensor([segment.length for segment in written])
+    turns = torch.tensor([segment.turn - 1 for segment in written]).repeat_interleave(lengths)
+    sums = torch.zeros(int(turns.max()) + 1, dtype=torch.float64).index_add_(0, turns, values.double())
+    return (sums / torch.bincount(turns).clamp(min=1)).tolist()
 
 
 def _summary(steps: list[dict[str, float]], tokens: int) -> dict[str, float]:
@@ -367,8 +383,8 @@ def _summary(steps: list[dict[str, float]], tokens: int) -> dict[str, float]:
     result: dict[str, float] = {"skipped_steps": 0}
     for name in steps[0]:
         values = [step[name] for step in steps]
-        if name == "ratio_max":
-            result[name] = _largest(values)
+        if name in ("ratio_max", "ratio_min"):
+            result[name] = _extreme(max if name == "ratio_max" else min, values)
         elif name.endswith("grad_norm"):
             taken = [value for value in values if math.isfinite(value)]
             result["skipped_steps"] += len(values) - len(taken)

@@ -4,6 +4,7 @@ train.json                     the settings
 metrics.jsonl                  a line for each step
 checkpoints/policy-000020/        the newest ones, and the best
 last, best                     links to two of them
+diverged.jsonl                 the trajectories of an update whose gradients stayed without a finite norm
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from mem1.train import checkpoint
 from mem1.train.checkpoint import CHECKPOINTS, PHASES, Checkpoint, Place, numbered, score_of
 
 CONFIG, METRICS = "train.json", "metrics.jsonl"
+DIVERGED = "diverged.jsonl"
 LAST, BEST = "last", "best"
 
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems on which nobody can be kept out
 
 # Settings that a resumed run may change: they decide how long and where it runs, not what it learns.
 FREE = frozenset(
-    "max_updates save_every keep max_failed device threads warmstart.save_every "
+    "max_updates save_every keep max_failed trackers device threads warmstart.save_every "
     "algorithm.max_tokens_per_micro_batch rollout.num_slots rollout.kv_memory rollout.max_num_batched_tokens "
     "rollout.env_timeout rollout.env_retries rollout.episode_retries".split()
 )
@@ -75,7 +77,7 @@ class RunFolder:
             raise InputError(f"out: expected a folder that can be written, got {error}") from error
         self._take()
         self._check_links()
-        for name in (LAST, BEST, METRICS):
+        for name in (LAST, BEST, METRICS, DIVERGED):
             (self.path / name).unlink(missing_ok=True)
         for old in [*numbered(self.path), *(self.path / CHECKPOINTS).glob("*.damaged")]:
             _remove(old)

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +22,7 @@ from mem1.engine.policy_checks import check_policy
 from mem1.envs.base import Environment, ExpertEnvironment
 from mem1.envs.tasks import TaskStream
 from mem1.evaluation.results import error_counts
-from mem1.io import append_json, without_nan
+from mem1.io import append_json, atomic_write, without_nan
 from mem1.models.build import build_critic, build_model, dropouts
 from mem1.models.load import load_report
 from mem1.rollout.rollout_loop import check_positions, make_codec, make_engine, rollout
@@ -34,8 +34,10 @@ from mem1.seeds import derive_seed
 from mem1.train import checkpoint
 from mem1.train.checkpoint import Place
 from mem1.train.learner import Learner
-from mem1.train.run_folder import Resumed, RunFolder
+from mem1.train.optim import Diverged
+from mem1.train.run_folder import DIVERGED, Resumed, RunFolder
 from mem1.train.sharding import copy_weights, sharded_learner
+from mem1.train.trackers import Trackers
 from mem1.train.trainer_state import TrainerState
 from mem1.train.warmstart import DrawExample, expert_examples, optimizer_for, warm_start
 from mem1.trajectory import FinishReason, Trajectory
@@ -91,7 +93,7 @@ def train(
     device, run = ranks.place(device), RunFolder(Path(out), config.keep)
     progress = progress if ranks.first else Progress(log=lambda line: None)
 
-    with Interrupts() as interrupts, closing(run):
+    with Interrupts() as interrupts, closing(run), ExitStack() as stack:
         # 1. A model: of the run so far, of a checkpoint, or a new one.
         saved: TrainerState | None = None
         resumed = run.resume(settings) if resume and ranks.first else Resumed(None, init and str(init), [])
@@ -124,11 +126,13 @@ def train(
             )
         if not goes_on and ranks.first:
             run.begin(settings | {"init": run_init}, overwrite=overwrite or resume)
+        trackers = Trackers(config.trackers if ranks.first else (), run.path, settings)
+        stack.callback(trackers.close)
 
         # 2. The warm start, by the first alone.
         if warm:
             if ranks.first:
-                _warm_start(actor, tokenizer, examples, config, run, saved, interrupts, progress)
+                _warm_start(actor, tokenizer, examples, config, run, saved, trackers, interrupts, progress)
             ranks.share(actor)
             saved = None
 
@@ -148,7 +152,8 @@ def train(
             progress.log(f"dropout is off during the updates ({', '.join(dropped)})")
         play = partial(rollout, sampler, tokenizer, make_environment, config=config.rollout, engine=engine)
         return _updates(
-            learner, sampler, tokenizer, play, rows, config, run, saved, ranks, interrupts, progress
+            *(learner, sampler, tokenizer, play, rows, config, run, saved),
+            *(ranks, trackers, interrupts, progress),
         )
 
 
@@ -159,6 +164,7 @@ def _warm_start(
     config: TrainConfig,
     run: RunFolder,
     state: TrainerState | None,
+    trackers: Trackers,
     interrupts: Interrupts,
     progress: Progress,
 ) -> None:
@@ -194,6 +200,7 @@ def _warm_start(
         with progress.phase("warm start", total, done) as phase:
             for record in steps:
                 append_json(run.metrics, without_nan({"phase": "warmstart"} | record))
+                trackers.log({"phase": "warmstart"} | record)
                 done += 1
                 skipped += not math.isfinite(record["grad_norm"])
                 complete = True
@@ -220,6 +227,7 @@ def _updates(
     run: RunFolder,
     state: TrainerState | None,
     ranks: Ranks,
+    trackers: Trackers,
     interrupts: Interrupts,
     progress: Progress,
 ) -> checkpoint.Checkpoint:
@@ -257,13 +265,18 @@ def _updates(
             shuffle = torch.Generator().manual_seed(derive_seed(config.seed, "minibatches", update))
             steps = config.algorithm.epochs * -(-len(batch) // config.algorithm.mini_batch_size)
             with progress.phase(f"update {update + 1}: optimiser steps", steps) as phase:
-                metrics |= learner.learn(batch, shuffle, phase.advance)
+                try:
+                    metrics |= learner.learn(batch, shuffle, phase.advance)
+                except Diverged:
+                    _keep(trajectories, run.path / DIVERGED, ranks)
+                    raise
             if ranks.size > 1:
                 copy_weights(learner.policy.model, sampler)
             record = {"phase": "policy", "step": learner.updates, **describe(trajectories), **metrics}
-            record |= {"rollout_seconds": rolled - began, "update_seconds": time.perf_counter() - rolled}
+            record |= _speeds(record, rolled - began, time.perf_counter() - rolled)
             if ranks.first:
                 append_json(run.metrics, without_nan(record))
+                trackers.log(record)
             rewards.append(record["reward"])
             complete = together = True
             progress.log(_line(record, config.max_updates))
@@ -302,6 +315,13 @@ def _play(
     return sorted(everyone, key=lambda t: (place[t.seed], t.sampling_seed))  # not by the clock
 
 
+def _keep(trajectories: list[Trajectory], path: Path, ranks: Ranks) -> None:
+    """For whoever looks into it."""
+    if ranks.first:
+        with atomic_write(path) as file:
+            file.writelines(trajectory.to_json() + "\n" for trajectory in trajectories)
+
+
 def _check_failures(trajectories: list[Trajectory], max_failed: float) -> None:
     failed = [t for t in trajectories if t.error_kind]
     if len(failed) > max_failed * len(trajectories) or len(failed) == len(trajectories):
@@ -326,6 +346,15 @@ def _line(record: dict[str, Any], updates: int) -> str:
     return text + (f"  skipped steps: {record['skipped_steps']}" if record["skipped_steps"] else "")
 
 
+def _speeds(record: dict[str, Any], rollout: float, update: float) -> dict[str, float]:
+    return {
+        "rollout_seconds": rollout,
+        "update_seconds": update,
+        "rollout_tokens_per_second": record["policy_tokens"] / rollout,
+        "update_tokens_per_second": record["tokens"] / update,
+    }
+
+
 def describe(trajectories: list[Trajectory]) -> dict[str, Any]:
     """What a batch of episodes looks like. Means over those that did not fail; token counts are sums.
 
@@ -342,6 +371,7 @@ def describe(trajectories: list[Trajectory]) -> dict[str, Any]:
         "exact_match": fmean(t.score.get("exact_match", 0.0) for t in sound),
         "answered": fmean(t.finish_reason == FinishReason.ANSWERED for t in sound),
         "turns": fmean(t.turns for t in sound),
+        "invalid_actions": fmean(t.invalid_actions for t in sound),
         "peak_tokens": fmean(t.peak_tokens() for t in sound),
         "tokens": sum(t.tokens.numel() for t in sound),
         "policy_tokens": sum(int(t.policy_mask.sum()) for t in sound),

@@ -60,7 +60,7 @@ def test_an_update_is_the_same_on_any_number_of_processes(results, case):
     whole = results[1][place]
     assert max(float(g.abs().max()) for g in whole["gradients"].values()) > 1e-3
     assert 0.0 < whole["metrics"]["clip_fraction"] < 1.0
-    assert all(math.isfinite(value) for value in whole["metrics"].values())
+    assert all(math.isfinite(value) for value in whole["metrics"].values() if isinstance(value, float))
     # Adam divides by the gradient's size: of one that is almost 0 a step of 1e-3 keeps few digits.
     for size in (2, 4):
         other = results[size][place]

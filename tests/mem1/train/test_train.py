@@ -23,6 +23,7 @@ from mem1.train import train_loop as train
 from mem1.train.learner import Learner
 from mem1.train.optim import Diverged
 from mem1.train.run_folder import METRICS
+from mem1.trajectory import Trajectory
 
 TINY = TrainConfig(
     max_updates=2,
@@ -216,6 +217,8 @@ def test_three_in_a_row_stop_the_run_with_the_last_good_weights(tmp_path, monkey
         run(config, tmp_path, progress=quiet())
     assert checkpoint.load(tmp_path).trainer["learner"]["updates"] == 1
     assert len(records(tmp_path)) == 1
+    lines = (tmp_path / "diverged.jsonl").read_text().splitlines()  # for whoever looks into it
+    assert len([Trajectory.from_dict(json.loads(line)) for line in lines]) == TINY.batch_size
 
 
 def test_a_reward_beyond_fp32_ends_its_episode_only(tmp_path):
@@ -356,3 +359,22 @@ def test_every_setting_is_checked_when_it_is_made(change, message):
 def test_an_environment_can_be_kept_on_record(value):
     with pytest.raises(InputError, match="environment: expected arguments that JSON has, got {'a': "):
         replace(TINY, environment={"a": value})
+
+
+def test_every_step_is_tracked_and_has_the_figures_of_a_lab(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lessons = WarmStartConfig(steps=2, batch_tokens=256)
+    run(replace(TINY, trackers=("tensorboard",), warmstart=lessons), tmp_path, progress=quiet())
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    for phase in ("warmstart", "policy"):
+        steps = [record["step"] for record in records(tmp_path, phase)]
+        assert steps and [event.step for event in events.Scalars(f"{phase}/step")] == steps
+    for record in records(tmp_path):
+        turns = record["dlogp_turns"]
+        assert 0.0 <= min(turns) <= record["dlogp_mean"] <= max(turns) <= record["dlogp_max"] < 5e-5
+        assert record["rollout_tokens_per_second"] > 0 and record["update_tokens_per_second"] > 0
+        assert 0.0 <= record["invalid_actions"] <= record["turns"]
+    last = records(tmp_path)[-1]
+    assert 0.0 < last["ratio_min"] <= 1.0 <= last["ratio_max"]
