@@ -267,6 +267,19 @@ class AlgorithmConfig:
 
 
 @dataclass(frozen=True)
+class ScaleConfig:
+    """How a model that learns is laid out in memory. None of it changes what is learned."""
+
+    replicas: int = 1  # of all that is in parts, each over ranks / replicas (HSDP): a node's, as a rule
+    activation_checkpointing: bool = False  # activations of a layer are computed again in the backward
+    cpu_offload: bool = False  # parameters and states wait in the host's memory; CUDA, several ranks
+
+    def __post_init__(self) -> None:
+        require_integers(self, "replicas", 1)
+        require_flags(self, "activation_checkpointing cpu_offload")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run: warm start, then updates on episodes of the policy."""
 
@@ -285,6 +298,7 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     warmstart: WarmStartConfig = field(default_factory=WarmStartConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
 
     def __post_init__(self) -> None:
         require_integers(self, "batch_size group_size save_every keep", 1)

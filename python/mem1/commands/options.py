@@ -114,6 +114,9 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
         help="updates from checkpoint to checkpoint",
     )
     add("--keep", type=_positive, default=config.keep, help="checkpoints: the newest, beside the best")
+    add("--activation-checkpointing", action="store_true", help="less memory for more computing")
+    add("--replicas", type=_positive, default=config.scale.replicas, help="of the shards (HSDP)")
+    add("--cpu-offload", action="store_true", help="of what learns, with GPUs")
     add("--track", choices=TRACKERS, nargs="+", default=(), help="where records go beside metrics.jsonl")
     add("--seed", type=_seed, default=config.seed, help="of the run: weights, episodes, samples, order")
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from mem1.checks import InputError, require
 from mem1.commands.loading import check_writable
 from mem1.commands.world_options import closing, environment_record, rollout_config, world_of
-from mem1.config import AlgorithmConfig, ModelConfig, TrainConfig, WarmStartConfig
+from mem1.config import AlgorithmConfig, ModelConfig, ScaleConfig, TrainConfig, WarmStartConfig
 from mem1.envs.toy.training import toy_training
 from mem1.envs.worlds import DEFAULT
 from mem1.runtime.progress import Progress
@@ -34,6 +35,7 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
         save_every=options.save_every,
         keep=options.keep,
         trackers=tuple(options.track),
+        scale=ScaleConfig(**{field.name: getattr(options, field.name) for field in fields(ScaleConfig)}),
         device=options.device,
         threads=options.threads,
         seed=options.seed,

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from mem1.checks import require
 from mem1.config import TrainConfig
 from mem1.models.build import Critic, to_dtype
 from mem1.runtime.ranks import Ranks
@@ -81,8 +82,18 @@ def sharded_learner(
     actor: Any, critic: Critic | None, reference: Any | None, config: TrainConfig, ranks: Ranks
 ) -> Learner:
     """What learns, in parts where there are several ranks: of half precision, which then computes, the parts
-    are in float32.
+    are in float32. InputError for a layout that these ranks cannot have.
     """
+    scale, device = config.scale, next(actor.parameters()).device.type
+    whole_nodes = ranks.size % scale.replicas == 0
+    require(whole_nodes, "replicas", f"a divisor of the {ranks.size} processes", scale.replicas)
+    offloads = not scale.cpu_offload or (ranks.size > 1 and device == "cuda")
+    require(offloads, "cpu_offload", "several processes with a GPU each", f"{ranks.size} on {device}")
+    if scale.activation_checkpointing:
+        for model in (actor, critic and critic.trunk):
+            if model is not None:  # renamed in transformers 5.24
+                enable = getattr(model, "activation_checkpointing_enable", None)
+                (enable or model.gradient_checkpointing_enable)()
     policy, frozen = Policy(actor), None if reference is None else Policy(reference)
     narrow = next(actor.parameters()).dtype
     dtype = None if narrow == torch.float32 else narrow
@@ -90,6 +101,11 @@ def sharded_learner(
     for module, model in parts if ranks.size > 1 else ():
         if module is not None:
             to_dtype(module, torch.float32)
-            shard(module, model, ranks, compute_dtype=dtype)
+            shard(
+                *(module, model, ranks),
+                compute_dtype=dtype,
+                replicas=scale.replicas,
+                cpu_offload=scale.cpu_offload,
+            )
     rollout = config.rollout
     return Learner(policy, critic, frozen, config.algorithm, rollout.regime, rollout.temperature, ranks)

@@ -37,6 +37,7 @@ class Case(NamedTuple):
     checkpointing: bool = False
     regime: str = "carry"
     tied: bool = True
+    replicas: int = 1
 
 
 CASES = (
@@ -44,6 +45,7 @@ CASES = (
     Case("ppo", 150),
     Case("ppo", 1, checkpointing=True),
     Case("ppo", 400, regime="reencode", tied=False),
+    Case("ppo", 150, replicas=2),
     Case("grpo", 10**6),
     Case("grpo", 150, checkpointing=True),
     Case("grpo", 1),
@@ -82,7 +84,7 @@ def update(case: Case, trajectories: list[Trajectory], ranks: Ranks) -> dict[str
     policy = Policy(actor)
     for module, model in ((policy, actor), (reference, reference.model), (critic, critic and critic.trunk)):
         if module is not None:
-            shard(module, model, ranks)
+            shard(module, model, ranks, replicas=min(case.replicas, ranks.size))
     learner = Learner(policy, critic, reference, config, case.regime, ranks=ranks)  # type: ignore[arg-type]
     batch, metrics = learner.prepare(trajectories)
     # What was sampled is what the policy was before it moved: ratios are not 1, some are clipped.

@@ -80,7 +80,7 @@ def test_an_update_is_the_same_for_any_budget_and_with_recomputed_activations(re
         name: [one for algorithm, one in carried if algorithm == name] for name in ("ppo", "grpo")
     }
     for one, *others in by_algorithm.values():
-        assert len(others) == 2
+        assert len(others) >= 2
         for other in others:
             for name, value in one["gradients"].items():
                 torch.testing.assert_close(other["gradients"][name], value, atol=2e-6, rtol=1e-4)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mem1.checks import InputError
-from mem1.config import AlgorithmConfig, ModelConfig, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.config import AlgorithmConfig, ModelConfig, RolloutConfig, ScaleConfig, TrainConfig, WarmStartConfig
 from mem1.engine.engine import Engine
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.envs.toy.training import toy_training
@@ -378,3 +378,22 @@ def test_every_step_is_tracked_and_has_the_figures_of_a_lab(tmp_path):
         assert 0.0 <= record["invalid_actions"] <= record["turns"]
     last = records(tmp_path)[-1]
     assert 0.0 < last["ratio_min"] <= 1.0 <= last["ratio_max"]
+
+
+def test_layouts_in_memory_change_nothing_and_are_checked(tmp_path):
+    run(TINY, tmp_path / "plain", progress=quiet())
+    recomputed = ScaleConfig(activation_checkpointing=True)
+    run(replace(TINY, scale=recomputed), tmp_path / "recomputed", progress=quiet())
+    for one, other in zip(records(tmp_path / "plain"), records(tmp_path / "recomputed"), strict=True):
+        assert {n: v for n, v in one.items() if "second" not in n} == {
+            n: v for n, v in other.items() if "second" not in n
+        }
+    for scale, message in (
+        (ScaleConfig(replicas=2), "replicas: expected a divisor of the 1 processes, got 2"),
+        (
+            ScaleConfig(cpu_offload=True),
+            "cpu_offload: expected several processes with a GPU each, got '1 on cpu'",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(replace(TINY, scale=scale), tmp_path / "refused", overwrite=True, progress=quiet())
