@@ -33,6 +33,7 @@ from mem1.runtime.ranks import Ranks
 from mem1.seeds import derive_seed
 from mem1.train import checkpoint
 from mem1.train.checkpoint import Place
+from mem1.train.judging import Judge, judged
 from mem1.train.learner import Learner
 from mem1.train.optim import Diverged
 from mem1.train.run_folder import DIVERGED, Resumed, RunFolder
@@ -55,6 +56,7 @@ def train(
     tasks: Iterable[Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     draw_example: DrawExample | None = None,
+    judge: Judge | None = None,
     init: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -70,7 +72,8 @@ def train(
     record what it was made with). tasks: the task set, whose rows go to the episodes, or groups of them, in
     an order that follows from the seed, all once before any comes again. tokenizer: that of a model with
     random weights. draw_example: what the warm start learns from, laid out as the rollouts to come, see
-    `warm_start`; by default the episodes of the environment's expert.
+    `warm_start`; by default the episodes of the environment's expert. judge: a reward model or a judge, asked
+    for one more reward of each episode, all of a batch at once; may be a coroutine function.
 
     All random numbers follow from `config.seed`, and nothing from time: `resume` goes on from the newest
     checkpoint in `out` to where the unbroken run would have come. Ctrl-C and SIGTERM save the last complete
@@ -153,7 +156,7 @@ def train(
         play = partial(rollout, sampler, tokenizer, make_environment, config=config.rollout, engine=engine)
         return _updates(
             *(learner, sampler, tokenizer, play, rows, config, run, saved),
-            *(ranks, trackers, interrupts, progress),
+            *(judge, ranks, trackers, interrupts, progress),
         )
 
 
@@ -226,6 +229,7 @@ def _updates(
     config: TrainConfig,
     run: RunFolder,
     state: TrainerState | None,
+    judge: Judge | None,
     ranks: Ranks,
     trackers: Trackers,
     interrupts: Interrupts,
@@ -259,6 +263,7 @@ def _updates(
                 sampler.eval()
                 trajectories = _play(play, update, rows, config, ranks, progress)
                 _check_failures(trajectories, config.max_failed)
+                verdict = {} if judge is None else judged(trajectories, judge, ranks)
                 rolled = time.perf_counter()
                 batch, metrics = learner.prepare(trajectories)
             complete = False
@@ -272,7 +277,13 @@ def _updates(
                     raise
             if ranks.size > 1:
                 copy_weights(learner.policy.model, sampler)
-            record = {"phase": "policy", "step": learner.updates, **describe(trajectories), **metrics}
+            record = {
+                "phase": "policy",
+                "step": learner.updates,
+                **describe(trajectories),
+                **verdict,
+                **metrics,
+            }
             record |= _speeds(record, rolled - began, time.perf_counter() - rolled)
             if ranks.first:
                 append_json(run.metrics, without_nan(record))

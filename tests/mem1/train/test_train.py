@@ -397,3 +397,26 @@ def test_layouts_in_memory_change_nothing_and_are_checked(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             run(replace(TINY, scale=scale), tmp_path / "refused", overwrite=True, progress=quiet())
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_judge_pays_beside_the_environment(tmp_path, later):
+    asked = []
+
+    def judge(trajectories):
+        asked.append(len(trajectories))
+        return [0.5 * (n % 2) for n in range(len(trajectories))]
+
+    async def later_judge(trajectories):
+        return judge(trajectories)
+
+    run(TINY, tmp_path / "plain", progress=quiet())
+    run(TINY, tmp_path / "judged", judge=later_judge if later else judge, progress=quiet())
+    assert asked == [TINY.batch_size] * TINY.max_updates
+    for one, other in zip(records(tmp_path / "plain"), records(tmp_path / "judged"), strict=True):
+        assert other["judge_reward"] == 0.25 and "judge_reward" not in one
+    first, judged = (records(tmp_path / name)[0]["reward"] for name in ("plain", "judged"))
+    assert judged == pytest.approx(first + 0.25)
+    for wrong in (lambda t: [1.0], lambda t: [float("nan")] * len(t)):
+        with pytest.raises(ValueError, match="judge: expected a finite number for each of 4 episodes, got"):
+            run(TINY, tmp_path / "wrong", judge=wrong, overwrite=True, progress=quiet())
