@@ -235,6 +235,7 @@ class AlgorithmConfig:
     critic_lr_warmup_steps: int = 2
     critic_only_updates: int = 2  # first updates in which only the critic learns
     max_grad_norm: float = 1.0
+    freeze_embeddings: bool = False  # of actor and critic; with them an output layer that is tied to them
     # An episode that the turn limit ended, or its environment before the task was over: False, its rewards
     # are all; True, the critic's value of what would have followed is added to the last one.
     bootstrap_turn_limit: bool = False
@@ -255,7 +256,7 @@ class AlgorithmConfig:
         require_numbers(self, "format_reward", -1e6, 1e6)
         require_choice(self, "kl_placement", ("reward", "loss"))
         require_choice(self, "kl_estimator", ("k1", "k2", "k3"))
-        require_flags(self, "bootstrap_turn_limit group_std")
+        require_flags(self, "bootstrap_turn_limit group_std freeze_embeddings")
         if self.whiten is None:
             object.__setattr__(self, "whiten", self.name == "ppo")
         require_flags(self, "whiten")

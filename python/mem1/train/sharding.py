@@ -78,6 +78,13 @@ def whole(parameter: Tensor) -> Tensor:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
+def freeze_embeddings(actor: Any, critic: Critic | None) -> None:
+    """Those that tokens are read with."""
+    for trunk in (actor, critic and critic.trunk):
+        if trunk is not None:
+            trunk.get_input_embeddings().requires_grad_(False)
+
+
 def sharded_learner(
     actor: Any, critic: Critic | None, reference: Any | None, config: TrainConfig, ranks: Ranks
 ) -> Learner:
@@ -94,6 +101,8 @@ def sharded_learner(
             if model is not None:  # renamed in transformers 5.24
                 enable = getattr(model, "activation_checkpointing_enable", None)
                 (enable or model.gradient_checkpointing_enable)()
+    if config.algorithm.freeze_embeddings:
+        freeze_embeddings(actor, critic)
     policy, frozen = Policy(actor), None if reference is None else Policy(reference)
     narrow = next(actor.parameters()).dtype
     dtype = None if narrow == torch.float32 else narrow

@@ -25,7 +25,7 @@ from mem1.runtime.ranks import Ranks
 from mem1.train.batches import Policy
 from mem1.train.learner import Learner
 from mem1.train.optim import AdamW
-from mem1.train.sharding import shard, whole
+from mem1.train.sharding import freeze_embeddings, shard, whole
 from mem1.trajectory import Trajectory
 
 MODEL = ModelConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=128, initializer_range=0.1)
@@ -38,6 +38,7 @@ class Case(NamedTuple):
     regime: str = "carry"
     tied: bool = True
     replicas: int = 1
+    frozen: bool = False
 
 
 CASES = (
@@ -46,6 +47,7 @@ CASES = (
     Case("ppo", 1, checkpointing=True),
     Case("ppo", 400, regime="reencode", tied=False),
     Case("ppo", 150, replicas=2),
+    Case("ppo", 150, regime="reencode", frozen=True),
     Case("grpo", 10**6),
     Case("grpo", 150, checkpointing=True),
     Case("grpo", 1),
@@ -79,6 +81,8 @@ def update(case: Case, trajectories: list[Trajectory], ranks: Ranks) -> dict[str
             parameter.mul_(1.0 + 0.01 * (n % 3))
         if critic is not None:
             critic.head.weight.fill_(0.02)
+    if case.frozen:
+        freeze_embeddings(actor, critic)
     if case.checkpointing:
         actor.gradient_checkpointing_enable()
     policy = Policy(actor)

@@ -14,6 +14,7 @@ from sharded_step import CASES, MODEL
 
 from mem1.config import RolloutConfig
 from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.envs.toy.tokenizer import build_tokenizer
 from mem1.models.build import build_model
 from mem1.rollout.rollout_loop import rollout
 from mem1.trajectory import TokenReward
@@ -62,6 +63,8 @@ def test_an_update_is_the_same_on_any_number_of_processes(results, case):
     assert 0.0 < whole["metrics"]["clip_fraction"] < 1.0
     assert all(math.isfinite(value) for value in whole["metrics"].values() if isinstance(value, float))
     # Adam divides by the gradient's size: of one that is almost 0 a step of 1e-3 keeps few digits.
+    embeddings = {name for name in whole["weights"] if "embed_tokens" in name}
+    assert len(embeddings) == 1 + (case.algorithm == "ppo")
     for size in (2, 4):
         other = results[size][place]
         assert other["gradients"].keys() == whole["gradients"].keys()
@@ -86,3 +89,18 @@ def test_an_update_is_the_same_for_any_budget_and_with_recomputed_activations(re
                 torch.testing.assert_close(other["gradients"][name], value, atol=2e-6, rtol=1e-4)
             for name, value in one["metrics"].items():
                 assert other["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.slow
+def test_frozen_embeddings_stay_and_the_rest_learns(results, tokenizer):
+    begun = build_model(build_tokenizer(), MODEL, 3).get_input_embeddings().weight
+    for size, cases in results.items():
+        for case, found in zip(CASES, cases, strict=True):
+            names = [name for name in found["weights"] if name.startswith("actor") and "embed_tokens" in name]
+            (name,) = names
+            assert torch.equal(found["weights"][name], begun) == case.frozen, (size, case)
+            norm = next(name for name in found["weights"] if name.endswith("model.norm.weight"))
+            assert not torch.equal(found["weights"][norm], torch.ones_like(found["weights"][norm]))
+    pairs = list(zip(CASES, results[2], strict=True))
+    plain, frozen = (next(found for case, found in pairs if case.frozen == how) for how in (False, True))
+    assert len(frozen["gradients"]) == len(plain["gradients"]) - 2  # the actor's and the critic's
