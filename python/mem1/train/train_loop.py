@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -147,8 +148,11 @@ def train(
         if saved:
             learner.restore(saved["learner"], saved)
             copy_weights(learner.policy.model, sampler)
+        rules = config.rollout
+        if device.type == "cpu" and rules.kv_memory <= 1:  # a share of what all have together
+            rules = replace(rules, kv_memory=rules.kv_memory / ranks.size)
         engine = make_engine(
-            *(sampler.eval(), config.rollout, config.batch_size, progress.log),
+            *(sampler.eval(), rules, config.batch_size, progress.log),
             reserved_bytes=learner.bytes_to_come,
         )
         if dropped := dropouts(actor):
