@@ -74,7 +74,7 @@ def flat(tree: Any, path: str = "") -> dict[str, Any]:
 def records(out: Path) -> list[dict[str, Any]]:
     """What a run measured, but for its times."""
     lines = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
-    return [{name: value for name, value in line.items() if "seconds" not in name} for line in lines]
+    return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
 
 
 def assert_same(out: Path, unbroken: Path) -> None:
