@@ -35,7 +35,8 @@ _EPSILON = 1e-6  # beside a standard deviation
 class Experience:
     """One trajectory with what the losses need; tensors fp32 [policy tokens of the trajectory].
 
-    old_value, last_value: of a critic, the latter [] behind the last token; None without one.
+    old_value, last_value: of a critic, the latter [] behind the last token; None without one. rows: tokens
+    of a forward that it takes.
     """
 
     trajectory: Trajectory
@@ -45,6 +46,7 @@ class Experience:
     last_value: Tensor | None
     advantage: Tensor
     returns: Tensor
+    rows: int
 
     def rollout_logprob(self) -> Tensor:
         """With which the sampler drew the tokens."""
@@ -67,7 +69,7 @@ def set_advantages(batch: Sequence[Experience], config: AlgorithmConfig) -> floa
         for experience, value in zip(batch, compared(batch, totals, config), strict=True):
             experience.advantage = torch.full_like(experience.old_logprob, value)
             experience.returns = experience.advantage
-        mean = _mean([e.advantage for e in batch])
+        mean = float(torch.cat([e.advantage for e in batch]).mean())
         if config.whiten:
             _whiten(batch)
     weights = config.state_weight, config.action_weight
@@ -163,7 +165,3 @@ def _part_weights(experience: Experience, state: float, action: float) -> Tensor
 def _of(value: Tensor | None) -> Tensor:
     assert value is not None, "a critic"
     return value
-
-
-def _mean(parts: list[Tensor]) -> float:
-    return float(torch.cat(parts).mean())

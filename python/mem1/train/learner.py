@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Mapping
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -132,13 +133,19 @@ class Learner:
             )
         self._without_dropout()
         measured: dict[int, Experience] = {}
-        for group in self._mine(trajectories):
-            part = [trajectories[i] for i in group]
+        lengths = [rows(trajectory, self.regime) for trajectory in trajectories]
+        for group in self._mine(lengths):
+            part = [(trajectories[i], lengths[i]) for i in group]
             measured |= dict(zip(group, self._measured(part), strict=True))
         if self.ranks.size > 1:
-            mine = {place: _moved(experience, "cpu") for place, experience in measured.items()}
+            # Not the trajectories: every rank has them.
+            bare = {place: replace(e, trajectory=None) for place, e in measured.items()}
+            mine = {place: _moved(e, "cpu") for place, e in bare.items()}
             measured = {place: e for theirs in self.ranks.gather(mine) for place, e in theirs.items()}
-        batch = [_moved(measured[place], self.device, trajectories[place]) for place in sorted(measured)]
+        batch = [
+            replace(_moved(measured[place], self.device), trajectory=trajectory)
+            for place, trajectory in enumerate(trajectories)
+        ]
         metrics: dict[str, Any] = {"advantage_mean": set_advantages(batch, self.config)}
         old, ref = (torch.cat([getattr(e, name) for e in batch]) for name in ("old_logprob", "ref_logprob"))
         sampled = torch.cat([t.logprobs[t.policy_mask] for t in trajectories]).to(self.device)
@@ -156,15 +163,14 @@ class Learner:
             metrics["explained_variance"] = explained_variance(returns, value)
         return batch, metrics
 
-    def _mine(self, trajectories: list[Trajectory]) -> list[list[int]]:
-        """This rank's groups of the trajectories, as many as any rank has; some may be empty."""
-        lengths = [rows(trajectory, self.regime) for trajectory in trajectories]
+    def _mine(self, lengths: list[int]) -> list[list[int]]:
+        """This rank's groups of trajectories of so many rows, as many as any rank has; some may be empty."""
         groups = micro_batches(lengths, self.config.max_tokens_per_micro_batch, self.ranks.size)
         return groups[self.ranks.rank]
 
-    def _measured(self, trajectories: list[Trajectory]) -> list[Experience]:
-        """What the models say of some trajectories; of none they are asked all the same."""
-        stream = pack(trajectories, self.regime, self.device)
+    def _measured(self, trajectories: list[tuple[Trajectory, int]]) -> list[Experience]:
+        """What the models say of trajectories with their rows; of none they are asked all the same."""
+        stream = pack([trajectory for trajectory, _ in trajectories], self.regime, self.device)
         old = recompute_logprobs(self.policy, stream, self.temperature)
         ref = old
         if self.reference is not None:
@@ -175,10 +181,10 @@ class Learner:
             columns.append(values[stream.layout.logit_rows])
         parts = list(zip(*(column.split(stream.counts) for column in columns), strict=True))
         found, end = [], 0
-        for trajectory, part in zip(trajectories, parts[: len(trajectories)], strict=True):
-            end += rows(trajectory, self.regime)
+        for (trajectory, length), part in zip(trajectories, parts[: len(trajectories)], strict=True):
+            end += length
             valued = (None, None) if self.critic is None else (part[2], values[end - 1])
-            found.append(Experience(trajectory, *part[:2], *valued, advantage=part[0], returns=part[0]))
+            found.append(Experience(trajectory, *part[:2], *valued, part[0], part[0], rows=length))
         return found
 
     def step(
@@ -197,7 +203,7 @@ class Learner:
         normalizer = normalizer or total
         sums: dict[str, float] = {}
         ratios: list[Tensor] = []  # the extremes of logs
-        for group in self._mine([e.trajectory for e in batch]):
+        for group in self._mine([e.rows for e in batch]):
             part = [batch[i] for i in group]
             stream = pack([e.trajectory for e in part], self.regime, self.device)
             if self.critic is not None:
@@ -339,24 +345,10 @@ def explained_variance(returns: Tensor, value: Tensor) -> float:
     return float(1 - (returns - value).var(unbiased=False) / returns.var(unbiased=False))
 
 
-def _moved(
-    experience: Experience, device: torch.device | str, trajectory: Trajectory | None = None
-) -> Experience:
-    """Its tensors there. With its trajectory, which every rank has, it is not sent around."""
-
-    def there(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value.to(device)
-
-    old = experience.old_logprob.to(device)
-    return Experience(
-        trajectory,  # type: ignore[arg-type]
-        old,
-        experience.ref_logprob.to(device),
-        there(experience.old_value),
-        there(experience.last_value),
-        old,
-        old,
-    )
+def _moved(experience: Experience, device: torch.device | str) -> Experience:
+    """With its tensors there."""
+    tensors = {name: value for name, value in vars(experience).items() if isinstance(value, Tensor)}
+    return replace(experience, **{name: value.to(device) for name, value in tensors.items()})
 
 
 def _add(sums: dict[str, float], more: dict[str, float]) -> None:

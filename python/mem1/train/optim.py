@@ -95,7 +95,8 @@ class AdamW:
         gradients = [master.grad for master in self.masters if master.grad is not None]
         norm = _whole_norm(gradients)
         if math.isfinite(norm):
-            torch._foreach_mul_(gradients, min(1.0, self.max_grad_norm / (norm + _BESIDE_NORM)))
+            if gradients:
+                torch._foreach_mul_(gradients, min(1.0, self.max_grad_norm / (norm + _BESIDE_NORM)))
             for group in self.inner.param_groups:
                 group["lr"] = learning_rate
             self.inner.step()

@@ -8,6 +8,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
+from mem1.config import TRACKERS
 from mem1.extras import extra
 from mem1.rollout.call_pool import warn_of_failure
 
@@ -75,7 +76,7 @@ class Trackio:
         self._trackio.finish()
 
 
-_KINDS: dict[str, Any] = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio}
+_KINDS: dict[str, Any] = dict(zip(TRACKERS, (TensorBoard, WandB, Trackio), strict=True))
 
 
 class Trackers:

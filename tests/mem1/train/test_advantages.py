@@ -31,7 +31,7 @@ def experience(reward: float, seed: int = 0, task: str = "", **settings: object)
     for name, value in settings.items():
         setattr(trajectory, name, value)
     zeros = torch.zeros(POLICY)
-    return Experience(trajectory, zeros, zeros, None, None, zeros, zeros)
+    return Experience(trajectory, zeros, zeros, None, None, zeros, zeros, rows=14)
 
 
 def advantages(name: str, rewards: list[float], seeds: list[int], **settings: object) -> list[float]:

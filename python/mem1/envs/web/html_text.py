@@ -15,7 +15,7 @@ import weakref
 from collections import deque
 from pathlib import Path
 
-from mem1.checks import InputError
+from mem1.extras import extra
 
 _PROGRAM = Path(__file__).with_name("html_worker.py")
 _START_SECONDS = 60.0  # to load the packages
@@ -113,10 +113,8 @@ def _started() -> _Worker:
     worker = _Worker()
     if worker.ask(None, _START_SECONDS, threading.Event()) is None:
         worker.end()
-        raise InputError(
-            "mem1.envs.web: expected the package trafilatura, got none that can be loaded: "
-            "pip install 'mem1_core[web]'"
-        )
+        with extra("web", "mem1.envs.web"):
+            raise ImportError("none that can be loaded", name="trafilatura")
     return worker
 
 
