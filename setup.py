@@ -120,6 +120,7 @@ EXTRAS = {
     "web": ["aiohttp>=3.11", "trafilatura>=2", "lxml_html_clean"],
     "webshop": [*BM25, "rapidfuzz>=3.10", "textblob>=0.19"],
     "gym": ["gymnasium>=1"],
+    "lora": ["peft>=0.17"],
     "tensorboard": ["tensorboard>=2.18"],
     "wandb": ["wandb>=0.19"],
     "trackio": ["trackio>=0.5"],
@@ -132,6 +133,8 @@ setup(
     install_requires=[
         torch_requirement(),
         *map(at_least, ("numpy", "transformers", "tokenizers", "safetensors", "rich")),
+        "jsonargparse>=4.40",  # settings of `mem1 train` by name, and as YAML
+        "pyyaml>=6",
     ],
     extras_require={
         **EXTRAS,

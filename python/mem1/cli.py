@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from mem1.checks import InputError
 from mem1.commands import data_command, demo_command, eval_command, rollout_command, train_command
 from mem1.commands.options import build_parser
+from mem1.config_files import take_dotted
 from mem1.io import ignore_closed_pipe
 from mem1.runtime.interrupts import Interrupts
 from mem1.runtime.progress import Progress
@@ -16,6 +18,7 @@ from mem1.runtime.waiting import share_cpus
 
 RUNS = {
     "train": train_command.run,
+    "plan": train_command.run_plan,
     "eval": eval_command.run,
     "rollout": rollout_command.run,
     "view": data_command.view,
@@ -30,7 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     on stderr; 128 and the signal's number for a run that a signal ended, 130 for Ctrl-C. What else goes wrong
     is a bug, or the machine's, and shows its traceback.
     """
-    options = build_parser(RUNS).parse_args(arguments)
+    given, settings = list(sys.argv[1:] if arguments is None else arguments), {}
+    if given[:1] in (["train"], ["plan"]):
+        settings, given = take_dotted(given)
+    options = build_parser(RUNS).parse_args(given, argparse.Namespace(settings=settings))
     try:
         with share_cpus(), Interrupts() as interrupts, interrupts.allowed():
             options.run(options, Progress())

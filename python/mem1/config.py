@@ -1,4 +1,5 @@
-"""Every setting of the loop, as frozen dataclasses with the defaults of `mem1 train`.
+"""Every setting of the loop, as frozen dataclasses with the defaults of `mem1 train`; `config_files` has them
+as YAML and on the command line.
 
 All are checked when they are made: InputError names the field.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import operator
 from dataclasses import asdict, dataclass, field, replace
+from types import NoneType
 from typing import Any, Literal, get_args
 
 from mem1.checks import (
@@ -56,7 +58,13 @@ def _recorded(name: str, value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A small decoder of the Qwen2 architecture with random weights."""
+    """A decoder of the Qwen2 architecture, by default a small one.
+
+    Without `TrainConfig.init` its weights are random; beside it, what that model has to be (and, where it is
+    not on this machine, what `mem1 plan` takes it for).
+    """
+
+    vocab_size: int | None = None  # rows of the embedding; None: the tokens that the tokenizer has
 
     num_hidden_layers: int = 4
     hidden_size: int = 128
@@ -76,6 +84,8 @@ class ModelConfig:
             "max_position_embeddings",
             1,
         )
+        if self.vocab_size is not None:
+            require_integers(self, "vocab_size", 1)
         require_numbers(self, "rope_theta initializer_range", above=True)
         require_flags(self, "tie_word_embeddings")
         require_choice(self, "dtype", DTYPES)
@@ -268,15 +278,42 @@ class AlgorithmConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Adapters in the place of all weights (`mem1.models.adapters`), of actor and critic."""
+
+    rank: int = 0  # 0: none, all weights learn
+    alpha: float = 32.0  # what they add is multiplied by alpha / rank
+    target_modules: str | tuple[str, ...] = "all-linear"  # but for the output layer; or names of layers
+
+    def __post_init__(self) -> None:
+        require_integers(self, "rank", 0)
+        require_numbers(self, "alpha", above=True)
+        names = self.target_modules
+        listed = (
+            isinstance(names, (list, tuple)) and len(names) > 0 and all(isinstance(n, str) for n in names)
+        )
+        require(listed or isinstance(names, str), "target_modules", "'all-linear' or names", names)
+        object.__setattr__(self, "target_modules", names if isinstance(names, str) else tuple(names))
+
+
+@dataclass(frozen=True)
 class ScaleConfig:
     """How a model that learns is laid out in memory. None of it changes what is learned."""
 
+    ranks: int | None = None  # processes, each with a GPU of its own, that a run is made for; None: any
     replicas: int = 1  # of all that is in parts, each over ranks / replicas (HSDP): a node's, as a rule
     activation_checkpointing: bool = False  # activations of a layer are computed again in the backward
     cpu_offload: bool = False  # parameters and states wait in the host's memory; CUDA, several ranks
+    tflops: float | None = None  # the peak of a GPU, for the share of it; None: of those that are known
 
     def __post_init__(self) -> None:
         require_integers(self, "replicas", 1)
+        if self.tflops is not None:
+            require_numbers(self, "tflops", above=True)
+        if self.ranks is not None:
+            require_integers(self, "ranks", 1)
+            whole_nodes = self.ranks % self.replicas == 0
+            require(whole_nodes, "replicas", f"a divisor of ranks={self.ranks}", self.replicas)
         require_flags(self, "activation_checkpointing cpu_offload")
 
 
@@ -284,10 +321,13 @@ class ScaleConfig:
 class TrainConfig:
     """One training run: warm start, then updates on episodes of the policy."""
 
+    init: str | None = None  # a folder or an id to start from, in place of random weights and a warm start
     max_updates: int = 100
     batch_size: int = 64  # trajectories of one update
     group_size: int = 1  # of these, how many play the same task
     environment: dict[str, Any] = field(default_factory=dict)  # what it is made with, kept with the run
+    evaluate_every: int = 0  # updates; 0: never
+    evaluation_episodes: int = 64  # that nobody is trained on, sampled as in training
     save_every: int = 20  # updates
     keep: int = 2  # checkpoints: the newest ones, and the best
     max_failed: float = 0.5  # share of a batch's episodes that may fail for good before the run stops
@@ -299,15 +339,19 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     warmstart: WarmStartConfig = field(default_factory=WarmStartConfig)
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
 
     def __post_init__(self) -> None:
-        require_integers(self, "batch_size group_size save_every keep", 1)
+        require_integers(self, "batch_size group_size evaluation_episodes save_every keep", 1)
         whole = self.batch_size % self.group_size == 0
         require(whole, "batch_size", f"a multiple of group_size={self.group_size}", self.batch_size)
         grouped = self.algorithm.name not in ("grpo", "rloo") or self.group_size > 1
         require(grouped, "group_size", f"at least 2 for {self.algorithm.name}", self.group_size)
-        require_integers(self, "max_updates", 0)
+        require_integers(self, "max_updates evaluate_every", 0)
+        require(isinstance(self.init, (str, NoneType)), "init", "a folder or an id", self.init)
+        learned = self.init is not None or not self.lora.rank
+        require(learned, "lora.rank", "0 without init: random weights are nothing to adapt", self.lora.rank)
         require_integers(self, "seed", 0, LARGEST - 1)
         require_numbers(self, "max_failed", 0.0, 1.0)
         require(isinstance(self.device, str), "device", "'auto' or the name of a torch device", self.device)

@@ -10,7 +10,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
-Purpose = Literal["weights", "warm start", "training", "minibatches", "evaluation", "sampling", "group"]
+Purpose = Literal[
+    "weights", "warm start", "training", "minibatches", "evaluation", "sampling", "group", "adapters"
+]
 _PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 LARGEST = 2**53  # seeds are below: whole numbers that JSON and every language keep
 

@@ -89,10 +89,10 @@ def test_the_settings_of_a_training_run(trained, tmp_path):
     assert where == out and not out.exists()
     given = {name: rest.pop(name) for name in ("make_environment", "tokenizer", "draw_example", "progress")}
     assert given["make_environment"]().passage_tokens == 600 and given["draw_example"].prune == "state"
-    assert rest == {"init": None, "resume": False, "overwrite": False}
+    assert rest == {"resume": False, "overwrite": False}
     assert main(["train", "--out", str(out), "--resume"]) == 0
     assert main(["train", "--out", str(out), "--overwrite", "--model", "there"]) == 0
-    assert [(r["resume"], r["overwrite"], r["init"]) for _, _, r in trained[1:]] == [
+    assert [(r["resume"], r["overwrite"], c.init) for c, _, r in trained[1:]] == [
         (True, False, None),
         (False, True, "there"),
     ]

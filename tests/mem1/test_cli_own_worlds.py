@@ -77,7 +77,7 @@ def test_training_goes_on_with_the_same_options_only(model, capsys):
     command += ["--environment", "own_world:Guess", "--environment-args", '{"words": "the south"}']
     assert main([*command, "--max-updates", "1"]) == 0
     assert json.loads(Path("run/train.json").read_text())["environment"] == {
-        "environment": "own_world:Guess",
+        "name": "own_world:Guess",
         "words": "the south",
     }
     told = re.search(r", ([\d.]+) MB for training, ", capsys.readouterr().out)
@@ -172,14 +172,14 @@ def test_episodes_that_fail_say_why(model, capsys):
         (["--format", "html"], "argument --format: expected one of mem1, official, fold, summary, chunks"),
         (["--format", "twins.json"], "expected none that begins with another, got 'IS' and 'ISS'"),
         (["--format", "empty.json"], "a tag's name without blanks, <, > and /, got ''"),
-        (["--format", "odd.json"], "odd.json: format: expected a table of state, actions, observation"),
-        (["--format", "broken.json"], "broken.json: Expecting value"),
+        (["--format", "odd.json"], "format: expected a table of state, actions, observation"),
+        (["--format", "broken.json"], "broken.json: expected YAML, got other text"),
     ],
 )
 def test_the_parser_refuses(model, capsys, arguments, message):
     Path("twins.json").write_text('{"actions": [{"tag": "ISS", "kind": "query"}]}')
     Path("empty.json").write_text('{"state": ""}')
-    Path("broken.json").write_text('{"state": }')
+    Path("broken.json").write_text('{"state": ')
     Path("odd.json").write_text('{"states": "IS"}')
     with pytest.raises(SystemExit) as stop:
         main(["rollout", "--model", model, *arguments])

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mem1.checks import InputError
+from mem1.checks import InputError, require
 from mem1.config import RolloutConfig
+from mem1.envs.tasks import read_rows
+from mem1.evaluation.viewer.page_data import checked
 from mem1.models.load import load_report
 from mem1.parsing.token_text import unknown_id
 from mem1.runtime.device import whereabouts
@@ -81,6 +83,13 @@ def log_unknown(
     share = float((tokens == unknown).float().mean()) if unknown is not None and len(tokens) else 0.0
     if share >= _UNKNOWN_SHARE:
         progress.log(f"{100 * share:.0f} % of all tokens stand for words that this tokenizer does not know")
+
+
+def read_trajectories(path: Path) -> list[Trajectory]:
+    """Of a .jsonl file. InputError, by line, for what is none, and for a file without any."""
+    read = [checked(where, row) for where, row in read_rows(path)]
+    require(len(read) > 0, "trajectories", "a file with trajectories", str(path))
+    return read
 
 
 def reason(failed: Trajectory) -> str:

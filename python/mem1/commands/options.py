@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from math import inf
 from pathlib import Path
-from typing import Any, NoReturn, cast, get_args
+from typing import Any, NoReturn, get_args
 
 from mem1.checks import InputError
 from mem1.config import (
@@ -19,15 +16,16 @@ from mem1.config import (
     DTYPES,
     TRACKERS,
     ChatMode,
-    EvictionPolicy,
     Regime,
     RolloutConfig,
     TrainConfig,
 )
+from mem1.config_files import prune_rule, tag_format
 from mem1.envs.worlds import DEFAULT, WORLDS
 from mem1.evaluation.baselines.agents import AGENTS, Agent, parse_agent
 from mem1.evaluation.evaluation_loop import OBJECTIVES
-from mem1.parsing.tags import FORMATS, TagFormat
+from mem1.named_objects import imported
+from mem1.parsing.tags import FORMATS
 from mem1.runtime.progress import Progress
 from mem1.seeds import LARGEST
 from mem1_core.eviction_policies import RULES
@@ -83,49 +81,44 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
             )
         return group
 
-    add = command("train", "warm start on expert trajectories, then reinforcement", plays=True).add_argument
-    add("--out", type=Path, default=Path("runs/train"), help="folder of the run")
+    train = command("train", "warm start on expert trajectories, then reinforcement", plays=True)
+    add = train.add_argument
+    add("config", type=Path, nargs="?", help="YAML of settings, such as those in recipes/")
+    add("--out", type=Path, help="folder of the run (default: runs/ and the name of CONFIG, or train)")
     add("--model", type=str, help="start updates from this folder or Hugging Face id, without a warm start")
     add("--resume", action="store_true", help="go on in --out, with the options of that run")
     add("--overwrite", action="store_true", help="start over in an --out that has a run")
+    add("--dry-run", action="store_true", help="build what a rank has, without memory, and print the plan")
+    add("--print-config", action="store_true", help="print all settings as YAML, and do nothing")
     add("--objectives", type=_interval, help="questions per episode: 2 or 1-4 (default: 1-4)")
-    add("--algorithm", choices=ALGORITHMS, default=config.algorithm.name, help="all but ppo without a critic")
-    add("--max-updates", type=int, default=config.max_updates, help="of the policy")
-    add("--batch-size", type=_positive, default=config.batch_size, help="episodes per update")
-    add(
-        "--group-size",
-        type=_positive,
-        default=config.group_size,
-        help="of these, how many play one task",
-    )
-    add("--warmstart-steps", type=int, help=f"supervised steps (default: {config.warmstart.steps})")
-    add("--actor-lr", type=float, default=config.algorithm.actor_lr, help="learning rate of the policy")
-    add("--critic-lr", type=float, default=config.algorithm.critic_lr, help="learning rate of the critic")
-    add(
-        "--kl-coef",
-        type=float,
-        default=config.algorithm.kl_coef,
-        help="weight of the KL to the first policy",
-    )
-    add(
-        "--save-every",
-        type=_positive,
-        default=config.save_every,
-        help="updates from checkpoint to checkpoint",
-    )
-    add("--keep", type=_positive, default=config.keep, help="checkpoints: the newest, beside the best")
-    add("--activation-checkpointing", action="store_true", help="less memory for more computing")
-    add("--replicas", type=_positive, default=config.scale.replicas, help="of the shards (HSDP)")
-    add("--cpu-offload", action="store_true", help="of what learns, with GPUs")
-    add("--track", choices=TRACKERS, nargs="+", default=(), help="where records go beside metrics.jsonl")
-    add("--seed", type=_seed, default=config.seed, help="of the run: weights, episodes, samples, order")
+    add("--algorithm", choices=ALGORITHMS, help="all but ppo without a critic")
+    add("--max-updates", type=int, help="of the policy")
+    add("--batch-size", type=_positive, help="episodes per update")
+    add("--group-size", type=_positive, help="of these, how many play one task")
+    add("--warmstart-steps", type=int, help="supervised steps")
+    add("--actor-lr", type=float, help="learning rate of the policy")
+    add("--critic-lr", type=float, help="learning rate of the critic")
+    add("--kl-coef", type=float, help="weight of the KL to the first policy")
+    add("--save-every", type=_positive, help="updates from checkpoint to checkpoint")
+    add("--keep", type=_positive, help="checkpoints: the newest, beside the best")
+    add("--track", choices=TRACKERS, nargs="+", help="where records go beside metrics.jsonl")
+    add("--seed", type=_seed, help="of the run: weights, episodes, samples, order")
+    _ask_for_given(commands.choices["train"])
+
+    add = command("plan", "what a run needs of each GPU, and how long an update takes").add_argument
+    add("config", type=Path, help="YAML of settings, such as those in recipes/; --section.name=value as well")
+    add("--trajectories", type=Path, help=".jsonl of episodes like those to come (default: the longest)")
+    add("--mfu", type=float, default=0.4, help="share of --tflops that forwards and backwards reach")
+    add("--tflops", type=float, default=989.0, help="of a GPU: bf16, dense; an H100's and an H200's")
+    add("--gpu-memory", type=float, default=80.0, help="of a GPU, in GB")
+    add("--json", action="store_true", help="print a JSON object in place of a table")
 
     what = "agents on the same weights side by side: answers, memory and time"
     add = command("eval", what, plays=True).add_argument
     add("--model", help="a model's folder, a run's, or a Hugging Face id; of scripts only its tokenizer")
     add(
         "--agents",
-        type=_agent,
+        type=_told(_agent),
         nargs="+",
         default=argparse.SUPPRESS,
         metavar="AGENT",
@@ -184,13 +177,26 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
     return parser
 
 
+def _ask_for_given(parser: argparse.ArgumentParser) -> None:
+    """Options that are not given shall say nothing, not their defaults: those are a config file's, or of the
+    settings.
+    """
+    told = ("config", "out", "resume", "overwrite", "dry_run", "print_config")
+    others = vars(parser.parse_args([])).keys() - {"run", *told}
+    parser.set_defaults(**dict.fromkeys(others))
+    parser.epilog = (
+        "Every setting can be given as --section.name=value; --print-config shows all of them, with the "
+        "values that they have here. CONFIG counts more than defaults, the command line more than CONFIG."
+    )
+
+
 def _environment_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     add = parser.add_argument_group("environment").add_argument
     add(
         "--environment",
         "--env",
-        type=_environment,
+        type=_told(_environment),
         default=DEFAULT,
         metavar="{" + ",".join(WORLDS) + ",MODULE:NAME}",
         help="MODULE:NAME: what makes one, found from the current folder",
@@ -208,7 +214,7 @@ def _format_options() -> argparse.ArgumentParser:
     add = parser.add_argument_group("format").add_argument
     add(
         "--format",
-        type=_format,
+        type=_told(tag_format),
         default="mem1",
         metavar="{" + ",".join(FORMATS) + ",FILE}",
         help="tags between which the policy writes; FILE: JSON, see docs/tags.md",
@@ -241,7 +247,7 @@ def _sampling_options() -> argparse.ArgumentParser:
     add("--regime", choices=get_args(Regime), default=default.regime, help="what a prune does to the cache")
     add(
         "--prune",
-        type=_prune,
+        type=_told(prune_rule),
         default=default.prune,
         metavar="RULE",
         help="what is forgotten when: " + ", ".join(["action", *_RULES, "MODULE:NAME"]),
@@ -253,45 +259,34 @@ def _sampling_options() -> argparse.ArgumentParser:
     return parser
 
 
-def _prune(text: str) -> EvictionPolicy | str:
-    """A number or a function where it is one; RolloutConfig says what is wrong with the rest."""
-    if ":" in text:
-        return cast(EvictionPolicy, _imported(text))
-    return int(text) if _number(text) else text
+def _told(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """For argparse, which shows errors of its own kind."""
 
+    def told(text: str) -> Any:
+        try:
+            return read(text)
+        except InputError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
-def _imported(text: str) -> Any:
-    """The object MODULE:NAME, of an installed module or one in the current folder."""
-    module, _, name = text.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise argparse.ArgumentTypeError(f"expected MODULE:NAME, got {text!r}: {error}") from None
-    finally:
-        sys.path.remove(os.getcwd())
+    return told
 
 
 def _environment(text: str) -> Any:
     if ":" in text:
-        return _imported(text)
+        return imported(text)
     if text not in WORLDS:
-        raise argparse.ArgumentTypeError(f"expected MODULE:NAME or one of {', '.join(WORLDS)}, got {text!r}")
+        raise InputError(f"expected MODULE:NAME or one of {', '.join(WORLDS)}, got {text!r}")
     return text
 
 
 def _agent(text: str) -> Agent:
     if ":" in text:
-        made = _imported(text)
+        made = imported(text)
         made = made() if isinstance(made, type) and issubclass(made, Agent) else made
         if not isinstance(made, Agent):
-            expected = "an Agent (mem1.evaluation.baselines.agents)"
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+            raise InputError(f"expected an Agent (mem1.evaluation.baselines.agents), got {text!r}")
         return made
-    try:
-        return parse_agent(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return parse_agent(text)
 
 
 def _json(text: str) -> dict[str, Any]:
@@ -302,21 +297,6 @@ def _json(text: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
     return values
-
-
-def _format(text: str) -> TagFormat:
-    if text in FORMATS:
-        return FORMATS[text]
-    try:
-        written = Path(text).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(
-            f"expected one of {', '.join(FORMATS)} or a file, got {text!r}: {error}"
-        ) from None
-    try:
-        return TagFormat.from_dict(json.loads(written))
-    except ValueError as error:  # InputError is one
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
 
 def _number(text: str) -> bool:

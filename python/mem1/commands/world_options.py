@@ -40,7 +40,7 @@ def environment_arguments(options: argparse.Namespace) -> dict[str, Any]:
 
 def environment_record(options: argparse.Namespace) -> dict[str, Any]:
     """What a run keeps on record of its environment."""
-    named = {} if options.environment == DEFAULT else {"environment": _name(options.environment)}
+    named = {} if options.environment == DEFAULT else {"name": _name(options.environment)}
     tasks = {} if options.tasks is None else {"tasks": options.tasks}
     return named | tasks | environment_arguments(options)
 

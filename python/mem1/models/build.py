@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from mem1.checks import InputError
+from mem1.checks import InputError, require
 from mem1.config import ModelConfig
 from mem1_core.integrations.transformers import NAME, register
 from mem1_core.mask import TrajectoryMask
+
+# Of a loaded model that can be another one than its settings say.
+_SHAPE = (
+    *("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads"),
+    *("intermediate_size", "max_position_embeddings", "tie_word_embeddings"),
+)
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, seed: int = 0) -> Qwen2ForCausalLM:
@@ -20,9 +27,23 @@ def build_model(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, seed: i
 
     An ordinary Hugging Face model but for its attention, "mem1": pass a `TrajectoryMask` as `mem1_mask`.
     """
+    known = len(tokenizer)
+    rows = known if config.vocab_size is None else config.vocab_size
+    require(rows >= known, "vocab_size", f"at least {known}, the tokens of the tokenizer", rows)
+    settings = architecture(config, rows, tokenizer.pad_token_id, tokenizer.eos_token_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(settings)
+    return to_dtype(model, torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype))
+
+
+def architecture(
+    config: ModelConfig, vocab_size: int, pad_token_id: int | None = None, eos_token_id: int | None = None
+) -> Qwen2Config:
+    """As transformers has it, with attention "mem1"."""
     register()
     settings = Qwen2Config(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_hidden_layers=config.num_hidden_layers,
@@ -32,15 +53,25 @@ def build_model(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, seed: i
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         tie_word_embeddings=config.tie_word_embeddings,
         initializer_range=config.initializer_range,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad_token_id,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=eos_token_id,
     )
     settings._attn_implementation = NAME
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(settings)
-    return to_dtype(model, torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype))
+    return settings
+
+
+def check_shape(model: PreTrainedModel, config: ModelConfig) -> None:
+    """InputError where a loaded model is another one than `config` says; one that is left as it was says
+    nothing.
+    """
+    if replace(config, dtype="auto") == ModelConfig():
+        return
+    found = model.config.get_text_config(decoder=True)
+    for name in _SHAPE:
+        wanted, got = getattr(config, name), getattr(found, name, None)
+        same = wanted == got or (name == "vocab_size" and wanted is None)
+        require(same, f"model.{name}", f"{got!r}, as the model of init has it", wanted)
 
 
 def to_dtype(model: _Model, dtype: torch.dtype) -> _Model:

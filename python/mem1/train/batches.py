@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mem1.config import Regime
 from mem1.engine.output_layer import OutputLayer, output_layer
+from mem1.models.adapters import adapters_off
 from mem1.trajectory import Trajectory
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.ops import linear_logprob
@@ -117,9 +119,23 @@ class Policy(nn.Module):
         return finish(hidden[stream.layout.logit_rows], output_layer(self.model))
 
 
+class WithoutAdapters:
+    """A `Policy` as it was before its adapters learned: the frozen reference that costs no memory."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def __call__(self, stream: PackedBatch, finish: Callable[[Tensor, OutputLayer], _Result]) -> _Result:
+        with adapters_off(self._policy.model):
+            found: _Result = self._policy(stream, finish)
+        return found
+
+
 @torch.no_grad()
 def recompute_logprobs(policy: Any, stream: PackedBatch, temperature: float = 1.0) -> Tensor:
-    """Log-probs fp32 [M] of the policy's tokens under a `Policy`, or a model, by one forward."""
+    """Log-probs fp32 [M] of the policy's tokens under a `Policy`, with or without its adapters, or a model,
+    by one forward.
+    """
 
     def logprobs(hidden: Tensor, head: OutputLayer) -> Tensor:
         return linear_logprob(
@@ -128,5 +144,5 @@ def recompute_logprobs(policy: Any, stream: PackedBatch, temperature: float = 1.
             softcap=head.softcap,
         )[0]
 
-    found: Tensor = (policy if isinstance(policy, Policy) else Policy(policy))(stream, logprobs)
+    found: Tensor = (Policy(policy) if isinstance(policy, PreTrainedModel) else policy)(stream, logprobs)
     return found

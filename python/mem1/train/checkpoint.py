@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError
 from mem1.io import sync, unfinished
+from mem1.models.adapters import adapted_layers, merged_weights
 from mem1.models.load import check_json, without_bars
 from mem1.models.load import load as load_model
 from mem1.runtime.ranks import Ranks
@@ -77,11 +78,11 @@ def save(
 ) -> Path:
     """Write a checkpoint to the new folder `path`, which has its name only once all of it is on disk.
 
-    Any Hugging Face tool can load the folder. values, tensors: the trainer's state, what JSON has and the
-    rest; `score` goes to score.json. All of `ranks` call it, each with the whole model and its parts of the
-    tensors; None: this process saves by itself. Raises InputError if there is something at `path` already (a
-    folder cannot be replaced in one go), Diverged, and writes nothing, for numbers that are not finite, the
-    trainer's included.
+    Any Hugging Face tool can load the folder; adapters are merged into the weights. values, tensors: the
+    trainer's state, what JSON has and the rest; `score` goes to score.json. All of `ranks` call it, each with
+    the whole model and its parts of the tensors; None: this process saves by itself. Raises InputError if
+    there is something at `path` already (a folder cannot be replaced in one go), Diverged, and writes
+    nothing, for numbers that are not finite, the trainer's included.
     """
     path, ranks = Path(path), ranks or Ranks()
     if path.exists():
@@ -97,7 +98,8 @@ def save(
     try:
         if ranks.first:
             with without_bars():
-                model.save_pretrained(fresh)
+                merged = merged_weights(model) if adapted_layers(model) else None
+                model.save_pretrained(fresh, state_dict=merged)
                 tokenizer.save_pretrained(fresh)
             if score is not None:
                 (fresh / _SCORE).write_text(json.dumps({"score": score}))

@@ -18,10 +18,19 @@ from torch import Tensor, nn
 from mem1.checks import require
 from mem1.config import AlgorithmConfig, Regime
 from mem1.engine.output_layer import OutputLayer
+from mem1.models.adapters import adapted_layers
 from mem1.models.build import without_dropout
 from mem1.runtime.ranks import Ranks
 from mem1.train.advantages import Experience, set_advantages
-from mem1.train.batches import PackedBatch, Policy, micro_batches, pack, recompute_logprobs, rows
+from mem1.train.batches import (
+    PackedBatch,
+    Policy,
+    WithoutAdapters,
+    micro_batches,
+    pack,
+    recompute_logprobs,
+)
+from mem1.train.flops import Work, update_flops
 from mem1.train.optim import AdamW
 from mem1.train.trainer_state import TrainerState
 from mem1.trajectory import Trajectory
@@ -35,7 +44,8 @@ _LARGEST_LOG = 20.0  # of a ratio, as the loss has it
 class Learner:
     """The state of a training run: its models and their optimisers.
 
-    actor and reference: causal language models with attention "mem1", or a `Policy` of one. critic: module
+    actor and reference: causal language models with attention "mem1", or a `Policy` of one; the reference of
+    an actor with adapters is `WithoutAdapters` of its policy. critic: module
     with `forward(input_ids, position_ids, mem1_mask) -> values [B, N]`, for "ppo" only. `reference` may be
     None only if `config.kl_coef` is 0. ranks: of several, each has a part of the weights (`sharding.shard`),
     and all call every method, with the same arguments.
@@ -57,7 +67,9 @@ class Learner:
             expected = "one" if config.name == "ppo" else "None"
             raise ValueError(f"critic: expected {expected} for {config.name}, got {type(critic).__name__}")
         self.policy, self.critic = actor if isinstance(actor, Policy) else Policy(actor), critic
-        self.reference = Policy(reference) if reference and not isinstance(reference, Policy) else reference
+        wrapped = reference is None or isinstance(reference, (Policy, WithoutAdapters))
+        self.reference = reference if wrapped else Policy(reference)
+        self._adapted = bool(adapted_layers(self.policy))
         self.config, self.regime, self.temperature = config, regime, temperature
         self.ranks = ranks or Ranks()
         self.device = next(actor.parameters()).device
@@ -121,10 +133,11 @@ class Learner:
         is left, or for rewards whose squares are not finite in fp32. A reward belongs to the last token that
         the policy wrote before it.
 
-        The metrics, as means over policy tokens: `dlogp_max`, `dlogp_mean`, the |difference| between the
-        sampled log-probs and the trainer's; `dlogp_turns`, its mean in each turn; `kl_reference`, the k3
-        estimate of KL(policy | reference); `advantage_mean` before whitening; with a critic `value_mean` and
-        `explained_variance`, the share of the returns' variance that it foresaw, NaN if they have none.
+        The metrics: `update_flops`, of this and of `learn`; as means over policy tokens `dlogp_max`,
+        `dlogp_mean`, the |difference| between the sampled log-probs and the trainer's; `dlogp_turns`, its
+        mean in each turn; `kl_reference`, the k3 estimate of KL(policy | reference); `advantage_mean` before
+        whitening; with a critic `value_mean` and `explained_variance`, the share of the returns' variance
+        that it foresaw, NaN if they have none.
         """
         trajectories = [t for t in trajectories if not t.error_kind and t.policy_mask.any()]
         if not trajectories:
@@ -133,7 +146,8 @@ class Learner:
             )
         self._without_dropout()
         measured: dict[int, Experience] = {}
-        lengths = [rows(trajectory, self.regime) for trajectory in trajectories]
+        works = [Work.of([trajectory.layout(self.regime)]) for trajectory in trajectories]
+        lengths = [work.rows for work in works]
         for group in self._mine(lengths):
             part = [(trajectories[i], lengths[i]) for i in group]
             measured |= dict(zip(group, self._measured(part), strict=True))
@@ -147,6 +161,9 @@ class Learner:
             for place, trajectory in enumerate(trajectories)
         ]
         metrics: dict[str, Any] = {"advantage_mean": set_advantages(batch, self.config)}
+        metrics["update_flops"] = update_flops(
+            self.actor, self.critic, self.reference is not None, Work.sum(works), self.config.epochs
+        )
         old, ref = (torch.cat([getattr(e, name) for e in batch]) for name in ("old_logprob", "ref_logprob"))
         sampled = torch.cat([t.logprobs[t.policy_mask] for t in trajectories]).to(self.device)
         error = (old - sampled).abs()
@@ -305,7 +322,7 @@ class Learner:
 
     def _without_dropout(self) -> None:
         for module in (self.policy, self.critic, self.reference):
-            if module is not None:
+            if isinstance(module, nn.Module):
                 without_dropout(module.model if isinstance(module, Policy) else module)
 
     def values(self) -> dict[str, Any]:
@@ -319,8 +336,8 @@ class Learner:
         found: dict[str, Tensor] = {}
         for name, optimizer in self.optimizers.items():
             named = {f"{name}.{key}": p for key, p in models[name].named_parameters()}  # type: ignore[union-attr]
-            found |= optimizer.tensors(named, known, alone=name == "critic")
-        if self.reference is not None:
+            found |= optimizer.tensors(named, known, alone=name == "critic" or self._adapted)
+        if isinstance(self.reference, nn.Module):
             found |= {f"reference.{key}": p.detach() for key, p in self.reference.named_parameters()}
         return found
 
@@ -328,7 +345,8 @@ class Learner:
         """Go on from a saved state; the actor has its weights already. InputError for one that lacks some."""
         tensors = self.tensors(saved.names)
         # An actor in float32 on one rank has no masters: it was saved as it is.
-        own = {name for name in tensors if name.startswith("actor.") and name.endswith(".master")}
+        mine = () if self._adapted else tensors
+        own = {name for name in mine if name.startswith("actor.") and name.endswith(".master")}
         missing = tensors.keys() - own - saved.names
         require(not missing, "path", "a state of this run's models", f"none of {min(missing, default='')}")
         saved.fill({name: tensor for name, tensor in tensors.items() if name in saved.names})

@@ -68,8 +68,8 @@ class AdamW:
     def bytes_to_come(self) -> int:
         """Of gradients and moments that the next step makes and that are not there yet."""
         narrow = sum(parameter.nbytes for parameter, _ in self._narrow)
-        gradients = sum(_local(master).nbytes for master in self.masters if master.grad is None)
-        moments = sum(2 * _local(master).nbytes for master in self.masters if master not in self.inner.state)
+        gradients = sum(local(master).nbytes for master in self.masters if master.grad is None)
+        moments = sum(2 * local(master).nbytes for master in self.masters if master not in self.inner.state)
         return narrow + gradients + moments
 
     def zero_grad(self) -> None:
@@ -147,7 +147,7 @@ class AdamW:
             parameter.copy_(master)
 
 
-def _local(parameter: Tensor) -> Tensor:
+def local(parameter: Tensor) -> Tensor:
     """This rank's part."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
@@ -160,4 +160,4 @@ def _whole_norm(gradients: list[Tensor]) -> float:
 
 def not_finite(named: Iterable[tuple[str, Tensor]]) -> str:
     """The name of the first tensor that holds NaN or infinity, "" if none does."""
-    return next((name for name, value in named if not bool(_local(value).isfinite().all())), "")
+    return next((name for name, value in named if not bool(local(value).isfinite().all())), "")

@@ -34,8 +34,9 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems on
 
 # Settings that a resumed run may change: they decide how long and where it runs, not what it learns.
 FREE = frozenset(
-    "max_updates save_every keep max_failed trackers device threads warmstart.save_every "
-    "algorithm.max_tokens_per_micro_batch scale.replicas scale.activation_checkpointing scale.cpu_offload "
+    "max_updates evaluate_every evaluation_episodes save_every keep max_failed trackers device threads "
+    "warmstart.save_every algorithm.max_tokens_per_micro_batch "
+    "scale.ranks scale.replicas scale.activation_checkpointing scale.cpu_offload scale.tflops "
     "rollout.num_slots rollout.kv_memory rollout.max_num_batched_tokens "
     "rollout.env_timeout rollout.env_retries rollout.episode_retries".split()
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from torch.distributed.tensor import DTensor
 
 from mem1.checks import require
 from mem1.config import TrainConfig
-from mem1.models.build import Critic, to_dtype
+from mem1.models.adapters import add_adapters
+from mem1.models.build import Critic, build_critic, to_dtype
 from mem1.runtime.ranks import Ranks
-from mem1.train.batches import Policy
+from mem1.seeds import derive_seed
+from mem1.train.batches import Policy, WithoutAdapters
 from mem1.train.learner import Learner
 
 
@@ -45,6 +48,8 @@ def shard(
     if ranks.size == 1:
         return
     device = next(module.parameters()).device.type
+    if device == "meta":  # of a plan, whose processes are none either
+        device = "cpu"
     shape, names = (ranks.size,), ("shard",)
     if replicas > 1:
         shape, names = (replicas, ranks.size // replicas), ("replicate", "shard")
@@ -53,8 +58,7 @@ def shard(
         "mp_policy": MixedPrecisionPolicy(compute_dtype, torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
     }
-    kinds = set(getattr(model, "_no_split_modules", None) or ())
-    for layer in [one for one in module.modules() if type(one).__name__ in kinds]:
+    for layer in layers_of(module, model):
         fully_shard(layer, **settings)
     fully_shard(module, **settings)
     for part in module.modules():
@@ -63,14 +67,21 @@ def shard(
             part.set_force_sum_reduction_for_comms(True)  # gloo knows no other
 
 
+def layers_of(module: nn.Module, model: Any) -> list[nn.Module]:
+    """The layers within `module` of the decoder `model`, as that names their class."""
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    return [one for one in module.modules() if type(one).__name__ in kinds]
+
+
 @torch.no_grad()
-def copy_weights(module: nn.Module, copy: nn.Module) -> None:
-    """Give `copy`, a whole module of the same parameters in any dtype, the weights of a sharded one. All
-    ranks call this.
+def copy_weights(module: nn.Module, whole_one: nn.Module) -> None:
+    """Give `whole_one`, a module of the same parameters in any dtype, the weights of a sharded one that
+    learn. All ranks call this.
     """
-    theirs = dict(copy.named_parameters())
+    theirs = dict(whole_one.named_parameters())
     for name, parameter in module.named_parameters():
-        theirs[name].copy_(whole(parameter))
+        if parameter.requires_grad:
+            theirs[name].copy_(whole(parameter))
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -85,16 +96,32 @@ def freeze_embeddings(actor: Any, critic: Critic | None) -> None:
             trunk.get_input_embeddings().requires_grad_(False)
 
 
+def companions(actor: Any, config: TrainConfig) -> tuple[Critic | None, Any | None]:
+    """What an actor learns with: its critic, and its frozen reference, which an actor with adapters is itself
+    (None). Actor and critic get their adapters here.
+    """
+    critic = build_critic(actor) if config.algorithm.name == "ppo" else None
+    if not config.lora.rank:
+        wanted = config.algorithm.kl_coef > 0
+        return critic, copy.deepcopy(actor).requires_grad_(False) if wanted else None
+    for n, model in enumerate((actor, critic and critic.trunk)):
+        if model is not None:
+            add_adapters(model, config.lora, derive_seed(config.seed, "adapters", n))
+    return critic, None
+
+
 def sharded_learner(
     actor: Any, critic: Critic | None, reference: Any | None, config: TrainConfig, ranks: Ranks
 ) -> Learner:
-    """What learns, in parts where there are several ranks: of half precision, which then computes, the parts
-    are in float32. InputError for a layout that these ranks cannot have.
+    """What learns, with its `companions`, in parts where there are several ranks: of half precision, which
+    then computes, the parts that learn are in float32. InputError for a layout that these ranks cannot have.
     """
     scale, device = config.scale, next(actor.parameters()).device.type
+    wanted = scale.ranks or ranks.size
+    require(wanted == ranks.size, "ranks", f"{ranks.size}, the processes that there are", wanted)
     whole_nodes = ranks.size % scale.replicas == 0
     require(whole_nodes, "replicas", f"a divisor of the {ranks.size} processes", scale.replicas)
-    offloads = not scale.cpu_offload or (ranks.size > 1 and device == "cuda")
+    offloads = not scale.cpu_offload or (ranks.size > 1 and device in ("cuda", "meta"))
     require(offloads, "cpu_offload", "several processes with a GPU each", f"{ranks.size} on {device}")
     if scale.activation_checkpointing:
         for model in (actor, critic and critic.trunk):
@@ -103,13 +130,17 @@ def sharded_learner(
                 (enable or model.gradient_checkpointing_enable)()
     if config.algorithm.freeze_embeddings:
         freeze_embeddings(actor, critic)
-    policy, frozen = Policy(actor), None if reference is None else Policy(reference)
+    policy = Policy(actor)
+    frozen: Policy | WithoutAdapters | None = None if reference is None else Policy(reference)
+    if config.lora.rank and config.algorithm.kl_coef:
+        frozen = WithoutAdapters(policy)
     narrow = next(actor.parameters()).dtype
     dtype = None if narrow == torch.float32 else narrow
     parts = [(policy, actor), (frozen, reference), (critic, actor)]
     for module, model in parts if ranks.size > 1 else ():
-        if module is not None:
-            to_dtype(module, torch.float32)
+        if isinstance(module, nn.Module):
+            if module is not frozen:
+                to_dtype(module, torch.float32)
             shard(
                 *(module, model, ranks),
                 compute_dtype=dtype,

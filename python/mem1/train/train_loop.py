@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -22,9 +22,8 @@ from mem1.config import TrainConfig
 from mem1.engine.policy_checks import check_policy
 from mem1.envs.base import Environment, ExpertEnvironment
 from mem1.envs.tasks import TaskStream
-from mem1.evaluation.results import error_counts
 from mem1.io import append_json, atomic_write, without_nan
-from mem1.models.build import build_critic, build_model, dropouts
+from mem1.models.build import build_model, check_shape, dropouts
 from mem1.models.load import load_report
 from mem1.rollout.rollout_loop import check_positions, make_codec, make_engine, rollout
 from mem1.runtime.device import pick_device, whereabouts
@@ -34,19 +33,17 @@ from mem1.runtime.ranks import Ranks
 from mem1.seeds import derive_seed
 from mem1.train import checkpoint
 from mem1.train.checkpoint import Place
+from mem1.train.episodes import Episodes, describe
+from mem1.train.flops import peak_tflops
 from mem1.train.judging import Judge, judged
 from mem1.train.learner import Learner
 from mem1.train.optim import Diverged
 from mem1.train.run_folder import DIVERGED, Resumed, RunFolder
-from mem1.train.sharding import copy_weights, sharded_learner
+from mem1.train.sharding import companions, copy_weights, sharded_learner
 from mem1.train.trackers import Trackers
 from mem1.train.trainer_state import TrainerState
 from mem1.train.warmstart import DrawExample, expert_examples, optimizer_for, warm_start
-from mem1.trajectory import FinishReason, Trajectory
-
-
-class EpisodesFailed(RuntimeError):
-    """More episodes of a batch have failed than a run can learn beside."""
+from mem1.trajectory import Trajectory
 
 
 def train(
@@ -55,10 +52,10 @@ def train(
     make_environment: Callable[[], Environment],
     *,
     tasks: Iterable[Any] | None = None,
+    evaluation_tasks: Iterable[Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     draw_example: DrawExample | None = None,
     judge: Judge | None = None,
-    init: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -66,13 +63,13 @@ def train(
     """Train and return the last checkpoint, which is also in the folder `out/last`.
 
     `out` gets what `RunFolder` says: settings, metrics.jsonl (one line per step, its "phase" is warmstart or
-    policy) and checkpoints. `init` is a checkpoint to start from, in place of random weights and a warm
-    start.
+    policy) and checkpoints.
 
     make_environment: makes an environment for each episode of the policy (`config.environment` only keeps on
     record what it was made with). tasks: the task set, whose rows go to the episodes, or groups of them, in
-    an order that follows from the seed, all once before any comes again. tokenizer: that of a model with
-    random weights. draw_example: what the warm start learns from, laid out as the rollouts to come, see
+    an order that follows from the seed, all once before any comes again. evaluation_tasks: those for
+    `config.evaluate_every`, or None where an episode follows from its seed alone. tokenizer: that of a model
+    with random weights. draw_example: what the warm start learns from, laid out as the rollouts to come, see
     `warm_start`; by default the episodes of the environment's expert. judge: a reward model or a judge, asked
     for one more reward of each episode, all of a batch at once; may be a coroutine function.
 
@@ -90,8 +87,10 @@ def train(
         raise InputError("resume: expected it without overwrite, got True")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    settings = config.to_dict() | {"init": init and str(init)}
-    rows = None if tasks is None else TaskStream(tasks, config.seed)
+    settings = config.to_dict()
+    rows, held_out = (
+        None if given is None else TaskStream(given, config.seed) for given in (tasks, evaluation_tasks)
+    )
     device = pick_device(config.device)
     ranks = Ranks.join(device)
     device, run = ranks.place(device), RunFolder(Path(out), config.keep)
@@ -100,18 +99,20 @@ def train(
     with Interrupts() as interrupts, closing(run), ExitStack() as stack:
         # 1. A model: of the run so far, of a checkpoint, or a new one.
         saved: TrainerState | None = None
-        resumed = run.resume(settings) if resume and ranks.first else Resumed(None, init and str(init), [])
+        resumed = run.resume(settings) if resume and ranks.first else Resumed(None, config.init, [])
         for line in resumed.notes:
             progress.log(line)
-        run_init, goes_on = ranks.broadcast((resumed.init, resumed.checkpoint is not None))
-        if resume and init is not None and str(init) != run_init:
-            raise InputError(f"resume: expected the init of the run, {run_init!r}, got {str(init)!r}")
-        init = run_init and Path(run_init)
+        init, goes_on = ranks.broadcast((resumed.init, resumed.checkpoint is not None))
+        if resume and config.init not in (None, init):
+            raise InputError(f"resume: expected the init of the run, {init!r}, got {config.init!r}")
         if goes_on:
             actor, tokenizer, saved = resumed.checkpoint or checkpoint.load(out)
+            if config.lora.rank and init is not None:  # adapters are of this, not of what they made of it
+                actor = checkpoint.load(init, config.model.dtype).model
         elif init is not None:
             actor, tokenizer, _ = checkpoint.load(init, config.model.dtype)
-            progress.log(str(load_report(actor, tokenizer, str(init))))
+            progress.log(str(load_report(actor, tokenizer, init)))
+            check_shape(actor, config.model)
         else:
             if tokenizer is None:
                 raise InputError("tokenizer: expected one for a model with random weights, got none")
@@ -129,7 +130,7 @@ def train(
                 tokenizer, cast(Callable[[], ExpertEnvironment], make_environment), config.rollout, rows
             )
         if not goes_on and ranks.first:
-            run.begin(settings | {"init": run_init}, overwrite=overwrite or resume)
+            run.begin(settings | {"init": init}, overwrite=overwrite or resume)
         trackers = Trackers(config.trackers if ranks.first else (), run.path, settings)
         stack.callback(trackers.close)
 
@@ -141,8 +142,7 @@ def train(
             saved = None
 
         # 3. Updates on episodes of the policy.
-        critic = build_critic(actor) if config.algorithm.name == "ppo" else None
-        reference = copy.deepcopy(actor).requires_grad_(False) if config.algorithm.kl_coef else None
+        critic, reference = companions(actor, config)
         sampler = actor if ranks.size == 1 else copy.deepcopy(actor).requires_grad_(False)
         learner = sharded_learner(actor, critic, reference, config, ranks)
         if saved:
@@ -158,8 +158,9 @@ def train(
         if dropped := dropouts(actor):
             progress.log(f"dropout is off during the updates ({', '.join(dropped)})")
         play = partial(rollout, sampler, tokenizer, make_environment, config=config.rollout, engine=engine)
+        episodes = Episodes(play, config, rows, held_out, ranks, progress)
         return _updates(
-            *(learner, sampler, tokenizer, play, rows, config, run, saved),
+            *(learner, sampler, tokenizer, episodes, config, run, saved),
             *(judge, ranks, trackers, interrupts, progress),
         )
 
@@ -228,8 +229,7 @@ def _updates(
     learner: Learner,
     sampler: Any,
     tokenizer: Any,
-    play: Callable[..., Iterator[Trajectory]],
-    rows: TaskStream | None,
+    episodes: Episodes,
     config: TrainConfig,
     run: RunFolder,
     state: TrainerState | None,
@@ -256,6 +256,8 @@ def _updates(
         place = Place(1, learner.updates)
         run.save(place, sampler, tokenizer, values, learner.tensors(), score=score, ranks=ranks)
 
+    peak = config.scale.tflops or peak_tflops(learner.device)
+    peak = peak and peak * ranks.size
     complete = True  # the weights are those of `learner.updates` updates, and these are on record
     together = True  # every rank comes to the end of this
     try:
@@ -265,8 +267,7 @@ def _updates(
             # Nothing is lost in these: the same update starts over from its seeds.
             with interrupts.allowed() if together else nullcontext():
                 sampler.eval()
-                trajectories = _play(play, update, rows, config, ranks, progress)
-                _check_failures(trajectories, config.max_failed)
+                trajectories = episodes.of_update(update)
                 verdict = {} if judge is None else judged(trajectories, judge, ranks)
                 rolled = time.perf_counter()
                 batch, metrics = learner.prepare(trajectories)
@@ -288,7 +289,9 @@ def _updates(
                 **verdict,
                 **metrics,
             }
-            record |= _speeds(record, rolled - began, time.perf_counter() - rolled)
+            learned = time.perf_counter()
+            record |= episodes.evaluation(learner.updates)
+            record |= _speeds(record, rolled - began, learned - rolled, peak)
             if ranks.first:
                 append_json(run.metrics, without_nan(record))
                 trackers.log(record)
@@ -305,47 +308,11 @@ def _updates(
     return checkpoint.Checkpoint(sampler.eval(), tokenizer, None)
 
 
-def _play(
-    play: Callable[..., Iterator[Trajectory]],
-    update: int,
-    rows: TaskStream | None,
-    config: TrainConfig,
-    ranks: Ranks,
-    progress: Progress,
-) -> list[Trajectory]:
-    """The episodes of an update, each played by one of the ranks, in the order of the seeds."""
-    tasks = config.batch_size // config.group_size
-    seeds = [derive_seed(config.seed, "training", update, i) for i in range(tasks)]
-    place = {seed: i for i, seed in enumerate(seeds)}
-    mine = range(ranks.rank, tasks, ranks.size)
-    given = rows and [rows[update * tasks + i] for i in mine]
-    played = []
-    with progress.phase(f"update {update + 1}: rollout", len(mine) * config.group_size) as phase:
-        if mine:
-            own = [seeds[i] for i in mine]
-            for trajectory in play(seeds=own, tasks=given, group_size=config.group_size):
-                played.append(trajectory)
-                phase.advance(note=trajectory.error_kind)
-    everyone = [trajectory for theirs in ranks.gather(played) for trajectory in theirs]
-    return sorted(everyone, key=lambda t: (place[t.seed], t.sampling_seed))  # not by the clock
-
-
 def _keep(trajectories: list[Trajectory], path: Path, ranks: Ranks) -> None:
     """For whoever looks into it."""
     if ranks.first:
         with atomic_write(path) as file:
             file.writelines(trajectory.to_json() + "\n" for trajectory in trajectories)
-
-
-def _check_failures(trajectories: list[Trajectory], max_failed: float) -> None:
-    failed = [t for t in trajectories if t.error_kind]
-    if len(failed) > max_failed * len(trajectories) or len(failed) == len(trajectories):
-        kinds = ", ".join(f"{kind} {count}" for kind, count in error_counts(failed).items())
-        raise EpisodesFailed(
-            f"{len(failed)} of {len(trajectories)} episodes failed ({kinds}), after "
-            f"{sum(len(t.failures) for t in failed)} more attempts; the first: "
-            f"{failed[0].finish_reason}: {failed[0].error}"
-        )
 
 
 def _line(record: dict[str, Any], updates: int) -> str:
@@ -361,37 +328,16 @@ def _line(record: dict[str, Any], updates: int) -> str:
     return text + (f"  skipped steps: {record['skipped_steps']}" if record["skipped_steps"] else "")
 
 
-def _speeds(record: dict[str, Any], rollout: float, update: float) -> dict[str, float]:
+def _speeds(
+    record: dict[str, Any], rollout: float, update: float, peak_tflops: float | None
+) -> dict[str, float]:
+    """Of seconds; peak_tflops: of all ranks together, None where nobody knows."""
+    tflops = record["update_flops"] / update / 1e12
     return {
+        "update_tflop_per_second": tflops,
+        **({"mfu": tflops / peak_tflops} if peak_tflops else {}),
         "rollout_seconds": rollout,
         "update_seconds": update,
         "rollout_tokens_per_second": record["policy_tokens"] / rollout,
         "update_tokens_per_second": record["tokens"] / update,
-    }
-
-
-def describe(trajectories: list[Trajectory]) -> dict[str, Any]:
-    """What a batch of episodes looks like. Means over those that did not fail; token counts are sums.
-
-    errors: episodes lost for good, by kind. replays: attempts that the environment broke off and that were
-    played again; dropped_turns, dropped_tokens: means over these and the lost episodes, to be held against
-    turns and tokens: failures hit long episodes more often.
-    """
-    sound = [t for t in trajectories if not t.error_kind]
-    replays = [failure for t in trajectories for failure in t.failures]
-    dropped = [(f.turns, f.tokens) for f in replays]
-    dropped += [(t.turns, t.tokens.numel()) for t in trajectories if t.error_kind]
-    return {
-        "reward": fmean(t.reward for t in sound),
-        "exact_match": fmean(t.score.get("exact_match", 0.0) for t in sound),
-        "answered": fmean(t.finish_reason == FinishReason.ANSWERED for t in sound),
-        "turns": fmean(t.turns for t in sound),
-        "invalid_actions": fmean(t.invalid_actions for t in sound),
-        "peak_tokens": fmean(t.peak_tokens() for t in sound),
-        "tokens": sum(t.tokens.numel() for t in sound),
-        "policy_tokens": sum(int(t.policy_mask.sum()) for t in sound),
-        "errors": error_counts(trajectories),
-        "replays": len(replays),
-        "dropped_turns": fmean(turns for turns, _ in dropped) if dropped else None,
-        "dropped_tokens": fmean(tokens for _, tokens in dropped) if dropped else None,
     }

@@ -46,7 +46,7 @@ def test_the_curve_is_that_of_the_reference_loss(tmp_path, monkeypatch):
                 (advantages, "gae"),
             ):
                 patch.setattr(module, name, partial(getattr(module, name), backend=backend))
-            train.train(config, tmp_path / backend, **given, init=tmp_path / "start")
+            train.train(replace(config, init=str(tmp_path / "start")), tmp_path / backend, **given)
         lines = (tmp_path / backend / "metrics.jsonl").read_text().splitlines()
         curves.append([r for r in map(json.loads, lines) if r["phase"] == "policy"])
     ours, reference = curves

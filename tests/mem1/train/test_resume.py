@@ -258,8 +258,8 @@ def test_interruptions_do_not_decide_which_checkpoint_is_the_best(tmp_path, monk
 def test_a_run_killed_before_its_first_checkpoint_goes_on_with_what_it_began_with(
     tmp_path, unbroken, monkeypatch
 ):
-    config = replace(CONFIG, max_updates=1)
-    run(config, tmp_path / "whole", init=unbroken)
+    config = replace(CONFIG, max_updates=1, init=str(unbroken))
+    run(config, tmp_path / "whole")
 
     class Killed(BaseException):
         pass
@@ -267,8 +267,8 @@ def test_a_run_killed_before_its_first_checkpoint_goes_on_with_what_it_began_wit
     with monkeypatch.context() as patch:
         patch.setattr(train, "sharded_learner", lambda *arguments: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
-            run(config, tmp_path / "killed", init=unbroken)
-    run(config, tmp_path / "killed", resume=True)
+            run(config, tmp_path / "killed")
+    run(replace(config, init=None), tmp_path / "killed", resume=True)
     assert_same(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -298,8 +298,12 @@ def test_a_run_that_cannot_be_deletes_nothing(tmp_path, unbroken, make_model):
             "expected one with expert_action",
         ),
         (CONFIG, {"tokenizer": None}, "tokenizer: expected one for a model with random weights, got none"),
-        (CONFIG, {"init": other}, "tokenizer: expected one that can write <IS>"),
-        (CONFIG, {"init": tmp_path / "nothing"}, "model: expected a model folder"),
+        (
+            replace(CONFIG, init=str(other), model=ModelConfig()),
+            {},
+            "tokenizer: expected one that can write <IS>",
+        ),
+        (replace(CONFIG, init=str(tmp_path / "nothing")), {}, "model: expected a model folder"),
     ):
         with pytest.raises(InputError, match=message):
             run(config, tmp_path, overwrite=True, **how)
@@ -371,7 +375,7 @@ def test_settings_that_make_another_run_are_refused(tmp_path, unbroken):
     with pytest.raises(InputError, match="out: expected a folder without a run"):
         run(CONFIG, unbroken)
     with pytest.raises(InputError, match="resume: expected the init of the run, None, got "):
-        run(CONFIG, unbroken, resume=True, init=tmp_path)
+        run(replace(CONFIG, init=str(tmp_path)), unbroken, resume=True)
     assert state(unbroken).keys() == before.keys() and len(records(unbroken)) == 9
 
 
@@ -393,9 +397,10 @@ def test_the_free_settings_are_settings():
 
 
 def test_a_run_from_a_checkpoint_and_one_without_updates(tmp_path, unbroken):
-    run(replace(CONFIG, max_updates=0), tmp_path / "none", init=unbroken)
+    run(replace(CONFIG, max_updates=0, init=str(unbroken)), tmp_path / "none")
     assert checkpoint.load(tmp_path / "none").trainer["learner"]["updates"] == 0
-    run(replace(CONFIG, max_updates=1), tmp_path / "one", init=unbroken)
+    one = replace(CONFIG, max_updates=1, init=str(unbroken))
+    run(one, tmp_path / "one")
     assert [record["phase"] for record in records(tmp_path / "one")] == ["policy"]
-    run(replace(CONFIG, max_updates=1), tmp_path / "one", init=unbroken, overwrite=True)
+    run(one, tmp_path / "one", overwrite=True)
     assert [record["step"] for record in records(tmp_path / "one")] == [1]

@@ -20,6 +20,7 @@ from mem1.runtime.progress import Progress
 from mem1.seeds import derive_seed
 from mem1.train import checkpoint
 from mem1.train import train_loop as train
+from mem1.train.episodes import EpisodesFailed
 from mem1.train.learner import Learner
 from mem1.train.optim import Diverged
 from mem1.train.run_folder import METRICS
@@ -126,14 +127,14 @@ def test_episodes_are_played_again_and_the_failures_told(tmp_path, monkeypatch):
 
 def test_a_world_that_is_down_for_good_stops_the_run(tmp_path):
     make = failing(TINY, {(1, 0), (1, 1), (1, 3)})
-    with pytest.raises(train.EpisodesFailed, match="3 of 4 episodes failed .LookupError 3.*the make is down"):
+    with pytest.raises(EpisodesFailed, match="3 of 4 episodes failed .LookupError 3.*the make is down"):
         run(TINY, tmp_path, make_environment=make, progress=quiet())
     assert checkpoint.load(tmp_path).trainer["learner"]["updates"] == 1, "what was learned before is kept"
     patient = replace(TINY, max_failed=1.0)
     run(patient, tmp_path, make_environment=make, resume=True, progress=quiet())
     assert checkpoint.load(tmp_path).trainer["learner"]["updates"] == 2
     everything = failing(TINY, {(0, i) for i in range(4)})
-    with pytest.raises(train.EpisodesFailed, match="4 of 4"):
+    with pytest.raises(EpisodesFailed, match="4 of 4"):
         run(patient, tmp_path / "all", make_environment=everything, progress=quiet())
 
 
@@ -283,7 +284,8 @@ def test_dropout_is_off_and_said_once(tmp_path, make_model, tokenizer):
     one_step = replace(
         TINY, max_updates=1, algorithm=replace(TINY.algorithm, mini_batch_size=TINY.batch_size)
     )
-    run(one_step, tmp_path / "run", init=init, progress=Progress(log=said.append))
+    one_step = replace(one_step, init=str(init), model=ModelConfig())
+    run(one_step, tmp_path / "run", progress=Progress(log=said.append))
     assert sum("dropout is off" in line for line in said) == 1
     (record,) = records(tmp_path / "run")
     assert record["dlogp_max"] < 5e-5 and record["ratio_max"] < 1.0001
