@@ -86,6 +86,10 @@ PYTHON = {
     "mem1.config": May(
         "mem1.checks mem1.parsing.tags mem1.seeds mem1_core.eviction_policies mem1_core.layout"
     ),
+    "mem1.config_files": May(
+        "yaml jsonargparse mem1.checks mem1.config mem1.named_objects mem1.parsing.tags"
+    ),
+    "mem1.named_objects": May("mem1.checks"),
     "mem1.trajectory": May(
         "torch mem1.checks mem1_core.eviction mem1_core.eviction_policies mem1_core.layout mem1_core.mask "
         "mem1_core.segments"
@@ -132,6 +136,7 @@ PYTHON = {
         "torch transformers huggingface_hub safetensors mem1.checks mem1.config mem1.engine mem1.models "
         "mem1.runtime mem1_core.integrations"
     ),
+    "mem1.models.adapters": May("torch mem1.config mem1.checks mem1.extras", call="peft"),
     "mem1.models.activations": May("torch transformers mem1_core.integrations.scores"),
     "mem1.models.free_memory": May("torch"),
     "mem1.models.memory_plan": May(

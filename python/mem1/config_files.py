@@ -18,7 +18,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
@@ -92,6 +92,7 @@ def typed(settings: Mapping[str, Any]) -> Settings:
     sections = {name.partition(".")[0] for name in known if "." in name}
     result: Settings = {}
     for name, value in settings.items():
+        name = str(name)
         if name in sections and name not in known:
             require(isinstance(value, Mapping), name, "a section of settings", value)
             result[name] = {key: _typed(f"{name}.{key}", inner) for key, inner in value.items()}
@@ -105,7 +106,7 @@ def _typed(name: str, value: Any) -> Any:
     if name not in known:
         sections = {full.partition(".")[0]: full.partition(".")[0] for full in known}
         last = {full.rpartition(".")[2]: full for full in known} | {full: full for full in known} | sections
-        near = get_close_matches(name, last, 1) or get_close_matches(name.rpartition(".")[2], last, 1)
+        near = get_close_matches(name, last, 1, 0.8) or get_close_matches(name.rpartition(".")[2], last, 1)
         nearest = f"; the nearest is {last[near[0]]}" if near else ""
         raise InputError(f"{name}: expected the name of a setting, got none that there is{nearest}")
     if name in _READ:
@@ -116,8 +117,13 @@ def _typed(name: str, value: Any) -> Any:
     try:
         return _parser(name).parse_object({"value": value}).value
     except ArgumentError:
-        expected = str(getattr(known[name], "__name__", known[name])).replace("typing.", "")
-        raise InputError(f"{name}: expected {expected}, got {value!r}") from None
+        raise InputError(f"{name}: expected {_told(known[name])}, got {value!r}") from None
+
+
+def _told(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
 @cache

@@ -33,7 +33,7 @@ from mem1.runtime.ranks import Ranks
 from mem1.seeds import derive_seed
 from mem1.train import checkpoint
 from mem1.train.checkpoint import Place
-from mem1.train.episodes import Episodes, describe
+from mem1.train.training_episodes import Episodes, describe
 from mem1.train.flops import peak_tflops
 from mem1.train.judging import Judge, judged
 from mem1.train.learner import Learner

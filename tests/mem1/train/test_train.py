@@ -20,10 +20,10 @@ from mem1.runtime.progress import Progress
 from mem1.seeds import derive_seed
 from mem1.train import checkpoint
 from mem1.train import train_loop as train
-from mem1.train.episodes import EpisodesFailed
 from mem1.train.learner import Learner
 from mem1.train.optim import Diverged
 from mem1.train.run_folder import METRICS
+from mem1.train.training_episodes import EpisodesFailed
 from mem1.trajectory import Trajectory
 
 TINY = TrainConfig(
