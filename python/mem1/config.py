@@ -304,12 +304,16 @@ class ScaleConfig:
     replicas: int = 1  # of all that is in parts, each over ranks / replicas (HSDP): a node's, as a rule
     activation_checkpointing: bool = False  # activations of a layer are computed again in the backward
     cpu_offload: bool = False  # parameters and states wait in the host's memory; CUDA, several ranks
+    # Seconds from when a first rank has played its episodes until the others leave out those that are not
+    # over; None: as long as it takes.
+    max_wait: float | None = None
     tflops: float | None = None  # the peak of a GPU, for the share of it; None: of those that are known
 
     def __post_init__(self) -> None:
         require_integers(self, "replicas", 1)
-        if self.tflops is not None:
-            require_numbers(self, "tflops", above=True)
+        for name in ("max_wait", "tflops"):
+            if getattr(self, name) is not None:
+                require_numbers(self, name, above=True)
         if self.ranks is not None:
             require_integers(self, "ranks", 1)
             whole_nodes = self.ranks % self.replicas == 0

@@ -56,6 +56,7 @@ def rollout(
     group_size: int = 1,
     expert: bool = False,
     engine: Engine | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Trajectory]:
     """Yield `group_size` finished trajectories per seed, in the order in which they finish.
 
@@ -76,6 +77,9 @@ def rollout(
     The weights must not change between the first and the last trajectory taken from the generator. An
     `engine` of this model may be kept from one rollout to the next, with its memory and its CUDA graphs; it
     has its own `max_num_batched_tokens`.
+
+    `stopped` is asked before each step; once it says True the rollout ends, without the episodes that are not
+    over.
 
     Raises InputError, before anything runs, for seeds, a model or a tokenizer that cannot be used, and where
     the limits of `config` allow more positions than the model has; ValueError if `engine` is one of another
@@ -118,7 +122,7 @@ def rollout(
             episode.receive(environment)
         return episode
 
-    return _run(attempts, start, engine, config)
+    return _run(attempts, start, engine, config, stopped)
 
 
 def make_codec(
@@ -199,13 +203,17 @@ def _checked_seed(name: str, seed: object) -> int:
 
 
 def _run(
-    attempts: deque[_Attempt], start: Callable[[_Attempt], Episode], engine: Engine, config: RolloutConfig
+    attempts: deque[_Attempt],
+    start: Callable[[_Attempt], Episode],
+    engine: Engine,
+    config: RolloutConfig,
+    stopped: Callable[[], bool],
 ) -> Iterator[Trajectory]:
     active: list[Episode] = []  # slot number and place in this list are the same thing
     calls: CallPool[Episode, Reply] = CallPool(config.env_timeout)
     try:
         with engine.session():
-            while attempts or active:
+            while (attempts or active) and not stopped():
                 # 1. Free slots get new episodes.
                 while attempts and len(active) < min(config.num_slots, engine.num_slots):
                     active.append(start(attempts.popleft()))

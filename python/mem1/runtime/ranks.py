@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 _Value = TypeVar("_Value")
+_ASK_EVERY = 0.1  # seconds
 _TIMEOUT = timedelta(hours=2)  # of one exchange: somebody else may still be at an environment
 
 
@@ -19,16 +23,20 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    store: distributed.Store | None = None  # what all can read and write at any time
 
     @classmethod
     def join(cls, device: torch.device) -> Ranks:
         """Those of the process group that there is, or that torchrun wants; else this process alone."""
-        if not distributed.is_initialized():
-            if not distributed.is_torchelastic_launched():
-                return cls()
-            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-            distributed.init_process_group(backend, timeout=_TIMEOUT)
-        return cls(distributed.get_rank(), distributed.get_world_size())
+        if distributed.is_initialized():
+            return cls(distributed.get_rank(), distributed.get_world_size())
+        if not distributed.is_torchelastic_launched():
+            return cls()
+        store, rank, size = next(distributed.rendezvous("env://", timeout=_TIMEOUT))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        group = distributed.PrefixStore("group", store)
+        distributed.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=_TIMEOUT)
+        return cls(rank, size, distributed.PrefixStore("ranks", store))
 
     def place(self, device: torch.device) -> torch.device:
         """This one's device of that kind."""
@@ -71,6 +79,29 @@ class Ranks:
         if self.size > 1:
             distributed.all_reduce(values)
         return values
+
+    def done(self, what: str) -> None:
+        """Let the others know, who may be `overdue`. Not called together."""
+        if self.store is not None:
+            self.store.add(what, 1)
+
+    def overdue(self, what: str, seconds: float | None) -> Callable[[], bool]:
+        """Says, asked again and again, whether another rank has been done with `what` for so many seconds;
+        never with None, and where there is no store. Not called together.
+        """
+        store, asked, since = self.store, -math.inf, math.inf
+        if store is None or seconds is None:
+            return lambda: False
+
+        def overdue() -> bool:
+            nonlocal asked, since
+            now = time.monotonic()
+            if since == math.inf and now >= asked + _ASK_EVERY:
+                asked = now
+                since = now if store.add(what, 0) else since
+            return now >= since + seconds
+
+        return overdue
 
     def barrier(self) -> None:
         """Wait for all."""

@@ -33,7 +33,6 @@ from mem1.runtime.ranks import Ranks
 from mem1.seeds import derive_seed
 from mem1.train import checkpoint
 from mem1.train.checkpoint import Place
-from mem1.train.training_episodes import Episodes, describe
 from mem1.train.flops import peak_tflops
 from mem1.train.judging import Judge, judged
 from mem1.train.learner import Learner
@@ -42,6 +41,7 @@ from mem1.train.run_folder import DIVERGED, Resumed, RunFolder
 from mem1.train.sharding import companions, copy_weights, sharded_learner
 from mem1.train.trackers import Trackers
 from mem1.train.trainer_state import TrainerState
+from mem1.train.training_episodes import Episodes, describe
 from mem1.train.warmstart import DrawExample, expert_examples, optimizer_for, warm_start
 from mem1.trajectory import Trajectory
 
@@ -286,6 +286,7 @@ def _updates(
                 "phase": "policy",
                 "step": learner.updates,
                 **describe(trajectories),
+                "late_episodes": config.batch_size - len(trajectories),
                 **verdict,
                 **metrics,
             }

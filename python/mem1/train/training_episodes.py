@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -13,9 +13,13 @@ from mem1.evaluation.results import error_counts
 from mem1.runtime.progress import Progress
 from mem1.runtime.ranks import Ranks
 from mem1.seeds import derive_seed
+from mem1.train.batches import micro_batches
 from mem1.trajectory import FinishReason, Trajectory
 
 _EVALUATED = ("reward", "exact_match", "answered", "turns", "invalid_actions", "peak_tokens")
+
+
+_ALL = 2**62  # episodes
 
 
 class EpisodesFailed(RuntimeError):
@@ -40,14 +44,14 @@ class Episodes:
         self._tasks, self._held_out = tasks, evaluation_tasks
 
     def of_update(self, update: int) -> list[Trajectory]:
-        """In the order of their seeds. EpisodesFailed if too many have."""
+        """In the order of their seeds, without those that nobody waited for. EpisodesFailed if too many have
+        failed.
+        """
         config = self._config
         count = config.batch_size // config.group_size
         seeds = [derive_seed(config.seed, "training", update, i) for i in range(count)]
         tasks = self._tasks and [self._tasks[update * count + i] for i in range(count)]
-        played = self._played(seeds, tasks, config.group_size, f"update {update + 1}: rollout")
-        _check_failures(played, config.max_failed)
-        return played
+        return self._played(seeds, tasks, config.group_size, f"update {update + 1}: rollout")
 
     def evaluation(self, updates: int) -> dict[str, float]:
         """What the policy earns in episodes that nobody is trained on, sampled as in training; nothing where
@@ -58,36 +62,45 @@ class Episodes:
             return {}
         seeds = evaluation_seeds(config.seed, config.evaluation_episodes)
         tasks = self._held_out and [self._held_out[i] for i in range(len(seeds))]
-        played = self._played(seeds, tasks, 1, f"update {updates}: evaluation")
-        _check_failures(played, config.max_failed)
-        found = describe(played)
+        found = describe(self._played(seeds, tasks, 1, f"update {updates}: evaluation"))
         return {f"evaluation_{name}": found[name] for name in _EVALUATED}
 
     def _played(
         self, seeds: list[int], tasks: list[Any] | None, group_size: int, name: str
     ) -> list[Trajectory]:
-        place = {seed: i for i, seed in enumerate(seeds)}
-        mine = range(self._ranks.rank, len(seeds), self._ranks.size)
+        ranks, place = self._ranks, {seed: i for i, seed in enumerate(seeds)}
+        (mine,) = micro_batches(list(map(_length, tasks or seeds)), _ALL, ranks.size)[ranks.rank]
+        own, given = [seeds[i] for i in mine], tasks and [tasks[i] for i in mine]
+        late = ranks.overdue(name, self._config.scale.max_wait)
         played = []
         with self._progress.phase(name, len(mine) * group_size) as phase:
-            if mine:
-                own, given = [seeds[i] for i in mine], tasks and [tasks[i] for i in mine]
-                for trajectory in self._play(seeds=own, tasks=given, group_size=group_size):
-                    played.append(trajectory)
-                    phase.advance(note=trajectory.error_kind)
-        everyone = [trajectory for theirs in self._ranks.gather(played) for trajectory in theirs]
+            for trajectory in self._play(seeds=own, tasks=given, group_size=group_size, stopped=late):
+                played.append(trajectory)
+                phase.advance(note=trajectory.error_kind)
+        ranks.done(name)
+        everyone = [trajectory for theirs in ranks.gather(played) for trajectory in theirs]
+        _check_failures(everyone, len(seeds) * group_size, self._config.max_failed)
         return sorted(everyone, key=lambda t: (place[t.seed], t.sampling_seed))  # not by the clock
 
 
-def _check_failures(trajectories: list[Trajectory], max_failed: float) -> None:
+def _length(task: Any) -> int:
+    """How long an episode is expected to be, in any unit: it has turns for each of its questions."""
+    questions = task.get("questions") if isinstance(task, Mapping) else getattr(task, "questions", None)
+    return max(1, len(questions)) if isinstance(questions, Sequence) else 1
+
+
+def _check_failures(trajectories: list[Trajectory], expected: int, max_failed: float) -> None:
     failed = [t for t in trajectories if t.error_kind]
-    if len(failed) > max_failed * len(trajectories) or len(failed) == len(trajectories):
-        kinds = ", ".join(f"{kind} {count}" for kind, count in error_counts(failed).items())
-        raise EpisodesFailed(
-            f"{len(failed)} of {len(trajectories)} episodes failed ({kinds}), after "
-            f"{sum(len(t.failures) for t in failed)} more attempts; the first: "
-            f"{failed[0].finish_reason}: {failed[0].error}"
-        )
+    late = expected - len(trajectories)
+    if len(failed) + late <= max_failed * expected and len(failed) < len(trajectories):
+        return
+    kinds = [f"{kind} {count}" for kind, count in error_counts(failed).items()]
+    kinds += [f"late {late}"] if late else []
+    told = f"{len(failed) + late} of {expected} episodes failed ({', '.join(kinds)})"
+    if failed:
+        attempts = sum(len(t.failures) for t in failed)
+        told += f", after {attempts} more attempts; the first: {failed[0].finish_reason}: {failed[0].error}"
+    raise EpisodesFailed(told)
 
 
 def describe(trajectories: list[Trajectory]) -> dict[str, Any]:

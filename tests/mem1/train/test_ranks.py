@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +73,93 @@ def test_a_state_that_lacks_what_the_run_has_is_refused(tmp_path, make_model, to
     learner("grpo").restore(saved.values, saved)
     with pytest.raises(InputError, match="path: expected a state of this run's models, got 'none of critic."):
         learner("ppo").restore(saved.values, saved)
+
+
+KILLS = 4
+
+
+def killed(command: list[str], seconds: float, draw: random.Random) -> int | None:
+    """Its status, or None where it was killed: all its processes at once, or one rank."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if ranks and draw.random() < 0.5:
+            os.kill(int(draw.choice(ranks)), signal.SIGKILL)
+            process.wait(timeout=120)  # torchrun ends the others
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        return None
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_come_to_the_same_bits(tmp_path):
+    settings = [
+        "--save-every",
+        "1",
+        "--max-updates",
+        "8",
+        "--rollout.synchronous=true",
+        "--warmstart.save_every=4",
+    ]
+    command = [*LAUNCH, "2", "-m", "mem1", "train", *FEW.split(), *settings, "--out"]
+    began = time.monotonic()
+    assert killed([*command, str(tmp_path / "whole")], 300, random.Random(0)) == 0
+    whole = time.monotonic() - began
+    draw, kills, status = random.Random(3), 0, None
+    while status is None:
+        resume = ["--resume"] if (tmp_path / "parts" / "train.json").is_file() else []
+        limit = draw.uniform(0.3, 1.0) * whole if kills < KILLS else 300.0
+        status = killed([*command, str(tmp_path / "parts"), *resume], limit, draw)
+        kills += status is None
+    assert status == 0 and kills >= 2
+    one, other = (
+        [{k: v for k, v in r.items() if "second" not in k} for r in records(tmp_path / name)]
+        for name in ("whole", "parts")
+    )
+    assert one == other and [r["step"] for r in one if r["phase"] == "policy"] == list(range(1, 9))
+    models = [checkpoint.load(tmp_path / name).model.state_dict() for name in ("whole", "parts")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+    assert not list((tmp_path / "parts").rglob(".*")), "no leftovers"
+
+
+SLOW_WORLD = '''
+import time
+from mem1.envs.toy.multihop import MultiHopEnv
+
+class Slow(MultiHopEnv):
+    """One of its episodes takes far longer than the others."""
+
+    run_inline = False
+
+    def step(self, action):
+        if self.number == 3:
+            time.sleep(2.0)
+        return super().step(action)
+
+    def reset(self, seed, task=None):
+        self.number = 0 if task is None else task["id"]
+        return super().reset(seed)
+'''
+
+
+@pytest.mark.slow
+def test_the_slowest_rank_is_waited_for_at_most_so_long(tmp_path, make_model, tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("slow_world.py").write_text(SLOW_WORLD)
+    Path("tasks.jsonl").write_text("".join(json.dumps({"id": n}) + "\n" for n in range(4)))
+    init = checkpoint.save(tmp_path / "init", make_model(), tokenizer)
+    own = ["--environment", "slow_world:Slow", "--tasks", "tasks.jsonl", "--init", str(init)]
+    few = "--batch-size 4 --max-turns 40 --max-action-tokens 8 --threads 1 --max-updates 2 --num-slots 4"
+    command = ["-m", "mem1", "train", *own, *few.split(), "--out", "run", "--scale.max_wait=1"]
+    began = time.monotonic()
+    done = subprocess.run([*LAUNCH, "2", *command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert time.monotonic() - began < 70, "not 40 turns of 2 s"
+    found = records(tmp_path / "run")
+    assert [record["late_episodes"] for record in found] == [1, 1]
+    assert all(record["turns"] > 1 and record["errors"] == {} for record in found)
