@@ -224,6 +224,8 @@ class AlgorithmConfig:
     gamma: float = 1.0  # of ppo, as lam
     lam: float = 1.0
     group_std: bool = True  # grpo: divide by the standard deviation of a group
+    critic: Literal["own", "shared"] = "own"  # of ppo: a trunk of its own, or a head on the policy's
+    value_coef: float = 0.1  # weight of a shared trunk's value loss beside the policy's
     whiten: bool | None = None  # advantages, over the batch's tokens; None: where the algorithm does, ppo
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -262,8 +264,9 @@ class AlgorithmConfig:
         require_numbers(self, "clip_high")
         require_numbers(self, "value_clip max_grad_norm", above=True)
         require_numbers(self, "actor_lr critic_lr", 0.0, 1.0, above=True)
-        require_numbers(self, "kl_coef entropy_coef state_weight action_weight")
+        require_numbers(self, "value_coef kl_coef entropy_coef state_weight action_weight")
         require_numbers(self, "format_reward", -1e6, 1e6)
+        require_choice(self, "critic", ("own", "shared"))
         require_choice(self, "kl_placement", ("reward", "loss"))
         require_choice(self, "kl_estimator", ("k1", "k2", "k3"))
         require_flags(self, "bootstrap_turn_limit group_std freeze_embeddings")

@@ -92,10 +92,7 @@ class Critic(nn.Module):
     def __init__(self, trunk: nn.Module, width: int) -> None:
         super().__init__()
         self.trunk = trunk
-        self.head = nn.Linear(width, 1)
-        # Zero, so that a new critic says 0 everywhere and the first advantages are the returns themselves.
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = _value_head(width)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, mem1_mask: TrajectoryMask) -> Tensor:
         """input_ids and position_ids int64 [B, N]; returns values [B, N] in the dtype of the weights."""
@@ -104,6 +101,20 @@ class Critic(nn.Module):
         ).last_hidden_state
         # A copy: what hooks a sharded module has on its output, they lose on a view.
         return self.head(hidden).squeeze(-1).clone()
+
+
+def _value_head(width: int) -> nn.Linear:
+    head = nn.Linear(width, 1)
+    # Zero, so that a new critic says 0 everywhere and the first advantages are the returns themselves.
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def build_value_head(actor: PreTrainedModel) -> nn.Linear:
+    """What makes a value of the hidden state of a token, for a critic that shares the trunk of the actor."""
+    weight = cast(Any, actor.get_output_embeddings()).weight
+    return to_dtype(_value_head(weight.shape[1]).to(weight.device), weight.dtype)
 
 
 def build_critic(actor: PreTrainedModel) -> Critic:

@@ -104,19 +104,25 @@ class Policy(nn.Module):
     """A causal language model whose forward ends in what training wants of it.
 
     All that needs the weight of the output layer happens inside `forward`: where the model is sharded, that
-    is where a rank has it whole.
+    is where a rank has it whole. value_head: of a critic that shares the trunk, [H] -> [1].
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, value_head: nn.Module | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.value_head = model, value_head
 
-    def forward(self, stream: PackedBatch, finish: Callable[[Tensor, OutputLayer], _Result]) -> _Result:
-        """What `finish` makes of the hidden states [M, H] from which the policy's tokens are predicted, and
-        of the output layer.
+    def forward(
+        self,
+        stream: PackedBatch,
+        finish: Callable[[Tensor, OutputLayer], _Result],
+        everywhere: bool = False,
+    ) -> _Result:
+        """What `finish` makes of the hidden states [M, H] from which the policy's tokens are predicted, with
+        `everywhere` of those of all rows [N, H], and of the output layer.
         """
         hidden = self.model.get_decoder()(**stream.inputs(), use_cache=False).last_hidden_state[0]
-        return finish(hidden[stream.layout.logit_rows], output_layer(self.model))
+        chosen = hidden if everywhere else hidden[stream.layout.logit_rows]
+        return finish(chosen, output_layer(self.model))
 
 
 class WithoutAdapters:

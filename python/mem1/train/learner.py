@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from mem1.checks import require
 from mem1.config import AlgorithmConfig, Regime
 from mem1.engine.output_layer import OutputLayer
 from mem1.models.adapters import adapted_layers
-from mem1.models.build import without_dropout
+from mem1.models.build import build_value_head, without_dropout
 from mem1.runtime.ranks import Ranks
 from mem1.train.advantages import Experience, set_advantages
 from mem1.train.batches import (
@@ -33,22 +32,21 @@ from mem1.train.batches import (
 from mem1.train.flops import Work, update_flops
 from mem1.train.optim import AdamW
 from mem1.train.trainer_state import TrainerState
+from mem1.train.update_metrics import LARGEST_LOG, by_turn, explained_variance, extreme, summary
 from mem1.trajectory import Trajectory
 from mem1_core.ops import clipped_value_loss, fused_linear_ppo_loss
 from mem1_core.reference import kl_estimate
-from mem1_core.segments import by_policy
-
-_LARGEST_LOG = 20.0  # of a ratio, as the loss has it
 
 
 class Learner:
     """The state of a training run: its models and their optimisers.
 
     actor and reference: causal language models with attention "mem1", or a `Policy` of one; the reference of
-    an actor with adapters is `WithoutAdapters` of its policy. critic: module
-    with `forward(input_ids, position_ids, mem1_mask) -> values [B, N]`, for "ppo" only. `reference` may be
-    None only if `config.kl_coef` is 0. ranks: of several, each has a part of the weights (`sharding.shard`),
-    and all call every method, with the same arguments.
+    an actor with adapters is `WithoutAdapters` of its policy. critic: module with
+    `forward(input_ids, position_ids, mem1_mask) -> values [B, N]`, for "ppo" with a critic of its own trunk
+    only; one that shares the actor's is the policy's `value_head`. `reference` may be None only if
+    `config.kl_coef` is 0. ranks: of several, each has a part of the weights (`sharding.shard`), and all call
+    every method, with the same arguments.
     """
 
     def __init__(
@@ -63,10 +61,14 @@ class Learner:
     ) -> None:
         if reference is None and config.kl_coef:
             raise ValueError(f"reference: expected a frozen model for kl_coef = {config.kl_coef}, got None")
-        if (critic is not None) != (config.name == "ppo"):
-            expected = "one" if config.name == "ppo" else "None"
-            raise ValueError(f"critic: expected {expected} for {config.name}, got {type(critic).__name__}")
-        self.policy, self.critic = actor if isinstance(actor, Policy) else Policy(actor), critic
+        own, shared = (config.name == "ppo" and config.critic == kind for kind in ("own", "shared"))
+        if (critic is not None) != own:
+            kind = f"{config.name} with a shared trunk" if shared else config.name
+            expected = "one" if own else "None"
+            raise ValueError(f"critic: expected {expected} for {kind}, got {type(critic).__name__}")
+        if not isinstance(actor, Policy):
+            actor = Policy(actor, build_value_head(actor) if shared else None)
+        self.policy, self.critic = actor, critic
         wrapped = reference is None or isinstance(reference, (Policy, WithoutAdapters))
         self.reference = reference if wrapped else Policy(reference)
         self._adapted = bool(adapted_layers(self.policy))
@@ -75,7 +77,7 @@ class Learner:
         self.device = next(actor.parameters()).device
         self.optimizers = {
             name: AdamW(model.parameters(), betas=(0.9, 0.95), max_grad_norm=config.max_grad_norm)
-            for name, model in (("actor", self.policy), ("critic", critic))
+            for name, model in (("actor", self.actor), ("critic", critic or actor.value_head))
             if model is not None
         }
         self.updates = 0
@@ -111,7 +113,7 @@ class Learner:
         as their gradients had no finite norm. Raises Diverged when these do not end.
         """
         config = self.config
-        train_actor = self.critic is None or self.updates >= config.critic_only_updates
+        train_actor = "critic" not in self.optimizers or self.updates >= config.critic_only_updates
         tokens = sum(len(e.old_logprob) for e in batch)
         normalizer = tokens * min(config.mini_batch_size / len(batch), 1.0)
         steps: list[dict[str, float]] = []
@@ -122,7 +124,7 @@ class Learner:
                 steps.append(self.step(part, train_actor, normalizer))
                 stepped()
         self.updates += 1
-        return _summary(steps, tokens * config.epochs)
+        return summary(steps, tokens * config.epochs)
 
     @torch.no_grad()
     def prepare(self, trajectories: list[Trajectory]) -> tuple[list[Experience], dict[str, Any]]:
@@ -170,10 +172,10 @@ class Learner:
         metrics |= {
             "dlogp_max": float(error.max()),
             "dlogp_mean": float(error.mean()),
-            "dlogp_turns": _by_turn(error.cpu(), trajectories),
+            "dlogp_turns": by_turn(error.cpu(), trajectories),
             "kl_reference": float(kl_estimate(old, ref, "k3").mean()),
         }
-        if self.critic is not None:
+        if "critic" in self.optimizers:
             value = torch.cat([e.old_value for e in batch if e.old_value is not None])
             returns = torch.cat([e.returns for e in batch])
             metrics["value_mean"] = float(value.mean())
@@ -192,16 +194,25 @@ class Learner:
         ref = old
         if self.reference is not None:
             ref = recompute_logprobs(self.reference, stream, self.temperature)
-        columns = [old, ref]
-        if self.critic is not None:
-            values = self.critic(**stream.inputs())[0].float()
+        columns, values = [old, ref], self._values(stream)
+        if values is not None:
             columns.append(values[stream.layout.logit_rows])
         parts = list(zip(*(column.split(stream.counts) for column in columns), strict=True))
         found, end = [], 0
         for (trajectory, length), part in zip(trajectories, parts[: len(trajectories)], strict=True):
             end += length
-            valued = (None, None) if self.critic is None else (part[2], values[end - 1])
+            valued = (None, None) if values is None else (part[2], values[end - 1])
             found.append(Experience(trajectory, *part[:2], *valued, part[0], part[0], rows=length))
+        return found
+
+    def _values(self, stream: PackedBatch) -> Tensor | None:
+        """Of all rows, fp32 [N]; None without a critic."""
+        if self.critic is not None:
+            return self.critic(**stream.inputs())[0].float()  # type: ignore[no-any-return]
+        head = self.policy.value_head
+        if head is None:
+            return None
+        found: Tensor = self.policy(stream, lambda hidden, _: head(hidden)[:, 0].float(), everywhere=True)
         return found
 
     def step(
@@ -223,7 +234,7 @@ class Learner:
         for group in self._mine([e.rows for e in batch]):
             part = [batch[i] for i in group]
             stream = pack([e.trajectory for e in part], self.regime, self.device)
-            if self.critic is not None:
+            if self.critic is not None or ("critic" in self.optimizers and not train_actor):
                 _add(sums, self._value_step(part, stream, normalizer))
             if train_actor:
                 found, log_ratio = self._policy_step(part, stream, normalizer)
@@ -246,25 +257,43 @@ class Learner:
             result[f"{name}_grad_norm"] = optimizer.step(rate)
         if train_actor:
             everyone = [ratio for theirs in self.ranks.gather([float(r) for r in ratios]) for ratio in theirs]
-            result["ratio_max"] = math.exp(min(_extreme(max, everyone), _LARGEST_LOG))
-            result["ratio_min"] = math.exp(_extreme(min, everyone))
+            result["ratio_max"] = math.exp(min(extreme(max, everyone), LARGEST_LOG))
+            result["ratio_min"] = math.exp(extreme(min, everyone))
         return result
 
     def _value_step(self, part: list[Experience], stream: PackedBatch, normalizer: float) -> dict[str, float]:
-        """The critic's gradients of one stream. Metrics are sums over its tokens."""
-        assert self.critic is not None
-        everything = torch.ones_like(stream.targets, dtype=torch.bool)
+        """The gradients of one stream of a critic, of a shared one those of its head. Metrics are sums over
+        its tokens.
+        """
+        if self.critic is not None:
+            value = self.critic(**stream.inputs())[0, stream.layout.logit_rows].float()
+            loss, sums = self._value_loss(value, part, normalizer)
+        else:
+            loss, sums = self.policy(
+                stream, lambda hidden, _: self._value_loss(self._shared(hidden.detach()), part, normalizer)
+            )
+        loss.backward()
+        self.optimizers["critic"].collect()
+        return sums
+
+    def _shared(self, hidden: Tensor) -> Tensor:
+        """Values fp32 [n] of hidden states [n, H] of the policy's trunk."""
+        assert self.policy.value_head is not None
+        return self.policy.value_head(hidden)[:, 0].float()  # type: ignore[no-any-return]
+
+    def _value_loss(
+        self, value: Tensor, part: list[Experience], normalizer: float
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Of values [M], and sums of metrics over the tokens."""
         empty = torch.empty(0, device=self.device)
         old_value, returns = (
             torch.cat([empty, *(getattr(e, name) for e in part)]) for name in ("old_value", "returns")
         )
-        value = self.critic(**stream.inputs())[0, stream.layout.logit_rows].float()
+        everything = torch.ones_like(value, dtype=torch.bool)
         loss, clipped = clipped_value_loss(
             value, old_value, returns, everything, self.config.value_clip, normalizer=normalizer
         )
-        loss.backward()
-        self.optimizers["critic"].collect()
-        return {
+        return loss, {
             "value_loss": float(loss.detach()) * normalizer,
             "value_clip_fraction": float(clipped) * len(value),
         }
@@ -282,7 +311,12 @@ class Learner:
         if config.rollout_is_cap is not None:
             drawn = torch.cat([empty, *(e.rollout_logprob() for e in part)])
 
+        valued: tuple[Tensor, dict[str, float]] = torch.zeros((), device=self.device), {}
+
         def finish(hidden: Tensor, head: OutputLayer) -> tuple[Tensor, dict[str, Tensor]]:
+            nonlocal valued
+            if self.policy.value_head is not None:
+                valued = self._value_loss(self._shared(hidden), part, normalizer)
             return fused_linear_ppo_loss(
                 hidden,
                 head.weight,
@@ -306,13 +340,16 @@ class Learner:
             )
 
         loss, metrics = self.policy(stream, finish)
-        loss.backward()
-        self.optimizers["actor"].collect()
+        value_loss, value_sums = valued
+        (loss + config.value_coef * value_loss).backward()
+        for optimizer in self.optimizers.values():
+            optimizer.collect()
         tokens = sum(stream.counts)
         sums = {name: float(metrics[name]) * tokens for name in ("kl", "entropy", "clip_fraction")}
         if not tokens:  # means of none
             sums = dict.fromkeys(sums, 0.0)
         sums["policy_loss"] = float(loss.detach()) * normalizer
+        sums |= value_sums
         return sums, metrics["logprob"] - joined("old_logprob")
 
     @property
@@ -332,10 +369,10 @@ class Learner:
 
     def tensors(self, known: Container[str] = ()) -> dict[str, Tensor]:
         """By name; this rank's parts. Those in `known`, names of a saved state, are made if need be."""
-        models = {"actor": self.policy, "critic": self.critic}
+        models = {"actor.model": self.actor, "critic": self.critic or self.policy.value_head}
         found: dict[str, Tensor] = {}
-        for name, optimizer in self.optimizers.items():
-            named = {f"{name}.{key}": p for key, p in models[name].named_parameters()}  # type: ignore[union-attr]
+        for (name, optimizer), (prefix, model) in zip(self.optimizers.items(), models.items(), strict=False):
+            named = {f"{prefix}.{key}": p for key, p in model.named_parameters()}  # type: ignore[union-attr]
             found |= optimizer.tensors(named, known, alone=name == "critic" or self._adapted)
         if isinstance(self.reference, nn.Module):
             found |= {f"reference.{key}": p.detach() for key, p in self.reference.named_parameters()}
@@ -355,14 +392,6 @@ class Learner:
         self.updates = values["updates"]
 
 
-def explained_variance(returns: Tensor, value: Tensor) -> float:
-    """1 - Var(returns - value) / Var(returns), of [n] each; NaN where the returns are all the same."""
-    # They are sums of advantages and values: what is the same differs by rounding.
-    if returns.std(unbiased=False) <= 1e-6 * returns.abs().max():
-        return math.nan
-    return float(1 - (returns - value).var(unbiased=False) / returns.var(unbiased=False))
-
-
 def _moved(experience: Experience, device: torch.device | str) -> Experience:
     """With its tensors there."""
     tensors = {name: value for name, value in vars(experience).items() if isinstance(value, Tensor)}
@@ -372,33 +401,3 @@ def _moved(experience: Experience, device: torch.device | str) -> Experience:
 def _add(sums: dict[str, float], more: dict[str, float]) -> None:
     for name, value in more.items():
         sums[name] = sums.get(name, 0.0) + value
-
-
-def _extreme(which: Callable[[list[float]], float], values: list[float]) -> float:
-    """`max` or `min`; NaN if there is one, which these would forget or keep by the order."""
-    return math.nan if any(map(math.isnan, values)) else which(values)
-
-
-def _by_turn(values: Tensor, trajectories: list[Trajectory]) -> list[float]:
-    """Means over the policy's tokens of each turn, from the first."""
-    written = [segment for t in trajectories for segment in t.segments if by_policy(segment.kind)]
-    lengths = torch.tensor([segment.length for segment in written])
-    turns = torch.tensor([segment.turn - 1 for segment in written]).repeat_interleave(lengths)
-    sums = torch.zeros(int(turns.max()) + 1, dtype=torch.float64).index_add_(0, turns, values.double())
-    return (sums / torch.bincount(turns).clamp(min=1)).tolist()
-
-
-def _summary(steps: list[dict[str, float]], tokens: int) -> dict[str, float]:
-    """The metrics of an update from those of its steps, which saw `tokens` policy tokens in all."""
-    result: dict[str, float] = {"skipped_steps": 0}
-    for name in steps[0]:
-        values = [step[name] for step in steps]
-        if name in ("ratio_max", "ratio_min"):
-            result[name] = _extreme(max if name == "ratio_max" else min, values)
-        elif name.endswith("grad_norm"):
-            taken = [value for value in values if math.isfinite(value)]
-            result["skipped_steps"] += len(values) - len(taken)
-            result[name] = fmean(taken) if taken else math.nan
-        elif name != "tokens":
-            result[name] = sum(step[name] * step["tokens"] for step in steps) / tokens
-    return result

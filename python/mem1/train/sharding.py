@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from mem1.checks import require
 from mem1.config import TrainConfig
 from mem1.models.adapters import add_adapters
-from mem1.models.build import Critic, build_critic, to_dtype
+from mem1.models.build import Critic, build_critic, build_value_head, to_dtype
 from mem1.runtime.ranks import Ranks
 from mem1.seeds import derive_seed
 from mem1.train.batches import Policy, WithoutAdapters
@@ -97,10 +97,11 @@ def freeze_embeddings(actor: Any, critic: Critic | None) -> None:
 
 
 def companions(actor: Any, config: TrainConfig) -> tuple[Critic | None, Any | None]:
-    """What an actor learns with: its critic, and its frozen reference, which an actor with adapters is itself
-    (None). Actor and critic get their adapters here.
+    """What an actor learns with: its critic, if that has a trunk of its own, and its frozen reference, which
+    an actor with adapters is itself (None). Actor and critic get their adapters here.
     """
-    critic = build_critic(actor) if config.algorithm.name == "ppo" else None
+    own = config.algorithm.name == "ppo" and config.algorithm.critic == "own"
+    critic = build_critic(actor) if own else None
     if not config.lora.rank:
         wanted = config.algorithm.kl_coef > 0
         return critic, copy.deepcopy(actor).requires_grad_(False) if wanted else None
@@ -130,7 +131,8 @@ def sharded_learner(
                 (enable or model.gradient_checkpointing_enable)()
     if config.algorithm.freeze_embeddings:
         freeze_embeddings(actor, critic)
-    policy = Policy(actor)
+    shared = config.algorithm.name == "ppo" and config.algorithm.critic == "shared"
+    policy = Policy(actor, build_value_head(actor) if shared else None)
     frozen: Policy | WithoutAdapters | None = None if reference is None else Policy(reference)
     if config.lora.rank and config.algorithm.kl_coef:
         frozen = WithoutAdapters(policy)

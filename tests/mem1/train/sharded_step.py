@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
-from mem1.config import AlgorithmConfig, ModelConfig
+from mem1.config import AlgorithmConfig, LoraConfig, ModelConfig
 from mem1.envs.toy.tokenizer import build_tokenizer
-from mem1.models.build import build_critic, build_model
+from mem1.models.adapters import add_adapters
+from mem1.models.build import build_critic, build_model, build_value_head
 from mem1.runtime.ranks import Ranks
-from mem1.train.batches import Policy
+from mem1.train.batches import Policy, WithoutAdapters
 from mem1.train.learner import Learner
 from mem1.train.optim import AdamW
 from mem1.train.sharding import freeze_embeddings, shard, whole
@@ -39,6 +40,8 @@ class Case(NamedTuple):
     tied: bool = True
     replicas: int = 1
     frozen: bool = False
+    shared: bool = False  # the critic's trunk
+    rank: int = 0  # of adapters
 
 
 CASES = (
@@ -48,6 +51,8 @@ CASES = (
     Case("ppo", 400, regime="reencode", tied=False),
     Case("ppo", 150, replicas=2),
     Case("ppo", 150, regime="reencode", frozen=True),
+    Case("ppo", 150, shared=True),
+    Case("ppo", 150, rank=4),
     Case("grpo", 10**6),
     Case("grpo", 150, checkpointing=True),
     Case("grpo", 1),
@@ -57,6 +62,7 @@ CASES = (
 def settings(case: Case) -> AlgorithmConfig:
     return AlgorithmConfig(
         name=case.algorithm,  # type: ignore[arg-type]
+        critic="shared" if case.shared else "own",
         kl_coef=0.05,
         kl_placement="reward" if case.algorithm == "ppo" else "loss",
         entropy_coef=0.01,
@@ -74,7 +80,7 @@ def settings(case: Case) -> AlgorithmConfig:
 def update(case: Case, trajectories: list[Trajectory], ranks: Ranks) -> dict[str, Any]:
     actor: Any = build_model(build_tokenizer(), replace(MODEL, tie_word_embeddings=case.tied), 3)
     config = settings(case)
-    critic = build_critic(actor) if case.algorithm == "ppo" else None
+    critic = build_critic(actor) if case.algorithm == "ppo" and not case.shared else None
     reference = Policy(copy.deepcopy(actor).requires_grad_(False))
     with torch.no_grad():  # away from the reference and from the sampler
         for n, parameter in enumerate(actor.parameters()):
@@ -85,11 +91,22 @@ def update(case: Case, trajectories: list[Trajectory], ranks: Ranks) -> dict[str
         freeze_embeddings(actor, critic)
     if case.checkpointing:
         actor.gradient_checkpointing_enable()
-    policy = Policy(actor)
+    policy = Policy(actor, build_value_head(actor) if case.shared else None)
+    if case.shared:
+        torch.nn.init.constant_(policy.value_head.weight, 0.02)  # type: ignore[union-attr, arg-type]
+    without: Any = reference
+    if case.rank:
+        for n, model in enumerate((actor, critic and critic.trunk)):
+            if model is not None:
+                add_adapters(model, LoraConfig(rank=case.rank), n)
+                for name, parameter in model.named_parameters():
+                    if ".lora_B" in name:
+                        torch.nn.init.constant_(parameter, 0.01)
+        without = WithoutAdapters(policy)
     for module, model in ((policy, actor), (reference, reference.model), (critic, critic and critic.trunk)):
         if module is not None:
             shard(module, model, ranks, replicas=min(case.replicas, ranks.size))
-    learner = Learner(policy, critic, reference, config, case.regime, ranks=ranks)  # type: ignore[arg-type]
+    learner = Learner(policy, critic, without, config, case.regime, ranks=ranks)  # type: ignore[arg-type]
     batch, metrics = learner.prepare(trajectories)
     # What was sampled is what the policy was before it moved: ratios are not 1, some are clipped.
     for experience in batch:
