@@ -307,6 +307,7 @@ class ScaleConfig:
     replicas: int = 1  # of all that is in parts, each over ranks / replicas (HSDP): a node's, as a rule
     activation_checkpointing: bool = False  # activations of a layer are computed again in the backward
     cpu_offload: bool = False  # parameters and states wait in the host's memory; CUDA, several ranks
+    background_saves: bool = False  # of checkpoints, from a copy in the host's memory
     # Seconds from when a first rank has played its episodes until the others leave out those that are not
     # over; None: as long as it takes.
     max_wait: float | None = None
@@ -321,7 +322,7 @@ class ScaleConfig:
             require_integers(self, "ranks", 1)
             whole_nodes = self.ranks % self.replicas == 0
             require(whole_nodes, "replicas", f"a divisor of ranks={self.ranks}", self.replicas)
-        require_flags(self, "activation_checkpointing cpu_offload")
+        require_flags(self, "activation_checkpointing cpu_offload background_saves")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     store: distributed.Store | None = None  # what all can read and write at any time
+    group: distributed.ProcessGroup | None = None  # through which they exchange; None: the usual one
 
     @classmethod
     def join(cls, device: torch.device) -> Ranks:
@@ -46,6 +47,10 @@ class Ranks:
         torch.cuda.set_device(mine)
         return mine
 
+    def apart(self) -> Ranks:
+        """The same, for a thread of each of them: what they exchange does not meet with what others do."""
+        return replace(self, group=distributed.new_group(backend="gloo")) if self.size > 1 else self
+
     @property
     def first(self) -> bool:
         """Whether this is the one that writes and speaks."""
@@ -56,7 +61,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        distributed.all_gather_object(found, value)
+        distributed.all_gather_object(found, value, group=self.group)
         return found
 
     def broadcast(self, value: _Value) -> _Value:
@@ -64,7 +69,7 @@ class Ranks:
         if self.size == 1:
             return value
         found: list[Any] = [value]
-        distributed.broadcast_object_list(found, src=0)
+        distributed.broadcast_object_list(found, src=0, group=self.group)
         return found[0]
 
     @torch.no_grad()
@@ -72,12 +77,12 @@ class Ranks:
         """Give all the weights that the first has, in place."""
         if self.size > 1:
             for tensor in module.state_dict().values():
-                distributed.broadcast(tensor, src=0)
+                distributed.broadcast(tensor, src=0, group=self.group)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all, the same bits for each."""
         if self.size > 1:
-            distributed.all_reduce(values)
+            distributed.all_reduce(values, group=self.group)
         return values
 
     def done(self, what: str) -> None:
@@ -106,4 +111,4 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for all."""
         if self.size > 1:
-            distributed.barrier()
+            distributed.barrier(group=self.group)

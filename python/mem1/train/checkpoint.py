@@ -84,13 +84,38 @@ def save(
     there is something at `path` already (a folder cannot be replaced in one go), Diverged, and writes
     nothing, for numbers that are not finite, the trainer's included.
     """
-    path, ranks = Path(path), ranks or Ranks()
+    path, ranks, tensors = Path(path), ranks or Ranks(), tensors or {}
+    check(path, model, tensors, ranks)
+    write(path, model, weights_of(model), tokenizer, values, tensors, score=score, ranks=ranks)
+    return path
+
+
+def check(path: Path, model: Any, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """What `save` raises before it writes."""
     if path.exists():
         raise InputError(f"path: expected a name that is free, got {str(path)!r}")
-    tensors = tensors or {}
     name = next(filter(None, ranks.gather(not_finite([*model.state_dict().items(), *tensors.items()]))), "")
     if name:
         raise Diverged(f"model: expected finite weights to save, got others in {name}")
+
+
+def weights_of(model: Any) -> dict[str, Tensor]:
+    """What a model is saved with."""
+    return merged_weights(model) if adapted_layers(model) else model.state_dict()
+
+
+def write(
+    path: Path,
+    model: Any,
+    weights: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    values: Mapping[str, Any] | None,
+    tensors: Mapping[str, Tensor],
+    *,
+    score: float | None,
+    ranks: Ranks,
+) -> None:
+    """`save` of what has been checked. weights: `weights_of` the model or a copy, of the first rank alone."""
     fresh = ranks.broadcast(unfinished(path))
     if ranks.first:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,8 +123,7 @@ def save(
     try:
         if ranks.first:
             with without_bars():
-                merged = merged_weights(model) if adapted_layers(model) else None
-                model.save_pretrained(fresh, state_dict=merged)
+                model.save_pretrained(fresh, state_dict=weights)
                 tokenizer.save_pretrained(fresh)
             if score is not None:
                 (fresh / _SCORE).write_text(json.dumps({"score": score}))
@@ -116,7 +140,6 @@ def save(
     finally:
         if ranks.first:
             shutil.rmtree(fresh, ignore_errors=True)
-    return path
 
 
 def load(path: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu") -> Checkpoint:

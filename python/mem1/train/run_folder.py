@@ -9,12 +9,14 @@ diverged.jsonl                 the trajectories of an update whose gradients sta
 
 from __future__ import annotations
 
+import copy
 import errno
 import fcntl
 import json
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from mem1.io import atomic_write, leftovers, link, sync, unfinished
 from mem1.runtime.ranks import Ranks
 from mem1.train import checkpoint
 from mem1.train.checkpoint import CHECKPOINTS, PHASES, Checkpoint, Place, numbered, score_of
+from mem1.train.host_copies import host_copies
 
 CONFIG, METRICS = "train.json", "metrics.jsonl"
 DIVERGED = "diverged.jsonl"
@@ -36,7 +39,8 @@ _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems on
 FREE = frozenset(
     "max_updates evaluate_every evaluation_episodes save_every keep max_failed trackers device threads "
     "warmstart.save_every algorithm.max_tokens_per_micro_batch "
-    "scale.ranks scale.replicas scale.activation_checkpointing scale.cpu_offload scale.tflops "
+    "scale.ranks scale.replicas scale.activation_checkpointing scale.cpu_offload scale.background_saves "
+    "scale.max_wait scale.tflops "
     "rollout.num_slots rollout.kv_memory rollout.max_num_batched_tokens "
     "rollout.env_timeout rollout.env_retries rollout.episode_retries".split()
 )
@@ -55,8 +59,11 @@ class RunFolder:
     it cannot be one.
     """
 
-    def __init__(self, path: Path, keep: int = 2) -> None:
+    def __init__(self, path: Path, keep: int = 2, background: bool = False) -> None:
         self.path, self.keep = path, keep
+        self._background = ThreadPoolExecutor(1) if background else None
+        self._saving: Future[None] | None = None
+        self._apart: Ranks | None = None  # of that thread
         self.metrics = path / METRICS
         self.settings: dict[str, Any] = {}  # with "init"
         self._lock: int | None = None
@@ -126,7 +133,15 @@ class RunFolder:
         return Resumed(loaded, before["init"], notes)
 
     def close(self) -> None:
-        """Let others have the folder."""
+        """Finish what is being saved, and let others have the folder."""
+        try:
+            self._wait()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._background is not None:
+            self._background.shutdown()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -138,7 +153,7 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.close()
+            self._let_go()
             raise InputError(
                 f"out: expected a run that nobody else works on, got {str(self.path)!r}"
             ) from None
@@ -176,13 +191,28 @@ class RunFolder:
     ) -> None:
         """Save a checkpoint and remove old ones: the newest `keep` stay, and the one of the highest score.
         All of `ranks` call it, as `checkpoint.save`.
+
+        In the background what it needs is copied first; whatever goes wrong then, the next call raises, or
+        `close`.
         """
         ranks = ranks or Ranks()
+        self._wait()
         if ranks.first and self.metrics.exists():
             sync(self.metrics)  # first: steps that are saved are not done again
+        path, tensors = self.path / CHECKPOINTS / str(place), tensors or {}
+        checkpoint.check(path, model, tensors, ranks)
+        weights = checkpoint.weights_of(model) if ranks.first else {}
         values = values | {"settings": self.settings}
-        path = self.path / CHECKPOINTS / str(place)
-        checkpoint.save(path, model, tokenizer, values, tensors, score=score, ranks=ranks)
+        if self._background:
+            self._apart = self._apart or ranks.apart()
+            weights, tensors, ranks = host_copies(weights), host_copies(tensors), self._apart
+            given = path, model, weights, tokenizer, copy.deepcopy(values), tensors
+            self._saving = self._background.submit(self._save, *given, score=score, ranks=ranks)
+        else:
+            self._save(path, model, weights, tokenizer, values, tensors, score=score, ranks=ranks)
+
+    def _save(self, *given: Any, score: float | None, ranks: Ranks) -> None:
+        checkpoint.write(*given, score=score, ranks=ranks)
         if not ranks.first:
             return
         self._link()
@@ -190,6 +220,12 @@ class RunFolder:
         for old in numbered(self.path)[self.keep :]:
             if old != best:
                 _remove(old)
+
+    def _wait(self) -> None:
+        """Until what is saved in the background is on disk."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def _best(self) -> Path | None:
         """The checkpoint of the highest score, the newest of these."""

@@ -93,7 +93,7 @@ def train(
     )
     device = pick_device(config.device)
     ranks = Ranks.join(device)
-    device, run = ranks.place(device), RunFolder(Path(out), config.keep)
+    device, run = ranks.place(device), RunFolder(Path(out), config.keep, config.scale.background_saves)
     progress = progress if ranks.first else Progress(log=lambda line: None)
 
     with Interrupts() as interrupts, closing(run), ExitStack() as stack:

@@ -96,7 +96,9 @@ def write(
     if tensors:
         writer = HuggingFaceStorageWriter(str(folder / TENSORS), save_distributed=True)
         with _quiet():
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=ranks is None or ranks.size == 1)
+            alone = ranks is None or ranks.size == 1
+            group = None if ranks is None else ranks.group
+            dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=alone)
     if ranks is None or ranks.first:
         text = json.dumps({"values": values, "tensors": shapes}, allow_nan=False)
         (folder / VALUES).write_text(text)

@@ -114,7 +114,8 @@ def test_two_processes_that_are_killed_come_to_the_same_bits(tmp_path):
     while status is None:
         resume = ["--resume"] if (tmp_path / "parts" / "train.json").is_file() else []
         limit = draw.uniform(0.3, 1.0) * whole if kills < KILLS else 300.0
-        status = killed([*command, str(tmp_path / "parts"), *resume], limit, draw)
+        out = [str(tmp_path / "parts"), "--scale.background_saves=true"]
+        status = killed([*command, *out, *resume], limit, draw)
         kills += status is None
     assert status == 0 and kills >= 2
     one, other = (

@@ -136,7 +136,7 @@ def test_the_second_half_goes_on_from_the_first(tmp_path, unbroken):
         (train, "rollout", 2, 2),  # of update 3
         (Learner, "prepare", 2, 2),
         (Learner, "step", 4, 3),  # in the middle of update 3, which is finished
-        (checkpoint, "save", 1, None),
+        (checkpoint, "write", 1, None),
     ],
 )
 def test_an_interrupted_run_loses_nothing(
@@ -201,14 +201,14 @@ def test_two_signals_in_a_step_of_the_warm_start_save_no_half_of_it(tmp_path, un
 def test_a_signal_in_the_last_save_is_not_swallowed(tmp_path, monkeypatch):
     config = replace(CONFIG, max_updates=1)
     with monkeypatch.context() as patch:
-        save = checkpoint.save
+        save = checkpoint.write
 
         def signalled(path, *arguments, **how):
             if path.name.startswith("policy"):
                 os.kill(os.getpid(), signal.SIGTERM)
             return save(path, *arguments, **how)
 
-        patch.setattr(checkpoint, "save", signalled)
+        patch.setattr(checkpoint, "write", signalled)
         with pytest.raises(Interrupted):
             run(config, tmp_path)
     assert checkpoint.load(tmp_path).trainer["learner"]["updates"] == 1
