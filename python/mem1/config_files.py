@@ -49,7 +49,7 @@ def take_dotted(arguments: Sequence[str]) -> tuple[Settings, list[str]]:
     of it. Values are YAML. Of names without a section, those that are no option's as well (`--init`).
     """
     settings: Settings = {}
-    single = {name for name in _types() if "." not in name} - {*_OPTIONS}
+    single = {name for name in setting_types() if "." not in name} - {*_OPTIONS}
     rest, given = [], iter(arguments)
     for argument in given:
         name, equals, value = argument.partition("=")
@@ -88,7 +88,7 @@ def typed(settings: Mapping[str, Any]) -> Settings:
     """The same with values of the types of `TrainConfig`. InputError for names that it does not have, with
     the nearest one that it has, and for values that are of no such type.
     """
-    known = _types()
+    known = setting_types()
     sections = {name.partition(".")[0] for name in known if "." in name}
     result: Settings = {}
     for name, value in settings.items():
@@ -102,7 +102,7 @@ def typed(settings: Mapping[str, Any]) -> Settings:
 
 
 def _typed(name: str, value: Any) -> Any:
-    known = _types()
+    known = setting_types()
     if name not in known:
         sections = {full.partition(".")[0]: full.partition(".")[0] for full in known}
         last = {full.rpartition(".")[2]: full for full in known} | {full: full for full in known} | sections
@@ -129,7 +129,7 @@ def _told(hint: Any) -> str:
 @cache
 def _parser(name: str) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=_types()[name])
+    parser.add_argument("--value", type=setting_types()[name])
     return parser
 
 
@@ -174,8 +174,8 @@ _READ = {"rollout.format": tag_format, "rollout.prune": prune_rule, "environment
 
 
 @cache
-def _types() -> dict[str, Any]:
-    """Of every setting by its full name."""
+def setting_types() -> dict[str, Any]:
+    """The type of every setting, by its full name."""
     return dict(_each(TrainConfig, ""))
 
 
