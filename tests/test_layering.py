@@ -87,7 +87,7 @@ PYTHON = {
         "mem1.checks mem1.parsing.tags mem1.seeds mem1_core.eviction_policies mem1_core.layout"
     ),
     "mem1.config_files": May(
-        "yaml jsonargparse mem1.checks mem1.config mem1.named_objects mem1.parsing.tags"
+        "yaml jsonargparse mem1.checks mem1.config mem1.envs.worlds mem1.named_objects mem1.parsing.tags"
     ),
     "mem1.named_objects": May("mem1.checks"),
     "mem1.trajectory": May(

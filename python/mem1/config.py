@@ -301,7 +301,7 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ScaleConfig:
-    """How a model that learns is laid out in memory. None of it changes what is learned."""
+    """How a model that learns is laid out in memory. None of it but `max_wait` changes what is learned."""
 
     ranks: int | None = None  # processes, each with a GPU of its own, that a run is made for; None: any
     replicas: int = 1  # of all that is in parts, each over ranks / replicas (HSDP): a node's, as a rule
@@ -312,9 +312,11 @@ class ScaleConfig:
     # over; None: as long as it takes.
     max_wait: float | None = None
     tflops: float | None = None  # the peak of a GPU, for the share of it; None: of those that are known
+    gpu_memory: float = 80.0  # of a GPU, in GB, for plans
 
     def __post_init__(self) -> None:
         require_integers(self, "replicas", 1)
+        require_numbers(self, "gpu_memory", 0.001, 1e6)
         for name in ("max_wait", "tflops"):
             if getattr(self, name) is not None:
                 require_numbers(self, name, above=True)

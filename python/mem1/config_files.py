@@ -13,35 +13,79 @@ own train.json is such a file, too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from mem1.checks import InputError, require
+from mem1.checks import InputError, has_type, require
 from mem1.config import TrainConfig
+from mem1.envs.worlds import DEFAULT, WORLDS
 from mem1.named_objects import imported
 from mem1.parsing.tags import FORMATS, TagFormat
 
 Settings = dict[str, Any]  # nested, by section
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose plain words are what they look like: of YAML 1.1's, 010 is 8, 1:30 is 90, and "no" False.
+    A key stands once in a mapping.
+    """
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        found: set[Any] = set()
+        for key, _ in node.value:
+            name = key.value
+            if name in found:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} stands twice", key.start_mark)
+            found.add(name)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _words, _first in (
+    ("null", r"null|~|", "n~"),
+    ("bool", r"true|false", "tf"),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+        "-+.0123456789",
+    ),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}",
+        re.compile(f"^(?:{_words})$"),
+        [*_first, *([""] if _tag == "null" else [])],
+    )
+
+
+def _load(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506
+
+
 _OPTIONS = ("environment", "device", "threads", "keep", "seed")  # of the command line, by the same names
 
 
 def read(path: Path) -> Settings:
-    """What a YAML file says. InputError for what is none, or no mapping."""
+    """What a YAML file says; `section.name: value` is taken as it is on the command line. InputError for what
+    is none, or no mapping.
+    """
     try:
-        found = yaml.safe_load(path.read_text())
+        found = _load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: expected a file of settings, got none: {error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # of numbers that are too long, the last
         raise InputError(f"{path}: expected YAML, got other text: {' '.join(str(error).split())}") from None
     require(found is None or isinstance(found, dict), str(path), "a mapping of settings", found)
-    return found or {}
+    return merged(*(_nested(str(name), value) for name, value in (found or {}).items()))
 
 
 def take_dotted(arguments: Sequence[str]) -> tuple[Settings, list[str]]:
@@ -62,15 +106,24 @@ def take_dotted(arguments: Sequence[str]) -> tuple[Settings, list[str]]:
                 rest.append(argument)
                 continue
             value = found
-        *sections, last = name[2:].split(".")
-        place = settings
-        for section in sections:
-            place = place.setdefault(section, {})
-        try:
-            place[last] = yaml.safe_load(value)
-        except yaml.YAMLError:  # a text such as "a: b: c"
-            place[last] = value
+        settings = merged(settings, _nested(name[2:], _value(name[2:], value)))
     return settings, rest
+
+
+def _value(name: str, text: str) -> Any:
+    """What a text on the command line stands for: what a setting may be as a text it is, as it is."""
+    hint = setting_types().get(name, Any)
+    if hint is not Any and name not in _READ and has_type(text, hint):
+        return None if text == "null" and has_type(None, hint) else text
+    try:
+        return _load(text)
+    except (yaml.YAMLError, RecursionError, ValueError):  # such as "a: b: c"
+        return text
+
+
+def _nested(name: str, value: Any) -> Settings:
+    first, dot, rest = name.partition(".")
+    return {first: _nested(rest, value) if dot else value}
 
 
 def merged(*layers: Mapping[str, Any]) -> Settings:
@@ -114,9 +167,14 @@ def _typed(name: str, value: Any) -> Any:
             return _READ[name](value)
         except InputError as error:
             raise InputError(f"{name}: {error}") from None
+    if isinstance(value, str) and not has_type(value, known[name]):
+        value = _value("", value)  # as "1e-6", which YAML files of others have
     try:
+        # It takes None for "not given", and texts for numbers as YAML 1.1 has them.
+        readable = has_type(value, known[name]) or not isinstance(value, (str, NoneType))
+        require(readable, name, _told(known[name]), value)
         return _parser(name).parse_object({"value": value}).value
-    except ArgumentError:
+    except (ArgumentError, OverflowError, ValueError):
         raise InputError(f"{name}: expected {_told(known[name])}, got {value!r}") from None
 
 
@@ -164,9 +222,33 @@ def _environment(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise InputError(f"expected a section of settings, got {value!r}")
     found = dict(value)
-    if isinstance(found.get("objectives"), list):
-        found["objectives"] = tuple(found["objectives"])
+    for name in found:
+        if not isinstance(name, str):
+            raise InputError(f"expected names of settings, got {name!r}")
+    named = found.get("name", DEFAULT)
+    if not isinstance(named, str) or (":" not in named and named not in WORLDS):
+        raise InputError(f"name: expected MODULE:NAME or one of {', '.join(WORLDS)}, got {named!r}")
+    if "objectives" in found:
+        try:
+            found["objectives"] = interval(found["objectives"])
+        except InputError as error:
+            raise InputError(f"objectives: {error}") from None
     return found
+
+
+def interval(value: Any) -> int | tuple[int, int] | None:
+    """Of 2, "2", "1-4" or [1, 4]. InputError for anything else."""
+    if isinstance(value, str):
+        low, dash, high = value.partition("-")
+        ends = [
+            int(end) if end.isascii() and end.isdecimal() else end for end in ([low, high] if dash else [low])
+        ]
+        value = ends if dash else ends[0]
+    if has_type(value, tuple[int, int]):
+        return (value[0], value[1])
+    if not has_type(value, int | None):
+        raise InputError(f"expected a number or an interval such as 1-4, got {value!r}")
+    return value  # type: ignore[no-any-return]
 
 
 # What more than one type can stand for.
@@ -192,9 +274,13 @@ def _each(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
 def made(settings: Mapping[str, Any]) -> TrainConfig:
     """Of typed settings. InputError for values that the dataclasses refuse."""
     hints = get_type_hints(TrainConfig)
-    arguments = {
-        name: hints[name](**value) if is_dataclass(hints[name]) else value for name, value in settings.items()
-    }
+    arguments = dict(settings)
+    for name, value in settings.items():
+        if is_dataclass(hints[name]):
+            try:
+                arguments[name] = hints[name](**value)
+            except InputError as error:
+                raise InputError(f"{name}.{error}") from None
     return TrainConfig(**arguments)
 
 

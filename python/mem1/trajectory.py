@@ -130,7 +130,11 @@ class Trajectory:
     @cached_property
     def mask(self) -> TrajectoryMask:
         """What each token saw when it was made: the table that also drove the pruning of the KV cache."""
-        return TrajectoryLayout.from_segments(self.segments, prune=self.prune).mask
+        return self.layout().mask
+
+    @cached_property
+    def _layouts(self) -> dict[str, TrajectoryLayout]:
+        return {}
 
     @cached_property
     def policy_mask(self) -> Tensor:
@@ -161,8 +165,11 @@ class Trajectory:
         return rewards.float()
 
     def layout(self, regime: Regime = "carry") -> TrajectoryLayout:
-        """The stream on which a trainer recomputes this trajectory's log-probs."""
-        return TrajectoryLayout.from_segments(self.segments, regime=regime, prune=self.prune)
+        """The stream on which a trainer recomputes this trajectory's log-probs; made once."""
+        if regime not in self._layouts:
+            made = TrajectoryLayout.from_segments(self.segments, regime=regime, prune=self.prune)
+            self._layouts[regime] = made
+        return self._layouts[regime]
 
     def peak_tokens(self, prompt: bool = True) -> int:
         """The most tokens that are live at once; without the prompt's own if `prompt` is False."""

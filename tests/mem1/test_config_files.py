@@ -84,6 +84,22 @@ def test_yaml_there_and_back(config):
         ({"rollout": {"format": {"a": 1}}}, "^rollout.format: format: expected a table of state"),
         ({"rollout": {"prune": "no:thing"}}, "^rollout.prune: expected MODULE:NAME, got 'no:thing'"),
         ({7: 1}, "^7: expected the name of a setting"),
+        ({"max_updates": None}, "^max_updates: expected int, got None"),
+        ({"seed": "010"}, "^seed: expected int, got '010'"),
+        ({"algorithm": {"kl_coef": "1:30"}}, "^algorithm.kl_coef: expected float, got '1:30'"),
+        ({"algorithm": {"kl_coef": 10**400}}, "^algorithm.kl_coef: expected float, got 1000"),
+        ({"environment": None}, "^environment: expected a section of settings, got None"),
+        ({"environment": {"name": "nope"}}, "^environment: name: expected MODULE:NAME or one of multihop"),
+        ({"environment": {"name": None}}, "^environment: name: expected MODULE:NAME or one of multihop"),
+        ({"environment": {1: 2}}, "^environment: expected names of settings, got 1"),
+        (
+            {"environment": {"objectives": {"a": 1}}},
+            "^environment: objectives: expected a number or an interval",
+        ),
+        (
+            {"environment": {"objectives": "2-x"}},
+            "^environment: objectives: expected a number or an interval",
+        ),
     ],
 )
 def test_what_is_no_setting_is_refused_by_name(settings, message):
@@ -115,10 +131,33 @@ def test_files_that_are_none(tmp_path):
     assert read(tmp_path / "empty.yaml") == {}
 
 
+def test_plain_words_are_what_they_look_like(tmp_path):
+    file = tmp_path / "words.yaml"
+    file.write_text(
+        "a: 010\nb: 1:30\nc: no\nd: on\ne: 1e-6\nf: .5\ng: 12\nh: null\ni:\nj: true\nk: 2020-01-01\nl: 1.\n"
+    )
+    words = {"a": "010", "b": "1:30", "c": "no", "d": "on", "e": 1e-6, "f": 0.5, "g": 12, "h": None}
+    assert read(file) == words | {"i": None, "j": True, "k": "2020-01-01", "l": 1.0}
+    file.write_text("algorithm: {lam: 0.5}\nalgorithm.gamma: 0.9\nrollout.format.state: null\n")
+    assert read(file) == {"algorithm": {"lam": 0.5, "gamma": 0.9}, "rollout": {"format": {"state": None}}}
+    for text in ("seed: 1\nseed: 2\n", "algorithm: {lam: 1}\nalgorithm: {gamma: 1}\n", "a: {b: 1, b: 2}"):
+        file.write_text(text)
+        with pytest.raises(InputError, match="stands twice"):
+            read(file)
+    file.write_text("seed: " + "9" * 5000)
+    with pytest.raises(InputError, match="expected YAML, got other text"):
+        read(file)
+
+
+def test_objectives_as_the_command_has_them():
+    for given, expected in ((2, 2), ("2", 2), ("1-4", (1, 4)), ([1, 4], (1, 4)), (None, None), (0, 0)):
+        assert typed({"environment": {"objectives": given}}) == {"environment": {"objectives": expected}}
+
+
 def test_settings_of_a_command_line():
     line = ["train", "--a.b=1e-3", "x.yaml", "--out", "a.b", "--c.d.e", "[1, 2]", "--init", "m", "--seed=3"]
     assert take_dotted(line) == (
-        {"a": {"b": "1e-3"}, "c": {"d": {"e": [1, 2]}}, "init": "m"},
+        {"a": {"b": 1e-3}, "c": {"d": {"e": [1, 2]}}, "init": "m"},
         ["train", "x.yaml", "--out", "a.b", "--seed=3"],
     )
     assert take_dotted(["--a.b=c: d: e", "--batch_size=3"]) == ({"a": {"b": "c: d: e"}, "batch_size": 3}, [])
@@ -152,6 +191,31 @@ def test_what_counts_more(told, tmp_path, capsys):
     }
     other = told(str(file), "--environment", "updates", "--init", "m", "--environment-args", '{"noise": 0.5}')
     assert other.environment == {"name": "updates", "noise": 0.5, "passage_tokens": 0}, "not hops of another"
+    file.write_text(
+        "environment: {name: multihop, objectives: 2, passage_tokens: 10}\nrollout: {format: official}\n"
+    )
+    same = told(str(file), "--environment", "multihop", "--objectives", "3")
+    assert same.environment == {"passage_tokens": 10, "hops": 2, "objectives": (3, 3)}
+    other = told(str(file), "--environment", "updates", "--environment.objectives=3", "--model", "m")
+    assert other.environment == {"name": "updates", "passage_tokens": 0, "objectives": 3}
+    part = told(str(file), "--rollout.format.turn_hint={turns_left} left").rollout.format
+    assert part == replace(OFFICIAL, turn_hint="{turns_left} left")
+    system = told("--rollout.system=hello: world #1").rollout.system
+    assert system == "hello: world #1" and told("--rollout.system=null").rollout.system is None
+    for arguments, message in (
+        (["--environment.objectives=0"], "objectives: expected a number or a rising interval"),
+        (
+            ["--warmstart.steps=5", "--model", "m"],
+            "warmstart-steps: expected none beside model, got {'steps': 5}",
+        ),
+        (["--algorithm.max_grad_norm=0"], "algorithm.max_grad_norm: expected a finite number > 0, got 0"),
+        (["--rollout.max_turns=null"], "rollout.max_turns: expected int, got None"),
+    ):
+        assert main(["train", *arguments, "--out", str(tmp_path / "run")]) == 2
+        assert message in capsys.readouterr().err
+    file.write_text("environment: retrieval-qa\n")
+    assert main(["train", str(file), "--model", "m", "--objectives", "1"]) == 2
+    assert "environment: expected a section of settings, got 'retrieval-qa'" in capsys.readouterr().err
     assert main(["train", str(file), "--hops", "3", "--environment-args", '{"hops": 2}']) == 2
     assert "hops: expected it here or in environment-args, not both, got 3" in capsys.readouterr().err
 

@@ -99,6 +99,8 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("--actor-lr", type=float, help="learning rate of the policy")
     add("--critic-lr", type=float, help="learning rate of the critic")
     add("--kl-coef", type=float, help="weight of the KL to the first policy")
+    add("--evaluate-every", type=_positive, help="updates; in episodes that nobody is trained on")
+    add("--evaluation-episodes", type=_positive, help="of one evaluation")
     add("--save-every", type=_positive, help="updates from checkpoint to checkpoint")
     add("--keep", type=_positive, help="checkpoints: the newest, beside the best")
     add("--track", choices=TRACKERS, nargs="+", help="where records go beside metrics.jsonl")
@@ -108,9 +110,7 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
     add = command("plan", "what a run needs of each GPU, and how long an update takes").add_argument
     add("config", type=Path, help="YAML of settings, such as those in recipes/; --section.name=value as well")
     add("--trajectories", type=Path, help=".jsonl of episodes like those to come (default: the longest)")
-    add("--mfu", type=float, default=0.4, help="share of --tflops that forwards and backwards reach")
-    add("--tflops", type=float, default=989.0, help="of a GPU: bf16, dense; an H100's and an H200's")
-    add("--gpu-memory", type=float, default=80.0, help="of a GPU, in GB")
+    add("--mfu", type=float, default=0.4, help="share of the peak that forwards and backwards reach")
     add("--json", action="store_true", help="print a JSON object in place of a table")
 
     what = "agents on the same weights side by side: answers, memory and time"

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,17 @@ from mem1.checks import InputError, require
 from mem1.commands.loading import check_writable, read_trajectories
 from mem1.commands.world_options import closing, environment_record, rollout_config, world_of
 from mem1.config import RolloutConfig, TrainConfig
-from mem1.config_files import Settings, made, merged, read, to_yaml, typed
+from mem1.config_files import Settings, made, merged, read, tag_format, to_yaml, typed
 from mem1.envs.toy.training import toy_training
 from mem1.envs.worlds import DEFAULT
 from mem1.io import ignore_closed_pipe
 from mem1.named_objects import imported
-from mem1.parsing.tags import MEM1
+from mem1.parsing.tags import MEM1, TagFormat
 from mem1.runtime.progress import Progress
+from mem1.runtime.ranks import Ranks
 from mem1.train.plan import plan
 from mem1.train.train_loop import train
+from mem1_core.eviction_policies import qualified_name
 
 # Options by the settings that they stand for; the others have the names of their settings.
 _SETTINGS = {
@@ -61,15 +63,14 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
         except KeyboardInterrupt:
             progress.log(f"stopped; the same options with --resume go on from what is in {out}")
             raise
-    progress.log(f"checkpoint and metrics are in {out}")
+    if Ranks.current().first:
+        progress.log(f"checkpoint and metrics are in {out}")
 
 
 def run_plan(options: argparse.Namespace, progress: Progress) -> None:
     config, _ = resolved(options)
     played = None if options.trajectories is None else read_trajectories(options.trajectories)
-    require(options.gpu_memory > 0, "gpu-memory", "a number of GB > 0", options.gpu_memory)
-    gpu_bytes = round(options.gpu_memory * 1e9)
-    found = plan(config, played, mfu=options.mfu, tflops=options.tflops, gpu_bytes=gpu_bytes)
+    found = plan(config, played, mfu=options.mfu)
     if options.json:
         with ignore_closed_pipe(sys.stdout):
             print(json.dumps(found.to_dict()), flush=True)
@@ -82,31 +83,28 @@ def resolved(options: argparse.Namespace) -> tuple[TrainConfig, argparse.Namespa
     by its full name. And its world, as the options of other commands have it.
     """
     given = {name: value for name, value in vars(options).items() if value is not None}
-    said = read(options.config) if options.config else {}
-    settings = typed(merged(said, _settings(given), options.settings))
+    layers = [read(options.config) if options.config else {}, _settings(given), options.settings]
+    for layer in layers:
+        typed(layer)  # each by itself: what one says wrong, another must not hide
+    said, *over = map(_with_table, layers)
+    chosen = merged(*over).get("environment", {}).get("name")
+    if chosen not in (None, said.get("environment", {}).get("name", DEFAULT)):
+        said = {**said, "environment": {}}  # of another world
+    settings = typed(merged(said, *over))
     environment = settings.pop("environment", {})
-    before = said.get("environment")
-    if "environment" in given and isinstance(before, Mapping) and before.get("name") != environment["name"]:
-        environment = {
-            key: value for key, value in environment.items() if key not in before.keys() - {"name"}
-        }
     init, objectives = settings.get("init"), environment.pop("objectives", None)
     name = environment.pop("name", DEFAULT)
     if init is not None:
-        require(
-            "warmstart_steps" not in given,
-            "warmstart-steps",
-            "none beside model",
-            given.get("warmstart_steps"),
-        )
+        for steps in (given.get("warmstart_steps"), options.settings.get("warmstart")):
+            require(steps is None, "warmstart-steps", "none beside model", steps)
     elif name != DEFAULT:
         raise InputError(f"model: expected one for an environment other than {DEFAULT}, got none")
-    else:
-        objectives = objectives or (1, 4)
+    elif objectives is None:
+        objectives = (1, 4)
     rollout = settings.pop("rollout", {})
     free = {"format": MEM1, "max_info_tokens": None, "max_turns": None}
     world = argparse.Namespace(
-        environment=imported(name) if isinstance(name, str) and ":" in name else name,
+        environment=imported(name) if ":" in name else name,
         tasks=environment.pop("tasks", None),
         environment_args=environment,
         hops=None,
@@ -114,7 +112,7 @@ def resolved(options: argparse.Namespace) -> tuple[TrainConfig, argparse.Namespa
         turn_hint=given.get("turn_hint", False),
         **free | rollout,
     )
-    record = environment_record(world) | ({"objectives": objectives} if objectives else {})
+    record = environment_record(world) | ({} if objectives is None else {"objectives": objectives})
     most = max(objectives) if isinstance(objectives, tuple) else objectives
     config = made(settings | {"environment": record, "rollout": vars(rollout_config(world, most))})
     return config, world
@@ -126,14 +124,23 @@ def _settings(given: Mapping[str, Any]) -> Settings:
         (n for n in ("hops", "passage_tokens") if n in given and n in given.get("environment_args", ())), None
     )
     require(twice is None, str(twice), "it here or in environment-args, not both", given.get(str(twice)))
-    found: Settings = {"environment": dict(given.get("environment_args", {}))}
+    found: Settings = {"environment": dict(given["environment_args"])} if "environment_args" in given else {}
     for name, value in given.items():
         if name == "environment":
-            found["environment"]["name"] = value
+            named = value if isinstance(value, str) else qualified_name(value)
+            found.setdefault("environment", {})["name"] = named
         elif name in _SETTINGS:
             section, _, last = _SETTINGS[name].rpartition(".")
             (found.setdefault(section, {}) if section else found)[last] = value
     return found
+
+
+def _with_table(layer: Settings) -> Settings:
+    """With the table of a format in the place of its name, so that a part of it can be said."""
+    rollout = layer.get("rollout")
+    if not isinstance(rollout, Mapping) or not isinstance(rollout.get("format"), (str, TagFormat)):
+        return layer
+    return {**layer, "rollout": {**rollout, "format": asdict(tag_format(rollout["format"]))}}
 
 
 @contextmanager

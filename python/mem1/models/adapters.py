@@ -6,6 +6,7 @@ at zero, so the model is at first what it was; switched off, it is so again.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,12 +35,15 @@ def add_adapters(model: nn.Module, config: LoraConfig, seed: int) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             peft.inject_adapter_in_model(settings, model)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise InputError(
             f"lora.target_modules: expected layers of the model, got {targets!r}: {error}"
         ) from None
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if hasattr(output, "base_layer"):  # whose weight the losses read
+        raise InputError(f"lora.target_modules: expected no output layer among them, got {targets!r}")
     for name, parameter in model.named_parameters():
-        if ".lora_" in name and parameter.device.type != "meta":
+        if ".lora_" in name:
             parameter.data = parameter.data.float()
 
 
@@ -59,6 +63,13 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+
+
+@torch.no_grad()
+def checksum(model: nn.Module) -> list[float]:
+    """Of all weights: what tells a model from another for which adapters were not made."""
+    sums = [(p.double().sum(), p.double().abs().sum()) for p in model.parameters() if p.device.type != "meta"]
+    return [float(sum(column)) for column in zip(*sums, strict=True)]
 
 
 @torch.no_grad()

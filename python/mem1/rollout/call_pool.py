@@ -73,14 +73,17 @@ class CallPool(Generic[_Key, _Value]):
             call.over(deadline - time.monotonic())
         self._detached = []
 
-    def collect(self, at_least: int = 0) -> list[tuple[_Key, _Value | BaseException]]:
-        """The results since the last time; waits until there are `at_least` so many, or all that are
-        pending.
+    def collect(
+        self, at_least: int = 0, patience: float = math.inf
+    ) -> list[tuple[_Key, _Value | BaseException]]:
+        """The results since the last time; waits until there are `at_least` so many, or all that are pending,
+        but no longer than `patience` seconds.
         """
         found: list[tuple[_Key, _Value | BaseException]] = []
+        until = time.monotonic() + patience
         while self._pending:
-            wait = len(found) < at_least
-            nearest = min(call.deadline for _, call in self._pending.values())
+            wait = len(found) < at_least and time.monotonic() < until
+            nearest = min(until, *(call.deadline for _, call in self._pending.values()))
             timeout = nearest - time.monotonic() if wait else 0.0
             try:
                 number, result = self._finished.get(timeout=max(timeout, 0.0))

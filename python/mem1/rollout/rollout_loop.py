@@ -32,6 +32,7 @@ from mem1.seeds import derive_seed
 from mem1.trajectory import Failure, FinishReason, Trajectory
 
 _MANY = 1 / 6  # of the rows
+_PATIENCE = 0.2  # seconds between two looks at whether a rollout is to end
 _LIMITS = "max_prompt_tokens max_turns max_action_tokens max_info_tokens".split()
 
 
@@ -211,14 +212,15 @@ def _run(
 ) -> Iterator[Trajectory]:
     active: list[Episode] = []  # slot number and place in this list are the same thing
     calls: CallPool[Episode, Reply] = CallPool(config.env_timeout)
+    ended = False
     try:
         with engine.session():
-            while (attempts or active) and not stopped():
+            while (attempts or active) and not (ended := stopped()):
                 # 1. Free slots get new episodes.
                 while attempts and len(active) < min(config.num_slots, engine.num_slots):
                     active.append(start(attempts.popleft()))
                 # 2. Actions go to the environments, replies come back.
-                _poll_environments(active, calls, config)
+                _poll_environments(active, calls, config, stopped)
                 # 3. One forward over what is pending, the prunes that are due, one token more.
                 _step(active, engine, config)
                 # 4. Finished episodes leave; one that its environment has failed is played again later.
@@ -237,7 +239,8 @@ def _run(
     finally:  # it may be given up in the middle
         for episode in active:
             _close(episode, calls)
-        calls.wait_detached()
+        if not ended:
+            calls.wait_detached()
 
 
 def _close(episode: Episode, calls: CallPool[Episode, Reply]) -> None:
@@ -249,17 +252,28 @@ def _close(episode: Episode, calls: CallPool[Episode, Reply]) -> None:
         calls.detach(call)
 
 
-def _poll_environments(active: list[Episode], calls: CallPool[Episode, Reply], config: RolloutConfig) -> None:
+def _poll_environments(
+    active: list[Episode],
+    calls: CallPool[Episode, Reply],
+    config: RolloutConfig,
+    stopped: Callable[[], bool],
+) -> None:
     """Submit what the environments are to be asked and receive their replies; wait for one if no episode can
-    go on, for all with `synchronous`.
+    go on, for all with `synchronous`, unless it is to be `stopped`.
     """
     for episode in active:
         call = episode.take_call()
         if call is not None:
             calls.submit(episode, call, run_inline=episode.run_inline)
     stuck = not any(episode.pending or episode.finish_reason for episode in active)
-    for episode, reply in calls.collect(at_least=calls.num_pending if config.synchronous else int(stuck)):
-        episode.receive(reply)
+    wanted = calls.num_pending if config.synchronous else int(stuck)
+    while True:
+        replies = calls.collect(at_least=wanted, patience=_PATIENCE)
+        for episode, reply in replies:
+            episode.receive(reply)
+        wanted -= len(replies)
+        if wanted <= 0 or not calls.num_pending or stopped():
+            break
 
 
 def _step(active: list[Episode], engine: Engine, config: RolloutConfig) -> None:

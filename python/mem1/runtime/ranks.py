@@ -29,15 +29,20 @@ class Ranks:
     @classmethod
     def join(cls, device: torch.device) -> Ranks:
         """Those of the process group that there is, or that torchrun wants; else this process alone."""
-        if distributed.is_initialized():
-            return cls(distributed.get_rank(), distributed.get_world_size())
-        if not distributed.is_torchelastic_launched():
-            return cls()
+        if distributed.is_initialized() or not distributed.is_torchelastic_launched():
+            return cls.current()
         store, rank, size = next(distributed.rendezvous("env://", timeout=_TIMEOUT))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         group = distributed.PrefixStore("group", store)
         distributed.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=_TIMEOUT)
         return cls(rank, size, distributed.PrefixStore("ranks", store))
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """Those of the process group that there is; else this process alone."""
+        if not distributed.is_initialized():
+            return cls()
+        return cls(distributed.get_rank(), distributed.get_world_size())
 
     def place(self, device: torch.device) -> torch.device:
         """This one's device of that kind."""

@@ -2,7 +2,8 @@
 
 Of a token a forward costs 2 operations a weight (Kaplan et al. 2020, arXiv 2001.08361), without embeddings;
 of a pair that attention sees, 4 a dimension of each query head and layer; of a token that is predicted, 2 a
-weight of the output layer. A backward costs twice as much. What is computed again is not counted.
+weight of the output layer. A backward costs as much for its inputs, and for the weights that learn again.
+What is computed again is not counted.
 """
 
 from __future__ import annotations
@@ -39,24 +40,26 @@ class Work(NamedTuple):
         return cls(*map(sum, zip(*works, strict=True)))
 
 
-def forward_flops(trunk: nn.Module, work: Work, head: nn.Module | None = None) -> float:
-    """trunk: a decoder of Hugging Face; head: the output layer, where its logits are made."""
+class Flops(NamedTuple):
+    forward: float
+    backward: float
+
+
+def flops(trunk: nn.Module, work: Work, head: nn.Module | None = None) -> Flops:
+    """Of a forward and its backward. trunk: a decoder of Hugging Face; head: the output layer, where its
+    logits are made. A weight that does not learn costs its backward half.
+    """
     config: Any = cast(Any, trunk).config.get_text_config(decoder=True)
     layers, kv_heads, head_dim = cache_shape(config)
     embedding = cast(Any, trunk).get_input_embeddings().weight
-    weights = sum(p.numel() for p in trunk.parameters() if p.dim() > 1 and p is not embedding)
+    matrices = [(p, work.rows) for p in trunk.parameters() if p.dim() > 1 and p is not embedding]
+    if head is not None:
+        matrices.append((cast(Any, head).weight, work.labels))
+    products = sum(2.0 * p.numel() * rows for p, rows in matrices)
+    learned = sum(2.0 * p.numel() * rows for p, rows in matrices if p.requires_grad)
     heads = getattr(config, "num_attention_heads", kv_heads)
-    flops = 2.0 * weights * work.rows + 4.0 * heads * head_dim * layers * work.pairs
-    return flops + (2.0 * cast(Any, head).weight.numel() * work.labels if head is not None else 0.0)
-
-
-def update_flops(actor: Any, critic: Any | None, reference: bool, work: Work, epochs: int) -> float:
-    """Of an update: the log-probs before it, of the reference too, the values, and what learns, forwards and
-    backwards of each epoch.
-    """
-    policy = forward_flops(actor.get_decoder(), work, actor.get_output_embeddings())
-    values = 0.0 if critic is None else forward_flops(critic.trunk, work)
-    return policy * (1 + reference + 3 * epochs) + values * (1 + 3 * epochs)
+    attention = 4.0 * heads * head_dim * layers * work.pairs
+    return Flops(products + attention, products + learned + 2.0 * attention)
 
 
 def peak_tflops(device: torch.device) -> float | None:

@@ -29,7 +29,7 @@ from mem1.train.batches import (
     pack,
     recompute_logprobs,
 )
-from mem1.train.flops import Work, update_flops
+from mem1.train.flops import Work, flops
 from mem1.train.optim import AdamW
 from mem1.train.trainer_state import TrainerState
 from mem1.train.update_metrics import LARGEST_LOG, by_turn, explained_variance, extreme, summary
@@ -113,7 +113,7 @@ class Learner:
         as their gradients had no finite norm. Raises Diverged when these do not end.
         """
         config = self.config
-        train_actor = "critic" not in self.optimizers or self.updates >= config.critic_only_updates
+        train_actor = self._trains_actor
         tokens = sum(len(e.old_logprob) for e in batch)
         normalizer = tokens * min(config.mini_batch_size / len(batch), 1.0)
         steps: list[dict[str, float]] = []
@@ -163,9 +163,7 @@ class Learner:
             for place, trajectory in enumerate(trajectories)
         ]
         metrics: dict[str, Any] = {"advantage_mean": set_advantages(batch, self.config)}
-        metrics["update_flops"] = update_flops(
-            self.actor, self.critic, self.reference is not None, Work.sum(works), self.config.epochs
-        )
+        metrics["update_flops"] = self.update_flops(Work.sum(works), self._trains_actor)
         old, ref = (torch.cat([getattr(e, name) for e in batch]) for name in ("old_logprob", "ref_logprob"))
         sampled = torch.cat([t.logprobs[t.policy_mask] for t in trajectories]).to(self.device)
         error = (old - sampled).abs()
@@ -181,6 +179,23 @@ class Learner:
             metrics["value_mean"] = float(value.mean())
             metrics["explained_variance"] = explained_variance(returns, value)
         return batch, metrics
+
+    @property
+    def _trains_actor(self) -> bool:
+        """In the next update."""
+        return "critic" not in self.optimizers or self.updates >= self.config.critic_only_updates
+
+    def update_flops(self, work: Work, train_actor: bool = True) -> float:
+        """Floating-point operations of an update on that much: of log-probs and values, and of each epoch."""
+        trunk, epochs = self.actor.get_decoder(), self.config.epochs
+        policy = flops(trunk, work, self.actor.get_output_embeddings())
+        total = policy.forward * (1 + (self.reference is not None)) + train_actor * epochs * sum(policy)
+        if self.critic is not None:
+            value = flops(self.critic.trunk, work)  # type: ignore[arg-type]
+            total += value.forward + epochs * sum(value)
+        elif self.policy.value_head is not None:
+            total += flops(trunk, work).forward * (1 + (not train_actor) * epochs)
+        return total
 
     def _mine(self, lengths: list[int]) -> list[list[int]]:
         """This rank's groups of trajectories of so many rows, as many as any rank has; some may be empty."""

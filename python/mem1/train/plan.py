@@ -26,18 +26,19 @@ from mem1.models.build import architecture, check_shape, to_dtype
 from mem1.models.memory_plan import size, weights_bytes
 from mem1.runtime.ranks import Ranks
 from mem1.train.checkpoint import newest
-from mem1.train.flops import Work, update_flops
+from mem1.train.flops import Work
 from mem1.train.learner import Learner
 from mem1.train.optim import local
 from mem1.train.sharding import companions, layers_of, sharded_learner
 from mem1.trajectory import Trajectory
 from mem1_core.eviction_policies import EvictionPolicy
 from mem1_core.integrations.scores import Scores
-from mem1_core.integrations.transformers import NAME, cache_shape
+from mem1_core.integrations.transformers import NAME, cache_shape, register
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.ops.ppo_loss import WORKSPACE_BYTES
 from mem1_core.segments import Segment, by_policy
 
+_TFLOPS = 989.0  # dense products of bf16 on an H100 or H200
 _PROBE = 16  # tokens: what is kept grows with them
 
 
@@ -101,24 +102,23 @@ def plan(
     trajectories: Sequence[Trajectory] | None = None,
     *,
     mfu: float = 0.4,
-    tflops: float = 989.0,
-    gpu_bytes: int = 80 * 10**9,
 ) -> Plan:
     """What a run of these settings needs. Loads no weights and takes hardly any memory.
 
-    trajectories: like those of the run; None: the longest that the settings allow. mfu: the share of `tflops`
-    of a GPU that forwards and backwards reach. gpu_bytes: its memory. InputError for a model that is neither
-    on this machine nor said in `config.model`.
+    trajectories: like those of the run; None: the longest that the settings allow. mfu: the share of a GPU's
+    peak (`config.scale.tflops`, by default an H100's) that forwards and backwards reach. InputError for a
+    model that is neither on this machine nor said in `config.model`.
     """
-    for what, value, most in (("mfu", mfu, 1), ("tflops", tflops, 1e9), ("gpu_bytes", gpu_bytes, 1e18)):
-        require(0 < value <= most, what, f"a number > 0 and <= {most:g}", value)
+    require(0 < mfu <= 1, "mfu", "a number > 0 and <= 1", mfu)
+    gpu_bytes, tflops = round(config.scale.gpu_memory * 1e9), config.scale.tflops or _TFLOPS
     ranks, device = config.scale.ranks or 1, torch.device("cpu" if config.device == "cpu" else "cuda")
     name, model = _model(config)
-    parameters, copied = model.num_parameters(), weights_bytes(model) if ranks > 1 else 0
-    kept, gathered = Kept(model), _gathered_bytes(model) if ranks > 1 else 0
+    parameters = model.num_parameters()
     slot = _slot_bytes(model, config.rollout, device)
     with _as_if(ranks):
         critic, reference = companions(model, config)
+        copied, gathered = (weights_bytes(model), _gathered_bytes(model)) if ranks > 1 else (0, 0)
+        kept = Kept(model)
         learner = sharded_learner(model, critic, reference, config, Ranks(0, ranks))
 
     episodes = [(t.segments, t.prune) for t in trajectories or ()] or [_longest(config.rollout)]
@@ -150,13 +150,14 @@ def plan(
         blocks=round(times * Work.of(layouts["reencode"]).rows),
         per_turn_rows=round(times * sum(map(_per_turn_rows, layouts["carry"], [s for s, _ in episodes]))),
     )
-    flops = update_flops(model, critic, learner.reference is not None, work, config.algorithm.epochs)
+    flops = learner.update_flops(work)
     seconds = flops / (ranks * tflops * 1e12 * mfu)
     return Plan(name, parameters, ranks, gpu_bytes, memory, host, slots, tokens, flops, seconds, mfu)
 
 
 def _model(config: TrainConfig) -> tuple[str, Any]:
     """On the meta device, with its name."""
+    register()
     found = None if config.init is None else _known(config.init)
     with torch.device("meta"):
         if found is not None:

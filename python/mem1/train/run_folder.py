@@ -35,12 +35,13 @@ LAST, BEST = "last", "best"
 
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems on which nobody can be kept out
 
-# Settings that a resumed run may change: they decide how long and where it runs, not what it learns.
+# Settings that a resumed run may change: they decide how long and where it runs, not what it learns
+# (but for `max_wait`, which leaves out what is late).
 FREE = frozenset(
     "max_updates evaluate_every evaluation_episodes save_every keep max_failed trackers device threads "
     "warmstart.save_every algorithm.max_tokens_per_micro_batch "
     "scale.ranks scale.replicas scale.activation_checkpointing scale.cpu_offload scale.background_saves "
-    "scale.max_wait scale.tflops "
+    "scale.max_wait scale.tflops scale.gpu_memory "
     "rollout.num_slots rollout.kv_memory rollout.max_num_batched_tokens "
     "rollout.env_timeout rollout.env_retries rollout.episode_retries".split()
 )

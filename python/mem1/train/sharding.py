@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from mem1.checks import require
 from mem1.config import TrainConfig
 from mem1.models.adapters import add_adapters
-from mem1.models.build import Critic, build_critic, build_value_head, to_dtype
+from mem1.models.build import Critic, build_critic, build_value_head
 from mem1.runtime.ranks import Ranks
 from mem1.seeds import derive_seed
 from mem1.train.batches import Policy, WithoutAdapters
@@ -123,7 +123,7 @@ def sharded_learner(
     whole_nodes = ranks.size % scale.replicas == 0
     require(whole_nodes, "replicas", f"a divisor of the {ranks.size} processes", scale.replicas)
     offloads = not scale.cpu_offload or (ranks.size > 1 and device in ("cuda", "meta"))
-    require(offloads, "cpu_offload", "several processes with a GPU each", f"{ranks.size} on {device}")
+    require(offloads, "cpu_offload", "several processes with a GPU each", f"{ranks.size} process")
     if scale.activation_checkpointing:
         for model in (actor, critic and critic.trunk):
             if model is not None:  # renamed in transformers 5.24
@@ -141,8 +141,9 @@ def sharded_learner(
     parts = [(policy, actor), (frozen, reference), (critic, actor)]
     for module, model in parts if ranks.size > 1 else ():
         if isinstance(module, nn.Module):
-            if module is not frozen:
-                to_dtype(module, torch.float32)
+            for parameter in module.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
             shard(
                 *(module, model, ranks),
                 compute_dtype=dtype,

@@ -23,6 +23,7 @@ from mem1.engine.policy_checks import check_policy
 from mem1.envs.base import Environment, ExpertEnvironment
 from mem1.envs.tasks import TaskStream
 from mem1.io import append_json, atomic_write, without_nan
+from mem1.models.adapters import checksum
 from mem1.models.build import build_model, check_shape, dropouts
 from mem1.models.load import load_report
 from mem1.rollout.rollout_loop import check_positions, make_codec, make_engine, rollout
@@ -107,10 +108,14 @@ def train(
             raise InputError(f"resume: expected the init of the run, {init!r}, got {config.init!r}")
         if goes_on:
             actor, tokenizer, saved = resumed.checkpoint or checkpoint.load(out)
-            if config.lora.rank and init is not None:  # adapters are of this, not of what they made of it
-                actor = checkpoint.load(init, config.model.dtype).model
+            if saved and "adapted" in saved:  # the adapters are of this, not of what they made of it
+                base, known = saved["adapted"]
+                actor = checkpoint.load(base, config.model.dtype).model
+                same = known == checksum(actor)
+                require(same, "init", "the weights that the adapters were made for", base)
         elif init is not None:
-            actor, tokenizer, _ = checkpoint.load(init, config.model.dtype)
+            base = str(checkpoint.newest(init))
+            actor, tokenizer, _ = checkpoint.load(base, config.model.dtype)
             progress.log(str(load_report(actor, tokenizer, init)))
             check_shape(actor, config.model)
         else:
@@ -142,6 +147,7 @@ def train(
             saved = None
 
         # 3. Updates on episodes of the policy.
+        always = {"adapted": [base, checksum(actor)]} if config.lora.rank else {}
         critic, reference = companions(actor, config)
         sampler = actor if ranks.size == 1 else copy.deepcopy(actor).requires_grad_(False)
         learner = sharded_learner(actor, critic, reference, config, ranks)
@@ -160,7 +166,7 @@ def train(
         play = partial(rollout, sampler, tokenizer, make_environment, config=config.rollout, engine=engine)
         episodes = Episodes(play, config, rows, held_out, ranks, progress)
         return _updates(
-            *(learner, sampler, tokenizer, episodes, config, run, saved),
+            *(learner, sampler, tokenizer, episodes, config, run, saved, always),
             *(judge, ranks, trackers, interrupts, progress),
         )
 
@@ -233,13 +239,15 @@ def _updates(
     config: TrainConfig,
     run: RunFolder,
     state: TrainerState | None,
+    always: dict[str, Any],
     judge: Judge | None,
     ranks: Ranks,
     trackers: Trackers,
     interrupts: Interrupts,
     progress: Progress,
 ) -> checkpoint.Checkpoint:
-    rewards: list[float] = state["rewards"] if state else []  # since the last checkpoint that has a score
+    # Of evaluations where there are some, since the last checkpoint that has a score.
+    rewards: list[float] = state["rewards"] if state else []
     saved: int | None = learner.updates if state else None
 
     def save() -> None:
@@ -252,7 +260,7 @@ def _updates(
         score = fmean(rewards) if due and rewards else None
         if score is not None:
             rewards = []
-        values = {"learner": learner.values(), "rewards": rewards}
+        values = {"learner": learner.values(), "rewards": rewards} | always
         place = Place(1, learner.updates)
         run.save(place, sampler, tokenizer, values, learner.tensors(), score=score, ranks=ranks)
 
@@ -290,14 +298,18 @@ def _updates(
                 **verdict,
                 **metrics,
             }
-            learned = time.perf_counter()
-            record |= episodes.evaluation(learner.updates)
-            record |= _speeds(record, rolled - began, learned - rolled, peak)
-            if ranks.first:
-                append_json(run.metrics, without_nan(record))
-                trackers.log(record)
-            rewards.append(record["reward"])
-            complete = together = True
+            record |= _speeds(record, rolled - began, time.perf_counter() - rolled, peak)
+            try:
+                with interrupts.allowed() if ranks.size == 1 else nullcontext():
+                    record |= episodes.evaluation(learner.updates)
+            finally:  # the update is one without it, too
+                if ranks.first:
+                    append_json(run.metrics, without_nan(record))
+                    trackers.log(record)
+                score = record.get("evaluation_reward") if config.evaluate_every else record["reward"]
+                rewards += [] if score is None else [score]
+                complete, together = True, ranks.size == 1
+            together = True
             progress.log(_line(record, config.max_updates))
             if learner.updates % config.save_every == 0:
                 save()

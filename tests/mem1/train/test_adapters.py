@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -113,6 +114,10 @@ def test_the_seed_decides_and_names_of_layers_choose(make_model):
     assert {name.split(".")[-4] for name in some} == {"q_proj", "o_proj"}
     with pytest.raises(InputError, match="lora.target_modules: expected layers of the model, got .*c_attn"):
         drawn(1, target_modules=("c_attn",))
+    with pytest.raises(InputError, match="lora.target_modules: expected layers of the model, got '[*]'"):
+        drawn(1, target_modules="*")
+    with pytest.raises(InputError, match="lora.target_modules: expected no output layer among them"):
+        drawn(1, target_modules=("lm_head", "q_proj"))
 
 
 def test_a_run_goes_on_to_the_bit_and_any_tool_loads_what_it_saved(tmp_path, tokenizer, make_model):
@@ -130,7 +135,11 @@ def test_a_run_goes_on_to_the_bit_and_any_tool_loads_what_it_saved(tmp_path, tok
         runs.append((records, loaded.model.state_dict()))
     (records, weights), (again, same) = runs
     assert records == again and len(records) == 3
-    start = checkpoint.load(tmp_path / "init").model.state_dict()
+    with pytest.raises(InputError, match="init: expected the weights that the adapters were made for"):
+        shutil.rmtree(tmp_path / "init")
+        checkpoint.save(tmp_path / "init", make_model(seed=1), tokenizer)
+        train(replace(config, max_updates=4), tmp_path / "parts", **given, resume=True)
+    start = make_model().state_dict()
     assert weights.keys() == start.keys() and all(torch.equal(weights[name], same[name]) for name in weights)
     moved = {name for name in weights if not torch.equal(weights[name], start[name])}
     assert moved and all(name.endswith("proj.weight") for name in moved)

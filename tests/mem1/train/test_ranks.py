@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,9 @@ def killed(command: list[str], seconds: float, draw: random.Random) -> int | Non
             os.kill(int(draw.choice(ranks)), signal.SIGKILL)
             process.wait(timeout=120)  # torchrun ends the others
         else:
-            os.killpg(process.pid, signal.SIGKILL)
+            for pid in (process.pid, *map(int, ranks)):  # which are no group
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait()
         return None
 

@@ -394,7 +394,7 @@ def test_layouts_in_memory_change_nothing_and_are_checked(tmp_path):
         (ScaleConfig(replicas=2), "replicas: expected a divisor of the 1 processes, got 2"),
         (
             ScaleConfig(cpu_offload=True),
-            "cpu_offload: expected several processes with a GPU each, got '1 on cpu'",
+            "cpu_offload: expected several processes with a GPU each, got '1 process'",
         ),
     ):
         with pytest.raises(InputError, match=message):
