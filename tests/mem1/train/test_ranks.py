@@ -142,7 +142,7 @@ class Slow(MultiHopEnv):
 
     def step(self, action):
         if self.number == 3:
-            time.sleep(2.0)
+            time.sleep(25.0)
         return super().step(action)
 
     def reset(self, seed, task=None):
@@ -160,10 +160,9 @@ def test_the_slowest_rank_is_waited_for_at_most_so_long(tmp_path, make_model, to
     own = ["--environment", "slow_world:Slow", "--tasks", "tasks.jsonl", "--init", str(init)]
     few = "--batch-size 4 --max-turns 40 --max-action-tokens 8 --threads 1 --max-updates 2 --num-slots 4"
     command = ["-m", "mem1", "train", *own, *few.split(), "--out", "run", "--scale.max_wait=1"]
-    began = time.monotonic()
     done = subprocess.run([*LAUNCH, "2", *command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert time.monotonic() - began < 70, "not 40 turns of 2 s"
     found = records(tmp_path / "run")
     assert [record["late_episodes"] for record in found] == [1, 1]
+    assert all(record["rollout_seconds"] < 12 for record in found), "nobody waits for one answer of 25 s"
     assert all(record["turns"] > 1 and record["errors"] == {} for record in found)
