@@ -422,39 +422,3 @@ def test_a_judge_pays_beside_the_environment(tmp_path, later):
     for wrong in (lambda t: [1.0], lambda t: [float("nan")] * len(t)):
         with pytest.raises(ValueError, match="judge: expected a finite number for each of 4 episodes, got"):
             run(TINY, tmp_path / "wrong", judge=wrong, overwrite=True, progress=quiet())
-
-
-class FailsLater(MultiHopEnv):
-    """From its fifth episode on."""
-
-    made = 0
-
-    def reset(self, seed, task=None):
-        FailsLater.made += 1
-        if FailsLater.made > TINY.batch_size:
-            raise LookupError("the make is down")
-        return super().reset(seed)
-
-
-def test_evaluations_are_of_other_episodes_and_change_nothing(tmp_path):
-    run(TINY, tmp_path / "plain", progress=quiet())
-    run(replace(TINY, evaluate_every=2, evaluation_episodes=3), tmp_path / "evaluated", progress=quiet())
-    plain, evaluated = (records(tmp_path / name) for name in ("plain", "evaluated"))
-    for one, other in zip(plain, evaluated, strict=True):
-        extra = {name for name in other if name.startswith("evaluation_")}
-        assert bool(extra) == (other["step"] % 2 == 0)
-        assert {n: v for n, v in other.items() if n not in extra and "second" not in n} == {
-            n: v for n, v in one.items() if "second" not in n
-        }
-    found = [record["evaluation_reward"] for record in evaluated if record["step"] % 2 == 0]
-    best = next(path for path in checkpoint.numbered(tmp_path / "evaluated") if path.name == "policy-000002")
-    assert checkpoint.score_of(best) == pytest.approx(found[0])
-
-
-def test_an_evaluation_that_fails_loses_no_update(tmp_path):
-    FailsLater.made = 0
-    config = replace(TINY, max_updates=2, evaluate_every=1, rollout=replace(TINY.rollout, episode_retries=0))
-    with pytest.raises(EpisodesFailed, match="64 of 64 episodes failed .LookupError 64"):
-        run(config, tmp_path, make_environment=lambda: FailsLater((1, 2)), progress=quiet())
-    assert [record["step"] for record in records(tmp_path)] == [1]
-    assert checkpoint.load(tmp_path).trainer["learner"]["updates"] == 1
