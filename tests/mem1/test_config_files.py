@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,6 +219,36 @@ def test_what_counts_more(told, tmp_path, capsys):
     assert "environment: expected a section of settings, got 'retrieval-qa'" in capsys.readouterr().err
     assert main(["train", str(file), "--hops", "3", "--environment-args", '{"hops": 2}']) == 2
     assert "hops: expected it here or in environment-args, not both, got 3" in capsys.readouterr().err
+
+
+def test_an_environment_of_one_s_own(tmp_path, monkeypatch):
+    """Also one that has no name to import it by."""
+    (tmp_path / "made_world.py").write_text(
+        "from functools import partial\n"
+        "from mem1.envs.toy.multihop import MultiHopEnv\n"
+        "class Own(MultiHopEnv): pass\n"
+        "deep = partial(Own, hops=3)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "made_world", raising=False)
+    calls = []
+    monkeypatch.setattr(
+        "mem1.commands.train_command.train", lambda config, out, **rest: calls.append((config, rest))
+    )
+    (tmp_path / "own.yaml").write_text("init: m\nenvironment: {name: 'made_world:Own', objectives: 1}\n")
+    assert main(["train", "own.yaml", "--environment.hops=1"]) == 0
+    assert main(["train", "--init", "m", "--environment", "made_world:deep", "--objectives", "1"]) == 0
+    (first, rest), (second, other) = calls
+    assert first.environment == {"name": "made_world:Own", "hops": 1, "objectives": 1}
+    assert second.environment["name"].startswith("made_world:Own(") and second.environment["objectives"] == (
+        1,
+        1,
+    )
+    assert [type(each["make_environment"]()).__name__ for each in (rest, other)] == ["Own", "Own"]
+    assert (
+        other["make_environment"].keywords == {"objectives": (1, 1)}
+        and "hops=3" in second.environment["name"]
+    )
 
 
 def test_settings_are_of_train_and_plan_alone(capsys):

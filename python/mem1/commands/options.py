@@ -108,7 +108,11 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
     _ask_for_given(commands.choices["train"])
 
     add = command("plan", "what a run needs of each GPU, and how long an update takes").add_argument
-    add("config", type=Path, help="YAML of settings, such as those in recipes/; --section.name=value as well")
+    add(
+        "config",
+        type=Path,
+        help="YAML of settings, such as those in recipes/; and over it any --section.name=value",
+    )
     add("--trajectories", type=Path, help=".jsonl of episodes like those to come (default: the longest)")
     add("--mfu", type=float, default=0.4, help="share of the peak that forwards and backwards reach")
     add("--json", action="store_true", help="print a JSON object in place of a table")

@@ -101,10 +101,13 @@ def resolved(options: argparse.Namespace) -> tuple[TrainConfig, argparse.Namespa
         raise InputError(f"model: expected one for an environment other than {DEFAULT}, got none")
     elif objectives is None:
         objectives = (1, 4)
+    own = given.get("environment")  # what MODULE:NAME of an option has been found to be
+    if isinstance(own, str) or own is None or name != qualified_name(own):
+        own = imported(name) if ":" in name else name
     rollout = settings.pop("rollout", {})
     free = {"format": MEM1, "max_info_tokens": None, "max_turns": None}
     world = argparse.Namespace(
-        environment=imported(name) if ":" in name else name,
+        environment=own,
         tasks=environment.pop("tasks", None),
         environment_args=environment,
         hops=None,
