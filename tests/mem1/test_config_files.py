@@ -246,7 +246,7 @@ def test_an_environment_of_one_s_own(tmp_path, monkeypatch):
     )
     assert [type(each["make_environment"]()).__name__ for each in (rest, other)] == ["Own", "Own"]
     assert (
-        other["make_environment"].keywords == {"objectives": (1, 1)}
+        other["make_environment"].keywords == {"hops": 3, "objectives": (1, 1)}
         and "hops=3" in second.environment["name"]
     )
 
