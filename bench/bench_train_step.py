@@ -60,11 +60,6 @@ def compare(bench: Any, turns: int, device: str, config: Any = MODEL) -> dict[st
             for name, (loss, packed) in rows.items()
         ),
     ]
-    fed = [
-        sum(e.trajectory.layout(regime).token_index.numel() for e in task.experiences)
-        for regime in ("carry", "reencode")
-    ]
-    fed.append(sum(len(row.tokens) for row in task.rows))
     title = (
         f"one PPO step on {device}, {config.num_hidden_layers} layers x {config.hidden_size}, vocabulary "
         f"{config.vocab_size:,}, {workload}, {task.labels} policy tokens"

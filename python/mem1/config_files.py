@@ -207,15 +207,9 @@ def tag_format(value: Any) -> TagFormat:
 
 def prune_rule(value: Any) -> Any:
     """Of a number, the name of a rule, or MODULE:NAME; `RolloutConfig` says what is wrong with the rest."""
-    if isinstance(value, str):
-        return (
-            imported(value)
-            if ":" in value
-            else int(value)
-            if value.isascii() and value.isdecimal()
-            else value
-        )
-    return value
+    if isinstance(value, str) and ":" in value:
+        return imported(value)
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() else value
 
 
 def _environment(value: Any) -> dict[str, Any]:

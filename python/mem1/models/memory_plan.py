@@ -6,6 +6,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -75,9 +76,7 @@ def plan_memory(
         expected = "expected a fraction > 0 and <= 1.0 or an integer of bytes"
         raise InputError(f"kv_memory: {expected}, got {kv_memory!r}")
     head: Tensor = cast(Any, model.get_output_embeddings()).weight
-    layers, kv_heads, head_dim = cache_shape(model.config)
-    element = next(model.parameters()).element_size()
-    slot = 2 * layers * reserved_tokens(capacity, head.device) * kv_heads * head_dim * element
+    slot = slot_bytes(model, capacity, head.device)
     trunk: nn.Module = cast(Any, model.get_decoder())
     weights, free, activations = weights_bytes(model), free_memory(head.device), Activations(model)
     process = max(0, resident_bytes() - weights) if head.device.type == "cpu" else 0
@@ -101,6 +100,13 @@ def plan_memory(
         beside += f" and {size(reserved_bytes)} for training" if reserved_bytes else ""
         raise InputError(f"kv_memory: expected at least {needs}, got {got} ({beside})")
     return plans[fitting - 1]
+
+
+def slot_bytes(model: PreTrainedModel, capacity: int, device: torch.device) -> int:
+    """Keys and values of a slot for so many tokens, in an engine of `model` on `device`."""
+    layers, kv_heads, head_dim = cache_shape(model.config)
+    element = next(model.parameters()).element_size()
+    return int(2 * layers * reserved_tokens(capacity, device) * kv_heads * head_dim * element)
 
 
 def weights_bytes(model: nn.Module) -> int:

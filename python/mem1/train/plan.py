@@ -20,10 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2ForCausalLM
 
 from mem1.checks import InputError, require
 from mem1.config import RolloutConfig, TrainConfig
-from mem1.engine.engine import reserved_tokens
 from mem1.envs.toy.tokenizer import build_tokenizer
 from mem1.models.build import architecture, check_shape, to_dtype
-from mem1.models.memory_plan import size, weights_bytes
+from mem1.models.memory_plan import size, slot_bytes, weights_bytes
 from mem1.runtime.ranks import Ranks
 from mem1.train.checkpoint import newest
 from mem1.train.flops import Work
@@ -33,7 +32,7 @@ from mem1.train.sharding import companions, layers_of, sharded_learner
 from mem1.trajectory import Trajectory
 from mem1_core.eviction_policies import EvictionPolicy
 from mem1_core.integrations.scores import Scores
-from mem1_core.integrations.transformers import NAME, cache_shape, register
+from mem1_core.integrations.transformers import NAME, register
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.ops.ppo_loss import WORKSPACE_BYTES
 from mem1_core.segments import Segment, by_policy
@@ -114,7 +113,7 @@ def plan(
     ranks, device = config.scale.ranks or 1, torch.device("cpu" if config.device == "cpu" else "cuda")
     name, model = _model(config)
     parameters = model.num_parameters()
-    slot = _slot_bytes(model, config.rollout, device)
+    slot = slot_bytes(model, config.rollout.peak_tokens(), device)
     with _as_if(ranks):
         critic, reference = companions(model, config)
         copied, gathered = (weights_bytes(model), _gathered_bytes(model)) if ranks > 1 else (0, 0)
@@ -244,12 +243,6 @@ def _gathered_bytes(model: Any) -> int:
     layers = layers_of(model, model)
     largest = max((weights_bytes(layer) for layer in layers), default=0)
     return 2 * (weights_bytes(model) - sum(map(weights_bytes, layers)) + 2 * largest)
-
-
-def _slot_bytes(model: Any, rollout: RolloutConfig, device: torch.device) -> int:
-    layers, kv_heads, head_dim = cache_shape(model.config)
-    tokens = reserved_tokens(rollout.peak_tokens(), device)
-    return int(2 * layers * tokens * kv_heads * head_dim * next(model.parameters()).element_size())
 
 
 def _loss_bytes(model: Any, labels: int, device: torch.device) -> int:

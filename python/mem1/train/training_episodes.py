@@ -17,8 +17,6 @@ from mem1.train.batches import micro_batches
 from mem1.trajectory import FinishReason, Trajectory
 
 _EVALUATED = ("reward", "exact_match", "answered", "turns", "invalid_actions", "peak_tokens")
-
-
 _ALL = 2**62  # episodes
 
 
