@@ -85,7 +85,7 @@ def weak_start(config: TrainConfig, path: Path) -> int:
         next(
             warm_start(
                 *(model, lessons, task["draw_example"]),
-                regime=regimes[step % 2],
+                regimes=regimes,
                 seed=config.seed,
                 optimizer=optimizer,
                 done=step,

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from mem1.checks import InputError, require
 from mem1.config import RolloutConfig
 from mem1.envs.adapters.tool_env import ToolEnvironment
 from mem1.envs.base import Environment
@@ -27,28 +28,37 @@ class Reply(NamedTuple):
 class MemoryEfficientAgent:
     """A policy that forgets all but its own notes.
 
-        agent = MemoryEfficientAgent.load("runs/demo/train/last")
+        agent = MemoryEfficientAgent("mem1-tiny")
         trajectory = agent.run(MultiHopEnv(objectives=4), seed=7)
         reply = agent.answer(
-            "answer these questions in order , a name each : ada boss teacher .", tool=look_up
+            "answer these questions in order , a name each : 17 ada boss teacher .", tool=look_up
         )
 
-    model: causal language model with attention "mem1" (see `mem1.models.load`); tokenizer: any fast one.
+    model: the name of a model of the package, the folder of a run of `mem1 train`, any folder or id of the
+    Hugging Face format (`mem1.train.checkpoint.load`); or a causal language model with attention "mem1", and
+    any fast tokenizer beside it.
     """
 
     def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, config: RolloutConfig | None = None
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        config: RolloutConfig | None = None,
     ) -> None:
+        if isinstance(model, (str, os.PathLike)):
+            require(
+                tokenizer is None,
+                "tokenizer",
+                "none beside the name of a model, which has its own",
+                tokenizer,
+            )
+            model, tokenizer, _ = checkpoint.load(model)
+        if tokenizer is None:
+            raise InputError("tokenizer: expected one beside a model, got none")
         self.model, self.tokenizer = model, tokenizer
         # The environment is the caller's one object: nothing is played again in it.
         self.config = replace(config or RolloutConfig(), num_slots=1, episode_retries=0)
         self._engine = make_engine(model, self.config, 1)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], config: RolloutConfig | None = None) -> MemoryEfficientAgent:
-        """The agent in a checkpoint folder of `mem1 train`, or in any folder of the Hugging Face format."""
-        loaded = checkpoint.load(path)
-        return cls(loaded.model, loaded.tokenizer, config)
 
     def run(self, environment: Environment, seed: int = 0, task: Any = None) -> Trajectory:
         """One episode at a time. The same seed gives the same episode and the same samples. The environment

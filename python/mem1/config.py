@@ -202,7 +202,11 @@ class WarmStartConfig:
     warmup_steps: int = 50
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
+    regimes: tuple[Regime, ...] = ()  # how steps lay episodes out, by turns; (): as rollouts do
     auxiliary_fraction: float = 0.4  # share of copy and look-up exercises, at the start
+    growth: float = (
+        0.5  # share of the steps in which the most questions of an episode grow to the range's end
+    )
     save_every: int = 500  # steps
 
     def __post_init__(self) -> None:
@@ -211,7 +215,9 @@ class WarmStartConfig:
         require_numbers(self, "max_grad_norm", above=True)
         require_numbers(self, "learning_rate", 0.0, 1.0, above=True)
         require_numbers(self, "weight_decay")
-        require_numbers(self, "auxiliary_fraction", 0.0, 1.0)
+        require_numbers(self, "auxiliary_fraction growth", 0.0, 1.0)
+        for regime in self.regimes:
+            require(regime in get_args(Regime), "regimes", f"any of {', '.join(get_args(Regime))}", regime)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ rollout: {max_turns: 6}
 algorithm: {actor_lr: 1e-6}
 ```
 The names are those of `TrainConfig`; `environment` has those of `mem1.envs.worlds` as well, `name`,
-`objectives` and `tasks`, beside the keyword arguments of the world. What is not said has its default. A run's
-own train.json is such a file, too.
+`objectives` and `tasks`, beside the keyword arguments of the world. What is not said is as in the file that
+`base` names, beside this one, or has its default. A run's own train.json is such a file, too.
 """
 
 from __future__ import annotations
@@ -71,12 +71,15 @@ def _load(text: str) -> Any:
     return yaml.load(text, _Loader)  # noqa: S506
 
 
+_BASE = "base"  # of a file: another one, whose settings it changes
 _OPTIONS = ("environment", "device", "threads", "keep", "seed")  # of the command line, by the same names
 
 
-def read(path: Path) -> Settings:
-    """What a YAML file says; `section.name: value` is taken as it is on the command line. InputError for what
-    is none, or no mapping.
+def read(path: Path, above: tuple[Path, ...] = ()) -> Settings:
+    """What a YAML file says, over what its `base` says; `section.name: value` is taken as it is on the
+    command line. InputError for what is none, or no mapping.
+
+    above: the files whose base it is.
     """
     try:
         found = _load(path.read_text())
@@ -85,7 +88,13 @@ def read(path: Path) -> Settings:
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # of numbers that are too long, the last
         raise InputError(f"{path}: expected YAML, got other text: {' '.join(str(error).split())}") from None
     require(found is None or isinstance(found, dict), str(path), "a mapping of settings", found)
-    return merged(*(_nested(str(name), value) for name, value in (found or {}).items()))
+    settings = merged(*(_nested(str(name), value) for name, value in (found or {}).items()))
+    if (base := settings.pop(_BASE, None)) is None:
+        return settings
+    require(isinstance(base, str), f"{path}: {_BASE}", "the name of a file", base)
+    below, above = path.parent / base, (*above, path.resolve())
+    require(below.resolve() not in above, f"{path}: {_BASE}", "a file that is not based on this one", base)
+    return merged(read(below, above), settings)
 
 
 def take_dotted(arguments: Sequence[str]) -> tuple[Settings, list[str]]:

@@ -43,7 +43,8 @@ def load_policy(options: argparse.Namespace, progress: Progress) -> tuple[Any, P
 
 def log_other_settings(model: str, config: RolloutConfig, progress: Progress) -> None:
     """A run's format and rules are not part of its model: say where others are asked for."""
-    for folder in (Path(model), Path(model).parent, Path(model).parent.parent):
+    path = Path(checkpoint.newest(model))
+    for folder in (path, path.parent, path.parent.parent):
         if (folder / CONFIG).is_file():
             trained = json.loads((folder / CONFIG).read_text()).get("rollout", {})
             now = config.to_dict()

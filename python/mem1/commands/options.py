@@ -83,8 +83,8 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
 
     train = command("train", "warm start on expert trajectories, then reinforcement", plays=True)
     add = train.add_argument
-    add("config", type=Path, nargs="?", help="YAML of settings, such as those in recipes/")
-    add("--out", type=Path, help="folder of the run (default: runs/ and the name of CONFIG, or train)")
+    add("config", type=Path, nargs="*", help="YAML of settings, such as those in recipes/; of several runs")
+    add("--out", type=Path, help="folder of the run, or of several (default: runs/ and the name of CONFIG)")
     add("--model", type=str, help="start updates from this folder or Hugging Face id, without a warm start")
     add("--resume", action="store_true", help="go on in --out, with the options of that run")
     add("--overwrite", action="store_true", help="start over in an --out that has a run")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch.distributed import is_torchelastic_launched
 
 from mem1.checks import InputError, require
 from mem1.commands.loading import check_writable, read_trajectories
@@ -24,6 +26,7 @@ from mem1.parsing.tags import MEM1, TagFormat
 from mem1.runtime.progress import Progress
 from mem1.runtime.ranks import Ranks
 from mem1.train.plan import plan
+from mem1.train.run_folder import CONFIG
 from mem1.train.train_loop import train
 from mem1_core.eviction_policies import qualified_name
 
@@ -46,20 +49,75 @@ _SETTINGS = {
 }
 
 
+class _Stage(NamedTuple):
+    """One run of a call."""
+
+    out: Path
+    config: TrainConfig
+    world: argparse.Namespace
+
+
 def run(options: argparse.Namespace, progress: Progress) -> None:
-    config, world = resolved(options)
+    """One run, or one after the other; all settings are read before the first begins."""
+    stages = _stages(options)
+    several = len(stages) > 1
     if options.print_config:
         with ignore_closed_pipe(sys.stdout):
-            print(to_yaml(config), end="", flush=True)
+            print("---\n".join(to_yaml(stage.config) for stage in stages), end="", flush=True)
         return
     if options.dry_run:
-        progress.log(str(plan(config)))
+        for stage in stages:
+            progress.log(str(plan(stage.config)))
         return
-    out = options.out or Path("runs") / (options.config.stem if options.config else "train")
-    check_writable(out)
-    with _task(world, config) as task:
+    for stage in stages:
+        check_writable(stage.out)
+    for number, stage in enumerate(stages, 1):
+        if several:
+            progress.log(f"[{number}/{len(stages)}] {stage.out}")
+        # Of several, those that have not begun are begun.
+        resume = options.resume and (not several or (stage.out / CONFIG).is_file())
+        _train(stage, resume, options.overwrite, progress)
+
+
+def _stages(options: argparse.Namespace) -> list[_Stage]:
+    recipes: list[Path | None] = options.config or [None]
+    several = len(recipes) > 1
+    require(not (several and is_torchelastic_launched()), "config", "one file a torchrun", len(recipes))
+    stages = list[_Stage]()
+    for recipe in recipes:
+        folder = Path("runs", *_below_recipes(recipe)) if recipe else Path("runs", "train")
+        if options.out:
+            folder = options.out / folder.name if several else options.out
+        require(
+            folder not in [stage.out for stage in stages], "config", "files of different names", str(recipe)
+        )
+        config, world = resolved(options, recipe)
+        init = _beside(config.init, folder, [stage.out for stage in stages])
+        stages.append(_Stage(folder, replace(config, init=init), world))
+    return stages
+
+
+def _below_recipes(recipe: Path) -> Sequence[str]:
+    """Of recipes/a/b.yaml a and b, of any other file its name alone."""
+    parts = recipe.absolute().with_suffix("").parts
+    return parts[len(parts) - parts[::-1].index("recipes") :] if "recipes" in parts else parts[-1:]
+
+
+def _beside(init: str | None, out: Path, earlier: Sequence[Path]) -> str | None:
+    """A model's place: an `init` that names a folder beside the run's own, or one that an earlier run of this
+    call will have made there, is that folder.
+    """
+    if init is None or Path(init).is_absolute():
+        return init
+    there = out.parent / init
+    return str(there) if there.exists() or any(run in (there, *there.parents) for run in earlier) else init
+
+
+def _train(stage: _Stage, resume: bool, overwrite: bool, progress: Progress) -> None:
+    out = stage.out
+    with _task(stage.world, stage.config) as task:
         try:
-            train(config, out, **task, resume=options.resume, overwrite=options.overwrite, progress=progress)
+            train(stage.config, out, **task, resume=resume, overwrite=overwrite, progress=progress)
         except KeyboardInterrupt:
             progress.log(f"stopped; the same options with --resume go on from what is in {out}")
             raise
@@ -68,7 +126,7 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
 
 
 def run_plan(options: argparse.Namespace, progress: Progress) -> None:
-    config, _ = resolved(options)
+    config, _ = resolved(options, options.config)
     played = None if options.trajectories is None else read_trajectories(options.trajectories)
     found = plan(config, played, mfu=options.mfu)
     if options.json:
@@ -78,12 +136,14 @@ def run_plan(options: argparse.Namespace, progress: Progress) -> None:
         progress.log(str(found))
 
 
-def resolved(options: argparse.Namespace) -> tuple[TrainConfig, argparse.Namespace]:
+def resolved(
+    options: argparse.Namespace, recipe: Path | None = None
+) -> tuple[TrainConfig, argparse.Namespace]:
     """The settings of a run: of its config file, over these what the options say, over these what is given
     by its full name. And its world, as the options of other commands have it.
     """
     given = {name: value for name, value in vars(options).items() if value is not None}
-    layers = [read(options.config) if options.config else {}, _settings(given), options.settings]
+    layers = [read(recipe) if recipe else {}, _settings(given), options.settings]
     for layer in layers:
         typed(layer)  # each by itself: what one says wrong, another must not hide
     said, *over = map(_with_table, layers)

@@ -27,6 +27,7 @@ from mem1.checks import InputError, require
 from mem1.config import DTYPES
 from mem1.engine.policy_checks import check_policy
 from mem1.models.memory_plan import size, weights_bytes
+from mem1.models.shipped import shipped
 from mem1.runtime.device import pick_device
 from mem1_core.integrations.transformers import NAME, cache_shape, has_windows, register
 
@@ -84,8 +85,8 @@ def load(
 ) -> LoadedModel:
     """Load a causal language model of the Hugging Face format and its tokenizer.
 
-    path_or_id: a folder, that of a training run for its last checkpoint, or an id, which is looked for in the
-    local cache and on the hub. dtype: of the
+    path_or_id: a folder, that of a training run for its last checkpoint; the name of a model of the package
+    (`models.shipped`); or an id, which is looked for in the local cache and on the hub. dtype: of the
     weights, "auto" is what they are saved in; buffers such as rotary frequencies stay as they are. device: as
     in `pick_device`. attention: with any but "mem1" the model is as Hugging Face makes it, for comparisons,
     and not checked; an engine takes "mem1" only.
@@ -224,6 +225,8 @@ def _folder(path_or_id: str | os.PathLike[str]) -> Path:
     for folder in (path, path / "last"):
         if (folder / "config.json").is_file():
             return folder
+    if (own := shipped(str(path_or_id))) is not None:
+        return own
     if path.exists() or not _ID.fullmatch(str(path_or_id)):
         raise InputError(f"model: expected a model folder with a config.json, got {str(path)!r}")
     try:

@@ -18,6 +18,7 @@ from mem1.io import sync, unfinished
 from mem1.models.adapters import adapted_layers, merged_weights
 from mem1.models.load import check_json, without_bars
 from mem1.models.load import load as load_model
+from mem1.models.shipped import shipped
 from mem1.runtime.ranks import Ranks
 from mem1.train import trainer_state
 from mem1.train.optim import Diverged, not_finite
@@ -145,9 +146,9 @@ def write(
 def load(path: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu") -> Checkpoint:
     """Load a checkpoint, or any Hugging Face causal language model, with its attention set to "mem1".
 
-    `path` may also be the folder of a training run, which stands for its newest checkpoint, or the id of a
-    model on the Hugging Face hub; see `models.load`, whose InputErrors come through. Also raises InputError
-    for a damaged trainer's state or score.
+    `path` may also be the folder of a training run, which stands for its newest checkpoint, the name of a
+    model of the package (`models.shipped`), or the id of a model on the Hugging Face hub; see `models.load`,
+    whose InputErrors come through. Also raises InputError for a damaged trainer's state or score.
     """
     path = newest(path)
     check_json(Path(path) / _SCORE)
@@ -158,6 +159,6 @@ def load(path: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu")
 
 
 def newest(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """The newest checkpoint of a training run's folder, or `path` itself where it is none."""
+    """The newest checkpoint of a training run's folder; the folder of a model of the package; or `path`."""
     there = (Path(path) / "config.json").is_file()
-    return path if there else next(iter(numbered(Path(path))), path)
+    return path if there else next(iter(numbered(Path(path))), shipped(str(path)) or path)

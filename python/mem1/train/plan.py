@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -176,9 +175,8 @@ def _model(config: TrainConfig) -> tuple[str, Any]:
 
 def _known(init: str) -> Any | None:
     """The config of a model that is here, as a folder or in the cache of the hub."""
-    architecture_of = newest(init) if Path(init).is_dir() else init
     try:
-        return AutoConfig.from_pretrained(architecture_of, local_files_only=True)
+        return AutoConfig.from_pretrained(newest(init), local_files_only=True)
     except (OSError, ValueError):
         return None
 

@@ -202,12 +202,12 @@ def _warm_start(
             values = {"optimizer": optimizer.values(), "skipped_steps": skipped}
             run.save(Place(0, done), actor, tokenizer, values, optimizer.tensors(named))
 
-    regime, lessons = config.rollout.regime, config.warmstart
+    lessons = config.warmstart
     steps = warm_start(
         actor,
         lessons,
         cast(DrawExample, draw_example),
-        regime=regime,
+        regimes=lessons.regimes or (config.rollout.regime,),
         seed=config.seed,
         optimizer=optimizer,
         done=done,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def warm_start(
     config: WarmStartConfig,
     draw_example: DrawExample,
     *,
-    regime: Regime = "carry",
+    regimes: Sequence[Regime] = ("carry",),
     seed: int = 0,
     optimizer: AdamW | None = None,
     done: int = 0,
@@ -53,10 +53,10 @@ def warm_start(
     """Train `actor` in place, a step for each record that is taken: `step`, `loss`, `token_accuracy`,
     `grad_norm`, `learning_rate`.
 
-    Each step is one stream of freshly drawn examples, laid out in `regime`, which follow from `seed` and the
-    step: `draw_example(rng, progress)` gets a generator of random numbers and how far the warm start is, 0 to
-    1. A run that was stopped after `done` steps goes on with its `optimizer` (`optimizer_for`) as it was
-    then. Raises Diverged when the gradients stay without a finite norm.
+    Each step is one stream of freshly drawn examples, laid out in the `regimes` by turns, which follow from
+    `seed` and the step: `draw_example(rng, progress)` gets a generator of random numbers and how far the warm
+    start is, 0 to 1. A run that was stopped after `done` steps goes on with its `optimizer` (`optimizer_for`)
+    as it was then. Raises Diverged when the gradients stay without a finite norm.
     """
     device = next(actor.parameters()).device
     optimizer = optimizer or optimizer_for(actor, config)
@@ -65,7 +65,7 @@ def warm_start(
         progress = step / config.steps
         rng = random.Random(derive_seed(seed, "warm start", step))
         batch = draw_batch(draw_example, rng, progress, config.batch_tokens)
-        logprob, right = label_logprobs(actor, batch, regime, device)
+        logprob, right = label_logprobs(actor, batch, regimes[step % len(regimes)], device)
         loss = -logprob.mean()
         loss.backward()
         rate = config.learning_rate * rate_factor(step, progress, config)

@@ -151,15 +151,15 @@ def test_the_notes_rewrite_each_question_as_far_as_it_is_known() -> None:
     environment = DelayedRewardEnv(2, hops=2)
     prompt = environment.reset(3)
     first, second = prompt.removeprefix(f"{INSTRUCTION} ").removesuffix(" .").split(" ; ")
-    (head, one, two), (other, three, _) = first.split(), second.split()
+    (number, head, one, two), (_, other, three, _) = first.split(), second.split()
     assert environment.expert_action() == (first, Action("query", f"{head} {one}"))
     found = environment.step(Action("query", f"{head} {one}")).observation.removeprefix("found ")
-    assert environment.expert_action() == (f"{head} {found} {two}", Action("query", f"{found} {two}"))
+    assert environment.expert_action() == (f"{number} {found} {two}", Action("query", f"{found} {two}"))
     answer = environment.step(Action("query", f"{found} {two}")).observation.removeprefix("found ")
-    assert environment.expert_action() == (f"{head} {answer}", Action("answer", answer))
+    assert environment.expert_action() == (f"{number} {answer}", Action("answer", answer))
     step = environment.step(Action("answer", answer))
     assert (step.observation, step.terminated) == ("answered", False)
-    assert environment.expert_action() == (f"{head} {answer} ; {second}", Action("query", f"{other} {three}"))
+    assert environment.expert_action() == (f"{number} {answer} ; {second}", Action("query", f"{other} {three}"))
 
 
 def test_answers_have_their_length_in_tokens_and_no_words_but_the_vocabulary_s(
@@ -244,7 +244,7 @@ def test_an_episode_that_is_over_takes_no_step() -> None:
     ("argument", "value"),
     [
         ("objectives", 0),
-        ("objectives", 17),
+        ("objectives", 33),
         ("hops", 5),
         ("delay", -1),
         ("delay", (3, 2)),

@@ -25,7 +25,7 @@ def play(environment: MultiHopEnv, seed: int) -> tuple[list[str], Step]:
             return texts, observation
 
 
-@pytest.mark.parametrize("objectives", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("objectives", [1, 2, 4, 8, 16, 32])
 @pytest.mark.parametrize("hops", [1, 2, 4])
 def test_expert_solves_every_episode(objectives: int, hops: int) -> None:
     environment = MultiHopEnv(objectives, hops=hops)
@@ -50,13 +50,13 @@ def test_the_notes_rewrite_each_question_as_far_as_it_is_known() -> None:
     environment = MultiHopEnv(2)
     prompt = environment.reset(3)
     first, second = prompt.removeprefix(f"{INSTRUCTION} ").removesuffix(" .").split(" ; ")
-    (head, one, two), (other, three, _) = first.split(), second.split()
+    (number, head, one, two), (_, other, three, _) = first.split(), second.split()
     assert environment.expert_action() == (first, Action("query", f"{head} {one}"))
     found = environment.step(Action("query", f"{head} {one}")).observation.removeprefix("found ")
-    assert environment.expert_action() == (f"{head} {found} {two}", Action("query", f"{found} {two}"))
+    assert environment.expert_action() == (f"{number} {found} {two}", Action("query", f"{found} {two}"))
     answer = environment.step(Action("query", f"{found} {two}")).observation.removeprefix("found ")
     assert environment.answers[0] == answer
-    assert environment.expert_action() == (f"{head} {answer} ; {second}", Action("query", f"{other} {three}"))
+    assert environment.expert_action() == (f"{number} {answer} ; {second}", Action("query", f"{other} {three}"))
 
 
 def test_ranges_are_drawn_from() -> None:
@@ -66,7 +66,7 @@ def test_ranges_are_drawn_from() -> None:
         prompt = environment.reset(seed)
         questions = prompt.removeprefix(f"{INSTRUCTION} ").removesuffix(" .").split(" ; ")
         assert len(questions) == environment.objectives
-        seen |= {(len(questions), len(q.split()) - 1) for q in questions}
+        seen |= {(len(questions), len(q.split()) - 2) for q in questions}
     assert seen == {(k, h) for k in (1, 2, 3) for h in (1, 2)}
 
 
@@ -115,11 +115,14 @@ def test_an_episode_that_is_over_takes_no_step() -> None:
     ("argument", "value"),
     [
         ("objectives", 0),
-        ("objectives", 17),
+        ("objectives", 33),
         ("objectives", (3, 2)),
         ("hops", 0),
         ("hops", 5),
         ("passage_tokens", -1),
+        ("missing", 1.5),
+        ("missing", True),
+        ("missing", "0.5"),
     ],
 )
 def test_arguments_out_of_range_are_named(argument: str, value: object) -> None:
@@ -145,8 +148,22 @@ def test_adversarial_answers_imitate_tags() -> None:
     assert all("</info><answer>" in info and info.endswith("</answer>") for info in infos)
 
 
+def test_of_a_missing_fact_nothing_is_found_and_nothing_is_the_answer() -> None:
+    environment = MultiHopEnv(8, missing=1.0)
+    for seed in range(3):
+        texts, last = play(environment, seed)
+        assert last.reward == 1.0 and environment.answers == ["nothing"] * 8
+        assert texts.count(NOTHING_FOUND) == 8
+    shares = []
+    environment = MultiHopEnv(16, missing=0.25)
+    for seed in range(40):
+        assert play(environment, seed)[1].reward == 1.0
+        shares.append(environment.answers.count("nothing") / 16)
+    assert sum(shares) / 40 == pytest.approx(0.25, abs=0.05)
+
+
 def test_all_texts_are_in_the_vocabulary(tokenizer: PreTrainedTokenizerFast) -> None:
-    texts, _ = play(MultiHopEnv(16, hops=(1, 4), passage_tokens=30), 0)
+    texts, _ = play(MultiHopEnv(32, hops=(1, 4), passage_tokens=30, missing=0.1), 0)
     texts += play(MultiHopEnv(2, adversarial=True), 0)[0]
     for text in [*texts, MALFORMED, NOTHING_FOUND]:
         assert tokenizer.unk_token_id not in tokenizer.encode(text), text

@@ -27,22 +27,43 @@ def test_each_answer_is_found_hop_by_hop(seed: int) -> None:
     questions = drawn(seed)
     texts = questions.text().split(" ; ")
     for i, text in enumerate(texts):
-        head, *relations = text.split()
+        number, head, *relations = text.split()
         name = head
         assert questions.note(i) == text
         for hop, relation in enumerate(relations):
-            assert questions.pending(i) == [name, relation]
+            assert questions.pending(i) == (name, relation)
             name = questions.look_up(f" {name}  {relation} ") or ""
-            assert questions.note(i) == " ".join([head, name, *relations[hop + 1 :]])
+            assert questions.note(i) == " ".join([number, name, *relations[hop + 1 :]])
         assert name == questions.answers[i]
-        assert questions.pending(i) == []
+        assert questions.pending(i) == ()
         assert questions.look_up(f"{head} {relations[0]}") == questions.chains[i][1]
-        assert questions.note(i) == f"{head} {name}"
+        assert questions.note(i) == f"{number} {name}"
 
 
 def test_chains_share_nobody() -> None:
-    met = [name for chain in drawn(0, 16, (4, 4)).chains for name in chain]
-    assert len(met) == len(set(met)) == len(NAMES) == 80
+    met = [name for chain in drawn(0, 32, (4, 4)).chains for name in chain]
+    assert len(met) == len(set(met)) == len(NAMES) == 160
+
+
+def test_they_are_numbered_from_any_number() -> None:
+    firsts = set()
+    for seed in range(1000):
+        numbers = [int(text.split()[0]) for text in drawn(seed).text().split(" ; ")]
+        assert numbers == list(range(numbers[0], numbers[0] + 3))
+        firsts.add(numbers[0])
+    assert firsts == set(range(1, 98))
+
+
+def test_a_fact_that_is_missing_is_found_by_nobody() -> None:
+    for seed in range(20):
+        questions = MultiHopQuestions(random.Random(seed), 1, (3, 3), missing=1.0)
+        _, name, *relations = questions.text().split()
+        turns = 0
+        while pending := questions.pending(0):
+            assert pending == (name, relations[turns])
+            name, turns = questions.look_up(" ".join(pending)), turns + 1
+        assert name is None and len(questions.chains[0]) == turns + 1
+        assert questions.answers == ["nothing"] and questions.note(0).split()[1:] == ["nothing"]
 
 
 def test_a_fact_for_every_name_and_relation_and_for_nothing_else() -> None:

@@ -32,14 +32,24 @@ def test_copy(tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
     assert written == ["<answer>", *given[2:-1], "</answer>"]
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_lookup(tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
-    example = lookup_example(tokenizer.get_vocab(), random.Random(seed))
-    listed, asked = " ".join(words(tokenizer, example)).removeprefix("lookup : ").split(" . ")
-    table = dict(pair.split() for pair in listed.split(" ; "))
-    keys, values = asked.split()[::2], asked.split()[1::2]
-    assert sorted(keys) == sorted(table)
-    assert [table[key] for key in keys] == values == words(tokenizer, example, policy=True)
+def test_lookup(tokenizer: PreTrainedTokenizerFast) -> None:
+    numbered, gaps = set(), set()
+    for seed in range(60):
+        example = lookup_example(tokenizer.get_vocab(), random.Random(seed))
+        prompt, asked = " ".join(words(tokenizer, example)).removeprefix("lookup : ").split(" . ")
+        table = dict(pair.split(" ", 1) for pair in prompt.split(" ; "))
+        assert 2 <= len(table) <= 32
+        *gap, first = words(tokenizer, example)[: example.segments[0].length]
+        gap = gap[gap.index(".") + 1 :]
+        given, said = asked.split()[len(gap) :], 0
+        answers = [segment.length for segment in example.segments if segment.kind == "answer"]
+        for length in answers:
+            assert " ".join(given[said + 1 : said + 1 + length]) == table.pop(given[said])
+            said += 1 + length
+        assert said == len(given) and len(answers) == min(16, len(answers) + len(table))
+        numbered.add(first.isdecimal())
+        gaps.add(len(gap))
+    assert numbered == {True, False} and min(gaps) == 0 and 100 < max(gaps) <= 256
 
 
 @pytest.mark.parametrize("prune", ["action", "state", "never"])

@@ -235,7 +235,7 @@ def test_an_episode_that_has_not_begun_takes_no_step() -> None:
     ("argument", "value"),
     [
         ("objectives", 0),
-        ("objectives", 17),
+        ("objectives", 33),
         ("objectives", (3, 2)),
         ("objectives", True),
         ("updates", -1),

@@ -67,7 +67,7 @@ def test_a_folder_that_is_no_model_is_named(tmp_path):
 
 def test_an_agent_runs_and_answers(make_model, tokenizer, tmp_path):
     checkpoint.save(tmp_path / "model", make_model(), tokenizer)
-    agent = MemoryEfficientAgent.load(tmp_path / "model", CONFIG)
+    agent = MemoryEfficientAgent(tmp_path / "model", config=CONFIG)
     trajectory = agent.run(MultiHopEnv(2), seed=3)
     assert torch.equal(trajectory.tokens, agent.run(MultiHopEnv(2), seed=3).tokens)
     assert trajectory.objectives == 2

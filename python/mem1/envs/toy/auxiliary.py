@@ -1,9 +1,11 @@
 """Two exercises in what small decoders find hardest, copying and looking up.
 
     copy    copy : dora leo max . <answer> dora leo max </answer>
-    lookup  lookup : dora leo ; max ivan ; rosa cyril . max [ivan] dora [leo]
+    lookup  lookup : 17 dora ; 18 max boss ; 19 rosa friend coach . after much 18 [max boss] 17 [dora] ...
 
-In a look-up the bracketed words are the policy's; each word before one is named by the environment.
+In a look-up the bracketed words are the policy's; each key before them is named by the environment. Keys are
+numbers that follow one another, as those of questions do, or names; unrelated words stand between the list
+and the first key.
 """
 
 from __future__ import annotations
@@ -12,31 +14,45 @@ import random
 from collections.abc import Mapping
 
 from mem1.envs.base import Example
-from mem1.envs.toy.words import NAMES
+from mem1.envs.toy.words import FILLER, NAMES, NUMBERS, RELATIONS
 from mem1_core.segments import Segment
 
-MAX_WORDS = 12  # of a copy
-MAX_PAIRS = 8  # of a look-up
+WORDS = 6, 32  # of a copy at most, at the start and at last
+PAIRS = 4, 32  # of a look-up
+GAP = 0, 256  # words between a list and what is asked of it
+MAX_KEYS = 16  # that are asked for
 
 
-def copy_example(ids: Mapping[str, int], rng: random.Random) -> Example:
-    """Repeat 2 to `MAX_WORDS` different names. `ids` maps every word and tag to its token id."""
-    words = rng.sample(NAMES, rng.randint(2, MAX_WORDS))
+def copy_example(ids: Mapping[str, int], rng: random.Random, grown: float = 1.0) -> Example:
+    """Repeat 2 or more different names. `ids` maps every word and tag to its token id. grown: 0 for an easy
+    one, 1 for any.
+    """
+    words = rng.sample(NAMES, rng.randint(2, _most(WORDS, grown)))
     prompt = ["copy", ":", *words, "."]
     answer = ["<answer>", *words, "</answer>"]
     segments = [Segment("prompt", 0, len(prompt)), Segment("answer", 1, len(answer))]
     return Example([ids[word] for word in prompt + answer], segments, "never")
 
 
-def lookup_example(ids: Mapping[str, int], rng: random.Random) -> Example:
-    """Say which name stands beside each of 2 to `MAX_PAIRS` names, asked for in a new order."""
-    count = rng.randint(2, MAX_PAIRS)
+def lookup_example(ids: Mapping[str, int], rng: random.Random, grown: float = 1.0) -> Example:
+    """Say what stands beside keys of a list of 2 or more, asked for in a new order."""
+    count = rng.randint(2, _most(PAIRS, grown))
     names = rng.sample(NAMES, 2 * count)
-    pairs = list(zip(names[:count], names[count:], strict=True))
-    words = ["lookup", ":", *" ; ".join(f"{key} {value}" for key, value in pairs).split(), "."]
-    rng.shuffle(pairs)
+    first = rng.randint(0, len(NUMBERS) - count)
+    keys = rng.choice((NUMBERS[first : first + count], names[count:]))
+    pairs = [
+        (key, [name, *rng.choices(RELATIONS, k=rng.randint(0, 2))])
+        for key, name in zip(keys, names[:count], strict=True)
+    ]
+    listed = " ; ".join(" ".join([key, *value]) for key, value in pairs)
+    gap = rng.choices(FILLER, k=int((_most(GAP, grown) + 1) ** rng.random()) - 1)
+    words = ["lookup", ":", *listed.split(), ".", *gap]
     segments = [Segment("prompt", 0, len(words) + 1)]
-    for turn, (key, value) in enumerate(pairs, start=1):
-        words += [key, value]
-        segments += [Segment("answer", turn, 1), Segment("info", turn, 1)]
+    for turn, (key, value) in enumerate(rng.sample(pairs, min(count, MAX_KEYS)), start=1):
+        words += [key, *value]
+        segments += [Segment("answer", turn, len(value)), Segment("info", turn, 1)]
     return Example([ids[word] for word in words], segments[:-1], "never")
+
+
+def _most(ends: tuple[int, int], grown: float) -> int:
+    return ends[0] + round(grown * (ends[1] - ends[0]))

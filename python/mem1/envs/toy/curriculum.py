@@ -12,12 +12,15 @@ from mem1.envs.toy.expert import expert_example
 from mem1.envs.toy.multihop import DEFAULT_OBJECTIVES, MultiHopEnv
 from mem1_core.eviction_policies import EvictionPolicy
 
+_RANGES = ("objectives", "hops", "facts")
+
 
 class Curriculum:
     """Draws an example: an auxiliary exercise, or an episode of the expert.
 
-    The share of exercises falls linearly from `auxiliary_fraction` to a quarter of it, and the most
-    questions of an episode grow from the least, plus 1, to the most over the first half of the warm start.
+    The share of exercises falls linearly from `auxiliary_fraction` to a quarter of it. Over the first
+    `growth` (a share) of the steps exercises grow to their full length, and the ranges that an episode draws
+    its objectives, hops and facts from grow from their least to their most.
 
     ids: every word and tag -> its token id. environment: keyword arguments of `MultiHopEnv`.
     """
@@ -28,17 +31,21 @@ class Curriculum:
         environment: dict[str, Any],
         prune: EvictionPolicy = "action",
         auxiliary_fraction: float = 0.4,
+        growth: float = 0.5,
     ) -> None:
-        self.ids, self.environment = ids, environment
-        objectives = environment.get("objectives", DEFAULT_OBJECTIVES)
-        self.objectives = (objectives, objectives) if isinstance(objectives, int) else objectives
-        self.prune, self.auxiliary_fraction = prune, auxiliary_fraction
+        self.ids, self.environment = ids, {"objectives": DEFAULT_OBJECTIVES} | environment
+        self.prune, self.auxiliary_fraction, self.growth = prune, auxiliary_fraction, growth
 
     def __call__(self, rng: random.Random, progress: float) -> Example:
         """The next example `progress` (0 to 1) of the way through the warm start."""
+        grown = progress / self.growth if progress < self.growth else 1.0
         if rng.random() < self.auxiliary_fraction * (1.0 - 0.75 * progress):
-            return rng.choice((copy_example, lookup_example))(self.ids, rng)
-        low, high = self.objectives
-        reach = min(high, low + 1 + int((high - low) * min(1.0, 2.0 * progress)))
-        environment = MultiHopEnv(**self.environment | {"objectives": (low, reach)})
+            return rng.choice((copy_example, lookup_example))(self.ids, rng, grown)
+        ranges = {
+            name: (low, low + round(grown * (high - low)))
+            for name in _RANGES
+            if isinstance(ends := self.environment.get(name), (tuple, list))
+            for low, high in [ends]
+        }
+        environment = MultiHopEnv(**self.environment | ranges)
         return expert_example(environment, rng.getrandbits(53), self.ids, self.prune)

@@ -1,11 +1,11 @@
 """A world whose rewards are late and uncertain: questions are answered one at a time, and paid for later.
 
-    prompt   answer these questions in order , one at a time , a name each : ada boss ; bruno rival .
-    turn 1   <IS> ada boss </IS> <query> ada boss </query>                        <info> found carla </info>
-    turn 2   <IS> ada carla </IS> <answer> carla </answer>                        <info> answered </info>
-    turn 3   <IS> ada carla ; bruno rival </IS> <query> bruno rival </query>      <info> found emil </info>
+    prompt   answer these questions in order , one at a time , a name each : 17 ada boss ; 18 bruno rival .
+    turn 1   <IS> 17 ada boss </IS> <query> ada boss </query>                     <info> found carla </info>
+    turn 2   <IS> 17 carla </IS> <answer> carla </answer>                         <info> answered </info>
+    turn 3   <IS> 17 carla ; 18 bruno rival </IS> <query> bruno rival </query>    <info> found emil </info>
                                                                                   reward of the first question
-    turn 4   <IS> ada carla ; bruno emil </IS> <answer> emil </answer>            reward of the second
+    turn 4   <IS> 17 carla ; 18 emil </IS> <answer> emil </answer>                reward of the second
 
 What an answer has earned comes some turns later, whatever the policy does then, and is more or less than the
 answer is worth. The expert's `<IS>` lists the questions met so far, as in `multihop.py`.
@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import random
 from math import fsum
-from numbers import Real
 from typing import Any
 
-from mem1.checks import require
 from mem1.envs.base import Action, ExpertAction, Step, require_running
-from mem1.envs.toy.episodes import interval, padded, whole_number
+from mem1.envs.toy.episodes import interval, padded, share, whole_number
 from mem1.envs.toy.multihop import FOUND, MALFORMED, NOTHING_FOUND
-from mem1.envs.toy.multihop_questions import MultiHopQuestions
+from mem1.envs.toy.multihop_questions import MAX_HOPS, MAX_QUESTIONS, MultiHopQuestions
 from mem1.envs.toy.words import NAMES, RELATIONS
 from mem1.metrics import SEPARATOR, UNANSWERED, exact_match, grade
 
@@ -59,12 +57,10 @@ class DelayedRewardEnv:
         spread: float = 0.5,
         passage_tokens: int = 0,
     ) -> None:
-        self._objectives = interval("objectives", objectives, 1, 16)
-        self._hops = interval("hops", hops, 1, 4)
+        self._objectives = interval("objectives", objectives, 1, MAX_QUESTIONS)
+        self._hops = interval("hops", hops, 1, MAX_HOPS)
         self._delay = interval("delay", delay, 0, MAX_DELAY)
-        sound = isinstance(spread, Real) and not isinstance(spread, bool) and 0.0 <= spread <= 1.0
-        require(sound, "spread", "a number from 0 to 1", spread)
-        self._spread = spread
+        self._spread = share("spread", spread)
         self.passage_tokens = whole_number("passage_tokens", passage_tokens, 0)
         self.objectives = self._objectives[1]
         self._running = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from numbers import Real
 
 from mem1.checks import require
 from mem1.envs.toy.words import FILLER
@@ -24,6 +25,13 @@ def whole_number(name: str, value: int, low: int, high: float = math.inf) -> int
     """A whole number from `low` to `high`. InputError for any other."""
     fits = isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
     require(fits, name, f"a number >= {low}" if high == math.inf else f"a number within {low}..{high}", value)
+    return value
+
+
+def share(name: str, value: float) -> float:
+    """A number from 0 to 1. InputError for any other."""
+    fits = isinstance(value, Real) and not isinstance(value, bool) and 0.0 <= value <= 1.0
+    require(fits, name, "a number from 0 to 1", value)
     return value
 
 

@@ -16,7 +16,7 @@ PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 
 def vocabulary() -> tuple[str, ...]:
     """Every token, in the order of the ids: specials, tags, punctuation, words."""
-    plain = words.PUNCTUATION + words.MESSAGE + words.RELATIONS + words.NAMES + words.FILLER
+    plain = words.PUNCTUATION + words.MESSAGE + words.RELATIONS + words.NUMBERS + words.NAMES + words.FILLER
     return (PAD, EOS, UNK, *TAGS, *plain)
 
 

@@ -25,5 +25,6 @@ def toy_training(config: TrainConfig) -> dict[str, Any]:
             config.environment,
             config.rollout.prune,
             config.warmstart.auxiliary_fraction,
+            config.warmstart.growth,
         ),
     }

@@ -24,6 +24,7 @@ from mem1.checks import require
 from mem1.envs.base import Action, ExpertAction, Step, require_running
 from mem1.envs.toy.episodes import interval, padded, whole_number
 from mem1.envs.toy.multihop import FOUND, NOTHING_FOUND
+from mem1.envs.toy.multihop_questions import MAX_QUESTIONS
 from mem1.envs.toy.words import NAMES, RELATIONS
 from mem1.metrics import UNANSWERED, grade
 
@@ -62,7 +63,7 @@ class UpdatesEnv:
         facts_per_turn: int = 2,
         passage_tokens: int = 0,
     ) -> None:
-        self._objectives = interval("objectives", objectives, 1, 16)
+        self._objectives = interval("objectives", objectives, 1, MAX_QUESTIONS)
         self._updates = interval("updates", updates, 0, 8)
         self._noise = _shares(noise)
         self._facts_per_turn = whole_number("facts_per_turn", facts_per_turn, 1, 16)

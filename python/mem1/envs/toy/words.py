@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-# Given names: the entities of the knowledge bases. Eighty, so that 16 questions of 4 hops share nobody.
+# Given names: the entities of the knowledge bases. As many, that 32 questions of 4 hops share nobody.
 NAMES = tuple(
     """
-    ada adam agnes alma amos anna arlo astrid basil beata boris bruno carla cecil clara cora cyril dana
-    david dora edgar elias ella emil emma enzo esther eva ezra felix fiona flora frank freya georg gina
-    greta gustav hanna hugo ida igor ines ivan jack jana jasper joan judith karl kira lara leah leo lewis
-    linus lotte lydia marco maria max mia milo mona nadia nina noah nora olga oscar otto paula petra quinn
-    rita rosa ruben ruth sara simon
+    abel ada adam agnes albert alice alma amelie amos andre anna anton arlo aron arthur astor astrid
+    axel basil beata bella bernd bianca bodo boris bruno carl carla cecil celia claire clara conrad cora
+    cyril daisy dana daniel daphne david delia denis diana dirk dora doris edgar edith edna elias ella
+    ellen elmar emil emma enzo erik ernst esther eugen eva evan ezra fabian fanny felix fiona flora
+    frank fred freya fritz georg gerda gero gina gisela grace greta gustav hagen hanna hans harald
+    hector heidi helen henry hilda holger hugo ida igor ilse imre ines irene isaac ivan ivo jack jakob
+    jana janet jasper jens joan jonas josef judith jules kai karl kaspar katja kira klaus konrad kurt
+    lara laura leah lena leo leon lewis liam lina linus lisa lois lorenz lotte luca luise luna lydia
+    mara marco maria max mia milo mona nadia nina noah nora olga oscar otto paula petra quinn rita rosa
+    ruben ruth sara simon
     """.split()
 )
 
 # Every relation leads from a person to a person, so relations chain freely: "ada boss teacher" is the teacher
 # of ada's boss.
 RELATIONS = ("boss", "coach", "doctor", "friend", "guest", "lawyer", "mentor", "rival", "tailor", "teacher")
+
+# What questions are numbered with.
+NUMBERS = tuple(str(number) for number in range(1, 100))
 
 # Padding that gives an answer to a query the size of a real passage.
 FILLER = tuple(
@@ -30,7 +38,10 @@ FILLER = tuple(
 
 # Words of the prompts and of the environments' own messages that are not among the above.
 MESSAGE = tuple(
-    "answer questions order a name copy lookup found nothing malformed write relation answered".split()
+    """
+    answer questions order a name copy lookup found nothing malformed write relation answered hint you turn
+    turns left
+    """.split()
 )
 
 PUNCTUATION = (".", ";", ":", ",", "?", "|")
