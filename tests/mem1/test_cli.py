@@ -123,7 +123,7 @@ def test_the_defaults_are_those_of_the_config(trained):
         (["--prune", "sometimes"], "fold, summary, got 'sometimes'"),
         (
             ["--objectives", "3-2"],
-            "objectives: expected a number or a rising interval within 1..16, got (3, 2)",
+            "objectives: expected a number or a rising interval within 1..32, got (3, 2)",
         ),
     ],
 )
@@ -139,7 +139,7 @@ def test_a_setting_out_of_range_is_one_line(capsys, tmp_path, trained, arguments
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--objectives", "17"], "objectives: expected a number or a rising interval within 1..16"),
+        (["--objectives", "17"], "objectives: expected a number or a rising interval within 1..32"),
         (["--passage-tokens", "-1"], "passage_tokens: expected a number >= 0"),
         (["--hops", "9"], "hops: expected a number or a rising interval within 1..4"),
         (["--device", "cuda:99"], "device: expected one of auto, cpu"),
@@ -268,7 +268,10 @@ def test_the_first_line_says_where_it_runs(capsys, model, tmp_path, command):
 
 def test_rollout_prints_transcripts_or_saves_trajectories(capsys, model, tmp_path):
     assert main(["rollout", "--model", model, "--episodes", "1", "--max-turns", "40", "--expert"]) == 0
-    assert "answered, reward 1.000" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "answered, reward 1.000" in said
+    assert re.search(r"^  1  memory  (\d+) of \1 tokens: prompt$", said, re.M)
+    assert re.search(r"^  3  memory  \d+ of \d+ tokens: prompt, turn 2$", said, re.M)
     saved = tmp_path / "new" / "t.jsonl"
     few = ["--episodes", "3", "--max-turns", "2", "--prune", "40"]
     assert main(["rollout", "--model", model, *few, "--out", str(saved)]) == 0

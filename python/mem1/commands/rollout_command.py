@@ -7,20 +7,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from mem1.checks import InputError, require
 from mem1.commands.loading import check_writable, load_policy, log_failures, log_other_settings, reason
 from mem1.commands.world_options import closing, rollout_config, world_of
 from mem1.envs.tasks import TaskStream
 from mem1.envs.worlds import DEFAULT
+from mem1.evaluation.transcripts import transcript
 from mem1.io import atomic_write
-from mem1.parsing.token_text import TokenText
 from mem1.rollout.rollout_loop import make_codec, make_engine, rollout
 from mem1.runtime.progress import Progress
 from mem1.seeds import LARGEST
 from mem1.trajectory import Trajectory
-from mem1_core.segments import by_policy
 
 
 def run(options: argparse.Namespace, progress: Progress) -> None:
@@ -96,18 +93,3 @@ def _write(played: Iterator[Trajectory], path: Path, progress: Progress) -> None
     progress.log(f"{count} trajectories are in {path}")
     if ended is not None:
         raise ended
-
-
-def transcript(trajectory: Trajectory, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A trajectory for people: one line per segment, then how it went."""
-    text_of, lines, start = TokenText(tokenizer), [], 0
-    for kind, turn, length in trajectory.segments:
-        text = text_of.decode(trajectory.tokens[start : start + length].tolist())
-        said = "invalid" if turn in trajectory.invalid_turns and by_policy(kind) else kind
-        lines.append(f"{turn:3d} {said:>7}  {text}")
-        start += length
-    lines.append(
-        f"seed {trajectory.seed}: {trajectory.error or trajectory.finish_reason}, "
-        f"reward {trajectory.reward:.3f}, {start} tokens, at most {trajectory.peak_tokens()} at once"
-    )
-    return "\n".join(lines)

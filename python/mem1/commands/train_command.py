@@ -49,8 +49,8 @@ _SETTINGS = {
 }
 
 
-class _Stage(NamedTuple):
-    """One run of a call."""
+class Stage(NamedTuple):
+    """One run of several."""
 
     out: Path
     config: TrainConfig
@@ -59,41 +59,54 @@ class _Stage(NamedTuple):
 
 def run(options: argparse.Namespace, progress: Progress) -> None:
     """One run, or one after the other; all settings are read before the first begins."""
-    stages = _stages(options)
-    several = len(stages) > 1
+    stages = stages_of(options.config or [None], options.out, options)
     if options.print_config:
         with ignore_closed_pipe(sys.stdout):
             print("---\n".join(to_yaml(stage.config) for stage in stages), end="", flush=True)
         return
     if options.dry_run:
         for stage in stages:
-            progress.log(str(plan(stage.config)))
+            # What an earlier one has yet to make is as large as a new model of these settings.
+            coming = stage.config.init and _within(stage.config.init, [s.out for s in stages])
+            begun = coming and not Path(str(stage.config.init)).exists()
+            progress.log(str(plan(replace(stage.config, init=None) if begun else stage.config)))
         return
+    train_stages(stages, progress, resume=options.resume, overwrite=options.overwrite)
+
+
+def train_stages(
+    stages: Sequence[Stage], progress: Progress, *, resume: bool = False, overwrite: bool = False
+) -> None:
+    """One after the other. resume: go on with what there is; of several, those that have not begun begin."""
+    several = len(stages) > 1
     for stage in stages:
         check_writable(stage.out)
     for number, stage in enumerate(stages, 1):
         if several:
             progress.log(f"[{number}/{len(stages)}] {stage.out}")
-        # Of several, those that have not begun are begun.
-        resume = options.resume and (not several or (stage.out / CONFIG).is_file())
-        _train(stage, resume, options.overwrite, progress)
+        _train(stage, resume and (not several or (stage.out / CONFIG).is_file()), overwrite, progress)
 
 
-def _stages(options: argparse.Namespace) -> list[_Stage]:
-    recipes: list[Path | None] = options.config or [None]
+def stages_of(
+    recipes: Sequence[Path | None], out: Path | None, options: argparse.Namespace | None = None
+) -> list[Stage]:
+    """A run for each file of settings (None: for none), over which the options count; InputError before any
+    begins. out: the folder of one, or that of several in folders of their names; by default below runs/.
+    """
+    options = options or argparse.Namespace(settings={})
     several = len(recipes) > 1
     require(not (several and is_torchelastic_launched()), "config", "one file a torchrun", len(recipes))
-    stages = list[_Stage]()
+    stages = list[Stage]()
     for recipe in recipes:
         folder = Path("runs", *_below_recipes(recipe)) if recipe else Path("runs", "train")
-        if options.out:
-            folder = options.out / folder.name if several else options.out
+        if out:
+            folder = out / folder.name if several else out
         require(
             folder not in [stage.out for stage in stages], "config", "files of different names", str(recipe)
         )
         config, world = resolved(options, recipe)
         init = _beside(config.init, folder, [stage.out for stage in stages])
-        stages.append(_Stage(folder, replace(config, init=init), world))
+        stages.append(Stage(folder, replace(config, init=init), world))
     return stages
 
 
@@ -110,10 +123,14 @@ def _beside(init: str | None, out: Path, earlier: Sequence[Path]) -> str | None:
     if init is None or Path(init).is_absolute():
         return init
     there = out.parent / init
-    return str(there) if there.exists() or any(run in (there, *there.parents) for run in earlier) else init
+    return str(there) if there.exists() or _within(there, earlier) else init
 
 
-def _train(stage: _Stage, resume: bool, overwrite: bool, progress: Progress) -> None:
+def _within(path: str | Path, runs: Sequence[Path]) -> bool:
+    return any(run in (Path(path), *Path(path).parents) for run in runs)
+
+
+def _train(stage: Stage, resume: bool, overwrite: bool, progress: Progress) -> None:
     out = stage.out
     with _task(stage.world, stage.config) as task:
         try:

@@ -109,7 +109,9 @@ def rollout_config(options: argparse.Namespace, objectives: int | None) -> Rollo
     max_info_tokens, max_turns = default.max_info_tokens, default.max_turns
     if options.environment in TOYS:
         made = environment_arguments(options)
-        passage, hops = (_most(made.get(name, least)) for name, least in (("passage_tokens", 0), ("hops", 1)))
+        least = {"passage_tokens": 0, "facts": 0, "hops": 1}
+        most = {name: _most(made.get(name, value)) for name, value in least.items()}
+        passage, hops = most["passage_tokens"] + 4 * most["facts"], most["hops"]
         max_info_tokens = passage + (64 if options.environment == DEFAULT else max_info_tokens)
         per_question = 2 * hops if options.environment == DEFAULT else 8 * hops
         max_turns = max(max_turns, (objectives or 1) * per_question + 2)

@@ -159,7 +159,10 @@ def test_the_notes_rewrite_each_question_as_far_as_it_is_known() -> None:
     assert environment.expert_action() == (f"{number} {answer}", Action("answer", answer))
     step = environment.step(Action("answer", answer))
     assert (step.observation, step.terminated) == ("answered", False)
-    assert environment.expert_action() == (f"{number} {answer} ; {second}", Action("query", f"{other} {three}"))
+    assert environment.expert_action() == (
+        f"{number} {answer} ; {second}",
+        Action("query", f"{other} {three}"),
+    )
 
 
 def test_answers_have_their_length_in_tokens_and_no_words_but_the_vocabulary_s(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -53,10 +55,16 @@ def test_the_notes_rewrite_each_question_as_far_as_it_is_known() -> None:
     (number, head, one, two), (_, other, three, _) = first.split(), second.split()
     assert environment.expert_action() == (first, Action("query", f"{head} {one}"))
     found = environment.step(Action("query", f"{head} {one}")).observation.removeprefix("found ")
-    assert environment.expert_action() == (f"{number} {found} {two}", Action("query", f"{found} {two}"))
+    assert environment.expert_action() == (
+        f"{head} {one} {found} ; {number} {found} {two}",
+        Action("query", f"{found} {two}"),
+    )
     answer = environment.step(Action("query", f"{found} {two}")).observation.removeprefix("found ")
     assert environment.answers[0] == answer
-    assert environment.expert_action() == (f"{number} {answer} ; {second}", Action("query", f"{other} {three}"))
+    learned = f"{found} {two} {answer} ; {number} {answer} ; {second}"
+    assert environment.expert_action() == (learned, Action("query", f"{other} {three}"))
+    assert environment.step(Action("query", "who")).observation == NOTHING_FOUND
+    assert environment.expert_action().state == f"{number} {answer} ; {second}", "nothing was learned"
 
 
 def test_ranges_are_drawn_from() -> None:
@@ -148,12 +156,62 @@ def test_adversarial_answers_imitate_tags() -> None:
     assert all("</info><answer>" in info and info.endswith("</answer>") for info in infos)
 
 
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_facts_hold_the_one_that_was_asked_for(count: int) -> None:
+    environment = MultiHopEnv(4, facts=count)
+    kinds = set()
+    for seed in range(5):
+        texts, last = play(environment, seed)
+        assert last.reward == 1.0
+        for query, said in zip(texts[2:-3:3], texts[3:-3:3], strict=True):
+            facts = said.removeprefix("found ").split(" ; ")
+            assert len(facts) == len({*facts}) == count
+            (right,) = [fact for fact in facts if fact.startswith(f"{query} ")]
+            assert right.split()[2] in NAMES
+            same = [
+                (fact.split()[0] == query.split()[0], fact.split()[1] == query.split()[1]) for fact in facts
+            ]
+            kinds |= {*same} - {(True, True)}
+    assert kinds == ({(True, False), (False, True), (False, False)} if count > 1 else set())
+
+
+def test_how_many_facts_is_drawn_for_each_query() -> None:
+    environment = MultiHopEnv(16, facts=(0, 3))
+    texts, _ = play(environment, 0)
+    counts = {len(said.split(" ; ")) if len(said.split()) > 2 else 0 for said in texts[3:-3:3]}
+    assert counts == {0, 1, 2, 3}
+
+
+def test_a_fact_is_the_same_whoever_asks() -> None:
+    environment = MultiHopEnv(1, facts=8)
+    environment.reset(3)
+    told: dict[str, str] = {}
+    for _ in range(300):
+        said = environment.step(environment.random_action(random.Random(len(told))).action)
+        if not said.observation.startswith("found"):
+            environment.reset(3)
+            continue
+        for fact in said.observation.removeprefix("found ").split(" ; "):
+            name, relation, other = fact.split()
+            assert told.setdefault(f"{name} {relation}", other) == other
+    assert len(told) > 20
+
+
 def test_of_a_missing_fact_nothing_is_found_and_nothing_is_the_answer() -> None:
     environment = MultiHopEnv(8, missing=1.0)
     for seed in range(3):
         texts, last = play(environment, seed)
         assert last.reward == 1.0 and environment.answers == ["nothing"] * 8
         assert texts.count(NOTHING_FOUND) == 8
+    others = MultiHopEnv(2, facts=3, missing=1.0)
+    texts, last = play(others, 0)
+    assert last.reward == 1.0 and NOTHING_FOUND not in texts
+    lost = 0
+    for query, said, state in zip(texts[2::3], texts[3::3], texts[4::3], strict=False):
+        learned = state.startswith(f"{query} nothing ;")
+        assert learned != (f"{query} " in said)
+        lost += learned
+    assert lost == 2
     shares = []
     environment = MultiHopEnv(16, missing=0.25)
     for seed in range(40):

@@ -11,6 +11,7 @@ from mem1.envs.base import Example
 from mem1.envs.toy.auxiliary import copy_example, lookup_example
 from mem1.envs.toy.expert import expert_example
 from mem1.envs.toy.multihop import MultiHopEnv
+from mem1.envs.toy.words import NAMES
 from mem1.rollout.rollout_loop import play_expert
 from mem1_core.layout import TrajectoryLayout
 from mem1_core.segments import policy_tokens
@@ -36,20 +37,33 @@ def test_lookup(tokenizer: PreTrainedTokenizerFast) -> None:
     numbered, gaps = set(), set()
     for seed in range(60):
         example = lookup_example(tokenizer.get_vocab(), random.Random(seed))
-        prompt, asked = " ".join(words(tokenizer, example)).removeprefix("lookup : ").split(" . ")
-        table = dict(pair.split(" ", 1) for pair in prompt.split(" ; "))
-        assert 2 <= len(table) <= 32
-        *gap, first = words(tokenizer, example)[: example.segments[0].length]
-        gap = gap[gap.index(".") + 1 :]
-        given, said = asked.split()[len(gap) :], 0
-        answers = [segment.length for segment in example.segments if segment.kind == "answer"]
-        for length in answers:
-            assert " ".join(given[said + 1 : said + 1 + length]) == table.pop(given[said])
-            said += 1 + length
-        assert said == len(given) and len(answers) == min(16, len(answers) + len(table))
-        numbered.add(first.isdecimal())
+        prompt, _ = " ".join(words(tokenizer, example)).removeprefix("lookup : ").split(" . ")
+        listed = prompt.split(" ; ")
+        assert 2 <= len(listed) == len({*listed}) <= 32
+        pieces, start = list[str](), 0
+        for segment in example.segments:
+            pieces.append(" ".join(words(tokenizer, example)[start : start + segment.length]))
+            start += segment.length
+        keys, values = pieces[::2], pieces[1::2]
+        *gap, last = keys[0][keys[0].index(" . ") + 3 :].split()
+        names_in_gap = [word for word in gap if word in NAMES]  # of a key of two words
+        keys[0] = " ".join([*names_in_gap, last])
+        assert " ".join(values).split() == words(tokenizer, example, policy=True)
+        for key, value in zip(keys, values, strict=True):
+            listed.remove(f"{key} {value}")
+        assert len(values) == min(16, len(values) + len(listed))
+        numbered.add((last.isdecimal(), len(names_in_gap)))
         gaps.add(len(gap))
-    assert numbered == {True, False} and min(gaps) == 0 and 100 < max(gaps) <= 256
+    assert numbered == {(True, 0), (False, 0), (False, 1)} and min(gaps) == 0 and 100 < max(gaps) <= 257
+
+
+def test_an_easy_exercise_is_short(tokenizer: PreTrainedTokenizerFast) -> None:
+    for make in (copy_example, lookup_example):
+        lengths = {
+            grown: max(len(make(tokenizer.get_vocab(), random.Random(n), grown).tokens) for n in range(40))
+            for grown in (0.0, 0.2, 1.0)
+        }
+        assert lengths[0.0] < 40 < lengths[1.0] and lengths[0.0] < lengths[0.2] < lengths[1.0], lengths
 
 
 @pytest.mark.parametrize("prune", ["action", "state", "never"])

@@ -4,8 +4,8 @@
     lookup  lookup : 17 dora ; 18 max boss ; 19 rosa friend coach . after much 18 [max boss] 17 [dora] ...
 
 In a look-up the bracketed words are the policy's; each key before them is named by the environment. Keys are
-numbers that follow one another, as those of questions do, or names; unrelated words stand between the list
-and the first key.
+numbers that follow one another, as those of questions do, names, or a name and a relation each; unrelated
+words stand between the list and the first key.
 """
 
 from __future__ import annotations
@@ -37,21 +37,46 @@ def copy_example(ids: Mapping[str, int], rng: random.Random, grown: float = 1.0)
 def lookup_example(ids: Mapping[str, int], rng: random.Random, grown: float = 1.0) -> Example:
     """Say what stands beside keys of a list of 2 or more, asked for in a new order."""
     count = rng.randint(2, _most(PAIRS, grown))
-    names = rng.sample(NAMES, 2 * count)
-    first = rng.randint(0, len(NUMBERS) - count)
-    keys = rng.choice((NUMBERS[first : first + count], names[count:]))
-    pairs = [
-        (key, [name, *rng.choices(RELATIONS, k=rng.randint(0, 2))])
-        for key, name in zip(keys, names[:count], strict=True)
-    ]
-    listed = " ; ".join(" ".join([key, *value]) for key, value in pairs)
+    pairs = rng.choice((_questions, _names, _facts))(rng, count)
+    listed = " ; ".join(f"{key} {value}" for key, value in pairs)
     gap = rng.choices(FILLER, k=int((_most(GAP, grown) + 1) ** rng.random()) - 1)
-    words = ["lookup", ":", *listed.split(), ".", *gap]
-    segments = [Segment("prompt", 0, len(words) + 1)]
-    for turn, (key, value) in enumerate(rng.sample(pairs, min(count, MAX_KEYS)), start=1):
-        words += [key, *value]
-        segments += [Segment("answer", turn, len(value)), Segment("info", turn, 1)]
-    return Example([ids[word] for word in words], segments[:-1], "never")
+    words, segments = ["lookup", ":", *listed.split(), ".", *gap], list[Segment]()
+    asked = rng.sample(pairs, min(count, MAX_KEYS))
+    for turn, (key, value) in enumerate(asked, start=1):
+        key_words, value_words = key.split(), value.split()
+        words += [*key_words, *value_words]
+        segments += [
+            Segment("info", turn - 1, len(key_words))
+            if segments
+            else Segment("prompt", 0, len(words) - len(value_words)),
+            Segment("answer", turn, len(value_words)),
+        ]
+    return Example([ids[word] for word in words], segments, "never")
+
+
+_Pairs = list[tuple[str, str]]  # of keys and values
+
+
+def _questions(rng: random.Random, count: int) -> _Pairs:
+    """By number, as a prompt has them."""
+    first = rng.randint(0, len(NUMBERS) - count)
+    names = rng.sample(NAMES, count)
+    return [
+        (number, " ".join([name, *rng.choices(RELATIONS, k=rng.randint(0, 2))]))
+        for number, name in zip(NUMBERS[first : first + count], names, strict=True)
+    ]
+
+
+def _names(rng: random.Random, count: int) -> _Pairs:
+    names = rng.sample(NAMES, 2 * count)
+    return list(zip(names[:count], names[count:], strict=True))
+
+
+def _facts(rng: random.Random, count: int) -> _Pairs:
+    """By name and relation, many with one or the other in common."""
+    names = rng.sample(NAMES, 1 + count // 3)
+    keys = rng.sample([f"{name} {relation}" for name in names for relation in RELATIONS], count)
+    return [(key, rng.choice(NAMES)) for key in keys]
 
 
 def _most(ends: tuple[int, int], grown: float) -> int:

@@ -1,16 +1,17 @@
 """The default environment: many multi-hop questions at once, over facts drawn for each episode.
 
     prompt   answer these questions in order , a name each : 17 ada boss teacher ; 18 bruno rival guest .
-    turn 1   <IS> 17 ada boss teacher </IS> <query> ada boss </query>             <info> found carla </info>
-    turn 2   <IS> 17 carla teacher </IS> <query> carla teacher </query>           <info> found dora </info>
-    turn 3   <IS> 17 dora ; 18 bruno rival guest </IS> <query> bruno rival </query> <info> found emil </info>
+    turn 1   <IS> 17 ada boss teacher </IS> <query> ada boss </query> <info> found carla </info>
+    turn 2   <IS> ada boss carla ; 17 carla teacher </IS> <query> carla teacher </query> <info> found dora ...
+    turn 3   <IS> carla teacher dora ; 17 dora ; 18 bruno rival guest </IS> <query> bruno rival </query> ...
     ...
-    turn 5   <IS> 17 dora ; 18 frank </IS> <answer> dora ; frank </answer>
+    turn 5   <IS> emil guest frank ; 17 dora ; 18 frank </IS> <answer> dora ; frank </answer>
 
 "ada boss teacher" asks for the teacher of ada's boss. Nobody can know the answers by heart: who is whose boss
-is drawn with the episode. The expert's `<IS>` lists the questions met so far, each by its number and as far
-as it is known: a name that was found takes the place of what it answers, so a solved question is the pair
-(number, answer), and a pending one still ends in the relations to follow.
+is drawn with the episode. The expert's `<IS>` begins with the fact that was found; then it lists the
+questions met so far, each by its number and as far as it is known: a name that was found takes the place of
+what it answers, so a solved question is the pair (number, answer), and a pending one still ends in the
+relations to follow.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 from mem1.envs.base import Action, ExpertAction, Step, require_running
 from mem1.envs.toy.episodes import interval, padded, share, whole_number
-from mem1.envs.toy.multihop_questions import MAX_HOPS, MAX_QUESTIONS, MultiHopQuestions
+from mem1.envs.toy.multihop_questions import MAX_HOPS, MAX_QUESTIONS, UNKNOWN, MultiHopQuestions
 from mem1.envs.toy.words import NAMES, RELATIONS
 from mem1.metrics import UNANSWERED, grade
 
@@ -60,7 +61,7 @@ class MultiHopEnv:
         missing: float = 0.0,
     ) -> None:
         self._objectives = interval("objectives", objectives, 1, MAX_QUESTIONS)
-        self._hops = interval("hops", hops, 1, MAX_HOPS)
+        self.hops = interval("hops", hops, 1, MAX_HOPS)
         self._facts = interval("facts", facts, 0, MAX_FACTS)
         self._missing = share("missing", missing)
         self.passage_tokens = whole_number("passage_tokens", passage_tokens, 0)
@@ -71,7 +72,8 @@ class MultiHopEnv:
     def reset(self, seed: int, task: Any = None) -> str:
         self._rng = rng = random.Random(seed)
         self.objectives = rng.randint(*self._objectives)
-        self._questions = MultiHopQuestions(rng, self.objectives, self._hops, self._missing)
+        self._questions = MultiHopQuestions(rng, self.objectives, self.hops, self._missing)
+        self._found = ""  # the fact that the latest query asked for
         self._running = True
         return f"{INSTRUCTION} {self._questions.text()} ."
 
@@ -81,7 +83,9 @@ class MultiHopEnv:
             self._running = False
             graded = grade(action.text, [[right] for right in self.answers])
             return Step("answered", graded.exact_match / self.objectives, True, info=graded.info())
-        said = self._look_up(action.text) if action.kind == "query" else MALFORMED
+        said, self._found = MALFORMED, ""
+        if action.kind == "query":
+            said = self._look_up(action.text)
         return Step(said, info=UNANSWERED)
 
     @property
@@ -90,8 +94,8 @@ class MultiHopEnv:
         return self._questions.answers
 
     def expert_action(self) -> ExpertAction:
-        """Ask hop after hop, question after question; answer when all are known."""
-        notes = []
+        """Note what was found, then ask hop after hop, question after question; answer when all are known."""
+        notes = [self._found] if self._found else []
         for i in range(self.objectives):
             notes.append(self._questions.note(i))
             if pending := self._questions.pending(i):
@@ -107,6 +111,8 @@ class MultiHopEnv:
     def _look_up(self, query: str) -> str:
         """The passage that answers a query; every episode knows the answer to each (name, relation)."""
         found = self._questions.look_up(query)
+        if self._questions.is_fact(query):
+            self._found = " ".join([*query.split(), found or UNKNOWN])
         told = self._questions.statements(self._rng, query, self._rng.randint(*self._facts))
         if not told and found is None:
             return NOTHING_FOUND

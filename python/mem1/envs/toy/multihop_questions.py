@@ -66,13 +66,17 @@ class MultiHopQuestions:
                 self.known[i] += 1
         return self._facts.get(words)
 
+    def is_fact(self, query: str) -> bool:
+        """Whether a query is a name and a relation."""
+        return tuple(query.split()) in self._facts
+
     def statements(self, rng: random.Random, query: str, count: int) -> list[str]:
         """`count` facts in any order: the one that answers a query, unless it is missing, and others, of the
         same name, the same relation, or neither. Empty for a query that is not these two words.
         """
-        asked = tuple(query.split())
-        if asked not in self._facts:
+        if not self.is_fact(query):
             return []
+        asked = tuple(query.split())
         told = [asked] if count and self._facts[asked] is not None else []
         while len(told) < count:
             name, relation = rng.choice(NAMES), rng.choice(RELATIONS)
