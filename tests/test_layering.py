@@ -164,6 +164,7 @@ PYTHON = {
         "numpy torch transformers mem1.checks mem1.envs.tasks mem1.evaluation.viewer mem1.io mem1.metrics "
         "mem1.parsing mem1.trajectory mem1_core"
     ),
+    "mem1.evaluation.transcripts": May("transformers mem1.parsing mem1.trajectory mem1_core.segments"),
     "mem1.evaluation.*": May(f"torch transformers mem1.evaluation.results mem1.runtime {LOOP}"),
     "mem1.train.*": May(
         "torch transformers safetensors mem1_core mem1.extras mem1.io mem1.models mem1.runtime mem1.train "

@@ -75,6 +75,9 @@ class ModelConfig:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = True
     initializer_range: float = 0.06  # of the random weights; with the usual 0.02 copying is learned far later
+    # Scores by which the heads of the first layer begin by looking one or two tokens back; 0: they look
+    # anywhere, and looking things up is learned far later.
+    look_back: float = 20.0
     dtype: str = "auto"  # of the weights: float32, or as a loaded model was saved
 
     def __post_init__(self) -> None:
@@ -87,6 +90,7 @@ class ModelConfig:
         if self.vocab_size is not None:
             require_integers(self, "vocab_size", 1)
         require_numbers(self, "rope_theta initializer_range", above=True)
+        require_numbers(self, "look_back", 0.0, 100.0)
         require_flags(self, "tie_word_embeddings")
         require_choice(self, "dtype", DTYPES)
         heads, groups = self.num_attention_heads, self.num_key_value_heads

@@ -34,7 +34,29 @@ def build_model(tokenizer: PreTrainedTokenizerBase, config: ModelConfig, seed: i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(settings)
+        _look_back(model, config.look_back)
     return to_dtype(model, torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype))
+
+
+@torch.no_grad()
+def _look_back(model: Qwen2ForCausalLM, score: float) -> None:
+    """Let the heads of the first layer begin with what looking up is made of: every other one looks at the
+    token before, the others at the one before that.
+
+    With a bias b of the keys, and that of a query b turned back by as many positions as it shall look back
+    (RoPE, Su et al. 2021), the biases alone give that token `score`, and less to any other.
+    """
+    layer, config = model.model.layers[0].self_attn, model.config
+    heads, groups, width = config.num_attention_heads, config.num_key_value_heads, layer.head_dim
+    keys = torch.randn(groups, width)
+    keys *= (score * width**0.5) ** 0.5 / keys.norm(dim=-1, keepdim=True)
+    queries = keys.repeat_interleave(heads // groups, 0)
+    back = torch.tensor([[1.0], [2.0]]).repeat(-(-heads // 2), 1)[:heads]
+    angles = -back * model.model.rotary_emb.inv_freq
+    first, second = queries.chunk(2, -1)
+    turned = (first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin())
+    layer.k_proj.bias.copy_(keys.flatten())
+    layer.q_proj.bias.copy_(torch.cat(turned, -1).flatten())
 
 
 def architecture(

@@ -63,7 +63,7 @@ def test_an_easy_exercise_is_short(tokenizer: PreTrainedTokenizerFast) -> None:
             grown: max(len(make(tokenizer.get_vocab(), random.Random(n), grown).tokens) for n in range(40))
             for grown in (0.0, 0.2, 1.0)
         }
-        assert lengths[0.0] < 40 < lengths[1.0] and lengths[0.0] < lengths[0.2] < lengths[1.0], lengths
+        assert 3 * lengths[0.0] < lengths[1.0] and lengths[0.0] < lengths[0.2] < lengths[1.0], lengths
 
 
 @pytest.mark.parametrize("prune", ["action", "state", "never"])

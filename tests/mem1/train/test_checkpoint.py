@@ -84,6 +84,15 @@ def test_an_agent_runs_and_answers(make_model, tokenizer, tmp_path):
     assert len(answers) >= len(asked)
 
 
+def test_an_agent_has_one_tokenizer(make_model, tokenizer, tmp_path):
+    with pytest.raises(InputError, match="tokenizer: expected one beside a model, got none"):
+        MemoryEfficientAgent(make_model())
+    with pytest.raises(InputError, match="tokenizer: expected none beside the name of a model"):
+        MemoryEfficientAgent(str(tmp_path), tokenizer)
+    with pytest.raises(InputError, match="expected a model folder with a config.json"):
+        MemoryEfficientAgent(tmp_path)
+
+
 def test_an_agent_returns_the_text_of_its_answer(make_model, tokenizer, monkeypatch):
     agent = MemoryEfficientAgent(make_model(), tokenizer, CONFIG)
     tokens = tokenizer.encode(

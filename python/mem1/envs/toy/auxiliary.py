@@ -17,8 +17,8 @@ from mem1.envs.base import Example
 from mem1.envs.toy.words import FILLER, NAMES, NUMBERS, RELATIONS
 from mem1_core.segments import Segment
 
-WORDS = 6, 32  # of a copy at most, at the start and at last
-PAIRS = 4, 32  # of a look-up
+WORDS = 8, 32  # of a copy at most, at the start and at last
+PAIRS = 8, 32  # of a look-up
 GAP = 0, 256  # words between a list and what is asked of it
 MAX_KEYS = 16  # that are asked for
 

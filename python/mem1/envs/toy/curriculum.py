@@ -18,9 +18,9 @@ _RANGES = ("objectives", "hops", "facts")
 class Curriculum:
     """Draws an example: an auxiliary exercise, or an episode of the expert.
 
-    The share of exercises falls linearly from `auxiliary_fraction` to a quarter of it. Over the first
-    `growth` (a share) of the steps exercises grow to their full length, and the ranges that an episode draws
-    its objectives, hops and facts from grow from their least to their most.
+    Over the first `growth` (a share) of the steps the share of exercises falls from `auxiliary_fraction` to a
+    quarter of it, they grow to their full length, and the ranges that an episode draws its objectives, hops
+    and facts from grow from their least to their most.
 
     ids: every word and tag -> its token id. environment: keyword arguments of `MultiHopEnv`.
     """
@@ -39,8 +39,8 @@ class Curriculum:
     def __call__(self, rng: random.Random, progress: float) -> Example:
         """The next example `progress` (0 to 1) of the way through the warm start."""
         grown = progress / self.growth if progress < self.growth else 1.0
-        if rng.random() < self.auxiliary_fraction * (1.0 - 0.75 * progress):
-            return rng.choice((copy_example, lookup_example))(self.ids, rng, grown)
+        if rng.random() < self.auxiliary_fraction * (1.0 - 0.75 * grown):
+            return rng.choice((copy_example, lookup_example, lookup_example))(self.ids, rng, grown)
         ranges = {
             name: (low, low + round(grown * (high - low)))
             for name in _RANGES
