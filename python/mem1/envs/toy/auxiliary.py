@@ -4,8 +4,8 @@
     lookup  lookup : 17 dora ; 18 max boss ; 19 rosa friend coach . after much 18 [max boss] 17 [dora] ...
 
 In a look-up the bracketed words are the policy's; each key before them is named by the environment. Keys are
-numbers that follow one another, as those of questions do, names, or a name and a relation each; unrelated
-words stand between the list and the first key.
+numbers that follow one another, as those of questions do, names and numbers in no order, or a name and a
+relation each; unrelated words stand between the list and the first key.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ PAIRS = 8, 32  # of a look-up
 GAP = 0, 256  # words between a list and what is asked of it
 MAX_KEYS = 16  # that are asked for
 
+_ENTITIES = NAMES + NUMBERS
+
 
 def copy_example(ids: Mapping[str, int], rng: random.Random, grown: float = 1.0) -> Example:
-    """Repeat 2 or more different names. `ids` maps every word and tag to its token id. grown: 0 for an easy
-    one, 1 for any.
+    """Repeat 2 or more different names and numbers. `ids` maps every word and tag to its token id. grown: 0
+    for an easy one, 1 for any.
     """
-    words = rng.sample(NAMES, rng.randint(2, _most(WORDS, grown)))
+    words = rng.sample(_ENTITIES, rng.randint(2, _most(WORDS, grown)))
     prompt = ["copy", ":", *words, "."]
     answer = ["<answer>", *words, "</answer>"]
     segments = [Segment("prompt", 0, len(prompt)), Segment("answer", 1, len(answer))]
@@ -37,7 +39,7 @@ def copy_example(ids: Mapping[str, int], rng: random.Random, grown: float = 1.0)
 def lookup_example(ids: Mapping[str, int], rng: random.Random, grown: float = 1.0) -> Example:
     """Say what stands beside keys of a list of 2 or more, asked for in a new order."""
     count = rng.randint(2, _most(PAIRS, grown))
-    pairs = rng.choice((_questions, _names, _facts))(rng, count)
+    pairs = rng.choice((_questions, _entities, _facts))(rng, count)
     listed = " ; ".join(f"{key} {value}" for key, value in pairs)
     gap = rng.choices(FILLER, k=int((_most(GAP, grown) + 1) ** rng.random()) - 1)
     words, segments = ["lookup", ":", *listed.split(), ".", *gap], list[Segment]()
@@ -67,9 +69,10 @@ def _questions(rng: random.Random, count: int) -> _Pairs:
     ]
 
 
-def _names(rng: random.Random, count: int) -> _Pairs:
-    names = rng.sample(NAMES, 2 * count)
-    return list(zip(names[:count], names[count:], strict=True))
+def _entities(rng: random.Random, count: int) -> _Pairs:
+    """Names and numbers in no order, so that these are told apart before they are counted."""
+    drawn = rng.sample(_ENTITIES, 2 * count)
+    return list(zip(drawn[:count], drawn[count:], strict=True))
 
 
 def _facts(rng: random.Random, count: int) -> _Pairs:
