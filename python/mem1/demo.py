@@ -119,7 +119,7 @@ def demo(
     plot_trajectory(told, out / "trajectory_mask.png")
     tokenizer.save_pretrained(out / "tokenizer")  # for `mem1 view`
     title(f"done. Plots, tables and trajectories are in {out.resolve()}")
-    log(f"mem1 view {out / 'trajectories.jsonl'} makes a page of them")
+    log(f"mem1 view {out / 'trajectories.jsonl'} --tokenizer {agents.mem1} makes a page of them")
     log(f"mem1 eval --model {agents.mem1} evaluates further")
 
 

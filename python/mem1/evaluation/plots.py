@@ -18,6 +18,22 @@ from mem1_core.plot import plot_mask
 _MARKERS = "os^Dv<>P*"
 
 
+def plot_peaks(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
+    """Peak tokens against the number of objectives, with the prompt (left) and without (right), a line per
+    agent.
+    """
+    figure, axes = _figure(1, 2)
+    sides = (("peak_tokens", "with the prompt"), ("peak_tokens_without_prompt", "without the prompt"))
+    for ax, (name, title) in zip(axes, sides, strict=True):
+        for agent in dict.fromkeys(result.agent for result in results):
+            rows = sorted((r for r in results if r.agent == agent), key=lambda r: r.objectives)
+            ax.plot([r.objectives for r in rows], [r[name] for r in rows], marker="o", label=agent)
+        ax.set(yscale="log", ylabel="peak tokens", title=title)
+        _against_objectives(ax, results)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.savefig(path)
+
+
 def plot_results(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
     """Objectives answered right, peak tokens, dependency length and seconds against the number of objectives,
     a line per agent with 95 % intervals.
