@@ -139,7 +139,7 @@ def test_a_setting_out_of_range_is_one_line(capsys, tmp_path, trained, arguments
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--objectives", "17"], "objectives: expected a number or a rising interval within 1..32"),
+        (["--objectives", "33"], "objectives: expected a number or a rising interval within 1..32"),
         (["--passage-tokens", "-1"], "passage_tokens: expected a number >= 0"),
         (["--hops", "9"], "hops: expected a number or a rising interval within 1..4"),
         (["--device", "cuda:99"], "device: expected one of auto, cpu"),

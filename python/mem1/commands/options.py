@@ -173,12 +173,11 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("--max-wait-ms", type=float, default=2.0, help="for more queries of a batch")
     add("--max-pending", type=_positive, default=4096, help="queries at a time; more are told to come again")
 
-    add = command("demo", "the models of the package at work, in two minutes on two idle cores").add_argument
+    add = command("demo", "train, evaluate and plot in about five minutes on two idle cores").add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="folder for everything it makes")
-    add("--train", action="store_true", help="train them all first, which takes hours; again: go on with it")
     add("--overwrite", action="store_true", help="start over in an --out that has a run")
     add("--quick", action="store_true", help="the same in well under a minute, without learning much")
-    add("--seed", type=_seed, default=0, help="of the evaluation and of the updates")
+    add("--seed", type=_seed, default=0, help="of the training and the evaluation")
     return parser
 
 
