@@ -131,7 +131,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(model, tmp_path, capsys)
             "expected arguments of webshop: missing",
         ),
         (["--agents", "oracle", "--tasks", "rows.jsonl"], "tasks: expected none beside multihop"),
-        (["--agents", "oracle", "--objectives", "17"], "objectives: expected a number or a rising interval"),
+        (["--agents", "oracle", "--objectives", "33"], "objectives: expected a number or a rising interval"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_line(tmp_path, capsys, arguments, message):
