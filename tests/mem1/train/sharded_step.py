@@ -29,7 +29,9 @@ from mem1.train.optim import AdamW
 from mem1.train.sharding import freeze_embeddings, shard, whole
 from mem1.trajectory import Trajectory
 
-MODEL = ModelConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=128, initializer_range=0.1)
+MODEL = ModelConfig(
+    num_hidden_layers=2, hidden_size=64, intermediate_size=128, initializer_range=0.1, look_back=0.0
+)
 
 
 class Case(NamedTuple):

@@ -18,7 +18,7 @@ SETTINGS = TrainConfig(
     max_updates=5,
     batch_size=8,
     environment={"objectives": (1, 1)},
-    warmstart=WarmStartConfig(steps=150),
+    warmstart=WarmStartConfig(steps=250, growth=0.0, auxiliary_fraction=0.0),
     algorithm=AlgorithmConfig(
         mini_batch_size=4,
         epochs=2,
