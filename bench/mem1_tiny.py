@@ -29,6 +29,7 @@ from mem1.io import atomic_write
 from mem1.parsing.tags import MEM1
 from mem1.train import checkpoint
 from mem1.train.parity import parity
+from mem1.train.run_folder import CONFIG
 
 SEED = 20260  # of the episodes
 WORLD = {"hops": 2, "facts": 4}
@@ -117,10 +118,11 @@ def regimes(runs: Path) -> Iterator[Cell]:
 def growth(runs: Path) -> Iterator[Cell]:
     """16 questions, by updates on 2 and by where these began."""
     for run in sorted(runs.glob("*ppo*")):
+        rule = {"prune": settings_of(run)["rollout"]["prune"]}
         for path in [start_of(run), *reversed(checkpoint.numbered(run))]:
             update = path.name if path.parent.parent == run else "policy-000000"
             for n in (2, 16):
-                yield Cell("growth", f"{run.name}, {update}", str(path), n, {}, GREEDY | rule_of(run))
+                yield Cell("growth", f"{run.name}, {update}", str(path), n, {}, GREEDY | rule)
 
 
 PARTS = {"agents": agents, "robustness": robustness, "regimes": regimes, "growth": growth}
@@ -128,11 +130,11 @@ PARTS = {"agents": agents, "robustness": robustness, "regimes": regimes, "growth
 
 def start_of(run: Path) -> Path:
     """The model that a run began with."""
-    return Path(json.loads((run / "train.json").read_text())["init"])
+    return Path(settings_of(run)["init"])
 
 
-def rule_of(run: Path) -> dict[str, Any]:
-    return {"prune": json.loads((run / "train.json").read_text())["rollout"]["prune"]}
+def settings_of(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / CONFIG).read_text()))
 
 
 def play(cell: Cell, episodes: int) -> dict[str, Any]:

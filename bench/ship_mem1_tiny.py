@@ -13,6 +13,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from mem1_tiny import settings_of, start_of
+
 from mem1.models import shipped
 from mem1.train import checkpoint
 from mem1.train.run_folder import CONFIG, METRICS
@@ -28,7 +30,7 @@ LARGEST = 6e6  # bytes of all
 
 
 def main(runs: Path) -> None:
-    init = Path(json.loads((runs / MODELS["mem1-tiny"] / CONFIG).read_text())["init"]).name
+    init = start_of(runs / MODELS["mem1-tiny"]).name
     for name, run in MODELS.items():
         source = runs / run
         place = (
@@ -40,7 +42,7 @@ def main(runs: Path) -> None:
         checkpoint.save(folder, model.half(), tokenizer)
         config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        settings = json.loads((source / CONFIG).read_text())
+        settings = settings_of(source)
         if settings["init"]:
             settings["init"] = str(Path(settings["init"]).relative_to(runs))
         (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")

@@ -34,7 +34,7 @@ def clean_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("copy")
     for path in tracked_files():
         (copy / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / path, copy / path, follow_symlinks=False)
+        shutil.copy2(ROOT / path, copy / path)
     return copy
 
 

@@ -1,4 +1,4 @@
-"""The models that come with the package, by their names; docs/mem1-tiny.md says how they were made.
+"""The models that come with the package, by their names (bench/ship_mem1_tiny.py puts them there); none is yet.
 
 mem1-tiny                 answers questions of `mem1.envs.toy.multihop`, with the memory of MEM1
 mem1-tiny-start           what it was before reinforcement
