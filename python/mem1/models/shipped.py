@@ -1,4 +1,4 @@
-"""The models that come with the package, by their names (bench/ship_mem1_tiny.py puts them there); none is yet.
+"""The models that come with the package, by their names (bench/ship_mem1_tiny.py puts them there); none yet.
 
 mem1-tiny                 answers questions of `mem1.envs.toy.multihop`, with the memory of MEM1
 mem1-tiny-start           what it was before reinforcement
