@@ -1,4 +1,4 @@
-# make demo    roll out, train, evaluate and draw, on the CPU, from a bare checkout
+# make demo    roll out, evaluate, train and draw, on the CPU, from a bare checkout
 # make test    all tests this machine can run, in WORKERS processes (0: in pytest's own, as --pdb wants it); NEWEST=1: with
 #              the newest packages instead of constraints.txt's
 # make ends    the tests of what other packages do for this one, with the oldest supported and the newest there are

@@ -36,15 +36,19 @@ WORLD = {"hops": 2, "facts": 4}
 GREEDY, SAMPLED = {"greedy": True}, {"greedy": False}
 _HINT = "hint : you have 1 turn left ; answer questions ."
 WRONG_HINT = replace(MEM1, turn_hint=_HINT, last_turn_hint=_HINT)
+POLICY, FULL_POLICY = "3-ppo", "6-full-context-ppo"
 MEM1_RUNS = {
-    "mem1-tiny": "2-ppo",
-    "seed 1": "2-ppo-seed-1",
-    "seed 2": "2-ppo-seed-2",
-    "supervised to the end": "1-supervised",
+    "start": "2-hasty",
+    "mem1-tiny": POLICY,
+    "seed 1": "3-ppo-seed-1",
+    "seed 2": "3-ppo-seed-2",
+    "start, imitating four times as long": "7-hasty-longer",
+    "imitating without haste": "1-supervised",
 }
 FULL_RUNS = {
-    "full context": "4-full-context-ppo",
-    "full context, supervised to the end": "3-full-context-supervised",
+    "full context, start": "5-full-context-hasty",
+    "full context": FULL_POLICY,
+    "full context, imitating without haste": "4-full-context-supervised",
 }
 
 
@@ -66,16 +70,11 @@ class Cell:
 
 def agents(runs: Path) -> Iterator[Cell]:
     """Who answers how many, with what memory."""
-    rows = {"start": start_of(runs / "2-ppo"), **{name: runs / run for name, run in MEM1_RUNS.items()}}
-    full = {
-        "full context, start": start_of(runs / "4-full-context-ppo"),
-        **{name: runs / run for name, run in FULL_RUNS.items()},
-    }
-    for name, model in (rows | full).items():
-        rule = {"prune": "never"} if name in full else {}
+    for name, run in (MEM1_RUNS | FULL_RUNS).items():
+        rule = {"prune": "never"} if name in FULL_RUNS else {}
         for drawn, sampler in (("greedy", GREEDY), ("sampled", SAMPLED)):
             for n in OBJECTIVES:
-                yield Cell("agents", f"{name}, {drawn}", str(model), n, {}, sampler | rule)
+                yield Cell("agents", f"{name}, {drawn}", str(runs / run), n, {}, sampler | rule)
 
 
 def robustness(runs: Path) -> Iterator[Cell]:
@@ -89,7 +88,7 @@ def robustness(runs: Path) -> Iterator[Cell]:
         "a quarter of the facts missing": {"missing": 0.25},
         **{f"passages of {length} tokens": {"passage_tokens": length} for length in (50, 100, 200, 400)},
     }
-    model = str(runs / "2-ppo")
+    model = str(runs / POLICY)
     for name, world in worlds.items():
         for n in (2, 16):
             yield Cell("robustness", name, model, n, world)
@@ -103,9 +102,9 @@ def robustness(runs: Path) -> Iterator[Cell]:
 def regimes(runs: Path) -> Iterator[Cell]:
     """The same weights with their cache pruned, and encoded again."""
     trained = {
-        "start": start_of(runs / "2-ppo"),
-        "reinforced in carry": runs / "2-ppo",
-        "reinforced in reencode": runs / "2-ppo-reencode",
+        "start": start_of(runs / POLICY),
+        "reinforced in carry": runs / POLICY,
+        "reinforced in reencode": runs / f"{POLICY}-reencode",
     }
     for name, model in trained.items():
         for regime in ("carry", "reencode"):
@@ -118,11 +117,12 @@ def regimes(runs: Path) -> Iterator[Cell]:
 def growth(runs: Path) -> Iterator[Cell]:
     """16 questions, by updates on 2 and by where these began."""
     for run in sorted(runs.glob("*ppo*")):
-        rule = {"prune": settings_of(run)["rollout"]["prune"]}
+        rule = {name: settings_of(run)["rollout"][name] for name in ("prune", "regime")}
         for path in [start_of(run), *reversed(checkpoint.numbered(run))]:
             update = path.name if path.parent.parent == run else "policy-000000"
-            for n in (2, 16):
-                yield Cell("growth", f"{run.name}, {update}", str(path), n, {}, GREEDY | rule)
+            for drawn, sampler in (("greedy", GREEDY), ("sampled", SAMPLED)):
+                for n in (2, 16):
+                    yield Cell("growth", f"{run.name}, {update}, {drawn}", str(path), n, {}, sampler | rule)
 
 
 PARTS = {"agents": agents, "robustness": robustness, "regimes": regimes, "growth": growth}
@@ -140,6 +140,7 @@ def settings_of(run: Path) -> dict[str, Any]:
 def play(cell: Cell, episodes: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     model, tokenizer, _ = checkpoint.load(cell.model)
+    model = model.half().float()  # as it is shipped
     world, n = WORLD | cell.world, cell.objectives
     rules = RolloutConfig(
         num_slots=64,
@@ -218,7 +219,7 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(15, 4.2), layout="constrained", dpi=120)
     left, middle, right = figure.subplots(1, 3)
-    for name in ("mem1-tiny", "start", "supervised to the end", "full context"):
+    for name in ("mem1-tiny", "start", "full context", "full context, start"):
         cells = [(n, found.get(f"agents | {name}, greedy | {n}")) for n in OBJECTIVES]
         known = [(n, cell) for n, cell in cells if cell]
         sizes, values = [n for n, _ in known], [cell["reward"] for _, cell in known]
@@ -229,8 +230,8 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     for key, cell in found.items():
         part, row, n = key.split(" | ")
         if part == "growth" and n == "16":
-            run, update = row.split(", policy-")
-            curves.setdefault(run, []).append((int(update), cell["reward"]))
+            run, update, drawn = row.split(", ")
+            curves.setdefault(f"{run}, {drawn}", []).append((int(update[-6:]), cell["reward"]))
     for run, points in curves.items():
         right.plot(*zip(*sorted(points), strict=True), marker=".", label=run)
     left.set(title="questions answered right, greedy", xlabel="questions", ylim=(0, 1.02))

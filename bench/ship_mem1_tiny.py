@@ -2,8 +2,8 @@
 
     python bench/ship_mem1_tiny.py RUNS
 
-Weights are stored in half precision and load in single: what is shipped, and evaluated, is what they are
-then. With each go the settings of its run and every n-th line of what the run has measured.
+Weights are stored in half precision and load in single, as bench/mem1_tiny.py evaluates them. Of every run go
+its settings and every n-th line of what it has measured.
 """
 
 from __future__ import annotations
@@ -13,47 +13,42 @@ import shutil
 import sys
 from pathlib import Path
 
-from mem1_tiny import settings_of, start_of
+from mem1_tiny import settings_of
 
-from mem1.models import shipped
+from mem1.models.shipped import MADE_BY, RUNS
 from mem1.train import checkpoint
 from mem1.train.run_folder import CONFIG, METRICS
 
-SHIPPED = Path(shipped.__file__).parent / "shipped"
-MODELS = {
-    "mem1-tiny": "2-ppo",
-    "mem1-tiny-start": "1-supervised",
-    "mem1-tiny-full-context": "4-full-context-ppo",
-}
-LINES = 400  # of a log, or a little more
+LINES = 100  # of a log, at most
 LARGEST = 6e6  # bytes of all
 
 
 def main(runs: Path) -> None:
-    init = start_of(runs / MODELS["mem1-tiny"]).name
-    for name, run in MODELS.items():
-        source = runs / run
-        place = (
-            source / "checkpoints" / init if name == "mem1-tiny-start" else Path(checkpoint.newest(source))
-        )
-        folder = SHIPPED / name
-        shutil.rmtree(folder, ignore_errors=True)
+    package = RUNS.parent.with_name(".shipped.new")
+    shutil.rmtree(package, ignore_errors=True)
+    records = package / RUNS.name
+    records.mkdir(parents=True)
+    for name, run in MADE_BY.items():
+        place = checkpoint.newest(runs / run)
         model, tokenizer, _ = checkpoint.load(place)
-        checkpoint.save(folder, model.half(), tokenizer)
-        config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        settings = settings_of(source)
-        if settings["init"]:
-            settings["init"] = str(Path(settings["init"]).relative_to(runs))
-        (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-        lines = (source / METRICS).read_text().splitlines(keepends=True)
-        (folder / METRICS).write_text("".join(lines[:: max(1, len(lines) // LINES)]))
+        checkpoint.save(package / name, model.half(), tokenizer)
+        path = package / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
         print(f"{name}: {place}")
-    size = sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file())
+    for run in sorted(path.parent for path in runs.glob(f"*/{CONFIG}")):
+        settings = settings_of(run)
+        if settings["init"]:
+            settings["init"] = str(Path(settings["init"]).resolve().relative_to(runs))
+        (records / f"{run.name}.json").write_text(json.dumps(settings, indent=2) + "\n")
+        lines = (run / METRICS).read_text().splitlines(keepends=True)
+        (records / f"{run.name}.jsonl").write_text("".join(lines[:: -(-len(lines) // LINES)]))
+    size = sum(file.stat().st_size for file in package.rglob("*") if file.is_file())
     print(f"{size / 1e6:.2f} MB in all")
     if size > LARGEST:
         raise SystemExit(f"expected at most {LARGEST / 1e6} MB")
+    shutil.rmtree(RUNS.parent, ignore_errors=True)
+    package.rename(RUNS.parent)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]).resolve())

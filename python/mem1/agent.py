@@ -28,8 +28,8 @@ class Reply(NamedTuple):
 class MemoryEfficientAgent:
     """A policy that forgets all but its own notes.
 
-        agent = MemoryEfficientAgent("runs/demo/train/last")
-        trajectory = agent.run(MultiHopEnv(objectives=4), seed=7)
+        agent = MemoryEfficientAgent("mem1-tiny")
+        trajectory = agent.run(MultiHopEnv(objectives=4, facts=4), seed=7)
         reply = agent.answer(
             "answer these questions in order , a name each : 17 ada boss teacher .", tool=look_up
         )

@@ -196,11 +196,16 @@ class RolloutConfig:
         return self.peak_tokens() if self.regime == "reencode" else replace(self, prune="never").peak_tokens()
 
 
+def default_steps(init: str | None) -> int:
+    """Of the warm start of a model with random weights, or of one that is loaded."""
+    return 2000 if init is None else 0
+
+
 @dataclass(frozen=True)
 class WarmStartConfig:
     """Supervised steps on expert trajectories before PPO."""
 
-    steps: int = 2000
+    steps: int | None = None  # None: `default_steps`
     batch_tokens: int = 1536
     learning_rate: float = 2e-3
     warmup_steps: int = 50
@@ -214,7 +219,7 @@ class WarmStartConfig:
     save_every: int = 500  # steps
 
     def __post_init__(self) -> None:
-        require_integers(self, "steps warmup_steps", 0)
+        require_integers(self, "warmup_steps" if self.steps is None else "steps warmup_steps", 0)
         require_integers(self, "batch_tokens save_every", 1)
         require_numbers(self, "max_grad_norm", above=True)
         require_numbers(self, "learning_rate", 0.0, 1.0, above=True)
@@ -341,7 +346,7 @@ class ScaleConfig:
 class TrainConfig:
     """One training run: warm start, then updates on episodes of the policy."""
 
-    init: str | None = None  # a folder or an id to start from, in place of random weights and a warm start
+    init: str | None = None  # a folder or an id to start from, in place of random weights
     max_updates: int = 100
     batch_size: int = 64  # trajectories of one update
     group_size: int = 1  # of these, how many play the same task
@@ -372,6 +377,8 @@ class TrainConfig:
         require(isinstance(self.init, (str, NoneType)), "init", "a folder or an id", self.init)
         learned = self.init is not None or not self.lora.rank
         require(learned, "lora.rank", "0 without init: random weights are nothing to adapt", self.lora.rank)
+        alone = not (self.lora.rank and self.warmstart_steps)
+        require(alone, "lora.rank", "0 beside warmstart.steps, in which all weights learn", self.lora.rank)
         require_integers(self, "seed", 0, LARGEST - 1)
         require_numbers(self, "max_failed", 0.0, 1.0)
         require(isinstance(self.device, str), "device", "'auto' or the name of a torch device", self.device)
@@ -382,6 +389,11 @@ class TrainConfig:
         object.__setattr__(self, "trackers", tuple(self.trackers))
         object.__setattr__(self, "environment", _recorded("environment", self.environment))
         require(not self.rollout.greedy, "greedy", "False in training, which learns from samples", True)
+
+    @property
+    def warmstart_steps(self) -> int:
+        """`warmstart.steps`, or what stands for None."""
+        return default_steps(self.init) if self.warmstart.steps is None else self.warmstart.steps
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; a rule of forgetting that is a function, by its name."""

@@ -1,44 +1,58 @@
-"""The whole job in about five minutes on two idle cores: train, evaluate, compare, draw."""
+"""The models of the package at work, in minutes on two idle cores: memory, words, parity, learning."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
 import json
+import os
 import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError
-from mem1.config import EvictionPolicy, Regime, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.config import Regime, RolloutConfig, TrainConfig
+from mem1.config_files import made, read, typed
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.envs.toy.training import toy_training
-from mem1.evaluation.evaluation_loop import OBJECTIVES, evaluate, evaluate_expert, evaluation_seeds
-from mem1.evaluation.plots import plot_learning, plot_peaks, plot_trajectory
+from mem1.evaluation.evaluation_loop import OBJECTIVES, evaluate, evaluation_seeds
+from mem1.evaluation.plots import plot_learning, plot_results, plot_trajectory
 from mem1.evaluation.results import Result, table
+from mem1.evaluation.transcripts import transcript
 from mem1.io import atomic_write, without_nan
 from mem1.rollout.rollout_loop import rollout
 from mem1.runtime.progress import Progress
+from mem1.train import checkpoint
 from mem1.train.parity import Parity, parity
-from mem1.train.run_folder import METRICS
+from mem1.train.run_folder import CONFIG, METRICS, RunFolder, settings_path
 from mem1.train.train_loop import train
-
-AGENTS: tuple[tuple[str, EvictionPolicy], ...] = (("MEM1", "action"), ("full context", "never"))
-PASSAGE = 400  # tokens: the size of a retrieved passage
+from mem1.trajectory import Trajectory
 
 _SHOWN = (
-    *("agent", "objectives", "errors", "reward", "exact_match", "answered"),
-    *("turns", "peak_tokens", "peak_tokens_without_prompt"),
+    *("agent", "objectives", "exact_match", "answered", "turns"),
+    *("peak_tokens", "peak_tokens_without_prompt", "seconds"),
 )
+_TOLD = 2  # objectives of the trajectory in words
+
+
+class Agents(NamedTuple):
+    """Names or folders of models of one world (`checkpoint.load`): with the memory of MEM1, the same before
+    reinforcement, and one that forgets nothing.
+    """
+
+    mem1: str | os.PathLike[str] = "mem1-tiny"
+    start: str | os.PathLike[str] = "mem1-tiny-start"
+    full_context: str | os.PathLike[str] = "mem1-tiny-full-context"
 
 
 def demo(
     out: Path,
+    agents: Agents | None = None,
     *,
     quick: bool = False,
     seed: int = 0,
@@ -47,13 +61,11 @@ def demo(
 ) -> None:
     """Run the demo; everything it makes is in the folder `out`.
 
-    `quick` does the same in well under a minute with a smaller budget of each part. `overwrite` starts over
-    where `out` has a training run. Raises InputError at once if there is no matplotlib for the plots at the
-    end.
+    `quick` does the same in well under a minute, with a few episodes and updates. `overwrite` starts over
+    where `out` has a training run. Raises InputError at once for what `check` finds.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("matplotlib: expected for the plots, got none: pip install 'mem1_core[plot]'")
-    progress = progress or Progress()
+    check(out, overwrite)
+    progress, agents = progress or Progress(), agents or Agents()
     log = progress.log
     began = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
@@ -61,134 +73,148 @@ def demo(
     def title(text: str) -> None:
         log(f"\n[{time.perf_counter() - began:4.0f} s] {text}")
 
-    config = demo_config(quick, seed)
-    title("1/4 training: supervised warm start on expert trajectories, then PPO")
-    log(f"{config.warmstart.steps} steps and {config.max_updates} updates, however fast this machine is")
-    if not quick:
-        log("two idle cores of a server take about five minutes for all four parts")
-    model, tokenizer, _ = train(
-        config, out / "train", **toy_training(config), overwrite=overwrite, progress=progress
+    title("1/4 MEM1 against an agent of the same size and training that forgets nothing, greedy")
+    config = trained_with(agents.mem1)
+    log(
+        "many questions at once about facts that only a tool knows; in reinforcement the policies have met\n"
+        f"{config.environment['objectives']} at a time; lengths in tokens, seconds an episode"
     )
+    sizes, episodes = (OBJECTIVES[:2], 4) if quick else (OBJECTIVES, 16)
+    results, played = compare(agents, sizes, episodes, seed, progress)
+    log(table(results, _SHOWN))
+    if not quick:
+        log(growth(results))
 
-    title("2/4 the trained policy, greedy: MEM1 against the same weights with everything kept in context,")
-    log("which in training they never saw; trained on 1 to 8 objectives")
-    log("means per episode; lengths in tokens, seconds of wall time per episode")
-    results: list[Result] = []
-    lines: list[str] = []
-    for agent, prune in AGENTS:
-        for n in OBJECTIVES[:2] if quick else OBJECTIVES:
-            # Room for what the expert would write, and some more: an agent that has lost its way must come to
-            # an end.
-            limits = replace(
-                config.rollout, prune=prune, greedy=True, max_turns=2 * n + 4, max_action_tokens=8 * n + 24
-            )
-            row, trajectories = evaluate(
-                model,
-                tokenizer,
-                limits,
-                partial(MultiHopEnv, n),
-                agent=agent,
-                objectives=n,
-                episodes=4 if quick else 16,
-                seed=seed,
-                progress=progress,
-            )
-            results.append(row)
-            lines += [json.dumps({"agent": agent, **trajectory.to_dict()}) for trajectory in trajectories]
-    with atomic_write(out / "trajectories.jsonl") as file:
-        file.write("\n".join(lines) + "\n")
-    log(table(results, (*_SHOWN, "dependency_length", "seconds")))
+    title("2/4 an episode of MEM1 in words, with what was in memory when each turn began")
+    model, tokenizer, _ = checkpoint.load(agents.mem1)
+    told = next(trajectory for _, trajectory in played if trajectory.objectives == _TOLD)
+    log(transcript(told, tokenizer))
 
-    title("3/4 the expert on the same job: what memory takes when every question gets answered")
-    expert = expert_results(tokenizer, config.rollout)
-    log(table(expert, (*_SHOWN, "dependency_length")))
-    log(growth(expert))
-
-    title("4/4 log-probs: sampled by the rollout against recomputed by the trainer")
-    measured = parity_results(model, tokenizer, config.rollout, 4 if quick else 8, seed, progress)
+    title("3/4 log-probs: sampled by the rollout against recomputed by the trainer")
+    measured = parity_results(model, tokenizer, config, 4 if quick else 8, seed, progress)
     log(table(measured))
 
     report = {
-        "trained": [row.to_dict() for row in results],
-        "expert": [row.to_dict() for row in expert],
+        "evaluation": [row.to_dict() for row in results],
         "parity": [without_nan(asdict(row)) for row in measured],
     }
     with atomic_write(out / "results.json") as file:
         json.dump(report, file, indent=2, allow_nan=False)
-    plot_peaks(expert, out / "peak_tokens.png")
-    plot_peaks(results, out / "peak_tokens_trained.png")
-    plot_learning(out / "train" / METRICS, out / "learning_curve.png")
-    _, shown = evaluate_expert(
-        tokenizer, config.rollout, partial(MultiHopEnv, 4), agent="MEM1", objectives=4, episodes=1
-    )
-    plot_trajectory(shown[0], out / "trajectory_mask.png")
+    with atomic_write(out / "trajectories.jsonl") as file:
+        for agent, trajectory in played:
+            file.write(json.dumps({"agent": agent, **trajectory.to_dict()}, allow_nan=False) + "\n")
+    plot_results(results, out / "agents.png")
+    plot_trajectory(told, out / "trajectory_mask.png")
     tokenizer.save_pretrained(out / "tokenizer")  # for `mem1 view`
+
+    title("4/4 reinforcement on 2 questions, from where supervision was stopped")
+    learning = TrainConfig(
+        init=str(agents.start),
+        max_updates=2 if quick else 16,
+        batch_size=16 if quick else 64,
+        environment=config.environment,
+        rollout=config.rollout,
+        algorithm=config.algorithm,
+        seed=seed,
+    )
+    train(learning, out / "train", **toy_training(learning), overwrite=overwrite, progress=progress)
+    log(rise(out / "train" / METRICS))
+    plot_learning(out / "train" / METRICS, out / "learning_curve.png")
     title(f"done. Plots, tables and trajectories are in {out.resolve()}")
     log(f"mem1 view {out / 'trajectories.jsonl'} makes a page of them")
-    log(f"mem1 eval --model {out / 'train'} evaluates further")
+    log(f"mem1 eval --model {agents.mem1} evaluates further")
 
 
-def demo_config(quick: bool, seed: int) -> TrainConfig:
-    """The budget of the demo, in steps: on two idle cores two minutes of warm start and over one of PPO."""
-    return TrainConfig(
-        max_updates=2 if quick else 12,
-        batch_size=8 if quick else 64,
-        environment={"objectives": (1, 8)},
-        seed=seed,
-        rollout=RolloutConfig(num_slots=64, max_action_tokens=96, max_turns=20),
-        warmstart=WarmStartConfig(steps=30 if quick else 1000),
-    )
+def check(out: Path, overwrite: bool = False) -> None:
+    """InputError if there is no matplotlib for the plots, or a training run in `out` that is to stay."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("matplotlib: expected for the plots, got none: pip install 'mem1_core[plot]'")
+    if not overwrite:
+        RunFolder(out / "train").check_free()
 
 
-def expert_results(tokenizer: PreTrainedTokenizerBase, config: RolloutConfig) -> list[Result]:
-    """The expert under both prune rules, with bare answers to its queries and with answers of a passage's
-    size.
-    """
+def trained_with(model: str | os.PathLike[str]) -> TrainConfig:
+    """The settings of the run that a model comes from."""
+    if (path := settings_path(model)) is None:
+        raise InputError(f"model: expected one with a {CONFIG}, got {str(model)!r}")
+    return made(typed(read(path)))
+
+
+def compare(
+    agents: Agents, sizes: tuple[int, ...], episodes: int, seed: int, progress: Progress
+) -> tuple[list[Result], list[tuple[str, Trajectory]]]:
+    """Both kinds of memory on the same episodes, each with the weights that were trained with it."""
     results: list[Result] = []
-    for passage in (0, PASSAGE):
-        for agent, prune in AGENTS:
-            name = f"{agent}, expert" + (f", {PASSAGE}-token passages" if passage else "")
-            rules = replace(config, prune=prune)
-            for n in OBJECTIVES:
-                make = partial(MultiHopEnv, n, passage_tokens=passage)
-                row, _ = evaluate_expert(tokenizer, rules, make, agent=name, objectives=n, episodes=2)
-                results.append(row)
-    return results
+    played: list[tuple[str, Trajectory]] = []
+    for name, model in (("MEM1", agents.mem1), ("full context", agents.full_context)):
+        config = trained_with(model)
+        policy, tokenizer, _ = checkpoint.load(model)
+        for n in sizes:
+            row, trajectories = evaluate(
+                policy,
+                tokenizer,
+                limits(config, n),
+                partial(MultiHopEnv, **config.environment | {"objectives": n}),
+                agent=name,
+                objectives=n,
+                episodes=episodes,
+                seed=seed,
+                progress=progress,
+            )
+            results.append(row)
+            played += [(name, trajectory) for trajectory in trajectories]
+    return results, played
+
+
+def limits(config: TrainConfig, objectives: int) -> RolloutConfig:
+    """Room for what the expert would write, and some more: an agent that has lost its way must come to an
+    end.
+    """
+    hops = max(MultiHopEnv(**config.environment | {"objectives": objectives}).hops)
+    turns, tokens = (hops + 1) * objectives + 4, 8 * objectives + 24
+    return replace(config.rollout, greedy=True, max_turns=turns, max_action_tokens=tokens)
 
 
 def growth(results: list[Result]) -> str:
-    """How peak memory grows from 2 to 16 objectives, a line per agent."""
-    peaks = {(r.agent, r.objectives): r for r in results}
+    """How peak memory grows from the least objectives to the most, a line per agent."""
     lines, bare = [], "peak_tokens_without_prompt"
     for agent in dict.fromkeys(r.agent for r in results):
-        small, large = peaks[agent, 2], peaks[agent, 16]
+        rows = sorted((r for r in results if r.agent == agent), key=lambda r: r.objectives)
+        small, large = next(r for r in rows if r.objectives >= 2), rows[-1]
+        times, without = (large[name] / small[name] for name in ("peak_tokens", bare))
         lines.append(
-            f"{agent}: 16 objectives need {large['peak_tokens'] / small['peak_tokens']:.2f}x the peak of 2, "
-            f"{large[bare] / small[bare]:.2f}x without the prompt"
+            f"{agent}: {large.objectives} objectives need {times:.2f}x the peak of {small.objectives}, "
+            f"{without:.2f}x without the prompt"
         )
     return "\n".join(lines)
+
+
+def rise(metrics: Path) -> str:
+    """The rewards of a run as a line."""
+    rewards = [json.loads(line)["reward"] for line in metrics.read_text().splitlines()]
+    return "share of objectives answered, update by update: " + " ".join(
+        f"{reward:.2f}" for reward in rewards
+    )
 
 
 def parity_results(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    config: RolloutConfig,
+    config: TrainConfig,
     episodes: int,
     seed: int,
     progress: Progress,
 ) -> list[Parity]:
-    """Every regime in fp32 and bf16, on sampled episodes of 4 objectives (9 turns, if the policy gets that
-    far).
-    """
+    """Every regime in fp32 and bf16, on sampled episodes of 4 objectives."""
     rows: list[Parity] = []
     regimes: tuple[Regime, ...] = ("carry", "reencode", "paper")
     cases = [(dtype, regime) for dtype in (torch.float32, torch.bfloat16) for regime in regimes]
+    make = partial(MultiHopEnv, **config.environment | {"objectives": 4})
     with progress.phase("regimes and dtypes", total=len(cases)) as phase:
         for dtype, regime in cases:
             policy = copy.deepcopy(model).to(dtype)
-            rules = replace(config, regime=regime)
-            seeds = evaluation_seeds(seed, episodes)
-            played = list(rollout(policy, tokenizer, lambda: MultiHopEnv(4), seeds, rules))
-            rows.append(parity(policy, played, regime, config.temperature))
+            rules = replace(limits(config, 4), greedy=False, regime=regime)
+            played = list(rollout(policy, tokenizer, make, evaluation_seeds(seed, episodes), rules))
+            rows.append(parity(policy, played, regime, rules.temperature))
             phase.advance()
     return rows

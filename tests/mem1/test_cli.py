@@ -13,9 +13,12 @@ import torch
 
 from mem1.checks import InputError
 from mem1.cli import RUNS, main
+from mem1.commands import demo_command
 from mem1.commands.options import build_parser
 from mem1.commands.world_options import rollout_config
 from mem1.config import AlgorithmConfig, ModelConfig, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.demo import Agents
+from mem1.models.shipped import MADE_BY
 from mem1.parsing.tags import MEM1
 from mem1.runtime.device import whereabouts
 from mem1.runtime.interrupts import Interrupted
@@ -392,6 +395,17 @@ def test_the_largest_worlds_fit_a_new_model(world):
     assert limits("--objectives", "16", *world).positions() <= ModelConfig().max_position_embeddings
 
 
+def test_the_demo_can_train_its_models_first(tmp_path, monkeypatch):
+    called: list[Any] = []
+    for name in ("train_stages", "demo"):
+        monkeypatch.setattr(demo_command, name, lambda *given, **named: called.append((given, named)))
+    assert main(["demo", "--train", "--out", str(tmp_path)]) == 0
+    ((stages, _), how), ((out, agents), _) = called
+    assert [stage.out for stage in stages] == [tmp_path / "runs" / name for name in demo_command.STAGES]
+    assert how == {"resume": True, "overwrite": False}
+    assert out == tmp_path and agents == Agents(*(tmp_path / "runs" / run for run in MADE_BY.values()))
+
+
 @pytest.mark.slow
 def test_the_quick_demo(capsys, tmp_path):
     pytest.importorskip("matplotlib")
@@ -399,18 +413,24 @@ def test_the_quick_demo(capsys, tmp_path):
     out = capsys.readouterr().out
     assert f"Plots, tables and trajectories are in {tmp_path}" in out
     made = {path.name for path in tmp_path.iterdir()}
-    assert {
-        "peak_tokens.png",
-        "peak_tokens_trained.png",
-        "learning_curve.png",
-        "trajectory_mask.png",
-        "trajectories.jsonl",
-        "results.json",
-        "train",
-    } <= made
+    assert made >= {
+        *("agents.png", "learning_curve.png", "trajectory_mask.png"),
+        *("trajectories.jsonl", "results.json", "train", "tokenizer"),
+    }
     report = json.loads((tmp_path / "results.json").read_text())
     exact = [row for row in report["parity"] if row["regime"] != "paper" and row["dtype"] == "float32"]
     assert len(exact) == 2
     assert all(row["max_dlogp"] <= 5e-5 for row in exact)
-    assert all(row["errors"] == {} for row in report["trained"] + report["expert"])
+    played = [json.loads(line) for line in (tmp_path / "trajectories.jsonl").read_text().splitlines()]
+    assert [line["agent"] for line in played] == ["MEM1"] * 8 + ["full context"] * 8
+    rows = report["evaluation"]
+    assert [(row["agent"], row["objectives"]) for row in rows] == [
+        (agent, n) for agent in ("MEM1", "full context") for n in (1, 2)
+    ]
+    assert all(row["errors"] == {} for row in rows)
+    assert all(row["reward"] >= 0.8 for row in rows if row["agent"] == "MEM1"), "it has learned"
+    assert re.search(r"^  2  memory  \d+ of \d+ tokens: prompt, turn 1$", out, re.M)
+    steps = [json.loads(line) for line in (tmp_path / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert [(step["phase"], step["step"]) for step in steps] == [("policy", 1), ("policy", 2)]
+    assert main(["view", str(tmp_path / "trajectories.jsonl"), "--tokenizer", "mem1-tiny"]) == 0
     assert main(["demo", "--quick", "--out", str(tmp_path)]) == 2, "what is there stays"

@@ -205,9 +205,10 @@ def test_what_counts_more(told, tmp_path, capsys):
     assert system == "hello: world #1" and told("--rollout.system=null").rollout.system is None
     for arguments, message in (
         (["--environment.objectives=0"], "objectives: expected a number or a rising interval"),
+        (["--warmstart.steps=-5", "--model", "m"], "warmstart.steps: expected an integer >= 0"),
         (
-            ["--warmstart.steps=5", "--model", "m"],
-            "warmstart-steps: expected none beside model, got {'steps': 5}",
+            ["--warmstart.steps=5", "--lora.rank=4", "--model", "m"],
+            "lora.rank: expected 0 beside warmstart.steps, in which all weights learn, got 4",
         ),
         (["--algorithm.max_grad_norm=0"], "algorithm.max_grad_norm: expected a finite number > 0, got 0"),
         (["--rollout.max_turns=null"], "rollout.max_turns: expected int, got None"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from checkout import ROOT
 
 from mem1.checks import InputError
 from mem1.cli import main
-from mem1.config_files import made, read, typed
+from mem1.commands.train_command import stages_of
+from mem1.config_files import read
 from mem1.train import checkpoint
 from mem1.train.run_folder import METRICS
 
@@ -27,6 +29,7 @@ keep: 9
 PPO = """
 base: 1-start.yaml
 init: 1-start/checkpoints/warmstart-000002
+warmstart: {steps: 0}
 max_updates: 2
 batch_size: 4
 """
@@ -92,6 +95,17 @@ def test_several_runs_and_their_settings_can_be_shown(recipes, capsys):
     assert capsys.readouterr().out.count("in all") == 2
 
 
+def test_a_folder_of_runs_is_no_model(tmp_path, monkeypatch):
+    """runs/mem1-tiny has the stages of mem1-tiny; a model beside a run, or one that will be there, is one."""
+    (tmp_path / "mem1-tiny" / "3-ppo").mkdir(parents=True)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for init, place in (("mem1-tiny", "mem1-tiny"), ("model", str(tmp_path / "model"))):
+        (tmp_path / "ppo.yaml").write_text(f"init: {init}")
+        (stage,) = stages_of([tmp_path / "ppo.yaml"], tmp_path / "run", Namespace(settings={}))
+        assert stage.config.init == place
+
+
 def test_torchrun_trains_one_at_a_time(recipes, capsys, monkeypatch):
     monkeypatch.setattr("mem1.commands.train_command.is_torchelastic_launched", lambda: True)
     assert main(["train", *recipes]) == 2
@@ -124,23 +138,27 @@ def test_a_base_that_cannot_be_one(tmp_path, text, message):
     assert message in str(raised.value)
 
 
-def test_the_stages_of_the_package_fit_together():
-    """Each begins with a checkpoint that the one before will have kept."""
-    folder = ROOT / "recipes" / "mem1-tiny"
-    configs = {path.stem: made(typed(read(path))) for path in sorted(folder.glob("*.yaml"))}
-    assert [name for name in configs if "seed" in name] == ["2-ppo-seed-1", "2-ppo-seed-2"]
-    assert len({config.seed for name, config in configs.items() if name.startswith("2-ppo")}) == 3
-    for name, config in configs.items():
+def test_the_stages_of_the_package_fit_together(tmp_path):
+    """Each begins with what an earlier one will have kept, and plays by its rules."""
+    recipes = sorted((ROOT / "recipes" / "mem1-tiny").glob("*.yaml"))
+    stages = {stage.out.name: stage.config for stage in stages_of(recipes, tmp_path, Namespace(settings={}))}
+    seeds = {name: config.seed for name, config in stages.items() if name.startswith("3-ppo")}
+    assert sorted(seeds.values()) == [0, 0, 1, 2]
+    for name, config in stages.items():
+        world = dict(config.environment)
+        reinforced = "ppo" in name
+        assert world.pop("objectives") == (2 if reinforced else (1, 4) if "few" in name else (1, 16)), name
+        assert ("hasty" in world) == ("hasty" in name)
+        world.pop("hasty", None)
+        assert world == {"hops": [1, 3], "facts": [0, 4], "passage_tokens": 0}
+        assert bool(config.max_updates) == reinforced and bool(config.warmstart.steps) != reinforced
         if config.init is None:
-            assert config.environment["objectives"] == (1, 16) and "supervised" in name
             continue
-        assert config.environment["objectives"] == 2 and "ppo" in name
-        run, _, place = config.init.split("/")
-        before, phase = configs[run], checkpoint.Place.of(place)
-        lessons = before.warmstart
-        assert phase is not None and phase.phase == 0 and phase.step < lessons.steps / 2, "stopped early"
-        assert phase.step % lessons.save_every == 0 and lessons.steps / lessons.save_every <= before.keep
+        run, *place = Path(config.init).relative_to(tmp_path).parts
+        before = stages[run]
+        assert list(stages).index(run) < list(stages).index(name)
         assert before.rollout.prune == config.rollout.prune
-        assert {k: v for k, v in config.environment.items() if k != "objectives"} == {
-            k: v for k, v in before.environment.items() if k != "objectives"
-        }
+        for folder in place[1:]:
+            kept = checkpoint.Place.of(folder)
+            assert kept is not None and kept.phase == 0 and kept.step % before.warmstart.save_every == 0
+            assert before.warmstart.steps / before.warmstart.save_every <= before.keep

@@ -7,16 +7,30 @@ import argparse
 import torch
 
 from mem1.commands.loading import check_writable
-from mem1.demo import demo
+from mem1.commands.train_command import stages_of, train_stages
+from mem1.demo import Agents, check, demo
+from mem1.models.shipped import MADE_BY, RUNS
 from mem1.runtime.progress import Progress
+
+STAGES = (
+    *("1-supervised", "2-hasty", "3-ppo"),
+    *("4-full-context-supervised", "5-full-context-hasty", "6-full-context-ppo"),
+)
 
 
 def run(options: argparse.Namespace, progress: Progress) -> None:
     check_writable(options.out)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    check(options.out, options.overwrite)
+    agents, threads = None, options.threads or torch.get_num_threads()
+    if options.train:
+        runs, again = options.out / "runs", options.overwrite
+        recipes, none = [RUNS / f"{stage}.json" for stage in STAGES], argparse.Namespace(settings={})
+        train_stages(stages_of(recipes, runs, none), progress, resume=not again, overwrite=again)
+        agents = Agents(*(runs / run for run in MADE_BY.values()))
+    torch.set_num_threads(threads)  # which the stages have of their own
     demo(
         options.out,
+        agents,
         quick=options.quick,
         seed=options.seed,
         overwrite=options.overwrite,

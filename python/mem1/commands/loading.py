@@ -21,7 +21,7 @@ from mem1.parsing.token_text import unknown_id
 from mem1.runtime.device import whereabouts
 from mem1.runtime.progress import Progress
 from mem1.train import checkpoint
-from mem1.train.run_folder import CONFIG
+from mem1.train.run_folder import settings_path
 from mem1.trajectory import Trajectory
 
 _TRAINED_WITH = (
@@ -43,16 +43,13 @@ def load_policy(options: argparse.Namespace, progress: Progress) -> tuple[Any, P
 
 def log_other_settings(model: str, config: RolloutConfig, progress: Progress) -> None:
     """A run's format and rules are not part of its model: say where others are asked for."""
-    path = Path(checkpoint.newest(model))
-    for folder in (path, path.parent, path.parent.parent):
-        if (folder / CONFIG).is_file():
-            trained = json.loads((folder / CONFIG).read_text()).get("rollout", {})
-            now = config.to_dict()
-            for name in _TRAINED_WITH:
-                was, given = trained.get(name, now[name]), json.loads(json.dumps(now[name]))
-                if was != given:
-                    progress.log(f"trained with {name} {was}, now {given}")
-            return
+    if (path := settings_path(model)) is None:
+        return
+    trained, now = json.loads(path.read_text()).get("rollout", {}), config.to_dict()
+    for name in _TRAINED_WITH:
+        was, given = trained.get(name, now[name]), json.loads(json.dumps(now[name]))
+        if was != given:
+            progress.log(f"trained with {name} {was}, now {given}")
 
 
 def check_writable(folder: Path) -> None:

@@ -85,7 +85,7 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
     add = train.add_argument
     add("config", type=Path, nargs="*", help="YAML of settings, such as those in recipes/; of several runs")
     add("--out", type=Path, help="folder of the run, or of several (default: runs/ and the name of CONFIG)")
-    add("--model", type=str, help="start updates from this folder or Hugging Face id, without a warm start")
+    add("--model", type=str, help="start from this folder, Hugging Face id or name, not from random weights")
     add("--resume", action="store_true", help="go on in --out, with the options of that run")
     add("--overwrite", action="store_true", help="start over in an --out that has a run")
     add("--dry-run", action="store_true", help="build what a rank has, without memory, and print the plan")
@@ -95,7 +95,7 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("--max-updates", type=int, help="of the policy")
     add("--batch-size", type=_positive, help="episodes per update")
     add("--group-size", type=_positive, help="of these, how many play one task")
-    add("--warmstart-steps", type=int, help="supervised steps")
+    add("--warmstart-steps", type=int, help="supervised steps (default: 2000 of a new model, 0 with --model)")
     add("--actor-lr", type=float, help="learning rate of the policy")
     add("--critic-lr", type=float, help="learning rate of the critic")
     add("--kl-coef", type=float, help="weight of the KL to the first policy")
@@ -119,7 +119,7 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
 
     what = "agents on the same weights side by side: answers, memory and time"
     add = command("eval", what, plays=True).add_argument
-    add("--model", help="a model's folder, a run's, or a Hugging Face id; of scripts only its tokenizer")
+    add("--model", help="a folder of a model or run, a Hugging Face id, a name; of scripts its tokenizer")
     add(
         "--agents",
         type=_told(_agent),
@@ -139,7 +139,7 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("--seed", type=_seed, default=0, help="of the evaluation; its episodes are never trained on")
 
     add = command("rollout", "let an agent play and print or save what it does", plays=True).add_argument
-    add("--model", required=True, help="a model's folder, a run's, or a Hugging Face id")
+    add("--model", required=True, help="a folder of a model or of a run, a Hugging Face id, or a name")
     add("--objectives", type=_interval, help="questions per episode: 2 or 1-4 (default: 2)")
     add("--episodes", type=_positive, default=4, help="how many")
     add("--group-size", type=_positive, default=1, help="times that each is played, with other samples")
@@ -173,11 +173,12 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
     add("--max-wait-ms", type=float, default=2.0, help="for more queries of a batch")
     add("--max-pending", type=_positive, default=4096, help="queries at a time; more are told to come again")
 
-    add = command("demo", "train, evaluate and plot in about five minutes on two idle cores").add_argument
+    add = command("demo", "the models of the package at work, in two minutes on two idle cores").add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="folder for everything it makes")
+    add("--train", action="store_true", help="train them all first, which takes hours; again: go on with it")
     add("--overwrite", action="store_true", help="start over in an --out that has a run")
     add("--quick", action="store_true", help="the same in well under a minute, without learning much")
-    add("--seed", type=_seed, default=0, help="of the training and the evaluation")
+    add("--seed", type=_seed, default=0, help="of the evaluation and of the updates")
     return parser
 
 

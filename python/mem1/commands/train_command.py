@@ -25,6 +25,7 @@ from mem1.named_objects import imported
 from mem1.parsing.tags import MEM1, TagFormat
 from mem1.runtime.progress import Progress
 from mem1.runtime.ranks import Ranks
+from mem1.train import checkpoint
 from mem1.train.plan import plan
 from mem1.train.run_folder import CONFIG
 from mem1.train.train_loop import train
@@ -87,13 +88,10 @@ def train_stages(
         _train(stage, resume and (not several or (stage.out / CONFIG).is_file()), overwrite, progress)
 
 
-def stages_of(
-    recipes: Sequence[Path | None], out: Path | None, options: argparse.Namespace | None = None
-) -> list[Stage]:
+def stages_of(recipes: Sequence[Path | None], out: Path | None, options: argparse.Namespace) -> list[Stage]:
     """A run for each file of settings (None: for none), over which the options count; InputError before any
     begins. out: the folder of one, or that of several in folders of their names; by default below runs/.
     """
-    options = options or argparse.Namespace(settings={})
     several = len(recipes) > 1
     require(not (several and is_torchelastic_launched()), "config", "one file a torchrun", len(recipes))
     stages = list[Stage]()
@@ -117,13 +115,14 @@ def _below_recipes(recipe: Path) -> Sequence[str]:
 
 
 def _beside(init: str | None, out: Path, earlier: Sequence[Path]) -> str | None:
-    """A model's place: an `init` that names a folder beside the run's own, or one that an earlier run of this
-    call will have made there, is that folder.
+    """A model's place: an `init` that names a model beside the run's own folder, or one that an earlier run
+    of this call will have made there, is that.
     """
     if init is None or Path(init).is_absolute():
         return init
     there = out.parent / init
-    return str(there) if there.exists() or _within(there, earlier) else init
+    known = (there / "config.json").is_file() or checkpoint.numbered(there) or _within(there, earlier)
+    return str(there) if known else init
 
 
 def _within(path: str | Path, runs: Sequence[Path]) -> bool:
@@ -136,7 +135,7 @@ def _train(stage: Stage, resume: bool, overwrite: bool, progress: Progress) -> N
         try:
             train(stage.config, out, **task, resume=resume, overwrite=overwrite, progress=progress)
         except KeyboardInterrupt:
-            progress.log(f"stopped; the same options with --resume go on from what is in {out}")
+            progress.log(f"stopped; what is in {out} stays, and mem1 train goes on from it with --resume")
             raise
     if Ranks.current().first:
         progress.log(f"checkpoint and metrics are in {out}")
@@ -171,13 +170,10 @@ def resolved(
     environment = settings.pop("environment", {})
     init, objectives = settings.get("init"), environment.pop("objectives", None)
     name = environment.pop("name", DEFAULT)
-    if init is not None:
-        for steps in (given.get("warmstart_steps"), options.settings.get("warmstart")):
-            require(steps is None, "warmstart-steps", "none beside model", steps)
-    elif name != DEFAULT:
-        raise InputError(f"model: expected one for an environment other than {DEFAULT}, got none")
-    elif objectives is None:
-        objectives = (1, 4)
+    if init is None:
+        if name != DEFAULT:
+            raise InputError(f"model: expected one for an environment other than {DEFAULT}, got none")
+        objectives = (1, 4) if objectives is None else objectives
     own = given.get("environment")  # what MODULE:NAME of an option has been found to be
     if isinstance(own, str) or own is None or name != qualified_name(own):
         own = imported(name) if ":" in name else name

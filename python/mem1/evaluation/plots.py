@@ -18,22 +18,6 @@ from mem1_core.plot import plot_mask
 _MARKERS = "os^Dv<>P*"
 
 
-def plot_peaks(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
-    """Peak tokens against the number of objectives, with the prompt (left) and without (right), a line per
-    agent.
-    """
-    figure, axes = _figure(1, 2)
-    sides = (("peak_tokens", "with the prompt"), ("peak_tokens_without_prompt", "without the prompt"))
-    for ax, (name, title) in zip(axes, sides, strict=True):
-        for agent in dict.fromkeys(result.agent for result in results):
-            rows = sorted((r for r in results if r.agent == agent), key=lambda r: r.objectives)
-            ax.plot([r.objectives for r in rows], [r[name] for r in rows], marker="o", label=agent)
-        ax.set(yscale="log", ylabel="peak tokens", title=title)
-        _against_objectives(ax, results)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.savefig(path)
-
-
 def plot_results(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
     """Objectives answered right, peak tokens, dependency length and seconds against the number of objectives,
     a line per agent with 95 % intervals.
@@ -72,13 +56,20 @@ def plot_results(results: Sequence[Result], path: str | os.PathLike[str]) -> Non
 
 
 def plot_learning(metrics: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """The learning curve of a `metrics.jsonl`: the loss of the warm start (left), the reward of PPO (right).
+    """The learning curve of a `metrics.jsonl`: the loss of the warm start and the reward of PPO, where there
+    are any.
 
     Where there is no number (null, NaN, or nothing at all) the curve has a gap.
     """
     records: list[dict[str, Any]] = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
-    figure, (left, right) = _figure(1, 2)
-    for ax, phase, names in ((left, "warmstart", ("loss",)), (right, "policy", ("reward", "answered"))):
+    lines = {
+        "warmstart": ("warm start", "step", ("loss",)),
+        "policy": ("PPO", "update", ("reward", "answered")),
+    }
+    found = [phase for phase in lines if any(record["phase"] == phase for record in records)]
+    figure, axes = _figure(1, max(1, len(found)), squeeze=False)
+    for ax, phase in zip(axes[0], found, strict=False):
+        title, counted, names = lines[phase]
         rows = [record for record in records if record["phase"] == phase]
         for name in names:
             ax.plot(
@@ -87,15 +78,13 @@ def plot_learning(metrics: str | os.PathLike[str], path: str | os.PathLike[str])
                 label=name,
                 marker="." if len(rows) < 50 else "",
             )
-        ax.set(
-            xlabel="step" if phase == "warmstart" else "update",
-            title="warm start" if phase == "warmstart" else "PPO",
-        )
+        ax.set(xlabel=counted, title=title)
+        if phase == "warmstart":
+            ax.set_yscale("log")
+        else:
+            ax.set_ylim(0.0, 1.02)  # shares: a scale of its own would blow noise up into a trend
         ax.grid(alpha=0.3)
-        if rows:
-            ax.legend()
-    left.set_yscale("log")
-    right.set_ylim(0.0, 1.02)  # shares: a scale of its own would blow noise up into a trend
+        ax.legend()
     figure.savefig(path)
 
 
@@ -128,9 +117,9 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _figure(rows: int, columns: int) -> tuple[Any, Any]:
+def _figure(rows: int, columns: int, **how: Any) -> tuple[Any, Any]:
     # The object interface: no window system, no global state, works the same in a thread or a test.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5 * columns, 4.0 * rows), layout="constrained", dpi=120)
-    return figure, figure.subplots(rows, columns)
+    return figure, figure.subplots(rows, columns, **how)

@@ -1,8 +1,7 @@
-"""The models that come with the package, by their names (bench/ship_mem1_tiny.py puts them there); none yet.
+"""The models that come with the package, by their names; docs/mem1-tiny.md says what each can do.
 
-mem1-tiny                 answers questions of `mem1.envs.toy.multihop`, with the memory of MEM1
-mem1-tiny-start           what it was before reinforcement
-mem1-tiny-full-context    of the same size and training, which forgets nothing
+Beside them are the settings of the runs that made them, and what these measured (bench/ship_mem1_tiny.py puts
+all of it there).
 """
 
 from __future__ import annotations
@@ -10,9 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent / "shipped"
+RUNS = _FOLDER / "runs"  # NAME.json and NAME.jsonl of every run
+MADE_BY = {
+    "mem1-tiny": "3-ppo",  # answers questions of `mem1.envs.toy.multihop`, with the memory of MEM1
+    "mem1-tiny-start": "2-hasty",  # what it was before reinforcement
+    "mem1-tiny-full-context": "6-full-context-ppo",  # of the same size and training, which forgets nothing
+}
 
 
 def shipped(name: str) -> Path | None:
     """The folder of a model of the package; None of any other name."""
-    folder = _FOLDER / name
-    return folder if folder.parent == _FOLDER and (folder / "config.json").is_file() else None
+    return _FOLDER / name if name in MADE_BY else None
+
+
+def settings_of(folder: Path) -> Path | None:
+    """The settings of the run that made a model of the package; None of any other folder."""
+    run = MADE_BY.get(folder.name) if folder.parent == _FOLDER else None
+    return RUNS / f"{run}.json" if run else None

@@ -23,10 +23,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mem1.checks import InputError
+from mem1.config import default_steps
 from mem1.io import atomic_write, leftovers, link, sync, unfinished
+from mem1.models.shipped import settings_of
 from mem1.runtime.ranks import Ranks
 from mem1.train import checkpoint
-from mem1.train.checkpoint import CHECKPOINTS, PHASES, Checkpoint, Place, numbered, score_of
+from mem1.train.checkpoint import CHECKPOINTS, PHASES, Checkpoint, Place, newest, numbered, score_of
 from mem1.train.host_copies import host_copies
 
 CONFIG, METRICS = "train.json", "metrics.jsonl"
@@ -45,6 +47,14 @@ FREE = frozenset(
     "rollout.num_slots rollout.kv_memory rollout.max_num_batched_tokens "
     "rollout.env_timeout rollout.env_retries rollout.episode_retries".split()
 )
+
+
+def settings_path(model: str | os.PathLike[str]) -> Path | None:
+    """The settings of the run that a model comes from (a name, a folder; None where nobody knows them)."""
+    folder = Path(newest(model))
+    above = (folder, folder.parent, folder.parent.parent)
+    places = (settings_of(folder), *(place / CONFIG for place in above))
+    return next((path for path in places if path and path.is_file()), None)
 
 
 class Resumed(NamedTuple):
@@ -75,12 +85,8 @@ class RunFolder:
         """Start a run here. Raises InputError if one has been, unless `overwrite`, which deletes it."""
         text = json.dumps(settings, indent=2)  # what cannot be written fails before anything is deleted
         self.settings = settings
-        held = [path.name for path in (*numbered(self.path), self.metrics) if path.exists()]
-        if held and not overwrite:
-            raise InputError(
-                f"out: expected a folder without a run, got {str(self.path)!r} with {' and '.join(held)}; "
-                "resume (--resume) goes on with that run, overwrite (--overwrite) deletes it"
-            )
+        if not overwrite:
+            self.check_free()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -95,6 +101,15 @@ class RunFolder:
         self._write(text)
         self.metrics.touch()
 
+    def check_free(self) -> None:
+        """InputError if there is a run."""
+        held = [path.name for path in (*numbered(self.path), self.metrics) if path.exists()]
+        if held:
+            raise InputError(
+                f"out: expected a folder without a run, got {str(self.path)!r} with {' and '.join(held)}; "
+                "resume (--resume) goes on with that run, overwrite (--overwrite) deletes it"
+            )
+
     def resume(self, settings: dict[str, Any]) -> Resumed:
         """Go on from the newest checkpoint that is whole.
 
@@ -108,8 +123,7 @@ class RunFolder:
         state = loaded.trainer if loaded else None
         before = state["settings"] if state else json.loads((self.path / CONFIG).read_text())
         self.settings = settings | {"init": before["init"]}
-        # Compared as JSON has them, where a tuple is a list.
-        old, now = (flat(json.loads(json.dumps(each))) for each in (before, self.settings))
+        old, now = map(_compared, (before, self.settings))
         names = sorted(name for name in old | now if old.get(name) != now.get(name))
         changed = {name: f"{name} {old.get(name)} -> {now.get(name)}" for name in names}
         free = ", ".join(changed[name] for name in names if name in FREE)
@@ -282,6 +296,14 @@ class RunFolder:
         with atomic_write(self.metrics) as file:
             file.writelines(kept)
         return dropped
+
+
+def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+    """By their dotted names as JSON has them, where a tuple is a list, with what stands for None."""
+    found = flat(json.loads(json.dumps(settings)))
+    if found.get("warmstart.steps", 0) is None:
+        found["warmstart.steps"] = default_steps(settings["init"])
+    return found
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -104,8 +104,9 @@ def train(
         for line in resumed.notes:
             progress.log(line)
         init, goes_on = ranks.broadcast((resumed.init, resumed.checkpoint is not None))
-        if resume and config.init not in (None, init):
-            raise InputError(f"resume: expected the init of the run, {init!r}, got {config.init!r}")
+        given, config = config.init, replace(config, init=init)
+        if given != init and (given is not None or config.warmstart_steps):  # which may have other examples
+            raise InputError(f"resume: expected the init of the run, {init!r}, got {given!r}")
         if goes_on:
             actor, tokenizer, saved = resumed.checkpoint or checkpoint.load(out)
             if saved and "adapted" in saved:  # the adapters are of this, not of what they made of it
@@ -131,14 +132,18 @@ def train(
         check_positions(actor, config.rollout)
         check_policy(actor.eval())
         make_codec(tokenizer, config.rollout, actor)  # which refuses what cannot be used
-        warm = init is None and (saved is None or "learner" not in saved)
+        lessons = config.warmstart_steps
+        warm = (init is None or lessons > 0) and (saved is None or "learner" not in saved)
+        alone = ranks.size == 1 or init is None or not lessons
+        require(alone, "warmstart.steps", "0 of a loaded model in several processes, of one", lessons)
         examples = draw_example
-        if warm and config.warmstart.steps and examples is None:
+        if warm and lessons and examples is None:
             examples = expert_examples(
                 tokenizer, cast(Callable[[], ExpertEnvironment], make_environment), config.rollout, rows
             )
         if not goes_on and ranks.first:
-            run.begin(settings | {"init": init}, overwrite=overwrite or resume)
+            settings["init"], settings["warmstart"]["steps"] = init, config.warmstart_steps
+            run.begin(settings, overwrite=overwrite or resume)
         trackers = Trackers(config.trackers if ranks.first else (), run.path, settings)
         stack.callback(trackers.close)
 
@@ -186,7 +191,8 @@ def _warm_start(
     progress: Progress,
 ) -> None:
     """The supervised steps that `state` has not, with checkpoints; the last one is where updates begin."""
-    optimizer, done, total = optimizer_for(actor, config.warmstart), 0, config.warmstart.steps
+    lessons, total = replace(config.warmstart, steps=config.warmstart_steps), config.warmstart_steps
+    optimizer, done = optimizer_for(actor, lessons), 0
     named, skipped = dict(actor.named_parameters()), 0
     if state:
         state.fill(optimizer.tensors(named, state.names))
@@ -202,7 +208,6 @@ def _warm_start(
             values = {"optimizer": optimizer.values(), "skipped_steps": skipped}
             run.save(Place(0, done), actor, tokenizer, values, optimizer.tensors(named))
 
-    lessons = config.warmstart
     steps = warm_start(
         actor,
         lessons,
@@ -224,7 +229,7 @@ def _warm_start(
                 phase.advance(
                     note=f"loss {record['loss']:.3f}, {100 * record['token_accuracy']:.0f} % of tokens right"
                 )
-                if done % config.warmstart.save_every == 0:
+                if done % lessons.save_every == 0:
                     save()
                 interrupts.check()
                 complete = False

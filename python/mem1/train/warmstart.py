@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mem1.checks import InputError
-from mem1.config import RolloutConfig, WarmStartConfig
+from mem1.config import RolloutConfig, WarmStartConfig, default_steps
 from mem1.engine.output_layer import OutputLayer
 from mem1.envs.base import Example, ExpertEnvironment
 from mem1.envs.tasks import TaskStream
+from mem1.models.build import without_dropout
 from mem1.parsing.token_text import unknown_id
 from mem1.rollout.rollout_loop import play_expert
 from mem1.seeds import derive_seed
@@ -60,9 +61,10 @@ def warm_start(
     """
     device = next(actor.parameters()).device
     optimizer = optimizer or optimizer_for(actor, config)
-    for step in range(done, config.steps):
-        actor.train()
-        progress = step / config.steps
+    total = default_steps(None) if config.steps is None else config.steps
+    for step in range(done, total):
+        without_dropout(actor)
+        progress = step / total
         rng = random.Random(derive_seed(seed, "warm start", step))
         batch = draw_batch(draw_example, rng, progress, config.batch_tokens)
         logprob, right = label_logprobs(actor, batch, regimes[step % len(regimes)], device)
@@ -118,7 +120,7 @@ def expert_examples(
     if not hasattr(environment, "expert_action"):
         raise InputError(
             "make_environment: expected one with expert_action to learn from, got "
-            f"{type(environment).__name__} (or give draw_example, or WarmStartConfig(steps=0))"
+            f"{type(environment).__name__} (or give draw_example, or a warm start of no steps)"
         )
 
     def draw(rng: random.Random, progress: float) -> Example:

@@ -130,6 +130,7 @@ def test_an_episode_that_is_over_takes_no_step() -> None:
         ("passage_tokens", -1),
         ("missing", 1.5),
         ("missing", True),
+        ("hasty", -0.1),
         ("missing", "0.5"),
     ],
 )
@@ -218,6 +219,23 @@ def test_of_a_missing_fact_nothing_is_found_and_nothing_is_the_answer() -> None:
         assert play(environment, seed)[1].reward == 1.0
         shares.append(environment.answers.count("nothing") / 16)
     assert sum(shares) / 40 == pytest.approx(0.25, abs=0.05)
+
+
+def test_a_hasty_expert_takes_names_on_the_way_for_answers() -> None:
+    """Of questions of 3 hops 0.6 end after the first, 0.6 of the others after the second; they are the same
+    questions.
+    """
+    shares, queries = [], []
+    environment, patient = MultiHopEnv(8, hops=3, hasty=0.6), MultiHopEnv(8, hops=3)
+    for seed in range(100):
+        texts, last = play(environment, seed)
+        assert texts[0] == patient.reset(seed) and environment.answers == patient.answers
+        shares.append(last.reward)
+        queries.append(sum(text.startswith("found ") for text in texts) / 8)
+    assert sum(shares) / 100 == pytest.approx(0.16, abs=0.04)
+    assert sum(queries) / 100 == pytest.approx(0.6 + 2 * 0.24 + 3 * 0.16, abs=0.1)
+    assert play(MultiHopEnv(8, hops=1, hasty=1.0), 0)[1].reward == 1.0, "nothing is on the way"
+    assert play(MultiHopEnv(8, hops=2, hasty=1.0), 0)[1].reward == 0.0
 
 
 def test_all_texts_are_in_the_vocabulary(tokenizer: PreTrainedTokenizerFast) -> None:

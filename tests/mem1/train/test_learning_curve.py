@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from mem1.config import AlgorithmConfig, TrainConfig, WarmStartConfig
+from mem1.config import AlgorithmConfig, TrainConfig
 from mem1.envs.toy.training import toy_training
 from mem1.runtime.progress import Progress
 from mem1.train import advantages, batches, learner
@@ -18,7 +18,7 @@ SETTINGS = TrainConfig(
     max_updates=5,
     batch_size=8,
     environment={"objectives": (1, 1)},
-    warmstart=WarmStartConfig(steps=250, growth=0.0, auxiliary_fraction=0.0),
+    init="mem1-tiny-start",
     algorithm=AlgorithmConfig(
         mini_batch_size=4,
         epochs=2,
@@ -36,7 +36,6 @@ def test_the_curve_is_that_of_the_reference_loss(tmp_path, monkeypatch):
     config = replace(SETTINGS, rollout=replace(SETTINGS.rollout, max_turns=4, max_action_tokens=24))
     quiet = Progress(log=lambda line: None)
     given = toy_training(config) | {"progress": quiet}
-    train.train(replace(config, max_updates=0), tmp_path / "start", **given)
     curves = []
     for backend in ("auto", "reference"):
         with monkeypatch.context() as patch:
@@ -46,7 +45,7 @@ def test_the_curve_is_that_of_the_reference_loss(tmp_path, monkeypatch):
                 (advantages, "gae"),
             ):
                 patch.setattr(module, name, partial(getattr(module, name), backend=backend))
-            train.train(replace(config, init=str(tmp_path / "start")), tmp_path / backend, **given)
+            train.train(config, tmp_path / backend, **given)
         lines = (tmp_path / backend / "metrics.jsonl").read_text().splitlines()
         curves.append([r for r in map(json.loads, lines) if r["phase"] == "policy"])
     ours, reference = curves

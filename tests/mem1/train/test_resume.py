@@ -258,7 +258,7 @@ def test_interruptions_do_not_decide_which_checkpoint_is_the_best(tmp_path, monk
 def test_a_run_killed_before_its_first_checkpoint_goes_on_with_what_it_began_with(
     tmp_path, unbroken, monkeypatch
 ):
-    config = replace(CONFIG, max_updates=1, init=str(unbroken))
+    config = replace(CONFIG, max_updates=1, init=str(unbroken), warmstart=WarmStartConfig())
     run(config, tmp_path / "whole")
 
     class Killed(BaseException):
@@ -397,9 +397,9 @@ def test_the_free_settings_are_settings():
 
 
 def test_a_run_from_a_checkpoint_and_one_without_updates(tmp_path, unbroken):
-    run(replace(CONFIG, max_updates=0, init=str(unbroken)), tmp_path / "none")
+    one = replace(CONFIG, max_updates=1, init=str(unbroken), warmstart=WarmStartConfig())
+    run(replace(one, max_updates=0), tmp_path / "none")
     assert checkpoint.load(tmp_path / "none").trainer["learner"]["updates"] == 0
-    one = replace(CONFIG, max_updates=1, init=str(unbroken))
     run(one, tmp_path / "one")
     assert [record["phase"] for record in records(tmp_path / "one")] == ["policy"]
     run(one, tmp_path / "one", overwrite=True)

@@ -274,6 +274,17 @@ def test_a_run_without_a_checkpoint_yet_begins_anew(tmp_path):
         run.resume(SETTINGS | {"seed": 1})
 
 
+def test_what_stands_for_no_number_of_steps_is_that_number(tmp_path):
+    """A file that says nothing of the warm start goes on with a run that has noted its steps."""
+    run = RunFolder(tmp_path / "run")
+    for init, steps in ((None, 2000), ("some/model", 0)):
+        settings = SETTINGS | {"init": init, "warmstart": {"steps": steps}}
+        run.begin(settings, overwrite=True)
+        assert run.resume(settings | {"warmstart": {"steps": None}}).notes == []
+        with pytest.raises(InputError, match=f"warmstart.steps {steps} -> 7"):
+            run.resume(settings | {"warmstart": {"steps": 7}})
+
+
 def test_lines_that_are_no_records_are_left_out_and_told(model, tokenizer, tmp_path):
     run = begun(tmp_path / "run")
     save(run, 2, model, tokenizer)

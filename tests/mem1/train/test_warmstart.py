@@ -1,26 +1,34 @@
 from __future__ import annotations
 
+import copy
+import json
 import random
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from small_tokenizers import SMALL as SMALL_TOKENIZERS
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from mem1.checks import InputError
-from mem1.config import ModelConfig, RolloutConfig, TrainConfig, WarmStartConfig
+from mem1.config import AlgorithmConfig, ModelConfig, RolloutConfig, TrainConfig, WarmStartConfig
 from mem1.envs.base import Action, Example, ExpertAction
 from mem1.envs.toy.curriculum import Curriculum
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.envs.toy.training import toy_training
+from mem1.io import append_json
 from mem1.models.build import build_critic, build_model
 from mem1.rollout.rollout_loop import play_expert
+from mem1.runtime.progress import Progress
+from mem1.train import checkpoint, train_loop
+from mem1.train.run_folder import METRICS
+from mem1.train.train_loop import train
 from mem1.train.warmstart import (
     draw_batch,
     expert_examples,
@@ -122,6 +130,64 @@ def test_any_environment_with_an_expert_can_be_learned_from(tokenizer: PreTraine
     (played,) = play_expert(tokenizer, partial(MultiHopEnv, 2), [seed], config)
     example = draw(random.Random(5), 0.0)
     assert example == (played.tokens.tolist(), played.segments, "state")
+
+
+def test_a_model_that_is_loaded_learns_where_steps_are_asked_for(tokenizer, tmp_path, monkeypatch) -> None:
+    """And a run that was stopped goes on to where the unbroken one comes."""
+    start = checkpoint.save(tmp_path / "start", build_model(tokenizer, SMALL), tokenizer)
+    config = TrainConfig(
+        init=str(start),
+        max_updates=1,
+        batch_size=4,
+        algorithm=AlgorithmConfig(critic_only_updates=0),
+        rollout=RolloutConfig(num_slots=4, max_turns=9, max_action_tokens=64),
+    )
+    assert config.warmstart_steps == 0 and replace(config, init=None).warmstart_steps == 2000
+    taught = replace(config, warmstart=replace(SHORT, save_every=6))
+
+    def run(out: str, config: TrainConfig = taught, **how: bool) -> None:
+        quiet = Progress(log=lambda line: None)
+        train(config, tmp_path / out, partial(MultiHopEnv, (1, 2)), progress=quiet, **how)
+
+    def records(out: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (tmp_path / out / METRICS).read_text().splitlines()]
+
+    run("none", config)
+    assert [record["phase"] for record in records("none")] == ["policy"]
+    run("unbroken")
+    assert [record["phase"] for record in records("unbroken")] == ["warmstart"] * 12 + ["policy"]
+    losses = [record["loss"] for record in records("unbroken")[:12]]
+    assert losses[-1] < losses[0] - 0.3
+
+    class Killed(BaseException):
+        pass
+
+    def append(path: Path, record: dict[str, Any]) -> None:
+        if record["step"] == 9:
+            raise Killed
+        append_json(path, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_loop, "append_json", append)
+        with pytest.raises(Killed):
+            run("stopped")
+    with pytest.raises(InputError, match=r"resume: expected the init of the run, '.*start', got None"):
+        run("stopped", replace(taught, init=None), resume=True)
+    run("stopped", resume=True)
+    told = [[(r["phase"], r["step"], r.get("loss")) for r in records(out)] for out in ("unbroken", "stopped")]
+    assert told[0] == told[1]
+    one, other = (checkpoint.load(tmp_path / out).model.state_dict() for out in ("unbroken", "stopped"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_dropout_is_off(tokenizer: PreTrainedTokenizerFast, draw: Curriculum) -> None:
+    """Also that of attention, which kernels have none of."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    drops = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attention_dropout": 0.1}
+    config = PhiConfig(vocab_size=len(tokenizer), attn_implementation="mem1", **shape, **drops)
+    model = PhiForCausalLM(config)
+    runs = [list(warm_start(copy.deepcopy(model), replace(SHORT, steps=3), draw)) for _ in range(2)]
+    assert runs[0] == runs[1]
 
 
 def test_a_tokenizer_that_knows_every_text_has_no_unknown_token() -> None:

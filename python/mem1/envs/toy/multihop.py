@@ -44,6 +44,8 @@ class MultiHopEnv:
     many tokens. With `adversarial` every answer to a query goes on with a text that imitates tags,
     `</info><answer> name </answer>`. missing: share of the questions that nobody can answer, 0 to 1: a
     look-up on the way finds nothing, or nothing but other statements, and the right answer is "nothing".
+    hasty: chance, 0 to 1, with which the expert takes a name that it has found on the way for the answer;
+    each such name is drawn for with the episode.
 
     The answer is one name per question, in the order of the questions, separated by `;`. The reward is the
     share of questions answered exactly. Raises InputError for an argument out of its range.
@@ -59,11 +61,13 @@ class MultiHopEnv:
         passage_tokens: int = 0,
         adversarial: bool = False,
         missing: float = 0.0,
+        hasty: float = 0.0,
     ) -> None:
         self._objectives = interval("objectives", objectives, 1, MAX_QUESTIONS)
         self.hops = interval("hops", hops, 1, MAX_HOPS)
         self._facts = interval("facts", facts, 0, MAX_FACTS)
         self._missing = share("missing", missing)
+        self._hasty = share("hasty", hasty)
         self.passage_tokens = whole_number("passage_tokens", passage_tokens, 0)
         self.adversarial = adversarial
         self.objectives = self._objectives[1]
@@ -72,7 +76,7 @@ class MultiHopEnv:
     def reset(self, seed: int, task: Any = None) -> str:
         self._rng = rng = random.Random(seed)
         self.objectives = rng.randint(*self._objectives)
-        self._questions = MultiHopQuestions(rng, self.objectives, self.hops, self._missing)
+        self._questions = MultiHopQuestions(rng, self.objectives, self.hops, self._missing, self._hasty)
         self._found = ""  # the fact that the latest query asked for
         self._running = True
         return f"{INSTRUCTION} {self._questions.text()} ."
@@ -94,13 +98,13 @@ class MultiHopEnv:
         return self._questions.answers
 
     def expert_action(self) -> ExpertAction:
-        """Note what was found, then ask hop after hop, question after question; answer when all are known."""
+        """Note what was found, then ask hop after hop, question after question; answer with what it found."""
         notes = [self._found] if self._found else []
         for i in range(self.objectives):
             notes.append(self._questions.note(i))
             if pending := self._questions.pending(i):
                 return ExpertAction(" ; ".join(notes), Action("query", " ".join(pending)))
-        return ExpertAction(" ; ".join(notes), Action("answer", " ; ".join(self.answers)))
+        return ExpertAction(" ; ".join(notes), Action("answer", " ; ".join(self._questions.found)))
 
     def random_action(self, rng: random.Random) -> ExpertAction:
         """A look-up of any name and relation, or now and then an answer of any names."""

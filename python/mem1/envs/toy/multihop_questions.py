@@ -20,11 +20,20 @@ class MultiHopQuestions:
     missing: share of the questions, drawn one by one, of which a fact that leads to the answer is nobody's:
     `look_up` finds None, and the answer is `UNKNOWN`.
 
+    hasty: chance with which somebody who asks is content with a name that is found on the way.
+
     chains: for each question the name that it begins with and those met on the way, the answer last. known:
     for each the relations that have been looked up, in their order.
     """
 
-    def __init__(self, rng: random.Random, count: int, hops: tuple[int, int], missing: float = 0.0) -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        count: int,
+        hops: tuple[int, int],
+        missing: float = 0.0,
+        hasty: float = 0.0,
+    ) -> None:
         names = rng.sample(NAMES, len(NAMES))
         heads, rest = names[:count], names[count:]
         self._relations = [rng.choices(RELATIONS, k=rng.randint(*hops)) for _ in heads]
@@ -45,11 +54,21 @@ class MultiHopQuestions:
                 self._facts[chain[lost], relations[lost]] = None
                 chain[lost + 1 :] = [UNKNOWN]
         self.known = [0] * count
+        self._enough = [len(chain) - 1 for chain in self.chains]  # relations to look up
+        if hasty:
+            self._enough = [
+                next((hop for hop in range(1, most) if rng.random() < hasty), most) for most in self._enough
+            ]
 
     @property
     def answers(self) -> list[str]:
         """The right answers, in the order of the questions."""
         return [chain[-1] for chain in self.chains]
+
+    @property
+    def found(self) -> list[str]:
+        """For each question the name that has been found."""
+        return [chain[known] for chain, known in zip(self.chains, self.known, strict=True)]
 
     def text(self) -> str:
         """The questions, as a prompt has them."""
@@ -87,9 +106,11 @@ class MultiHopQuestions:
         return [" ".join([*fact, str(self._facts[fact])]) for fact in told]
 
     def pending(self, i: int) -> tuple[str, ...]:
-        """The name and relation that question `i` goes on with; empty once its answer is known."""
+        """The name and relation that question `i` goes on with; empty once its answer is known, or taken for
+        known.
+        """
         known, chain = self.known[i], self.chains[i]
-        return (chain[known], self._relations[i][known]) if known < len(chain) - 1 else ()
+        return (chain[known], self._relations[i][known]) if known < self._enough[i] else ()
 
     def note(self, i: int) -> str:
         """Question `i` as far as it is known: a name that was found takes the place of the one before and of
