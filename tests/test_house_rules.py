@@ -68,8 +68,10 @@ def test_ban_catches(ban: str, caught: str, fine: str) -> None:
 
 
 def test_no_two_files_share_a_name() -> None:
-    """A name says which file is meant; tools want some of theirs in several folders."""
+    """A name says which file is meant; tools want some of theirs in several folders, as in that of a model."""
     tools = {"__init__.py", "conftest.py", "py.typed", "CMakeLists.txt"}
+    tools |= {"config.json", "generation_config.json", "model.safetensors"}
+    tools |= {"tokenizer.json", "tokenizer_config.json"}
     names = Counter(Path(path).name for path in tracked_files())
     assert names["__init__.py"] > 1
     assert {name for name, count in names.items() if count > 1} <= tools
