@@ -68,7 +68,7 @@ def test_ban_catches(ban: str, caught: str, fine: str) -> None:
 
 
 def test_no_two_files_share_a_name() -> None:
-    """A name says which file is meant; tools want some of theirs in several folders, as in that of a model."""
+    """A name says which file is meant; tools want some of theirs in several folders."""
     tools = {"__init__.py", "conftest.py", "py.typed", "CMakeLists.txt"}
     tools |= {"config.json", "generation_config.json", "model.safetensors"}
     tools |= {"tokenizer.json", "tokenizer_config.json"}
