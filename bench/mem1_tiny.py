@@ -36,7 +36,7 @@ WORLD = {"hops": 2, "facts": 4}
 GREEDY, SAMPLED = {"greedy": True}, {"greedy": False}
 _HINT = "hint : you have 1 turn left ; answer questions ."
 WRONG_HINT = replace(MEM1, turn_hint=_HINT, last_turn_hint=_HINT)
-POLICY, FULL_POLICY = "3-ppo", "6-full-context-ppo"
+POLICY = "3-ppo"
 MEM1_RUNS = {
     "start": "2-hasty",
     "mem1-tiny": POLICY,
@@ -47,7 +47,7 @@ MEM1_RUNS = {
 }
 FULL_RUNS = {
     "full context, start": "5-full-context-hasty",
-    "full context": FULL_POLICY,
+    "full context": "6-full-context-ppo",
     "full context, imitating without haste": "4-full-context-supervised",
 }
 

@@ -20,9 +20,9 @@ STAGES = (
 
 def run(options: argparse.Namespace, progress: Progress) -> None:
     check_writable(options.out)
-    check(options.out, options.overwrite)
     agents, threads = None, options.threads or torch.get_num_threads()
     if options.train:
+        check(options.out, options.overwrite)  # not after hours
         runs, again = options.out / "runs", options.overwrite
         recipes, none = [RUNS / f"{stage}.json" for stage in STAGES], argparse.Namespace(settings={})
         train_stages(stages_of(recipes, runs, none), progress, resume=not again, overwrite=again)
