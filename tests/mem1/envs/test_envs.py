@@ -53,18 +53,33 @@ def test_the_notes_rewrite_each_question_as_far_as_it_is_known() -> None:
     prompt = environment.reset(3)
     first, second = prompt.removeprefix(f"{INSTRUCTION} ").removesuffix(" .").split(" ; ")
     (number, head, one, two), (_, other, three, _) = first.split(), second.split()
-    assert environment.expert_action() == (first, Action("query", f"{head} {one}"))
+    assert environment.expert_action() == (f"{first} ;", Action("query", f"{head} {one}"))
     found = environment.step(Action("query", f"{head} {one}")).observation.removeprefix("found ")
     assert environment.expert_action() == (
-        f"{head} {one} {found} ; {number} {found} {two}",
+        f"{head} {one} {found} ; {number} {found} {two} ;",
         Action("query", f"{found} {two}"),
     )
     answer = environment.step(Action("query", f"{found} {two}")).observation.removeprefix("found ")
     assert environment.answers[0] == answer
-    learned = f"{found} {two} {answer} ; {number} {answer} ; {second}"
+    learned = f"{found} {two} {answer} ; {number} {answer} ; {second} ."
     assert environment.expert_action() == (learned, Action("query", f"{other} {three}"))
     assert environment.step(Action("query", "who")).observation == NOTHING_FOUND
-    assert environment.expert_action().state == f"{number} {answer} ; {second}", "nothing was learned"
+    assert environment.expert_action().state == f"{number} {answer} ; {second} .", "nothing was learned"
+
+
+def test_an_answer_may_have_the_number_of_its_question() -> None:
+    environment = MultiHopEnv(2)
+    texts, _ = play(environment, 3)
+    *_, answer, _ = texts
+    numbered = [part.split() for part in answer.split(" ; ")]
+    assert [name for _, name in numbered] == environment.answers
+    for number, said in (("one", environment.answers), ("other", [" ".join(part) for part in numbered])):
+        environment.reset(3)
+        assert environment.step(Action("answer", " ; ".join(said))).reward == 1.0, number
+    environment.reset(3)
+    (first, name), (second, other) = numbered
+    wrong = f"{second} {name} ; {first} {other}"
+    assert environment.step(Action("answer", wrong)).reward == 0.0
 
 
 def test_ranges_are_drawn_from() -> None:

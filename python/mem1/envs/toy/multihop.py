@@ -1,17 +1,17 @@
 """The default environment: many multi-hop questions at once, over facts drawn for each episode.
 
     prompt   answer these questions in order , a name each : 17 ada boss teacher ; 18 bruno rival guest .
-    turn 1   <IS> 17 ada boss teacher </IS> <query> ada boss </query> <info> found carla </info>
-    turn 2   <IS> ada boss carla ; 17 carla teacher </IS> <query> carla teacher </query> <info> found dora ...
-    turn 3   <IS> carla teacher dora ; 17 dora ; 18 bruno rival guest </IS> <query> bruno rival </query> ...
+    turn 1   <IS> 17 ada boss teacher ; </IS> <query> ada boss </query> <info> found carla </info>
+    turn 2   <IS> ada boss carla ; 17 carla teacher ; </IS> <query> carla teacher </query> <info> found dora
+    turn 3   <IS> carla teacher dora ; 17 dora ; 18 bruno rival guest . </IS> <query> bruno rival </query> ...
     ...
-    turn 5   <IS> emil guest frank ; 17 dora ; 18 frank </IS> <answer> dora ; frank </answer>
+    turn 5   <IS> emil guest frank ; 17 dora ; 18 frank . </IS> <answer> 17 dora ; 18 frank </answer>
 
 "ada boss teacher" asks for the teacher of ada's boss. Nobody can know the answers by heart: who is whose boss
 is drawn with the episode. The expert's `<IS>` begins with the fact that was found; then it lists the
 questions met so far, each by its number and as far as it is known: a name that was found takes the place of
 what it answers, so a solved question is the pair (number, answer), and a pending one still ends in the
-relations to follow.
+relations to follow. Each has the mark that is behind it in the prompt: a full stop says that it is the last.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class MultiHopEnv:
         require_running(self._running)
         if action.kind == "answer":
             self._running = False
-            graded = grade(action.text, [[right] for right in self.answers])
+            graded = grade(action.text, self._questions.golden)
             return Step("answered", graded.exact_match / self.objectives, True, info=graded.info())
         said, self._found = MALFORMED, ""
         if action.kind == "query":
@@ -99,12 +99,13 @@ class MultiHopEnv:
 
     def expert_action(self) -> ExpertAction:
         """Note what was found, then ask hop after hop, question after question; answer with what it found."""
-        notes = [self._found] if self._found else []
+        notes = [f"{self._found} ;"] if self._found else []
         for i in range(self.objectives):
-            notes.append(self._questions.note(i))
+            notes.append(f"{self._questions.note(i)} {'.' if i == self.objectives - 1 else ';'}")
             if pending := self._questions.pending(i):
-                return ExpertAction(" ; ".join(notes), Action("query", " ".join(pending)))
-        return ExpertAction(" ; ".join(notes), Action("answer", " ; ".join(self._questions.found)))
+                return ExpertAction(" ".join(notes), Action("query", " ".join(pending)))
+        found = [self._questions.note(i) for i in range(self.objectives)]
+        return ExpertAction(" ".join(notes), Action("answer", " ; ".join(found)))
 
     def random_action(self, rng: random.Random) -> ExpertAction:
         """A look-up of any name and relation, or now and then an answer of any names."""

@@ -66,9 +66,9 @@ class MultiHopQuestions:
         return [chain[-1] for chain in self.chains]
 
     @property
-    def found(self) -> list[str]:
-        """For each question the name that has been found."""
-        return [chain[known] for chain, known in zip(self.chains, self.known, strict=True)]
+    def golden(self) -> list[list[str]]:
+        """What counts as an answer to each: the name, with the number of the question or without."""
+        return [[name, f"{number} {name}"] for number, name in zip(self._numbers, self.answers, strict=True)]
 
     def text(self) -> str:
         """The questions, as a prompt has them."""
