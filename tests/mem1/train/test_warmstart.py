@@ -220,7 +220,7 @@ def test_an_expert_that_cannot_teach_is_refused(tokenizer: PreTrainedTokenizerFa
             RolloutConfig(max_turns=1),
             "got turn_limit with max_turns=1 and .*=192",
         ),
-        (MultiHopEnv, RolloutConfig(max_action_tokens=8), "at most max_action_tokens=8, got 10 tokens"),
+        (MultiHopEnv, RolloutConfig(max_action_tokens=8), "at most max_action_tokens=8, got 11 tokens"),
         (Unknown, RolloutConfig(), "expert: expected words of the tokenizer, .* got '<IS> <unk> </IS>"),
         (Mute, RolloutConfig(), "make_environment: expected one with expert_action .* got Mute"),
     ):
