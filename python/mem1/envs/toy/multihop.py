@@ -47,8 +47,9 @@ class MultiHopEnv:
     hasty: chance, 0 to 1, with which the expert takes a name that it has found on the way for the answer;
     each such name is drawn for with the episode.
 
-    The answer is one name per question, in the order of the questions, separated by `;`. The reward is the
-    share of questions answered exactly. Raises InputError for an argument out of its range.
+    The answer is one name per question, with the question's number or without, in the order of the questions,
+    separated by `;`. The reward is the share of questions answered exactly. Raises InputError for an argument
+    out of its range.
     """
 
     run_inline = True  # a rollout need not ask on a thread
