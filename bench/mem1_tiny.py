@@ -2,15 +2,18 @@
 
     python bench/mem1_tiny.py RUNS OUT [--parts agents robustness regimes growth] [--episodes 200] [--jobs 2]
 
-RUNS is where `mem1 train recipes/mem1-tiny/*.yaml` has put its runs. OUT gets cells.json (what it has is not
-played again), tables.md and mem1-tiny.png. Shares are those of questions answered right, with 95 % intervals
-over episodes that nobody was trained on, the same ones in every cell.
+RUNS is where `mem1 train recipes/mem1-tiny/*.yaml` has put its runs. OUT gets cells.json (what it has of the
+same weights, episodes and seed is not played again), tables.md and mem1-tiny.png. Shares are those of the
+questions that are answered right, with 95 % intervals over episodes that nobody was trained on, the same ones
+in every cell.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
@@ -21,13 +24,14 @@ from typing import Any
 
 import torch
 
-from mem1.config import RolloutConfig
+from mem1.demo import limits, trained_with
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.evaluation.evaluation_loop import OBJECTIVES, evaluate
 from mem1.evaluation.results import markdown
 from mem1.io import atomic_write
 from mem1.parsing.tags import MEM1
 from mem1.train import checkpoint
+from mem1.train.checkpoint import CHECKPOINTS
 from mem1.train.parity import parity
 from mem1.train.run_folder import CONFIG
 
@@ -62,6 +66,11 @@ class Cell:
     objectives: int
     world: dict[str, Any] = field(default_factory=dict)  # over WORLD
     sampler: dict[str, Any] = field(default_factory=lambda: GREEDY)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the rollout."""
+        return {"prune": "action", "regime": "carry"} | self.sampler
 
     @property
     def key(self) -> str:
@@ -129,8 +138,10 @@ PARTS = {"agents": agents, "robustness": robustness, "regimes": regimes, "growth
 
 
 def start_of(run: Path) -> Path:
-    """The model that a run began with."""
-    return Path(settings_of(run)["init"])
+    """The model that a run began with; beside it, wherever the runs were moved."""
+    init = Path(settings_of(run)["init"])
+    place = init.parts[-3:] if init.parent.name == CHECKPOINTS else init.parts[-1:]
+    return run.parent.joinpath(*place)
 
 
 def settings_of(run: Path) -> dict[str, Any]:
@@ -142,19 +153,23 @@ def play(cell: Cell, episodes: int) -> dict[str, Any]:
     model, tokenizer, _ = checkpoint.load(cell.model)
     model = model.half().float()  # as it is shipped
     world, n = WORLD | cell.world, cell.objectives
-    rules = RolloutConfig(
-        num_slots=64,
-        max_turns=(world["hops"] + 1) * n + 4,  # the expert's and some more
-        max_action_tokens=8 * n + 32,
-        max_info_tokens=1024,
-        **cell.sampler,
-    )
+    texts = 64 + 8 * world["facts"] + world.get("passage_tokens", 0)
+    settings = {"num_slots": 64, "max_info_tokens": texts} | cell.settings
+    config = replace(trained_with(cell.model), environment=world)
+    rules = replace(limits(config, n), **settings)
     make = partial(MultiHopEnv, n, **world)
     row, played = evaluate(
         model, tokenizer, rules, make, agent=cell.row, objectives=n, episodes=episodes, seed=SEED
     )
     gap = parity(model, played[:16], rules.regime, rules.temperature)
     return row.to_dict() | {"max_dlogp": gap.max_dlogp, "mean_dlogp": gap.mean_dlogp}
+
+
+def stamp(cell: Cell, episodes: int) -> list[Any]:
+    """What the figures of a cell follow from, beside the code."""
+    weights = Path(checkpoint.newest(cell.model)) / "model.safetensors"
+    rules = repr((sorted(cell.world.items()), sorted(cell.settings.items())))
+    return [episodes, SEED, hashlib.sha256(weights.read_bytes()).hexdigest()[:16], cell.objectives, rules]
 
 
 def share(cell: dict[str, Any]) -> str:
@@ -173,6 +188,7 @@ def tables(found: dict[str, dict[str, Any]]) -> str:
         by_place = {(row, int(n)): cell for (_, row, n), cell in cells}
         for title, shown in (
             ("share of questions answered right", share),
+            ("share of episodes with too many or too few answers", miscounted),
             ("peak tokens, and without the prompt", peaks),
             ("sampled and recomputed log-probs, largest gap", lambda cell: f"{cell['max_dlogp']:.1e}"),
         ):
@@ -183,6 +199,10 @@ def tables(found: dict[str, dict[str, Any]]) -> str:
             if lines:
                 text.append(f"{part}: {title}\n\n{markdown([part, *map(str, sizes)], lines)}\n")
     return "\n".join(text)
+
+
+def miscounted(cell: dict[str, Any]) -> str:
+    return f"{cell['answers_miscounted']:.3f}"
 
 
 def peaks(cell: dict[str, Any]) -> str:
@@ -200,17 +220,35 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "cells.json"
     found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
-    wanted = [cell for part in options.parts for cell in PARTS[part](options.runs) if cell.key not in found]
+    cells = [cell for part in options.parts for cell in PARTS[part](options.runs)]
+    stamps = {cell.key: stamp(cell, options.episodes) for cell in cells}
+
+    def keep(figures: dict[str, Any]) -> None:
+        """For every cell of the same weights and rules."""
+        same = [key for key, needed in stamps.items() if needed == figures["stamp"]]
+        found.update(dict.fromkeys(same, figures))
+
+    for figures in [*found.values()]:
+        keep(figures)
+    missing = [cell for cell in cells if found.get(cell.key, {}).get("stamp") != stamps[cell.key]]
+    wanted = list({repr(stamps[cell.key]): cell for cell in missing}.values())
+    failed = 0
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         played = {pool.submit(play, cell, options.episodes): cell for cell in wanted}
         for done in as_completed(played):
             cell = played[done]
-            found[cell.key] = done.result()
+            if (error := done.exception()) is not None:
+                print(f"{cell.key}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                failed += 1
+                continue
+            keep(done.result() | {"stamp": stamps[cell.key]})
             print(f"{cell.key}: {share(found[cell.key])}", flush=True)
             with atomic_write(path) as file:
                 json.dump(found, file, indent=1)
     (options.out / "tables.md").write_text(tables(found))
     draw(found, options.out / "mem1-tiny.png")
+    if failed:
+        raise SystemExit(f"{failed} of {len(wanted)} cells could not be played")
 
 
 def draw(found: dict[str, dict[str, Any]], path: Path) -> None:

@@ -3,7 +3,7 @@
     python bench/ship_mem1_tiny.py RUNS
 
 Weights are stored in half precision and load in single, as bench/mem1_tiny.py evaluates them. Of every run go
-its settings and every n-th line of what it has measured.
+its settings and every n-th line of what it has measured, the last among them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from mem1_tiny import settings_of
+from mem1_tiny import settings_of, start_of
 
 from mem1.models.shipped import MADE_BY, RUNS
 from mem1.train import checkpoint
@@ -38,10 +38,11 @@ def main(runs: Path) -> None:
     for run in sorted(path.parent for path in runs.glob(f"*/{CONFIG}")):
         settings = settings_of(run)
         if settings["init"]:
-            settings["init"] = str(Path(settings["init"]).resolve().relative_to(runs))
+            settings["init"] = str(start_of(run).relative_to(runs))
         (records / f"{run.name}.json").write_text(json.dumps(settings, indent=2) + "\n")
         lines = (run / METRICS).read_text().splitlines(keepends=True)
-        (records / f"{run.name}.jsonl").write_text("".join(lines[:: -(-len(lines) // LINES)]))
+        step = max(1, -(-len(lines) // LINES))
+        (records / f"{run.name}.jsonl").write_text("".join(lines[::-step][::-1]))
     size = sum(file.stat().st_size for file in package.rglob("*") if file.is_file())
     print(f"{size / 1e6:.2f} MB in all")
     if size > LARGEST:

@@ -14,6 +14,7 @@ from mem1.config import RolloutConfig
 from mem1.envs.adapters.tool_env import ToolEnvironment
 from mem1.envs.base import Environment
 from mem1.rollout.rollout_loop import make_engine, rollout
+from mem1.runtime.waiting import share_cpus
 from mem1.train import checkpoint
 from mem1.trajectory import Trajectory
 
@@ -67,7 +68,8 @@ class MemoryEfficientAgent:
         make, engine = (lambda: _Lent(environment)), self._engine
         tasks = None if task is None else [task]
         played = rollout(self.model, self.tokenizer, make, [seed], self.config, tasks=tasks, engine=engine)
-        return next(played)
+        with share_cpus():
+            return next(played)
 
     def answer(self, question: str, tool: Callable[[str], str], seed: int = 0) -> Reply:
         """Answer a question with a tool that takes the text of a query and returns what the agent is shown;

@@ -6,6 +6,7 @@ import copy
 import importlib.util
 import json
 import os
+import textwrap
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -15,29 +16,50 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mem1.checks import InputError
+from mem1.checks import InputError, require
 from mem1.config import Regime, RolloutConfig, TrainConfig
 from mem1.config_files import made, read, typed
 from mem1.envs.toy.multihop import MultiHopEnv
 from mem1.envs.toy.training import toy_training
 from mem1.evaluation.evaluation_loop import OBJECTIVES, evaluate, evaluation_seeds
-from mem1.evaluation.plots import plot_learning, plot_results, plot_trajectory
+from mem1.evaluation.plots import plot_learning, plot_live, plot_results, plot_trajectory
 from mem1.evaluation.results import Result, table
 from mem1.evaluation.transcripts import transcript
+from mem1.evaluation.viewer.page import write_page
 from mem1.io import atomic_write, without_nan
+from mem1.models.shipped import PACKAGED
 from mem1.rollout.rollout_loop import rollout
 from mem1.runtime.progress import Progress
 from mem1.train import checkpoint
 from mem1.train.parity import Parity, parity
-from mem1.train.run_folder import CONFIG, METRICS, RunFolder, settings_path
+from mem1.train.run_folder import CONFIG, METRICS, settings_path
 from mem1.train.train_loop import train
 from mem1.trajectory import Trajectory
 
 _SHOWN = (
-    *("agent", "objectives", "exact_match", "answered", "turns"),
-    *("peak_tokens", "peak_tokens_without_prompt", "seconds"),
+    *("agent", "objectives", "reward", "answers_miscounted", "turns"),
+    *("peak_tokens", "peak_tokens_without_prompt"),
 )
+_PANELS = {
+    "reward": "share of the questions answered right",
+    "peak_tokens": "peak tokens, prompt included",
+    "dependency_length_without_prompt": "dependency length (token pairs), without the prompt",
+    "answers_miscounted": "share of episodes with too many or too few answers",
+}
 _TOLD = 2  # objectives of the trajectory in words
+_SEEN = 2  # trajectories of a row on the page
+_TRAIN = "train"
+_WIDTH = 100  # of a line of text
+_FILES = {
+    "tables.md": "the tables above",
+    "results.json": "the same, with every metric",
+    "agents.png": "part 1: right answers and memory against the number of questions",
+    "live_tokens.png": "part 1: what is in memory while an episode goes on",
+    "trajectories.html": "part 1: episodes to look through, with what was forgotten when",
+    "trajectories.jsonl": "part 1: all of them, for `mem1 view`",
+    "trajectory_mask.png": "part 2: who sees whom in that episode, as the trainer has it",
+    "learning_curve.png": "part 4: the reward, update by update",
+}
 
 
 class Agents(NamedTuple):
@@ -45,9 +67,9 @@ class Agents(NamedTuple):
     reinforcement, and one that forgets nothing.
     """
 
-    mem1: str | os.PathLike[str] = "mem1-tiny"
-    start: str | os.PathLike[str] = "mem1-tiny-start"
-    full_context: str | os.PathLike[str] = "mem1-tiny-full-context"
+    mem1: str | os.PathLike[str] = PACKAGED / "mem1-tiny"
+    start: str | os.PathLike[str] = PACKAGED / "mem1-tiny-start"
+    full_context: str | os.PathLike[str] = PACKAGED / "mem1-tiny-full-context"
 
 
 def demo(
@@ -73,41 +95,62 @@ def demo(
     def title(text: str) -> None:
         log(f"\n[{time.perf_counter() - began:4.0f} s] {text}")
 
+    def say(text: str) -> None:
+        log(textwrap.fill(text, _WIDTH))
+
     title("1/4 MEM1 against an agent of the same size and training that forgets nothing, greedy")
     config = trained_with(agents.mem1)
-    log(
-        "many questions at once about facts that only a tool knows; in reinforcement the policies have met\n"
-        f"{config.environment['objectives']} at a time; lengths in tokens, seconds an episode"
+    asked = config.environment["objectives"]
+    say(
+        "Many questions at once about facts that only a tool knows. MEM1 has in memory the questions, its "
+        "latest notes and what the tool said last; full context has all that was written and read. Both "
+        f"were given {asked} questions at a time in reinforcement: what they do with other numbers they were "
+        "never paid for. reward: the share of the questions answered right; answers_miscounted: the share "
+        "of episodes with more or fewer answers than questions; lengths in tokens."
     )
     sizes, episodes = (OBJECTIVES[:2], 4) if quick else (OBJECTIVES, 16)
     results, played = compare(agents, sizes, episodes, seed, progress)
-    log(table(results, _SHOWN))
+    tables = [table(results, _SHOWN)]
+    log(tables[0])
     if not quick:
         log(growth(results))
+    say("MEM1's memory grows with the questions and their answers, full context's with all that it reads.")
 
-    title("2/4 an episode of MEM1 in words, with what was in memory when each turn began")
+    title(
+        f"2/4 an episode of MEM1 with {_TOLD} questions in words, and what was in memory when each turn began"
+    )
     model, tokenizer, _ = checkpoint.load(agents.mem1)
     told = next(trajectory for _, trajectory in played if trajectory.objectives == _TOLD)
     log(transcript(told, tokenizer))
 
     title("3/4 log-probs: sampled by the rollout against recomputed by the trainer")
+    say(
+        "carry (the cache is pruned in place) and reencode (what is live is read again) compute one "
+        "function: the largest gap, max_dlogp, is rounding, more of it in bfloat16. paper is the published "
+        "recipe, which trains with another mask than it samples with: its gap is no rounding."
+    )
     measured = parity_results(model, tokenizer, config, 4 if quick else 8, seed, progress)
-    log(table(measured))
+    tables.append(table(measured))
+    log(tables[1])
 
     report = {
         "evaluation": [row.to_dict() for row in results],
         "parity": [without_nan(asdict(row)) for row in measured],
     }
+    rows = [{"agent": agent, **trajectory.to_dict()} for agent, trajectory in played]
     with atomic_write(out / "results.json") as file:
         json.dump(report, file, indent=2, allow_nan=False)
     with atomic_write(out / "trajectories.jsonl") as file:
-        for agent, trajectory in played:
-            file.write(json.dumps({"agent": agent, **trajectory.to_dict()}, allow_nan=False) + "\n")
-    plot_results(results, out / "agents.png")
+        for row in rows:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+    shown = [row for i, row in enumerate(rows) if i % episodes < _SEEN]
+    write_page(shown, out / "trajectories.html", tokenizer=tokenizer, title="mem1 demo")
+    plot_results(results, out / "agents.png", _PANELS)
+    plot_live(dict(played), out / "live_tokens.png")  # the last of each, of the most questions
     plot_trajectory(told, out / "trajectory_mask.png")
     tokenizer.save_pretrained(out / "tokenizer")  # for `mem1 view`
 
-    title("4/4 reinforcement on 2 questions, from where supervision was stopped")
+    title(f"4/4 reinforcement on {asked} questions alone, from a start that is content too early")
     learning = TrainConfig(
         init=str(agents.start),
         max_updates=2 if quick else 16,
@@ -117,20 +160,33 @@ def demo(
         algorithm=config.algorithm,
         seed=seed,
     )
-    train(learning, out / "train", **toy_training(learning), overwrite=overwrite, progress=progress)
-    log(rise(out / "train" / METRICS))
-    plot_learning(out / "train" / METRICS, out / "learning_curve.png")
-    title(f"done. Plots, tables and trajectories are in {out.resolve()}")
-    log(f"mem1 view {out / 'trajectories.jsonl'} makes a page of them")
-    log(f"mem1 eval --model {agents.mem1} evaluates further")
+    train(learning, out / _TRAIN, **toy_training(learning), overwrite=overwrite, progress=progress)
+    log(rise(out / _TRAIN / METRICS))
+    plot_learning(out / _TRAIN / METRICS, out / "learning_curve.png")
+    if not quick:
+        most = sizes[-1]
+        before, after = (
+            play(model, config, most, episodes // 2, seed, name, progress)[0]
+            for name, model in (("before", agents.start), ("after", out / _TRAIN))
+        )
+        say(
+            f"{most} questions, of which it has met none in these updates: {before['reward']:.2f} of them "
+            f"right before, {after['reward']:.2f} after"
+        )
+    with atomic_write(out / "tables.md") as file:
+        file.write("\n\n".join(tables) + "\n")
+    title(f"done. In {out.resolve()}:")
+    width = max(map(len, _FILES))
+    log("\n".join(f"{name:<{width}}  {what}" for name, what in _FILES.items()))
 
 
 def check(out: Path, overwrite: bool = False) -> None:
-    """InputError if there is no matplotlib for the plots, or a training run in `out` that is to stay."""
+    """InputError if there is no matplotlib for the plots, or something in `out` that is to stay."""
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("matplotlib: expected for the plots, got none: pip install 'mem1_core[plot]'")
-    if not overwrite:
-        RunFolder(out / "train").check_free()
+    held = [] if overwrite else [name for name in (*_FILES, _TRAIN) if (out / name).exists()]
+    expected = "a folder without results, or --overwrite, which replaces these"
+    require(not held, "out", expected, f"{out} with {', '.join(held)}")
 
 
 def trained_with(model: str | os.PathLike[str]) -> TrainConfig:
@@ -148,22 +204,35 @@ def compare(
     played: list[tuple[str, Trajectory]] = []
     for name, model in (("MEM1", agents.mem1), ("full context", agents.full_context)):
         config = trained_with(model)
-        policy, tokenizer, _ = checkpoint.load(model)
         for n in sizes:
-            row, trajectories = evaluate(
-                policy,
-                tokenizer,
-                limits(config, n),
-                partial(MultiHopEnv, **config.environment | {"objectives": n}),
-                agent=name,
-                objectives=n,
-                episodes=episodes,
-                seed=seed,
-                progress=progress,
-            )
+            row, trajectories = play(model, config, n, episodes, seed, name, progress)
             results.append(row)
             played += [(name, trajectory) for trajectory in trajectories]
     return results, played
+
+
+def play(
+    model: str | os.PathLike[str],
+    config: TrainConfig,
+    objectives: int,
+    episodes: int,
+    seed: int,
+    name: str,
+    progress: Progress,
+) -> tuple[Result, list[Trajectory]]:
+    """A row of the evaluation."""
+    policy, tokenizer, _ = checkpoint.load(model)
+    return evaluate(
+        policy,
+        tokenizer,
+        limits(config, objectives),
+        partial(MultiHopEnv, **config.environment | {"objectives": objectives}),
+        agent=name,
+        objectives=objectives,
+        episodes=episodes,
+        seed=seed,
+        progress=progress,
+    )
 
 
 def limits(config: TrainConfig, objectives: int) -> RolloutConfig:
@@ -171,7 +240,7 @@ def limits(config: TrainConfig, objectives: int) -> RolloutConfig:
     end.
     """
     hops = max(MultiHopEnv(**config.environment | {"objectives": objectives}).hops)
-    turns, tokens = (hops + 1) * objectives + 4, 8 * objectives + 24
+    turns, tokens = (hops + 1) * objectives + 4, 8 * objectives + 32
     return replace(config.rollout, greedy=True, max_turns=turns, max_action_tokens=tokens)
 
 
@@ -192,9 +261,7 @@ def growth(results: list[Result]) -> str:
 def rise(metrics: Path) -> str:
     """The rewards of a run as a line."""
     rewards = [json.loads(line)["reward"] for line in metrics.read_text().splitlines()]
-    return "share of objectives answered, update by update: " + " ".join(
-        f"{reward:.2f}" for reward in rewards
-    )
+    return "reward, update by update: " + " ".join(f"{reward:.2f}" for reward in rewards)
 
 
 def parity_results(

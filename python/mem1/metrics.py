@@ -2,11 +2,11 @@
 
 Of answers (`grade`, with SQuAD's and HotpotQA's official definitions):
 
-    exact_match      objectives whose answer equals a golden one, both normalized; the paper sums them up
-    f1               over objectives, the sum of the harmonic means of the precision and recall of words
-    answers_missing  1 where the number of answers is not that of the objectives ("flagged"), else 0
+    exact_match         objectives whose answer equals a golden one, both normalized; the paper sums them up
+    f1                  over objectives, the sum of the harmonic means of the precision and recall of words
+    answers_miscounted  1 where there are more or fewer answers than objectives ("flagged"), else 0
 
-Of environments, as they report them in `Step.info`: `exact_match`, `f1` and `answers_missing` as above;
+Of environments, as they report them in `Step.info`: `exact_match`, `f1` and `answers_miscounted` as above;
 `success`, 1 for an episode that reached its goal (WebShop: a reward of 1), else 0.
 
 Of trajectories (`EPISODE`), lengths in tokens:
@@ -84,7 +84,7 @@ class Grade(NamedTuple):
 
     exact_matches: tuple[float, ...]
     f1s: tuple[float, ...]
-    answers_missing: bool  # their number is not that of the objectives
+    answers_miscounted: bool  # their number is not that of the objectives
 
     @property
     def exact_match(self) -> float:
@@ -99,7 +99,7 @@ class Grade(NamedTuple):
         return {
             "exact_match": self.exact_match,
             "f1": self.f1,
-            "answers_missing": float(self.answers_missing),
+            "answers_miscounted": float(self.answers_miscounted),
         }
 
     def by_objective(self) -> dict[str, list[float]]:
@@ -108,25 +108,26 @@ class Grade(NamedTuple):
 
 
 # The entries of `Step.info` as long as there is no answer.
-UNANSWERED: Mapping[str, float] = MappingProxyType({"exact_match": 0.0, "f1": 0.0, "answers_missing": 1.0})
+UNANSWERED: Mapping[str, float] = MappingProxyType({"exact_match": 0.0, "f1": 0.0, "answers_miscounted": 1.0})
 
 
 def grade(answer: str, golden: Sequence[Sequence[str]], *, strict: bool = False, polar: bool = True) -> Grade:
     """Grade `a; b; ...` against the golden answers of each objective, in order.
 
-    Answers are compared by position: missing ones are wrong, extra ones ignored, and `answers_missing` says
-    so. With `strict` a wrong number of answers makes all of them wrong, as in MEM1's released evaluation.
+    Answers are compared by position: missing ones are wrong, extra ones ignored, and `answers_miscounted`
+    says so. With `strict` a wrong number of answers makes all of them wrong, as in MEM1's released
+    evaluation.
     """
     parts = [part.strip() for part in answer.split(SEPARATOR)] if answer.strip() else []
-    missing = len(parts) != len(golden)
-    if strict and missing:
+    miscounted = len(parts) != len(golden)
+    if strict and miscounted:
         parts = []
     parts = (parts + [""] * len(golden))[: len(golden)]
     pairs = list(zip(parts, golden, strict=True))
     return Grade(
         tuple(exact_match(given, right) if given else 0.0 for given, right in pairs),
         tuple(f1(given, right, polar=polar) for given, right in pairs),
-        missing,
+        miscounted,
     )
 
 

@@ -402,7 +402,11 @@ def test_the_demo_can_train_its_models_first(tmp_path, monkeypatch):
     assert main(["demo", "--train", "--out", str(tmp_path)]) == 0
     ((stages, _), how), ((out, agents), _) = called
     assert [stage.out for stage in stages] == [tmp_path / "runs" / name for name in demo_command.STAGES]
+    assert how.pop("goes_on") == "the same command goes on from it"
     assert how == {"resume": True, "overwrite": False}
+    (tmp_path / "results.json").write_text("{}")  # an earlier one's is replaced, as it goes on
+    assert main(["demo", "--train", "--out", str(tmp_path)]) == 0
+    assert called[-1][1]["overwrite"] and called[-2][1]["overwrite"] is False
     assert out == tmp_path and agents == Agents(*(tmp_path / "runs" / run for run in MADE_BY.values()))
 
 
@@ -411,12 +415,11 @@ def test_the_quick_demo(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     assert main(["demo", "--quick", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert f"Plots, tables and trajectories are in {tmp_path}" in out
+    assert f"done. In {tmp_path}:" in out
+    told = out.split(f"done. In {tmp_path}:")[1].split("\n")
     made = {path.name for path in tmp_path.iterdir()}
-    assert made >= {
-        *("agents.png", "learning_curve.png", "trajectory_mask.png"),
-        *("trajectories.jsonl", "results.json", "train", "tokenizer"),
-    }
+    assert made == {line.split()[0] for line in told if line} | {"train", "tokenizer"}
+    assert (tmp_path / "tables.md").read_text().split("\n\n")[0] in out
     report = json.loads((tmp_path / "results.json").read_text())
     exact = [row for row in report["parity"] if row["regime"] != "paper" and row["dtype"] == "float32"]
     assert len(exact) == 2
@@ -433,4 +436,9 @@ def test_the_quick_demo(capsys, tmp_path):
     steps = [json.loads(line) for line in (tmp_path / "train" / "metrics.jsonl").read_text().splitlines()]
     assert [(step["phase"], step["step"]) for step in steps] == [("policy", 1), ("policy", 2)]
     assert main(["view", str(tmp_path / "trajectories.jsonl"), "--tokenizer", "mem1-tiny"]) == 0
+    capsys.readouterr()
+    (tmp_path / "train").rename(tmp_path / "other")
     assert main(["demo", "--quick", "--out", str(tmp_path)]) == 2, "what is there stays"
+    said = capsys.readouterr().err
+    assert "out: expected a folder without results, or --overwrite, which replaces these" in said
+    assert "tables.md" in said and "resume" not in said

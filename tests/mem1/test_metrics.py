@@ -116,11 +116,11 @@ def test_several_answers(
     found = grade(answer, GOLDEN)
     assert found.exact_matches == matches
     assert found.f1s == pytest.approx(f1s)
-    assert found.answers_missing is missing
+    assert found.answers_miscounted is missing
     assert found.info() == {
         "exact_match": sum(matches),
         "f1": pytest.approx(sum(f1s)),
-        "answers_missing": float(missing),
+        "answers_miscounted": float(missing),
     }
     strict = grade(answer, GOLDEN, strict=True)
     assert strict == (found._replace(exact_matches=(0, 0, 0), f1s=(0, 0, 0)) if missing else found)

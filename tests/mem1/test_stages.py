@@ -95,6 +95,16 @@ def test_several_runs_and_their_settings_can_be_shown(recipes, capsys):
     assert capsys.readouterr().out.count("in all") == 2
 
 
+def test_a_stage_whose_beginning_is_not_there_is_planned_and_not_run(recipes, tmp_path, capsys):
+    assert main(["plan", recipes[1]]) == 0 and "in all" in capsys.readouterr().out
+    assert main(["train", recipes[1]]) == 2
+    said = capsys.readouterr().err
+    place = "runs/small/1-start/checkpoints/warmstart-000002"
+    assert f"init: expected a run that another recipe makes: run that one first, got '{place}'" in said
+    assert main(["train", recipes[0]]) == 0 and main(["train", recipes[1]]) == 0
+    assert main(["plan", recipes[1]]) == 0
+
+
 def test_a_folder_of_runs_is_no_model(tmp_path, monkeypatch):
     """runs/mem1-tiny has the stages of mem1-tiny; a model beside a run, or one that will be there, is one."""
     (tmp_path / "mem1-tiny" / "3-ppo").mkdir(parents=True)

@@ -21,11 +21,18 @@ STAGES = (
 def run(options: argparse.Namespace, progress: Progress) -> None:
     check_writable(options.out)
     agents, threads = None, options.threads or torch.get_num_threads()
+    # What it has trained it goes on with, and shows again; not after hours is it told what is in the way.
+    check(options.out, options.overwrite or options.train)
     if options.train:
-        check(options.out, options.overwrite)  # not after hours
         runs, again = options.out / "runs", options.overwrite
         recipes, none = [RUNS / f"{stage}.json" for stage in STAGES], argparse.Namespace(settings={})
-        train_stages(stages_of(recipes, runs, none), progress, resume=not again, overwrite=again)
+        train_stages(
+            stages_of(recipes, runs, none),
+            progress,
+            resume=not again,
+            overwrite=again,
+            goes_on="the same command goes on from it",
+        )
         agents = Agents(*(runs / run for run in MADE_BY.values()))
     torch.set_num_threads(threads)  # which the stages have of their own
     demo(
@@ -33,6 +40,6 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
         agents,
         quick=options.quick,
         seed=options.seed,
-        overwrite=options.overwrite,
+        overwrite=options.overwrite or options.train,
         progress=progress,
     )

@@ -131,7 +131,9 @@ def _policy(
         return None, load_tokenizer(checkpoint.newest(options.model)), None
     require(options.model is not None, "model", "a folder or a Hugging Face id for a policy", None)
     model, tokenizer = load_policy(options, progress)
-    log_other_settings(options.model, configs[0], progress)
+    for agent in agents:
+        if not agent.scripted:
+            log_other_settings(options.model, agent.settings(configs[0]), progress, f"{agent}: ")
     rules = [agent.settings(config) for config in configs for agent in agents if not agent.scripted]
     for config in rules:
         check_positions(model, config)  # of all rows before the first one

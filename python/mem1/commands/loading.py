@@ -41,7 +41,7 @@ def load_policy(options: argparse.Namespace, progress: Progress) -> tuple[Any, P
     return model, tokenizer
 
 
-def log_other_settings(model: str, config: RolloutConfig, progress: Progress) -> None:
+def log_other_settings(model: str, config: RolloutConfig, progress: Progress, whose: str = "") -> None:
     """A run's format and rules are not part of its model: say where others are asked for."""
     if (path := settings_path(model)) is None:
         return
@@ -49,7 +49,7 @@ def log_other_settings(model: str, config: RolloutConfig, progress: Progress) ->
     for name in _TRAINED_WITH:
         was, given = trained.get(name, now[name]), json.loads(json.dumps(now[name]))
         if was != given:
-            progress.log(f"trained with {name} {was}, now {given}")
+            progress.log(f"{whose}weights trained with {name} {was}, now {given}")
 
 
 def check_writable(folder: Path) -> None:

@@ -176,7 +176,7 @@ def build_parser(runs: Mapping[str, Command]) -> argparse.ArgumentParser:
     add = command("demo", "the models of the package at work, in two minutes on two idle cores").add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="folder for everything it makes")
     add("--train", action="store_true", help="train them all first, which takes hours; again: go on with it")
-    add("--overwrite", action="store_true", help="start over in an --out that has a run")
+    add("--overwrite", action="store_true", help="replace an earlier demo in --out, with what it has trained")
     add("--quick", action="store_true", help="the same in well under a minute, without learning much")
     add("--seed", type=_seed, default=0, help="of the evaluation and of the updates")
     return parser

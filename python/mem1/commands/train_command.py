@@ -26,9 +26,10 @@ from mem1.parsing.tags import MEM1, TagFormat
 from mem1.runtime.progress import Progress
 from mem1.runtime.ranks import Ranks
 from mem1.train import checkpoint
-from mem1.train.plan import plan
+from mem1.train.plan import Plan, plan
 from mem1.train.run_folder import CONFIG
 from mem1.train.train_loop import train
+from mem1.trajectory import Trajectory
 from mem1_core.eviction_policies import qualified_name
 
 # Options by the settings that they stand for; the others have the names of their settings.
@@ -51,11 +52,18 @@ _SETTINGS = {
 
 
 class Stage(NamedTuple):
-    """One run of several."""
+    """One run of several. awaited: the model that it begins with is what another recipe makes, and is not
+    there yet.
+    """
 
     out: Path
     config: TrainConfig
     world: argparse.Namespace
+    awaited: bool = False
+
+    def plan(self, played: list[Trajectory] | None = None, **how: Any) -> Plan:
+        """What is yet to come is as large as a new model of these settings."""
+        return plan(replace(self.config, init=None) if self.awaited else self.config, played, **how)
 
 
 def run(options: argparse.Namespace, progress: Progress) -> None:
@@ -67,25 +75,34 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
         return
     if options.dry_run:
         for stage in stages:
-            # What an earlier one has yet to make is as large as a new model of these settings.
-            coming = stage.config.init and _within(stage.config.init, [s.out for s in stages])
-            begun = coming and not Path(str(stage.config.init)).exists()
-            progress.log(str(plan(replace(stage.config, init=None) if begun else stage.config)))
+            progress.log(str(stage.plan()))
         return
     train_stages(stages, progress, resume=options.resume, overwrite=options.overwrite)
 
 
 def train_stages(
-    stages: Sequence[Stage], progress: Progress, *, resume: bool = False, overwrite: bool = False
+    stages: Sequence[Stage],
+    progress: Progress,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    goes_on: str = "mem1 train goes on from it with --resume",
 ) -> None:
-    """One after the other. resume: go on with what there is; of several, those that have not begun begin."""
+    """One after the other. resume: go on with what there is; of several, those that have not begun begin.
+    goes_on: what is said of a run that was stopped.
+    """
     several = len(stages) > 1
-    for stage in stages:
+    for number, stage in enumerate(stages):
         check_writable(stage.out)
+        begun = resume and (stage.out / CONFIG).is_file()
+        earlier = [before.out for before in stages[:number]]
+        there = begun or not stage.awaited or _within(str(stage.config.init), earlier)
+        require(there, "init", "a run that another recipe makes: run that one first", stage.config.init)
     for number, stage in enumerate(stages, 1):
         if several:
             progress.log(f"[{number}/{len(stages)}] {stage.out}")
-        _train(stage, resume and (not several or (stage.out / CONFIG).is_file()), overwrite, progress)
+        again = resume and (not several or (stage.out / CONFIG).is_file())
+        _train(stage, again, overwrite, goes_on, progress)
 
 
 def stages_of(recipes: Sequence[Path | None], out: Path | None, options: argparse.Namespace) -> list[Stage]:
@@ -103,8 +120,8 @@ def stages_of(recipes: Sequence[Path | None], out: Path | None, options: argpars
             folder not in [stage.out for stage in stages], "config", "files of different names", str(recipe)
         )
         config, world = resolved(options, recipe)
-        init = _beside(config.init, folder, [stage.out for stage in stages])
-        stages.append(Stage(folder, replace(config, init=init), world))
+        init, awaited = _beside(config.init, recipe, folder, [stage.out for stage in stages])
+        stages.append(Stage(folder, replace(config, init=init), world, awaited))
     return stages
 
 
@@ -114,37 +131,42 @@ def _below_recipes(recipe: Path) -> Sequence[str]:
     return parts[len(parts) - parts[::-1].index("recipes") :] if "recipes" in parts else parts[-1:]
 
 
-def _beside(init: str | None, out: Path, earlier: Sequence[Path]) -> str | None:
-    """A model's place: an `init` that names a model beside the run's own folder, or one that an earlier run
-    of this call will have made there, is that.
+def _beside(
+    init: str | None, recipe: Path | None, out: Path, earlier: Sequence[Path]
+) -> tuple[str | None, bool]:
+    """A model's place, and whether it is awaited: an `init` that names a model beside the run's own folder,
+    an earlier run of this call, or another recipe beside its own, whose run is to be there, is that.
     """
     if init is None or Path(init).is_absolute():
-        return init
+        return init, False
     there = out.parent / init
-    known = (there / "config.json").is_file() or checkpoint.numbered(there) or _within(there, earlier)
-    return str(there) if known else init
+    if (there / "config.json").is_file() or checkpoint.numbered(there):
+        return str(there), False
+    other = recipe and (recipe.parent / Path(init).parts[0]).with_suffix(recipe.suffix)
+    awaited = _within(there, earlier) or (other is not None and other != recipe and other.is_file())
+    return (str(there), True) if awaited else (init, False)
 
 
 def _within(path: str | Path, runs: Sequence[Path]) -> bool:
     return any(run in (Path(path), *Path(path).parents) for run in runs)
 
 
-def _train(stage: Stage, resume: bool, overwrite: bool, progress: Progress) -> None:
+def _train(stage: Stage, resume: bool, overwrite: bool, goes_on: str, progress: Progress) -> None:
     out = stage.out
     with _task(stage.world, stage.config) as task:
         try:
             train(stage.config, out, **task, resume=resume, overwrite=overwrite, progress=progress)
         except KeyboardInterrupt:
-            progress.log(f"stopped; what is in {out} stays, and mem1 train goes on from it with --resume")
+            progress.log(f"stopped; what is in {out} stays, and {goes_on}")
             raise
     if Ranks.current().first:
         progress.log(f"checkpoint and metrics are in {out}")
 
 
 def run_plan(options: argparse.Namespace, progress: Progress) -> None:
-    config, _ = resolved(options, options.config)
+    (stage,) = stages_of([options.config], None, options)
     played = None if options.trajectories is None else read_trajectories(options.trajectories)
-    found = plan(config, played, mfu=options.mfu)
+    found = stage.plan(played, mfu=options.mfu)
     if options.json:
         with ignore_closed_pipe(sys.stdout):
             print(json.dumps(found.to_dict()), flush=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,21 @@ from mem1.trajectory import Trajectory
 from mem1_core.plot import plot_mask
 
 _MARKERS = "os^Dv<>P*"
+_PANELS = {
+    "exact_match": "exact matches (sum)",
+    "peak_tokens": "peak tokens, prompt included",
+    "dependency_length_without_prompt": "dependency length (token pairs), without the prompt",
+    "seconds": "seconds an episode, beside the others of its batch",
+}
 
 
-def plot_results(results: Sequence[Result], path: str | os.PathLike[str]) -> None:
-    """Objectives answered right, peak tokens, dependency length and seconds against the number of objectives,
-    a line per agent with 95 % intervals.
+def plot_results(
+    results: Sequence[Result], path: str | os.PathLike[str], panels: Mapping[str, str] = _PANELS
+) -> None:
+    """Four metrics against the number of objectives, a line per agent with 95 % intervals. panels: their
+    titles.
     """
     figure, axes = _figure(2, 2)
-    panels = {
-        "exact_match": "exact matches (sum)",
-        "peak_tokens": "peak tokens",
-        "dependency_length_without_prompt": "dependency length (token pairs)",
-        "seconds": "seconds an episode",
-    }
     for ax, (name, title) in zip(axes.flat, panels.items(), strict=True):
         agents = list(dict.fromkeys(result.agent for result in results))
         for place, agent in enumerate(agents):
@@ -56,26 +58,30 @@ def plot_results(results: Sequence[Result], path: str | os.PathLike[str]) -> Non
 
 
 def plot_learning(metrics: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """The learning curve of a `metrics.jsonl`: the loss of the warm start and the reward of PPO, where there
-    are any.
+    """The learning curve of a `metrics.jsonl`: the loss of the warm start and the reward of updates, where
+    there are any.
 
     Where there is no number (null, NaN, or nothing at all) the curve has a gap.
     """
     records: list[dict[str, Any]] = [json.loads(line) for line in Path(metrics).read_text().splitlines()]
     lines = {
-        "warmstart": ("warm start", "step", ("loss",)),
-        "policy": ("PPO", "update", ("reward", "answered")),
+        "warmstart": ("warm start", "step", {"loss": "loss"}),
+        "policy": (
+            "episodes of the policy",
+            "update",
+            {"reward": "reward", "answered": "share that ends with an answer"},
+        ),
     }
     found = [phase for phase in lines if any(record["phase"] == phase for record in records)]
     figure, axes = _figure(1, max(1, len(found)), squeeze=False)
     for ax, phase in zip(axes[0], found, strict=False):
         title, counted, names = lines[phase]
         rows = [record for record in records if record["phase"] == phase]
-        for name in names:
+        for name, label in names.items():
             ax.plot(
                 [r["step"] for r in rows],
                 [_number(r.get(name)) for r in rows],
-                label=name,
+                label=label,
                 marker="." if len(rows) < 50 else "",
             )
         ax.set(xlabel=counted, title=title)
@@ -85,6 +91,18 @@ def plot_learning(metrics: str | os.PathLike[str], path: str | os.PathLike[str])
             ax.set_ylim(0.0, 1.02)  # shares: a scale of its own would blow noise up into a trend
         ax.grid(alpha=0.3)
         ax.legend()
+    figure.savefig(path)
+
+
+def plot_live(trajectories: Mapping[str, Trajectory], path: str | os.PathLike[str]) -> None:
+    """How many tokens are live at each token of an episode, a line per agent."""
+    figure, ax = _figure(1, 1)
+    for agent, trajectory in trajectories.items():
+        ax.plot(trajectory.mask.visible_counts()[0].tolist(), label=f"{agent}, {trajectory.turns} turns")
+    objectives = " and ".join(dict.fromkeys(str(t.objectives) for t in trajectories.values()))
+    ax.set(xlabel="token of the episode", title=f"live tokens, {objectives} objectives", ylim=(0, None))
+    ax.grid(alpha=0.3)
+    ax.legend()
     figure.savefig(path)
 
 

@@ -8,7 +8,7 @@ from mem1.evaluation.results import Result, markdown, table
 
 _COLUMNS = (
     *("agent", "objectives", "episodes", "errors", "reward", "exact_match", "f1", "success", "answered"),
-    "answers_missing",
+    "answers_miscounted",
     *("turns", "invalid_actions", "peak_tokens", "peak_tokens_without_prompt", "model_tokens"),
     *("dependency_length_without_prompt", "seconds"),
 )

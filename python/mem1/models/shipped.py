@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_FOLDER = Path(__file__).parent / "shipped"
-RUNS = _FOLDER / "runs"  # NAME.json and NAME.jsonl of every run
+PACKAGED = Path(__file__).parent / "shipped"  # NAME/ of every model
+_SETTINGS = "train.json"  # of a run, from its beginning
+RUNS = PACKAGED / "runs"  # NAME.json and NAME.jsonl of every run
 MADE_BY = {
     "mem1-tiny": "3-ppo",  # answers questions of `mem1.envs.toy.multihop`, with the memory of MEM1
     "mem1-tiny-start": "2-hasty",  # what it was before reinforcement
@@ -18,11 +19,12 @@ MADE_BY = {
 
 
 def shipped(name: str) -> Path | None:
-    """The folder of a model of the package; None of any other name."""
-    return _FOLDER / name if name in MADE_BY else None
+    """The folder of a model of the package; None of any other name, and where a run of that name is here."""
+    is_run = (Path(name) / _SETTINGS).is_file()
+    return PACKAGED / name if name in MADE_BY and not is_run else None
 
 
 def settings_of(folder: Path) -> Path | None:
     """The settings of the run that made a model of the package; None of any other folder."""
-    run = MADE_BY.get(folder.name) if folder.parent == _FOLDER else None
+    run = MADE_BY.get(folder.resolve().name) if folder.resolve().parent == PACKAGED.resolve() else None
     return RUNS / f"{run}.json" if run else None

@@ -51,7 +51,7 @@ def test_the_expert_answers_everything_and_is_paid_all_of_it(
 ) -> None:
     texts, steps = play(environment, seed)
     count = float(environment.objectives)
-    last = {"exact_match": count, "f1": count, "answers_missing": 0.0, "outstanding": 0.0}
+    last = {"exact_match": count, "f1": count, "answers_miscounted": 0.0, "outstanding": 0.0}
     assert steps[-1].info == last
     assert 0.0 <= fsum(step.reward for step in steps) <= 2.0
     assert (texts, steps) == play(environment, seed)
@@ -118,7 +118,7 @@ def test_infos_tell_how_far_the_episode_is() -> None:
     environment.reset(0)
     first, second = environment.answers
     infos = [environment.step(action).info for action in (ASK, Action("answer", first), Action("answer", ""))]
-    names = ("exact_match", "f1", "answers_missing", "outstanding")
+    names = ("exact_match", "f1", "answers_miscounted", "outstanding")
     assert [tuple(info[name] for name in names) for info in infos] == [
         (0.0, 0.0, 1.0, 0.0),
         (1.0, 1.0, 1.0, 0.5),

@@ -34,7 +34,7 @@ def test_expert_solves_every_episode(objectives: int, hops: int) -> None:
     for seed in range(5):
         texts, last = play(environment, seed)
         assert last.reward == 1.0
-        assert last.info == {"exact_match": objectives, "f1": objectives, "answers_missing": 0.0}
+        assert last.info == {"exact_match": objectives, "f1": objectives, "answers_miscounted": 0.0}
         assert len(texts) == 1 + 3 * (objectives * hops + 1)  # a turn per hop, and the answer
 
 
@@ -114,7 +114,7 @@ def test_partial_credit() -> None:
     a, b, c, d = environment.answers
     step = environment.step(Action("answer", f"{a} ; {b} {c} ; ; {d} ; {d}"))
     assert step[:4] == ("answered", 0.5, True, False)
-    assert step.info == {"exact_match": 2.0, "f1": pytest.approx(2 + 2 / 3), "answers_missing": 1.0}
+    assert step.info == {"exact_match": 2.0, "f1": pytest.approx(2 + 2 / 3), "answers_miscounted": 1.0}
     environment.reset(5)
     assert environment.step(Action("answer", "")).reward == 0.0
 

@@ -7,6 +7,7 @@ import pytest
 from mem1.envs.toy.multihop import INSTRUCTION, MultiHopEnv
 from mem1.envs.toy.multihop_questions import MultiHopQuestions
 from mem1.envs.toy.words import NAMES, RELATIONS
+from mem1.parsing.action import Action
 
 
 def drawn(seed: int, count: int = 3, hops: tuple[int, int] = (1, 4)) -> MultiHopQuestions:
@@ -71,3 +72,29 @@ def test_a_fact_for_every_name_and_relation_and_for_nothing_else() -> None:
     assert all(questions.look_up(f"{name} {relation}") in NAMES for name in NAMES for relation in RELATIONS)
     for query in ("", "ada", "ada ada", "boss ada", "ada boss coach", "<IS>", "ada\x00boss"):
         assert questions.look_up(query) is None
+
+
+def test_a_number_is_no_part_of_an_answer() -> None:
+    questions = MultiHopQuestions(random.Random(3), 3, (1, 1))
+    numbers = [int(text.split()[0]) for text in questions.text().split(" ; ")]
+    first, second, _ = numbers
+    given = f"{first} ada ; {second}: bruno ; carla ; {first} dora"
+    assert questions.unnumbered(given) == f"ada;bruno; carla ; {first} dora"
+    assert questions.unnumbered(f"{second} ada ; {first}") == f"{second} ada ; {first}", "another's"
+    assert questions.unnumbered("") == "" and questions.unnumbered(f" {first} ") == ""
+
+
+def test_numbers_alone_earn_nothing() -> None:
+    environment = MultiHopEnv(2)
+    texts = environment.reset(1).removeprefix(INSTRUCTION).split(" ; ")
+    numbers = [text.split()[0] for text in texts]
+    step = environment.step(Action("answer", f"{numbers[0]} ; {numbers[1]}"))
+    assert step.reward == 0.0 and step.info == {"exact_match": 0.0, "f1": 0.0, "answers_miscounted": 0.0}
+
+
+def test_an_empty_query_after_the_last_answer_is_no_look_up() -> None:
+    environment = MultiHopEnv(1, hops=1)
+    environment.reset(2)
+    environment.step(environment.expert_action().action)
+    assert environment.step(Action("query", "")).observation == "nothing found"
+    assert environment.expert_action().action.kind == "answer"

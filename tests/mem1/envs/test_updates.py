@@ -53,10 +53,10 @@ def read_stream(environment: UpdatesEnv, seed: int) -> tuple[list[list[str]], li
 def test_the_expert_answers_everything(environment: UpdatesEnv, seed: int) -> None:
     texts, steps = play(environment, seed)
     assert [step.reward for step in steps] == [0.0] * (len(steps) - 1) + [1.0]
-    unanswered = {"exact_match": 0.0, "f1": 0.0, "answers_missing": 1.0, "outdated": 0.0}
+    unanswered = {"exact_match": 0.0, "f1": 0.0, "answers_miscounted": 1.0, "outdated": 0.0}
     assert all(step.info == unanswered for step in steps[:-1])
     count = float(environment.objectives)
-    assert steps[-1].info == {"exact_match": count, "f1": count, "answers_missing": 0.0, "outdated": 0.0}
+    assert steps[-1].info == {"exact_match": count, "f1": count, "answers_miscounted": 0.0, "outdated": 0.0}
     assert (texts, steps) == play(environment, seed)
 
 
@@ -111,9 +111,9 @@ def test_an_answer_that_was_replaced_is_counted_as_outdated() -> None:
     given = [values[0][0], values[1][-1], values[2][0], "nobody"]
     step = environment.step(Action("answer", " ; ".join(given)))
     assert (step.reward, step.terminated) == (0.25, True)
-    assert step.info == {"exact_match": 1.0, "f1": 1.0, "answers_missing": 0.0, "outdated": 2.0}
+    assert step.info == {"exact_match": 1.0, "f1": 1.0, "answers_miscounted": 0.0, "outdated": 2.0}
     environment.reset(1)
-    assert environment.step(Action("answer", values[0][-1])).info["answers_missing"] == 1.0
+    assert environment.step(Action("answer", values[0][-1])).info["answers_miscounted"] == 1.0
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3, 0.8])

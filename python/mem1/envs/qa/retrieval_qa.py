@@ -98,7 +98,7 @@ class RetrievalQAEnv:
 
     def _begin(self, questions: tuple[Question, ...]) -> None:
         self._questions = questions
-        self._grade = Grade((0.0,) * len(questions), (0.0,) * len(questions), answers_missing=True)
+        self._grade = Grade((0.0,) * len(questions), (0.0,) * len(questions), answers_miscounted=True)
         self._gold_found = [False] * len(questions)
         self._asked: set[str] = set()
 

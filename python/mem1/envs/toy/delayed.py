@@ -8,7 +8,7 @@
     turn 4   <IS> 17 carla ; 18 emil </IS> <answer> emil </answer>                reward of the second
 
 What an answer has earned comes some turns later, whatever the policy does then, and is more or less than the
-answer is worth. The expert's `<IS>` lists the questions met so far, as in `multihop.py`.
+answer is worth. The expert's `<IS>` lists the questions met so far, each as far as it is known.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class DelayedRewardEnv:
     objectives, hops: a number or a range (least, most) that each episode draws from. `passage_tokens` pads
     each answer to a query with unrelated words to that many tokens.
 
-    Infos have `exact_match`, `f1` and `answers_missing` of the answers so far, and `outstanding`: rewards
+    Infos have `exact_match`, `f1` and `answers_miscounted` of the answers so far, and `outstanding`: rewards
     that have been earned and not been paid. Raises InputError for an argument out of its range.
     """
 

@@ -40,16 +40,17 @@ class MultiHopEnv:
     `objectives` and `hops` are a number or a range (least, most) that each episode draws from. facts: how
     many statements answer a query, "ada boss carla ; ada coach leo ; otto boss kai", a number or a range that
     each query draws from; one says what was asked for, the others are as true and about somebody or something
-    else; 0: that one's name alone. `passage_tokens` pads every answer to a query with unrelated words to that
-    many tokens. With `adversarial` every answer to a query goes on with a text that imitates tags,
+    else; 0: that one's name alone. `passage_tokens` pads every fact that is found with unrelated words to
+    that many tokens. With `adversarial` every such text goes on with one that imitates tags,
     `</info><answer> name </answer>`. missing: share of the questions that nobody can answer, 0 to 1: a
     look-up on the way finds nothing, or nothing but other statements, and the right answer is "nothing".
     hasty: chance, 0 to 1, with which the expert takes a name that it has found on the way for the answer;
     each such name is drawn for with the episode.
 
     The answer is one name per question, with the question's number or without, in the order of the questions,
-    separated by `;`. The reward is the share of questions answered exactly. Raises InputError for an argument
-    out of its range.
+    separated by `;`. The reward is the share of questions answered exactly; what stands behind the last
+    question's is ignored. Infos have `exact_match`, `f1` and `answers_miscounted` (`mem1.metrics`), of the
+    names alone. Raises InputError for an argument out of its range.
     """
 
     run_inline = True  # a rollout need not ask on a thread
@@ -86,7 +87,8 @@ class MultiHopEnv:
         require_running(self._running)
         if action.kind == "answer":
             self._running = False
-            graded = grade(action.text, self._questions.golden)
+            given = self._questions.unnumbered(action.text)
+            graded = grade(given, [[name] for name in self._questions.answers])
             return Step("answered", graded.exact_match / self.objectives, True, info=graded.info())
         said, self._found = MALFORMED, ""
         if action.kind == "query":

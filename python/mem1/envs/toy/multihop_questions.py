@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 
 from mem1.envs.toy.words import NAMES, NUMBERS, RELATIONS
+from mem1.metrics import SEPARATOR, normalize_answer
 
 MAX_QUESTIONS, MAX_HOPS = 32, 4
 UNKNOWN = "nothing"  # the answer of a question that cannot be answered
@@ -65,10 +66,14 @@ class MultiHopQuestions:
         """The right answers, in the order of the questions."""
         return [chain[-1] for chain in self.chains]
 
-    @property
-    def golden(self) -> list[list[str]]:
-        """What counts as an answer to each: the name, with the number of the question or without."""
-        return [[name, f"{number} {name}"] for number, name in zip(self._numbers, self.answers, strict=True)]
+    def unnumbered(self, text: str) -> str:
+        """Answers without the numbers of their questions: a number is no part of an answer."""
+        parts = text.split(SEPARATOR)
+        for i, (part, number) in enumerate(zip(parts, self._numbers, strict=False)):
+            first, *rest = part.split() or [""]
+            if normalize_answer(first) == number:
+                parts[i] = " ".join(rest)
+        return SEPARATOR.join(parts)
 
     def text(self) -> str:
         """The questions, as a prompt has them."""
@@ -81,7 +86,7 @@ class MultiHopQuestions:
         """
         words = tuple(query.split())
         for i in range(len(self.chains)):
-            if words == self.pending(i):
+            if words and words == self.pending(i):
                 self.known[i] += 1
         return self._facts.get(words)
 

@@ -49,8 +49,8 @@ class UpdatesEnv:
     stream with unrelated words to that many tokens.
 
     The reward, at the end, is the share of questions answered with the last name. Infos have `exact_match`,
-    `f1` and `answers_missing`, and `outdated`: the questions that were answered with an earlier name. Raises
-    InputError for an argument out of its range.
+    `f1` and `answers_miscounted`, and `outdated`: the questions that were answered with an earlier name.
+    Raises InputError for an argument out of its range.
     """
 
     run_inline = True  # a rollout need not ask on a thread

@@ -89,7 +89,7 @@ def test_passages_are_shown_and_counted() -> None:
     assert step.info == {
         "exact_match": 0.0,
         "f1": 0.0,
-        "answers_missing": 1.0,
+        "answers_miscounted": 1.0,
         "gold_found": 1.0,
         "objectives_em": [0.0, 0.0, 0.0],
         "objectives_f1": [0.0, 0.0, 0.0],
@@ -116,7 +116,7 @@ def test_answers_are_paid(answer: str, settings: Any, reward: float, info: tuple
     step = environment.step(Action("answer", answer))
     assert (step.observation, step.terminated, step.truncated) == ("", True, False)
     assert step.reward == pytest.approx(reward)
-    names = ("exact_match", "f1", "answers_missing", "objectives_em")
+    names = ("exact_match", "f1", "answers_miscounted", "objectives_em")
     assert [step.info[name] for name in names] == [pytest.approx(value) for value in info]
     with pytest.raises(RuntimeError, match="expected a running episode"):
         environment.step(Action("query", "more"))

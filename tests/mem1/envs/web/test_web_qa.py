@@ -128,11 +128,11 @@ SHORT = {"exact_match": "em", "f1": "f1"}
 @pytest.mark.parametrize(
     ("answer", "reward", "info"),
     [
-        ("330 M; sauvestre", 1.0, {"exact_match": 2.0, "f1": 2.0, "answers_missing": 0.0}),
-        ("330 m", 0.5, {"exact_match": 1.0, "f1": 1.0, "answers_missing": 1.0}),
-        ("330; S. Sauvestre", 0.5, {"exact_match": 1.0, "f1": 1 + 2 / 3, "answers_missing": 0.0}),
-        ("", 0.0, {"exact_match": 0.0, "f1": 0.0, "answers_missing": 1.0}),
-        ("\0\ud800", 0.0, {"exact_match": 0.0, "f1": 0.0, "answers_missing": 1.0}),
+        ("330 M; sauvestre", 1.0, {"exact_match": 2.0, "f1": 2.0, "answers_miscounted": 0.0}),
+        ("330 m", 0.5, {"exact_match": 1.0, "f1": 1.0, "answers_miscounted": 1.0}),
+        ("330; S. Sauvestre", 0.5, {"exact_match": 1.0, "f1": 1 + 2 / 3, "answers_miscounted": 0.0}),
+        ("", 0.0, {"exact_match": 0.0, "f1": 0.0, "answers_miscounted": 1.0}),
+        ("\0\ud800", 0.0, {"exact_match": 0.0, "f1": 0.0, "answers_miscounted": 1.0}),
     ],
     ids=ascii,
 )
