@@ -41,6 +41,10 @@ GREEDY, SAMPLED = {"greedy": True}, {"greedy": False}
 _HINT = "hint : you have 1 turn left ; answer questions ."
 WRONG_HINT = replace(MEM1, turn_hint=_HINT, last_turn_hint=_HINT)
 POLICY = "3-ppo"
+SHOWN = (
+    *("mem1-tiny", "mem1-tiny in reencode", "imitating without haste", "start"),
+    *("full context", "full context, imitating without haste", "full context, start"),
+)
 MEM1_RUNS = {
     "start": "2-hasty",
     "mem1-tiny": POLICY,
@@ -79,8 +83,9 @@ class Cell:
 
 def agents(runs: Path) -> Iterator[Cell]:
     """Who answers how many, with what memory."""
-    for name, run in (MEM1_RUNS | FULL_RUNS).items():
-        rule = {"prune": "never"} if name in FULL_RUNS else {}
+    again = {"mem1-tiny in reencode": POLICY}
+    for name, run in (MEM1_RUNS | again | FULL_RUNS).items():
+        rule = {"prune": "never"} if name in FULL_RUNS else {"regime": "reencode"} if name in again else {}
         for drawn, sampler in (("greedy", GREEDY), ("sampled", SAMPLED)):
             for n in OBJECTIVES:
                 yield Cell("agents", f"{name}, {drawn}", str(runs / run), n, {}, sampler | rule)
@@ -117,10 +122,10 @@ def regimes(runs: Path) -> Iterator[Cell]:
     }
     for name, model in trained.items():
         for regime in ("carry", "reencode"):
-            for n in (2, 16):
-                yield Cell(
-                    "regimes", f"{name}, run in {regime}", str(model), n, {}, SAMPLED | {"regime": regime}
-                )
+            for drawn, sampler in (("greedy", GREEDY), ("sampled", SAMPLED)):
+                for n in (2, 16):
+                    row = f"{name}, run in {regime}, {drawn}"
+                    yield Cell("regimes", row, str(model), n, {}, sampler | {"regime": regime})
 
 
 def growth(runs: Path) -> Iterator[Cell]:
@@ -255,9 +260,9 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     """Answers and memory by the number of questions; 16 questions by updates on 2."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.2), layout="constrained", dpi=120)
+    figure = Figure(figsize=(16, 4.2), layout="constrained", dpi=120)
     left, middle, right = figure.subplots(1, 3)
-    for name in ("mem1-tiny", "start", "full context", "full context, start"):
+    for name in SHOWN:
         cells = [(n, found.get(f"agents | {name}, greedy | {n}")) for n in OBJECTIVES]
         known = [(n, cell) for n, cell in cells if cell]
         sizes, values = [n for n, _ in known], [cell["reward"] for _, cell in known]
@@ -267,21 +272,22 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     curves: dict[str, list[tuple[int, float]]] = {}
     for key, cell in found.items():
         part, row, n = key.split(" | ")
-        if part == "growth" and n == "16":
-            run, update, drawn = row.split(", ")
-            curves.setdefault(f"{run}, {drawn}", []).append((int(update[-6:]), cell["reward"]))
+        if part == "growth" and n == "16" and row.endswith("greedy"):
+            run, update, _ = row.split(", ")
+            curves.setdefault(run, []).append((int(update[-6:]), cell["reward"]))
     for run, points in curves.items():
         right.plot(*zip(*sorted(points), strict=True), marker=".", label=run)
     left.set(title="questions answered right, greedy", xlabel="questions", ylim=(0, 1.02))
     middle.set(title="peak tokens", xlabel="questions", yscale="log")
-    right.set(title="16 questions, by updates on 2", xlabel="update", ylim=(0, 1.02))
+    right.set(title="16 questions, greedy, by updates on 2", xlabel="update", ylim=(0, 1.02))
     for ax in (left, middle):
         ax.set_xscale("log")
         ax.set_xticks(OBJECTIVES, map(str, OBJECTIVES))
         ax.minorticks_off()
     for ax in (left, middle, right):
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
+    middle.legend(fontsize=7, loc="upper left")
+    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path)
 
 
