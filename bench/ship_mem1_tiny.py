@@ -32,6 +32,7 @@ def main(runs: Path) -> None:
         place = checkpoint.newest(runs / run)
         model, tokenizer, _ = checkpoint.load(place)
         checkpoint.save(package / name, model.half(), tokenizer)
+        (package / name / "model.safetensors").chmod(0o644)  # for everyone, wherever it is copied from
         path = package / name / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
         print(f"{name}: {place}")

@@ -120,7 +120,8 @@ def _scale(ax: Any, values: Sequence[float]) -> None:
         ax.yaxis.minorticks_off()
     else:
         ax.set_ylim(bottom=min([0.0, *values]))
-    ax.yaxis.set_major_formatter(EngFormatter(sep=""))
+    if max(values, default=0.0) >= 10:
+        ax.yaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _against_objectives(ax: Any, results: Sequence[Result]) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from mem1.checks import require
 from mem1.envs.base import Action, ExpertAction, Step, require_running
 from mem1.envs.toy.episodes import interval, padded, share, whole_number
 from mem1.envs.toy.multihop_questions import MAX_HOPS, MAX_QUESTIONS, UNKNOWN, MultiHopQuestions
@@ -71,6 +72,7 @@ class MultiHopEnv:
         self._missing = share("missing", missing)
         self._hasty = share("hasty", hasty)
         self.passage_tokens = whole_number("passage_tokens", passage_tokens, 0)
+        require(isinstance(adversarial, bool), "adversarial", "True or False", adversarial)
         self.adversarial = adversarial
         self.objectives = self._objectives[1]
         self._running = False
