@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -172,9 +172,15 @@ def play(cell: Cell, episodes: int) -> dict[str, Any]:
 
 def stamp(cell: Cell, episodes: int) -> list[Any]:
     """What the figures of a cell follow from, beside the code."""
-    weights = Path(checkpoint.newest(cell.model)) / "model.safetensors"
     rules = repr((sorted(cell.world.items()), sorted(cell.settings.items())))
-    return [episodes, SEED, hashlib.sha256(weights.read_bytes()).hexdigest()[:16], cell.objectives, rules]
+    return [episodes, SEED, digest(cell.model), cell.objectives, rules]
+
+
+@cache
+def digest(model: str) -> str:
+    """Of its weights, by which many cells go."""
+    weights = Path(checkpoint.newest(model)) / "model.safetensors"
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
 
 
 def share(cell: dict[str, Any]) -> str:
@@ -230,12 +236,15 @@ def main() -> None:
 
     def keep(figures: dict[str, Any]) -> None:
         """For every cell of the same weights and rules."""
-        same = [key for key, needed in stamps.items() if needed == figures["stamp"]]
+        same = [key for key, needed in stamps.items() if needed == figures.get("stamp")]
         found.update(dict.fromkeys(same, figures))
 
     for figures in [*found.values()]:
         keep(figures)
-    missing = [cell for cell in cells if found.get(cell.key, {}).get("stamp") != stamps[cell.key]]
+    for key in [*found]:  # of other weights or rules: no table shows them beside these
+        if key.split(" | ")[0] in options.parts and found[key].get("stamp") != stamps.get(key):
+            del found[key]
+    missing = [cell for cell in cells if cell.key not in found]
     wanted = list({repr(stamps[cell.key]): cell for cell in missing}.values())
     failed = 0
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:

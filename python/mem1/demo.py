@@ -160,14 +160,14 @@ def demo(
         algorithm=config.algorithm,
         seed=seed,
     )
-    train(learning, out / _TRAIN, **toy_training(learning), overwrite=overwrite, progress=progress)
+    learned = train(learning, out / _TRAIN, **toy_training(learning), overwrite=overwrite, progress=progress)
     log(rise(out / _TRAIN / METRICS))
     plot_learning(out / _TRAIN / METRICS, out / "learning_curve.png")
     if not quick:
-        most = sizes[-1]
+        most, began_with = sizes[-1], checkpoint.load(agents.start)
         before, after = (
-            play(model, config, most, episodes // 2, seed, name, progress)[0]
-            for name, model in (("before", agents.start), ("after", out / _TRAIN))
+            play(policy, tokenizer, config, most, episodes // 2, seed, name, progress)[0]
+            for name, (policy, tokenizer, _) in (("before", began_with), ("after", learned))
         )
         say(
             f"{most} questions, of which it has met none in these updates: {before['reward']:.2f} of them "
@@ -204,15 +204,17 @@ def compare(
     played: list[tuple[str, Trajectory]] = []
     for name, model in (("MEM1", agents.mem1), ("full context", agents.full_context)):
         config = trained_with(model)
+        policy, tokenizer, _ = checkpoint.load(model)
         for n in sizes:
-            row, trajectories = play(model, config, n, episodes, seed, name, progress)
+            row, trajectories = play(policy, tokenizer, config, n, episodes, seed, name, progress)
             results.append(row)
             played += [(name, trajectory) for trajectory in trajectories]
     return results, played
 
 
 def play(
-    model: str | os.PathLike[str],
+    policy: Any,
+    tokenizer: PreTrainedTokenizerBase,
     config: TrainConfig,
     objectives: int,
     episodes: int,
@@ -221,7 +223,6 @@ def play(
     progress: Progress,
 ) -> tuple[Result, list[Trajectory]]:
     """A row of the evaluation."""
-    policy, tokenizer, _ = checkpoint.load(model)
     return evaluate(
         policy,
         tokenizer,

@@ -404,7 +404,9 @@ def test_the_demo_can_train_its_models_first(tmp_path, monkeypatch):
     assert [stage.out for stage in stages] == [tmp_path / "runs" / name for name in demo_command.STAGES]
     assert how.pop("goes_on") == "the same command goes on from it"
     assert how == {"resume": True, "overwrite": False}
-    (tmp_path / "results.json").write_text("{}")  # an earlier one's is replaced, as it goes on
+    (tmp_path / "results.json").write_text("{}")
+    assert main(["demo", "--train", "--out", str(tmp_path)]) == 2, "nobody's, as there are no runs beside it"
+    (tmp_path / "runs").mkdir()  # an earlier one's is replaced, as it goes on
     assert main(["demo", "--train", "--out", str(tmp_path)]) == 0
     assert called[-1][1]["overwrite"] and called[-2][1]["overwrite"] is False
     assert out == tmp_path and agents == Agents(*(tmp_path / "runs" / run for run in MADE_BY.values()))

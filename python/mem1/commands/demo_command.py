@@ -21,10 +21,11 @@ STAGES = (
 def run(options: argparse.Namespace, progress: Progress) -> None:
     check_writable(options.out)
     agents, threads = None, options.threads or torch.get_num_threads()
+    runs, again = options.out / "runs", options.overwrite
     # What it has trained it goes on with, and shows again; not after hours is it told what is in the way.
-    check(options.out, options.overwrite or options.train)
+    replaces = again or (options.train and runs.is_dir())
+    check(options.out, replaces)
     if options.train:
-        runs, again = options.out / "runs", options.overwrite
         recipes, none = [RUNS / f"{stage}.json" for stage in STAGES], argparse.Namespace(settings={})
         train_stages(
             stages_of(recipes, runs, none),
@@ -40,6 +41,6 @@ def run(options: argparse.Namespace, progress: Progress) -> None:
         agents,
         quick=options.quick,
         seed=options.seed,
-        overwrite=options.overwrite or options.train,
+        overwrite=replaces,
         progress=progress,
     )

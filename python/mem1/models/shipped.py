@@ -20,11 +20,11 @@ MADE_BY = {
 
 def shipped(name: str) -> Path | None:
     """The folder of a model of the package; None of any other name, and where a run of that name is here."""
-    is_run = (Path(name) / _SETTINGS).is_file()
-    return PACKAGED / name if name in MADE_BY and not is_run else None
+    return PACKAGED / name if name in MADE_BY and not (Path(name) / _SETTINGS).is_file() else None
 
 
 def settings_of(folder: Path) -> Path | None:
     """The settings of the run that made a model of the package; None of any other folder."""
-    run = MADE_BY.get(folder.resolve().name) if folder.resolve().parent == PACKAGED.resolve() else None
+    place = folder.resolve()
+    run = MADE_BY.get(place.name) if place.parent == PACKAGED.resolve() else None
     return RUNS / f"{run}.json" if run else None
